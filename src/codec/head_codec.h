@@ -1,0 +1,49 @@
+// Everything needed to code the keys or the values of one KV head of one layer, and the specification of doing so:
+// `encode` and `decode` are the plain versions that every faster one must equal (codes bit for bit).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "codec/codebook.h"
+#include "codec/format.h"
+#include "codec/transform.h"
+
+namespace thimble {
+
+struct HeadCodec {
+  Kind kind = Kind::key;
+  Format format;
+  Transform transform = Transform::identity(0);
+  Codebook codebook;  // empty for f16
+
+  // Derived from the codebook by `prepare`.
+  std::vector<float> words;       // [head_dim][128], codewords with their subspace's scale applied
+  std::vector<float> half_norms;  // [n_subspaces][128], half the squared norm of each codeword
+
+  /// Fills the derived tables. Throws std::invalid_argument where codebook and transform do not fit the format.
+  void prepare();
+};
+
+/// No calibration: Hadamard rotation and the built-in codebook; or f16 as it is.
+HeadCodec make_uncalibrated_codec(Kind kind, const Format& format);
+
+/// Codes of one transformed vector `y` [head_dim], into `codes` [n_subspaces]; returns its scale as f16.
+///
+/// y is normalized to a root mean square of 1, each subspace takes the codeword (of 256) nearest to it, the lowest
+/// index among equals; the scale is then the least-squares one, <y,c>/<c,c>. A vector of zeros gets scale 0, one that
+/// holds an infinity or a NaN gets scale NaN, which attention passes on as f16 would.
+uint16_t encode_vector(const HeadCodec& codec, const float* y, uint8_t* codes);
+
+/// The transformed vector that codes and scale stand for, into `y` [head_dim].
+void decode_vector(const HeadCodec& codec, const uint8_t* codes, uint16_t scale, float* y);
+
+// One cell of a block (layout in format.h). `y` is transformed, [head_dim].
+void store_cell(const HeadCodec& codec, const float* y, uint8_t* block, int cell);
+void load_cell(const HeadCodec& codec, const uint8_t* block, int cell, float* y);
+
+// Codes and scale of a cell, or its f16 numbers, as they are: `row` has format.vector_bytes() bytes.
+void copy_cell_out(const Format& format, Kind kind, const uint8_t* block, int cell, uint8_t* row);
+void copy_cell_in(const Format& format, Kind kind, const uint8_t* row, uint8_t* block, int cell);
+
+}  // namespace thimble

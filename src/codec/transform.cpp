@@ -1,0 +1,146 @@
+#include "codec/transform.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+#include "codec/format.h"
+
+namespace thimble {
+namespace {
+
+// out[j] = sum_i x[i] m[i][j]
+void vector_matrix(const float* __restrict x, const float* __restrict m, int n, float* __restrict out) {
+  std::fill_n(out, n, 0.0f);
+  for (int i = 0; i < n; i++) {
+    const float xi = x[i];
+    const float* __restrict row = m + size_t(i) * n;
+    for (int j = 0; j < n; j++) out[j] += xi * row[j];
+  }
+}
+
+void hadamard_in_place(float* x, int n, int block) {
+  for (int half = 1; half < block; half *= 2) {
+    for (int i = 0; i < n; i += 2 * half) {
+      for (int j = i; j < i + half; j++) {
+        const float a = x[j], b = x[j + half];
+        x[j] = a + b;
+        x[j + half] = a - b;
+      }
+    }
+  }
+  const float norm = 1.0f / std::sqrt(float(block));
+  for (int i = 0; i < n; i++) x[i] *= norm;
+}
+
+// Gauss-Jordan with partial pivoting, in double.
+std::vector<float> inverse_of(const std::vector<float>& matrix, int n) {
+  std::vector<double> a(matrix.begin(), matrix.end());
+  std::vector<double> b(size_t(n) * n, 0.0);
+  for (int i = 0; i < n; i++) b[size_t(i) * n + i] = 1.0;
+  double largest = 0;
+  for (double v : a) largest = std::max(largest, std::fabs(v));
+  for (int col = 0; col < n; col++) {
+    int pivot = col;
+    for (int r = col + 1; r < n; r++) {
+      if (std::fabs(a[size_t(r) * n + col]) > std::fabs(a[size_t(pivot) * n + col])) pivot = r;
+    }
+    if (!(std::fabs(a[size_t(pivot) * n + col]) > largest * 1e-12)) {
+      throw std::invalid_argument("transform matrix is singular at column " + std::to_string(col));
+    }
+    if (pivot != col) {
+      std::swap_ranges(&a[size_t(col) * n], &a[size_t(col) * n] + n, &a[size_t(pivot) * n]);
+      std::swap_ranges(&b[size_t(col) * n], &b[size_t(col) * n] + n, &b[size_t(pivot) * n]);
+    }
+    const double inv = 1.0 / a[size_t(col) * n + col];
+    for (int j = 0; j < n; j++) {
+      a[size_t(col) * n + j] *= inv;
+      b[size_t(col) * n + j] *= inv;
+    }
+    for (int r = 0; r < n; r++) {
+      const double f = a[size_t(r) * n + col];
+      if (r == col || f == 0) continue;
+      for (int j = 0; j < n; j++) {
+        a[size_t(r) * n + j] -= f * a[size_t(col) * n + j];
+        b[size_t(r) * n + j] -= f * b[size_t(col) * n + j];
+      }
+    }
+  }
+  return {b.begin(), b.end()};
+}
+
+}  // namespace
+
+Transform Transform::identity(int head_dim) {
+  Transform t;
+  t.head_dim_ = head_dim;
+  return t;
+}
+
+Transform Transform::hadamard(int head_dim) {
+  Transform t;
+  t.kind_ = Kind::hadamard;
+  t.head_dim_ = head_dim;
+  t.hadamard_block_ = head_dim & -head_dim;
+  return t;
+}
+
+Transform Transform::dense(std::vector<float> mean, std::vector<float> matrix) {
+  const size_t n = mean.size();
+  if (n == 0 || n > size_t(kMaxHeadDim) || matrix.size() != n * n) {
+    throw std::invalid_argument("transform: mean and matrix sizes disagree");
+  }
+  const auto finite = [](const std::vector<float>& v) {
+    return std::all_of(v.begin(), v.end(), [](float f) { return std::isfinite(f); });
+  };
+  if (!finite(mean) || !finite(matrix)) throw std::invalid_argument("transform holds a number that is not finite");
+  Transform t;
+  t.kind_ = Kind::dense;
+  t.head_dim_ = int(n);
+  t.b_ = inverse_of(matrix, int(n));
+  if (!finite(t.b_)) throw std::invalid_argument("transform matrix has no finite inverse");
+  t.b_transposed_.resize(n * n);
+  for (size_t i = 0; i < n; i++) {
+    for (size_t j = 0; j < n; j++) t.b_transposed_[i * n + j] = t.b_[j * n + i];
+  }
+  t.mean_ = std::move(mean);
+  t.a_ = std::move(matrix);
+  return t;
+}
+
+void Transform::forward(const float* x, float* y) const {
+  if (kind_ == Kind::dense) {
+    float centred[kMaxHeadDim];
+    for (int i = 0; i < head_dim_; i++) centred[i] = x[i] - mean_[i];
+    vector_matrix(centred, a_.data(), head_dim_, y);
+    return;
+  }
+  std::copy_n(x, head_dim_, y);
+  if (kind_ == Kind::hadamard) hadamard_in_place(y, head_dim_, hadamard_block_);
+}
+
+void Transform::query(const float* q, float* y) const {
+  if (kind_ == Kind::dense) return vector_matrix(q, b_transposed_.data(), head_dim_, y);
+  forward(q, y);
+}
+
+void Transform::output(const float* y, float weight, float* out) const {
+  if (kind_ == Kind::dense) {
+    vector_matrix(y, b_.data(), head_dim_, out);
+    for (int i = 0; i < head_dim_; i++) out[i] += weight * mean_[i];
+    return;
+  }
+  forward(y, out);
+}
+
+float Transform::query_bias(const float* q) const {
+  float bias = 0;
+  if (kind_ == Kind::dense) {
+    for (int i = 0; i < head_dim_; i++) bias += q[i] * mean_[i];
+  }
+  return bias;
+}
+
+}  // namespace thimble

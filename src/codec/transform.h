@@ -1,0 +1,47 @@
+// The linear map that makes vectors easy to quantize, y = (x - mean) A, and its undoing on the other side of the
+// product. With B = A^-1:
+//   keys:    q.k = (q B^T).y + q.mean        so queries go through `query`, and q.mean is `query_bias`
+//   values:  sum p v = (sum p y) B + (sum p) mean    so outputs go through `output`, once per output vector
+#pragma once
+
+#include <vector>
+
+namespace thimble {
+
+class Transform {
+public:
+  /// y = x.
+  static Transform identity(int head_dim);
+  /// Orthonormal Walsh-Hadamard, in blocks of the largest power of two that divides head_dim. Needs no calibration.
+  static Transform hadamard(int head_dim);
+  /// A general map: `mean` [head_dim], `matrix` = A [head_dim][head_dim] row-major. Throws std::invalid_argument where
+  /// A is singular or anything is not finite.
+  static Transform dense(std::vector<float> mean, std::vector<float> matrix);
+
+  int head_dim() const { return head_dim_; }
+
+  // All take and give [head_dim]; input and output must not overlap. Sums run in index order without fused
+  // multiply-adds, so that every instruction set produces the same bits.
+  void forward(const float* x, float* y) const;
+  void query(const float* q, float* y) const;
+  /// `weight` is the sum of the attention weights behind y: 1, or less where learned sinks take a share.
+  void output(const float* y, float weight, float* out) const;
+  /// x from y.
+  void inverse(const float* y, float* x) const { output(y, 1.0f, x); }
+  float query_bias(const float* q) const;
+
+  bool is_dense() const { return kind_ == Kind::dense; }
+  const std::vector<float>& mean() const { return mean_; }
+  const std::vector<float>& matrix() const { return a_; }
+  const std::vector<float>& inverse_matrix() const { return b_; }
+  const std::vector<float>& query_matrix() const { return b_transposed_; }
+
+private:
+  enum class Kind { identity, hadamard, dense };
+  Kind kind_ = Kind::identity;
+  int head_dim_ = 0;
+  int hadamard_block_ = 1;
+  std::vector<float> mean_, a_, b_, b_transposed_;  // dense only
+};
+
+}  // namespace thimble
