@@ -1,0 +1,84 @@
+// Attention of a batch of query tokens over one layer's cache: coded cells from their codes, the window and the batch
+// in flight from their exact rows, one softmax over both.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention/kernels.h"
+#include "cache/layer.h"
+
+namespace thimble {
+
+/// What ggml's FLASH_ATTN_EXT says, in its own strides. All strides count elements.
+struct AttentionProblem {
+  const CacheLayer* layer = nullptr;
+  int n_heads = 0;    // query heads; a multiple of the layer's KV heads
+  int n_tokens = 0;   // of each stream
+  int n_streams = 1;  // attended to, from first_stream on
+  int first_stream = 0;
+  int64_t n_cells = 0;  // of each stream, from its first on
+  int value_dim = 0;
+
+  const float* q = nullptr;
+  size_t q_token = 0, q_head = 0, q_stream = 0;
+  float* out = nullptr;  // value_dim numbers of a head are adjacent
+  size_t out_token = 0, out_head = 0, out_stream = 0;
+  const uint16_t* mask = nullptr;  // f16 [stream][token][cell], null: all visible
+  size_t mask_token = 0, mask_stream = 0;
+
+  float scale = 1;
+  float max_bias = 0;  // ALiBi: slopes as in Press et al. 2021 (arXiv 2108.12409); 0: none
+  float softcap = 0;
+  const float* sinks = nullptr;  // [n_heads]: a learned logit that takes a share of each softmax, or null
+};
+
+/// Slope of a head under ALiBi, as ggml has it.
+float alibi_slope(float max_bias, int n_heads, int head);
+
+/// Runs a problem on a team of threads:
+///   one thread: attention.prepare(problem, n_threads)
+///   barrier; all: attention.attend(i); barrier; all: attention.combine(i)
+/// The same inputs and n_threads give the same bits. An object may be used for one problem after another.
+class Attention {
+public:
+  void prepare(const AttentionProblem& problem, int n_threads, const Kernels& kernels);
+  void attend(int thread);
+  void combine(int thread);
+
+private:
+  // Query tokens that are attended together, for one stream and KV head.
+  struct Item {
+    int stream, kv_head, first_token, n_tokens;
+  };
+  // Item and the part of its cells that a thread takes; its result.
+  struct Part {
+    int item;
+    int first_block, last_block;
+    bool with_exact;                  // the exact rows too
+    std::vector<float> coded, exact;  // max[rows], sum[rows], acc[rows][value_dim]
+  };
+  struct ThreadMemory {
+    std::vector<float> q, q_coded, bias, slope, k_tile, v_tile;
+    std::vector<uint16_t> exact_mask;
+  };
+
+  void load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries& coded) const;
+  void attend_part(Part& part, ThreadMemory& memory);
+  void attend_coded(const Item& item, const Part& part, const Queries& queries, ThreadMemory& memory, Softmax& softmax);
+  void attend_exact(const Item& item, const Queries& queries, ThreadMemory& memory, Softmax& softmax);
+  Softmax softmax_in(std::vector<float>& storage, int n_rows) const;
+
+  AttentionProblem p_;
+  const Kernels* kernels_ = nullptr;
+  int n_threads_ = 1;
+  int group_ = 1;
+  std::vector<Item> items_;
+  std::vector<std::vector<Part>> parts_;           // by thread
+  std::vector<std::vector<const Part*>> of_item_;  // in order of cells
+  std::vector<ThreadMemory> memory_;
+  std::vector<std::vector<uint64_t>> hidden_;         // by stream: cells that are attended exactly, a bit each
+  std::vector<std::vector<Window::Row>> exact_rows_;  // by stream
+};
+
+}  // namespace thimble

@@ -1,0 +1,137 @@
+// Plain C++: the specification of every kernel.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "attention/kernels.h"
+#include "codec/half.h"
+
+namespace thimble {
+namespace {
+
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+void decode_block(const HeadCodec& codec, const uint8_t* block, float* tile) {
+  const int dim = codec.format.head_dim;
+  float y[kMaxHeadDim];
+  for (int cell = 0; cell < kBlockCells; cell++) {
+    load_cell(codec, block, cell, y);
+    for (int d = 0; d < dim; d++) {
+      if (codec.kind == Kind::key) {
+        tile[d * kBlockCells + cell] = y[d];
+      } else {
+        tile[cell * dim + d] = y[d];
+      }
+    }
+  }
+}
+
+// Score of a cell from q.k: bias, softcap, ALiBi and mask.
+float finish_score(const Queries& queries, int row, float dot, const Mask& mask, int cell) {
+  float score = dot + (queries.bias ? queries.bias[row] : 0.0f);
+  if (queries.softcap != 0) score = queries.softcap * std::tanh(score / queries.softcap);
+  if (mask.data) {
+    const float m = half_to_float(mask.data[(row / queries.group) * mask.stride + cell]);
+    if (m == kHidden) return kHidden;
+    score += (queries.slope ? queries.slope[row] : 1.0f) * m;
+  }
+  return score;
+}
+
+// Adds cells with these scores (kHidden: not there) to the row's running softmax; `value(cell)` points to the value.
+template <typename Value>
+void accumulate(int row, const float* scores, int n_cells, Value value, Softmax& softmax) {
+  float top = kHidden;
+  for (int t = 0; t < n_cells; t++) top = std::max(top, scores[t]);
+  if (top == kHidden) return;
+  float* acc = softmax.acc + size_t(row) * softmax.dim;
+  if (top > softmax.max[row]) {
+    const float shrink = std::exp(softmax.max[row] - top);  // 0 at first
+    for (int d = 0; d < softmax.dim; d++) acc[d] *= shrink;
+    softmax.sum[row] *= shrink;
+    softmax.max[row] = top;
+  }
+  for (int t = 0; t < n_cells; t++) {
+    if (scores[t] == kHidden) continue;
+    const float weight = std::exp(scores[t] - softmax.max[row]);
+    softmax.sum[row] += weight;
+    const float* v = value(t);
+    for (int d = 0; d < softmax.dim; d++) acc[d] += weight * v[d];
+  }
+}
+
+void attend_tile(const Queries& queries, const Tile& tile, const Mask& mask, Softmax& softmax) {
+  float scores[kBlockCells];
+  for (int row = 0; row < queries.n_rows; row++) {
+    const float* q = queries.q + size_t(row) * queries.dim;
+    std::fill_n(scores, kBlockCells, 0.0f);
+    for (int d = 0; d < queries.dim; d++) {
+      for (int t = 0; t < kBlockCells; t++) scores[t] += q[d] * tile.k[d * kBlockCells + t];
+    }
+    for (int t = 0; t < tile.n_cells; t++) {
+      scores[t] = tile.hidden >> t & 1 ? kHidden : finish_score(queries, row, scores[t], mask, t);
+    }
+    accumulate(
+        row, scores, tile.n_cells, [&](int t) { return tile.v + size_t(t) * softmax.dim; }, softmax);
+  }
+}
+
+// One look-up table a row and subspace, lut[m][code] = q . codeword; a cell's score is its scale times the sum of the
+// look-ups of its codes (VecInfer, arXiv 2510.06175, section 4).
+void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& mask, Softmax& softmax) {
+  const Format& kf = cells.keys->format;
+  std::vector<float> v_tile(size_t(kBlockCells) * cells.values->format.head_dim);
+  if (kf.f16) {
+    std::vector<float> k_tile(size_t(kBlockCells) * kf.head_dim);
+    for (int b = cells.first_block; b < cells.last_block; b++) {
+      decode_block(*cells.keys, cells.k_blocks + b * kf.block_bytes(), k_tile.data());
+      decode_block(*cells.values, cells.v_blocks + b * cells.values->format.block_bytes(), v_tile.data());
+      const Tile tile{std::min(kBlockCells, cells.n_cells - b * kBlockCells), k_tile.data(), v_tile.data(),
+                      cells.hidden ? cells.hidden[b] : 0};
+      attend_tile(queries, tile, mask.at(ptrdiff_t(b) * kBlockCells), softmax);
+    }
+    return;
+  }
+  const int n_subspaces = kf.n_subspaces();
+  std::vector<float> luts(size_t(queries.n_rows) * n_subspaces * 256, 0.0f);
+  for (int row = 0; row < queries.n_rows; row++) {
+    for (int m = 0; m < n_subspaces; m++) {
+      float* lut = &luts[(size_t(row) * n_subspaces + m) * 256];
+      for (int d = kf.offset(m); d < kf.offset(m) + kf.width(m); d++) {
+        const float q = queries.q[size_t(row) * queries.dim + d];
+        for (int c = 0; c < kCodewords; c++) lut[c] += q * cells.keys->words[size_t(d) * kCodewords + c];
+      }
+      for (int c = 0; c < kCodewords; c++) lut[c | 0x80] = -lut[c];
+    }
+  }
+  for (int b = cells.first_block; b < cells.last_block; b++) {
+    const uint8_t* k_block = cells.k_blocks + b * kf.block_bytes();
+    const int n_cells = std::min(kBlockCells, cells.n_cells - b * kBlockCells);
+    const uint64_t hidden = cells.hidden ? cells.hidden[b] : 0;
+    const Mask block_mask = mask.at(ptrdiff_t(b) * kBlockCells);
+    const uint8_t* scale_bytes = k_block + kf.codes_bytes();
+    decode_block(*cells.values, cells.v_blocks + b * cells.values->format.block_bytes(), v_tile.data());
+    for (int row = 0; row < queries.n_rows; row++) {
+      float scores[kBlockCells];
+      for (int t = 0; t < n_cells; t++) {
+        float sum = 0;
+        for (int m = 0; m < n_subspaces; m++) {
+          sum += luts[(size_t(row) * n_subspaces + m) * 256 + k_block[m * kBlockCells + key_position(t)]];
+        }
+        const float scale = half_to_float(uint16_t(scale_bytes[2 * t] | scale_bytes[2 * t + 1] << 8));
+        scores[t] = hidden >> t & 1 ? kHidden : finish_score(queries, row, scale * sum, block_mask, t);
+      }
+      accumulate(
+          row, scores, n_cells, [&](int t) { return &v_tile[size_t(t) * softmax.dim]; }, softmax);
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels& scalar_kernels() {
+  static const Kernels table{"scalar", encode_vector, decode_block, attend_tile, attend_codes};
+  return table;
+}
+
+}  // namespace thimble

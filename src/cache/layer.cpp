@@ -1,0 +1,119 @@
+#include "cache/layer.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "codec/half.h"
+
+namespace thimble {
+
+size_t CacheSide::memory_bytes(const CacheShape& shape, const Format& format, int n_slots) {
+  const size_t blocks = size_t(shape.n_kv_heads) * shape.n_streams * shape.blocks_per_stream();
+  return blocks * format.block_bytes() + size_t(n_slots) * shape.n_kv_heads * format.head_dim * sizeof(uint16_t);
+}
+
+CacheSide::CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, int n_slots,
+                     uint8_t* memory)
+    : shape_(shape),
+      codecs_(std::move(codecs)),
+      n_slots_(n_slots),
+      blocks_(memory),
+      slots_(reinterpret_cast<uint16_t*>(memory + memory_bytes(shape, codecs_->front().format, 0))) {}
+
+void CacheSide::encode_row(const uint16_t* row, int64_t cell) const {
+  const int head_dim = format().head_dim;
+  float x[kMaxHeadDim], y[kMaxHeadDim];
+  for (int head = 0; head < shape_.n_kv_heads; head++) {
+    for (int d = 0; d < head_dim; d++) x[d] = half_to_float(row[head * head_dim + d]);
+    codec(head).transform.forward(x, y);
+    store_cell(codec(head), y, block(head, cell), in_block(cell));
+  }
+}
+
+void CacheSide::decode_row(int64_t cell, float* row) const {
+  const int head_dim = format().head_dim;
+  float y[kMaxHeadDim];
+  for (int head = 0; head < shape_.n_kv_heads; head++) {
+    load_cell(codec(head), block(head, cell), in_block(cell), y);
+    codec(head).transform.inverse(y, row + size_t(head) * head_dim);
+  }
+}
+
+uint16_t* CacheSide::exact_row(int slot) {
+  if (slot < n_slots_) return slots_ + size_t(slot) * row_size();
+  const size_t extra = size_t(slot - n_slots_);
+  while (more_slots_.size() <= extra) more_slots_.push_back(std::make_unique<uint16_t[]>(row_size()));
+  return more_slots_[extra].get();
+}
+
+void CacheSide::copy_stream(int from, int to) {
+  for (int head = 0; head < shape_.n_kv_heads; head++) {
+    std::memcpy(block(head, to * shape_.cells_per_stream), block(head, from * shape_.cells_per_stream),
+                shape_.blocks_per_stream() * format().block_bytes());
+  }
+}
+
+void CacheLayer::begin_write(Kind kind, std::span<const int64_t> cells) {
+  bool& mine = kind == Kind::key ? has_keys_ : has_values_;
+  bool& other = kind == Kind::key ? has_values_ : has_keys_;
+  const auto batch = window_.batch();
+  const bool joins = other && !mine && std::equal(batch.begin(), batch.end(), cells.begin(), cells.end());
+  if (!joins) {
+    window_.begin_batch(cells);
+    other = false;
+  }
+  mine = true;
+  side(kind).in_flight().resize(cells.size() * side(kind).row_size());
+}
+
+void CacheLayer::write_row(Kind kind, int row, const uint16_t* data) {
+  CacheSide& s = side(kind);
+  std::memcpy(&s.in_flight()[size_t(row) * s.row_size()], data, s.row_size() * sizeof(uint16_t));
+  s.encode_row(data, window_.batch()[row]);
+}
+
+void CacheLayer::commit(const std::function<bool(int, int64_t)>& visible) {
+  if (has_keys_ && has_values_) {
+    for (const Window::Move& move : window_.commit(visible)) {
+      for (CacheSide* s : {&keys_, &values_}) {
+        std::memcpy(s->exact_row(move.slot), &s->in_flight()[size_t(move.batch_row) * s->row_size()],
+                    s->row_size() * sizeof(uint16_t));
+      }
+    }
+  }
+  has_keys_ = has_values_ = false;
+  for (CacheSide* s : {&keys_, &values_}) {
+    s->in_flight().clear();
+    s->in_flight().shrink_to_fit();
+  }
+}
+
+void CacheLayer::copy_stream(Kind kind, int from, int to) {
+  const int64_t n = keys_.shape().cells_per_stream;
+  CacheSide& s = side(kind);
+  s.copy_stream(from, to);
+  if (kind == Kind::key) {
+    // llama.cpp copies keys first: they bring the slots, the values then fill them.
+    for (int64_t cell = to * n; cell < (to + 1) * n; cell++) window_.forget(cell);
+    const std::vector<Window::Row> rows = window_.rows();
+    for (const Window::Row& row : rows) {
+      if (row.in_flight || row.cell / n != from) continue;
+      std::vector<uint16_t> data(s.exact_row(row.index), s.exact_row(row.index) + s.row_size());
+      const int slot = window_.place(row.cell - from * n + to * n);
+      if (slot >= 0) std::copy(data.begin(), data.end(), s.exact_row(slot));
+    }
+    return;
+  }
+  for (const Window::Row& row : window_.rows()) {
+    if (row.in_flight || row.cell / n != to) continue;
+    const int source = window_.find(row.cell - to * n + from * n);
+    if (source >= 0) std::copy_n(s.exact_row(source), s.row_size(), s.exact_row(row.index));
+  }
+}
+
+void CacheLayer::clear() {
+  window_.clear();
+  has_keys_ = has_values_ = false;
+}
+
+}  // namespace thimble

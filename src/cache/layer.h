@@ -1,0 +1,109 @@
+// The cache of one layer: coded blocks of every stream and KV head for K and for V, and the window's exact rows.
+// It knows nothing of who owns the memory: the blocks lie where the caller says.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "cache/window.h"
+#include "codec/head_codec.h"
+
+namespace thimble {
+
+struct CacheShape {
+  int n_kv_heads = 0;
+  int64_t cells_per_stream = 0;
+  int n_streams = 1;
+
+  int64_t n_cells() const { return cells_per_stream * n_streams; }
+  int64_t blocks_per_stream() const { return (cells_per_stream + kBlockCells - 1) / kBlockCells; }
+};
+
+/// The keys or the values of one layer.
+///
+/// Memory: block[n_kv_heads][n_streams][blocks_per_stream] of format.block_bytes() each, then
+/// exact[n_slots][n_kv_heads * head_dim] f16, the window's rows as the model wrote them (not transformed).
+class CacheSide {
+public:
+  /// Bytes of memory for a side whose window has `n_slots` rows there.
+  static size_t memory_bytes(const CacheShape& shape, const Format& format, int n_slots);
+
+  /// One codec a KV head, all of one format. `memory` must outlive the side; it is not cleared.
+  CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, int n_slots,
+            uint8_t* memory);
+
+  const CacheShape& shape() const { return shape_; }
+  const Format& format() const { return codecs_->front().format; }
+  Kind kind() const { return codecs_->front().kind; }
+  const HeadCodec& codec(int head) const { return (*codecs_)[head]; }
+  int row_size() const { return shape_.n_kv_heads * format().head_dim; }
+
+  uint8_t* block(int head, int64_t cell) const {
+    const int64_t stream = cell / shape_.cells_per_stream, in_stream = cell % shape_.cells_per_stream;
+    return blocks_ + ((head * shape_.n_streams + stream) * shape_.blocks_per_stream() + in_stream / kBlockCells) *
+                         format().block_bytes();
+  }
+  int in_block(int64_t cell) const { return int(cell % shape_.cells_per_stream % kBlockCells); }
+
+  /// Codes a row as the model wrote it, [n_kv_heads * head_dim] f16. Rows of f16 are what is coded, whatever the model
+  /// computed in, so that a state that was saved and loaded codes to the same bytes.
+  void encode_row(const uint16_t* row, int64_t cell) const;
+  /// The row that the codes stand for, transform undone.
+  void decode_row(int64_t cell, float* row) const;
+
+  /// The exact row of a slot. Slots beyond the ones in `memory` live in memory of their own.
+  uint16_t* exact_row(int slot);
+  const uint16_t* exact_row(int slot) const { return const_cast<CacheSide*>(this)->exact_row(slot); }
+
+  // The batch in flight: f16 rows, set between Window::begin_batch and commit.
+  std::vector<uint16_t>& in_flight() { return in_flight_; }
+  const uint16_t* row_data(const Window::Row& row) const {
+    return row.in_flight ? &in_flight_[size_t(row.index) * row_size()] : exact_row(row.index);
+  }
+
+  /// Copies all blocks of a stream.
+  void copy_stream(int from, int to);
+
+private:
+  CacheShape shape_;
+  std::shared_ptr<const std::vector<HeadCodec>> codecs_;
+  int n_slots_;
+  uint8_t* blocks_;
+  uint16_t* slots_;
+  std::vector<std::unique_ptr<uint16_t[]>> more_slots_;
+  std::vector<uint16_t> in_flight_;
+};
+
+/// K and V of one layer, with the window they share.
+class CacheLayer {
+public:
+  CacheLayer(CacheSide keys, CacheSide values, Window window)
+      : keys_(std::move(keys)), values_(std::move(values)), window_(std::move(window)) {}
+
+  CacheSide& side(Kind kind) { return kind == Kind::key ? keys_ : values_; }
+  const CacheSide& side(Kind kind) const { return kind == Kind::key ? keys_ : values_; }
+  const CacheSide& keys() const { return keys_; }
+  const CacheSide& values() const { return values_; }
+  Window& window() { return window_; }
+  const Window& window() const { return window_; }
+
+  /// Starts a write of `cells` to one side. K and V of a batch arrive in either order; the second to arrive with the
+  /// same cells joins the batch that the first began.
+  void begin_write(Kind kind, std::span<const int64_t> cells);
+  /// Row `row` of the batch, f16. Rows may be stored by several threads at once.
+  void write_row(Kind kind, int row, const uint16_t* data);
+  /// After the batch was attended to: keeps what stays in the window, drops the rest of the exact rows.
+  void commit(const std::function<bool(int, int64_t)>& visible);
+
+  void copy_stream(Kind kind, int from, int to);
+  void clear();
+
+private:
+  CacheSide keys_, values_;
+  Window window_;
+  bool has_keys_ = false, has_values_ = false;  // of the batch in flight
+};
+
+}  // namespace thimble

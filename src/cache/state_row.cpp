@@ -1,0 +1,70 @@
+#include "cache/state_row.h"
+
+#include <cstring>
+#include <stdexcept>
+
+namespace thimble {
+namespace {
+
+constexpr uint16_t kTag[4] = {0x7e54, 0x7e48, 0x7e4d, 0x7e42};
+constexpr size_t kHeaderBytes = sizeof(kTag) + sizeof(uint64_t);
+
+}  // namespace
+
+bool state_row_fits(const CacheShape& shape, const Format& format) {
+  if (format.f16) return true;
+  return kHeaderBytes + size_t(shape.n_kv_heads) * size_t(format.vector_bytes()) <=
+         size_t(shape.n_kv_heads) * format.head_dim * 2;
+}
+
+void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, uint8_t* row) {
+  const CacheSide& side = layer.side(kind);
+  const size_t row_bytes = size_t(side.row_size()) * 2;
+  const int slot = layer.window().find(cell);
+  if (slot >= 0) {
+    std::memcpy(row, side.exact_row(slot), row_bytes);
+    return;
+  }
+  const Format& format = side.format();
+  const size_t vector_bytes = size_t(format.vector_bytes());
+  uint8_t* out = row;
+  if (!format.f16) {
+    std::memset(row, 0, row_bytes);
+    std::memcpy(row, kTag, sizeof(kTag));
+    std::memcpy(row + sizeof(kTag), &hash, sizeof(hash));
+    out += kHeaderBytes;
+  }
+  for (int head = 0; head < side.shape().n_kv_heads; head++) {
+    copy_cell_out(format, kind, side.block(head, cell), side.in_block(cell), out + head * vector_bytes);
+  }
+}
+
+void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row) {
+  CacheSide& side = layer.side(kind);
+  const Format& format = side.format();
+  const bool coded = std::memcmp(row, kTag, sizeof(kTag)) == 0;
+  if (kind == Kind::key) layer.window().forget(cell);
+  if (coded) {
+    uint64_t saved_hash;
+    std::memcpy(&saved_hash, row + sizeof(kTag), sizeof(saved_hash));
+    if (format.f16 || saved_hash != hash) {
+      throw std::runtime_error(
+          "this state was saved with other cache settings (bits, window, profile or model); load it with the "
+          "THIMBLE_KV "
+          "that it was saved with");
+    }
+    const size_t vector_bytes = size_t(format.vector_bytes());
+    for (int head = 0; head < side.shape().n_kv_heads; head++) {
+      copy_cell_in(format, kind, row + kHeaderBytes + head * vector_bytes, side.block(head, cell), side.in_block(cell));
+    }
+    return;
+  }
+  std::vector<uint16_t> exact(side.row_size());
+  std::memcpy(exact.data(), row, exact.size() * 2);
+  side.encode_row(exact.data(), cell);
+  if (format.f16) return;
+  const int slot = kind == Kind::key ? layer.window().place(cell) : layer.window().find(cell);
+  if (slot >= 0) std::memcpy(side.exact_row(slot), exact.data(), exact.size() * 2);
+}
+
+}  // namespace thimble

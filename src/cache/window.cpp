@@ -1,0 +1,146 @@
+#include "cache/window.h"
+
+#include <algorithm>
+#include <cstddef>
+
+namespace thimble {
+
+Window::Window(WindowSize size, int max_slots, int64_t cells_per_stream)
+    : size_(size), max_slots_(size.total() > 0 ? max_slots : 0), cells_per_stream_(cells_per_stream) {}
+
+int Window::find(int64_t cell) const {
+  const auto it = slot_of_.find(cell);
+  return it == slot_of_.end() ? -1 : it->second;
+}
+
+void Window::forget(int64_t cell) {
+  const auto it = slot_of_.find(cell);
+  if (it == slot_of_.end()) return;
+  slots_[it->second].cell = -1;
+  slot_of_.erase(it);
+  std::erase_if(rows_, [cell](const Row& row) { return !row.in_flight && row.cell == cell; });
+}
+
+void Window::clear() {
+  slots_.clear();
+  slot_of_.clear();
+  batch_.clear();
+  rows_.clear();
+}
+
+void Window::list_rows() {
+  rows_.clear();
+  for (int i = 0; i < int(slots_.size()); i++) {
+    if (slots_[i].cell >= 0) rows_.push_back({int32_t(slots_[i].cell), false, i});
+  }
+  for (int i = 0; i < int(batch_.size()); i++) rows_.push_back({int32_t(batch_[i]), true, i});
+}
+
+void Window::begin_batch(std::span<const int64_t> cells) {
+  batch_.assign(cells.begin(), cells.end());
+  batch_number_++;
+  for (int64_t cell : cells) {
+    const auto it = slot_of_.find(cell);
+    if (it == slot_of_.end()) continue;
+    slots_[it->second].cell = -1;
+    slot_of_.erase(it);
+  }
+  list_rows();
+}
+
+// A slot for one more cell: an unused one, a new one, or that of the cell which no batch has seen for longest (its
+// sequence is idle or gone), the oldest written among equals.
+int Window::free_slot() {
+  for (int i = 0; i < int(slots_.size()); i++) {
+    if (slots_[i].cell < 0) return i;
+  }
+  if (int(slots_.size()) < max_slots_) {
+    slots_.emplace_back();
+    return int(slots_.size()) - 1;
+  }
+  if (slots_.empty()) return -1;
+  const auto oldest = std::min_element(slots_.begin(), slots_.end(), [](const Slot& a, const Slot& b) {
+    return a.seen != b.seen ? a.seen < b.seen : a.written < b.written;
+  });
+  slot_of_.erase(oldest->cell);
+  oldest->cell = -1;
+  return int(oldest - slots_.begin());
+}
+
+int Window::place(int64_t cell) {
+  forget(cell);
+  const int slot = free_slot();
+  if (slot < 0) return -1;
+  slots_[slot] = {cell, ++clock_, batch_number_};
+  slot_of_[cell] = slot;
+  list_rows();
+  return slot;
+}
+
+std::vector<Window::Move> Window::commit(const std::function<bool(int, int64_t)>& visible) {
+  const int n_batch = int(batch_.size());
+  struct Candidate {
+    int64_t cell;
+    uint64_t written;
+    int slot;       // -1: in flight
+    int batch_row;  // of those in flight
+  };
+  std::vector<Candidate> candidates;
+  for (int i = 0; i < int(slots_.size()); i++) {
+    if (slots_[i].cell >= 0) candidates.push_back({slots_[i].cell, slots_[i].written, i, -1});
+  }
+  for (int i = 0; i < n_batch; i++) candidates.push_back({batch_[i], ++clock_, -1, i});
+  std::sort(candidates.begin(), candidates.end(),
+            [](const Candidate& a, const Candidate& b) { return a.written > b.written; });  // latest first
+
+  std::vector<char> continued(n_batch, 0), seen(candidates.size(), 0), keep(candidates.size(), 0);
+  std::vector<size_t> of_sequence;
+  for (int row = n_batch - 1; row >= 0 && max_slots_ > 0; row--) {
+    if (continued[row]) continue;  // a later row belongs to the same sequence and sees all that this one does
+    of_sequence.clear();
+    for (size_t i = 0; i < candidates.size(); i++) {
+      if (!visible(row, candidates[i].cell)) continue;
+      of_sequence.push_back(i);
+      seen[i] = 1;
+      if (candidates[i].batch_row >= 0) continued[candidates[i].batch_row] = 1;
+    }
+    for (size_t i = 0; i < of_sequence.size() && int(i) < size_.last; i++) keep[of_sequence[i]] = 1;
+    if (size_.first > 0 && int(of_sequence.size()) > size_.last) {
+      // The sequence's first cells are those of lowest index that it sees: caches fill from the start.
+      const int64_t begin = batch_[row] / cells_per_stream_ * cells_per_stream_;
+      int64_t bound = begin;
+      for (int count = 0; bound < begin + cells_per_stream_; bound++) {
+        if (visible(row, bound) && ++count == size_.first) break;
+      }
+      for (size_t i : of_sequence) {
+        if (candidates[i].cell <= bound) keep[i] = 1;
+      }
+    }
+  }
+
+  std::vector<Move> moves;
+  for (size_t i = 0; i < candidates.size(); i++) {
+    if (candidates[i].slot < 0) continue;
+    Slot& slot = slots_[candidates[i].slot];
+    if (seen[i]) slot.seen = batch_number_;
+    if (seen[i] && !keep[i]) {
+      slot_of_.erase(slot.cell);
+      slot.cell = -1;
+    }
+  }
+  for (size_t i = candidates.size(); i-- > 0;) {  // oldest first
+    if (candidates[i].slot >= 0 || !keep[i]) continue;
+    const int slot = free_slot();
+    if (slot < 0) break;
+    slots_[slot] = {candidates[i].cell, candidates[i].written, batch_number_};
+    slot_of_[candidates[i].cell] = slot;
+    moves.push_back({candidates[i].batch_row, slot});
+  }
+  // Where free_slot recycled a slot that this very batch had just filled, only the last move into it counts.
+  std::erase_if(moves, [this](const Move& m) { return slots_[m.slot].cell != batch_[m.batch_row]; });
+  batch_.clear();
+  list_rows();
+  return moves;
+}
+
+}  // namespace thimble

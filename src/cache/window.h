@@ -1,0 +1,84 @@
+// Which cells of a layer are kept exactly beside their codes: the tokens of the batch in flight, and of every sequence
+// its first `first` cells and the last `last` ones written.
+//
+// ggml tells a cache which cells are written and, later, which cells each query may see (the mask); it never names a
+// sequence. So sequences are read off the mask: two batch rows belong to the same sequence where the later one sees the
+// earlier one's cell, and what the last row of a sequence sees is the sequence.
+//
+// This class only keeps the books (cells, slots, order); the rows themselves are CacheSide's.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+namespace thimble {
+
+struct WindowSize {
+  int first = 8;
+  int last = 128;
+  int total() const { return first + last; }
+  bool operator==(const WindowSize&) const = default;
+};
+
+class Window {
+public:
+  /// `max_slots`: how many cells can be kept when no batch is in flight, all sequences together. Cells are numbered
+  /// through all streams, `cells_per_stream` to each.
+  Window(WindowSize size, int max_slots, int64_t cells_per_stream);
+
+  /// A row that is at hand exactly: of a slot, or of the batch in flight.
+  struct Row {
+    int32_t cell;
+    bool in_flight;
+    int32_t index;  // slot, or row of the batch
+  };
+  /// A row of the batch that goes to a slot.
+  struct Move {
+    int32_t batch_row;
+    int32_t slot;
+  };
+
+  /// A new batch writes these cells; what the window held of them is dropped. Rows of an earlier batch that was never
+  /// committed are dropped too.
+  void begin_batch(std::span<const int64_t> cells);
+  std::span<const int64_t> batch() const { return batch_; }
+  /// All exact rows: slots first, then the batch in flight.
+  const std::vector<Row>& rows() const { return rows_; }
+
+  /// Ends the batch: `visible(row, cell)` says whether batch row `row` may see `cell`. Returns the rows to copy.
+  std::vector<Move> commit(const std::function<bool(int, int64_t)>& visible);
+
+  /// Slot for a cell whose exact row arrives by itself (a loaded state): takes the oldest slot where all are in use.
+  /// -1 where the window has no slots at all.
+  int place(int64_t cell);
+  /// Slot of a cell, or -1.
+  int find(int64_t cell) const;
+  void forget(int64_t cell);
+  void clear();
+
+  WindowSize size() const { return size_; }
+  int max_slots() const { return max_slots_; }
+
+private:
+  struct Slot {
+    int64_t cell = -1;
+    uint64_t written = 0;  // order of writing, over all cells
+    uint64_t seen = 0;     // last batch that could see it
+  };
+  int free_slot();
+  void list_rows();
+
+  WindowSize size_;
+  int max_slots_;
+  int64_t cells_per_stream_;
+  uint64_t clock_ = 0, batch_number_ = 0;
+  std::vector<Slot> slots_;  // grows up to max_slots_
+  std::unordered_map<int64_t, int> slot_of_;
+  std::vector<int64_t> batch_;
+  std::vector<Row> rows_;
+};
+
+}  // namespace thimble

@@ -1,0 +1,270 @@
+// Attention over a cache layer against attention computed densely in double, from the very rows the cache stands for.
+#include "attention/attention.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <thread>
+
+#include "codec/half.h"
+
+namespace thimble {
+namespace {
+
+struct Case {
+  int k_dim = 64, v_dim = 64, n_kv_heads = 2, group = 3, n_tokens = 1, n_streams = 1, cells = 200, n_cells = 200;
+  double bits = 2;
+  WindowSize window{4, 20};
+  float max_bias = 0, softcap = 0;
+  bool sinks = false, mask = true;
+  int threads = 1;
+  bool dense_transform = false;
+};
+
+HeadCodec codec_for(const Case& c, Kind kind, unsigned seed) {
+  const int dim = kind == Kind::key ? c.k_dim : c.v_dim;
+  HeadCodec codec = make_uncalibrated_codec(kind, make_format(dim, c.bits));
+  if (c.dense_transform) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    std::vector<float> mean(dim), matrix(size_t(dim) * dim);
+    for (float& v : mean) v = normal(random);
+    for (float& v : matrix) v = 0.3f * normal(random);
+    for (int i = 0; i < dim; i++) matrix[size_t(i) * dim + i] += 6;
+    codec.transform = Transform::dense(std::move(mean), std::move(matrix));
+    codec.prepare();
+  }
+  return codec;
+}
+
+// Runs a case and returns the normalized squared error against the dense computation.
+double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  const CacheShape shape{c.n_kv_heads, c.cells, c.n_streams};
+  std::vector<std::vector<uint8_t>> memory;
+  const int n_slots = c.window.total() * c.n_streams;
+  const auto make_side = [&](Kind kind) {
+    auto codecs = std::make_shared<std::vector<HeadCodec>>();
+    for (int h = 0; h < c.n_kv_heads; h++) codecs->push_back(codec_for(c, kind, 10 * h + int(kind)));
+    memory.emplace_back(CacheSide::memory_bytes(shape, codecs->front().format, n_slots));
+    return CacheSide(shape, codecs, n_slots, memory.back().data());
+  };
+  CacheSide keys = make_side(Kind::key), values = make_side(Kind::value);
+  CacheLayer layer(std::move(keys), std::move(values), Window(c.window, n_slots, c.cells));
+
+  // Fill: a few batches, each stream's cells in order; the last batch stays in flight.
+  std::vector<int64_t> batch;
+  const auto write = [&](bool commit) {
+    for (Kind kind : {Kind::key, Kind::value}) {
+      layer.begin_write(kind, batch);
+      std::vector<uint16_t> row(layer.side(kind).row_size());
+      for (size_t r = 0; r < batch.size(); r++) {
+        for (uint16_t& h : row) h = float_to_half(normal(random));
+        layer.write_row(kind, int(r), row.data());
+      }
+    }
+    if (commit) {
+      const std::vector<int64_t> cells = batch;
+      layer.commit(
+          [&, cells](int row, int64_t cell) { return cell / c.cells == cells[row] / c.cells && cell <= cells[row]; });
+    }
+    batch.clear();
+  };
+  const int before = c.n_cells - c.n_tokens;
+  for (int begin = 0; begin < before; begin += 37) {
+    for (int s = 0; s < c.n_streams; s++) {
+      for (int i = begin; i < std::min(begin + 37, before); i++) batch.push_back(int64_t(s) * c.cells + i);
+    }
+    write(true);
+  }
+  for (int s = 0; s < c.n_streams; s++) {
+    for (int i = before; i < c.n_cells; i++) batch.push_back(int64_t(s) * c.cells + i);
+  }
+  write(false);
+
+  const int n_heads = c.n_kv_heads * c.group;
+  const size_t n_q = size_t(c.n_streams) * c.n_tokens * n_heads;
+  std::vector<float> q(n_q * c.k_dim), out(n_q * c.v_dim, NAN), sinks(n_heads);
+  for (float& v : q) v = normal(random);
+  for (float& v : sinks) v = normal(random);
+  std::vector<uint16_t> mask(size_t(c.n_streams) * c.n_tokens * c.n_cells, 0);
+  for (int s = 0; s < c.n_streams; s++) {
+    for (int t = 0; t < c.n_tokens; t++) {
+      for (int i = 0; i < c.n_cells; i++) {
+        const int position = before + t;
+        uint16_t& m = mask[(size_t(s) * c.n_tokens + t) * c.n_cells + i];
+        if (i > position || i % 11 == 5)
+          m = 0xfc00;
+        else if (c.max_bias > 0)
+          m = float_to_half(float(i - position));
+      }
+    }
+  }
+
+  AttentionProblem p;
+  p.layer = &layer;
+  p.n_heads = n_heads;
+  p.n_tokens = c.n_tokens;
+  p.n_streams = c.n_streams;
+  p.n_cells = c.n_cells;
+  p.value_dim = c.v_dim;
+  p.q = q.data();  // [stream][head][token][dim]
+  p.q_token = c.k_dim;
+  p.q_head = size_t(c.k_dim) * c.n_tokens;
+  p.q_stream = p.q_head * n_heads;
+  p.out = out.data();  // [stream][token][head][dim]
+  p.out_head = c.v_dim;
+  p.out_token = size_t(c.v_dim) * n_heads;
+  p.out_stream = p.out_token * c.n_tokens;
+  p.mask = c.mask ? mask.data() : nullptr;
+  p.mask_token = c.n_cells;
+  p.mask_stream = size_t(c.n_cells) * c.n_tokens;
+  p.scale = 1 / std::sqrt(float(c.k_dim));
+  p.max_bias = c.max_bias;
+  p.softcap = c.softcap;
+  p.sinks = c.sinks ? sinks.data() : nullptr;
+  Attention attention;
+  attention.prepare(p, c.threads, kernels);
+  std::vector<std::thread> team;
+  for (int i = 0; i < c.threads; i++) team.emplace_back([&, i] { attention.attend(i); });
+  for (auto& t : team) t.join();
+  for (int i = 0; i < c.threads; i++) attention.combine(i);
+
+  double error = 0, size = 0;
+  std::vector<float> k_row(layer.keys().row_size()), v_row(layer.values().row_size());
+  for (int s = 0; s < c.n_streams; s++) {
+    std::vector<std::vector<float>> ks, vs;
+    for (int i = 0; i < c.n_cells; i++) {
+      const int64_t cell = int64_t(s) * c.cells + i;
+      layer.keys().decode_row(cell, k_row.data());
+      layer.values().decode_row(cell, v_row.data());
+      for (const auto& row : layer.window().rows()) {
+        if (row.cell != cell) continue;
+        for (size_t d = 0; d < k_row.size(); d++) k_row[d] = half_to_float(layer.keys().row_data(row)[d]);
+        for (size_t d = 0; d < v_row.size(); d++) v_row[d] = half_to_float(layer.values().row_data(row)[d]);
+      }
+      ks.push_back(k_row);
+      vs.push_back(v_row);
+    }
+    for (int t = 0; t < c.n_tokens; t++) {
+      for (int h = 0; h < n_heads; h++) {
+        std::vector<double> scores(c.n_cells), expected(c.v_dim, 0.0);
+        double top = c.sinks ? sinks[h] : -1e300, sum = 0;
+        for (int i = 0; i < c.n_cells; i++) {
+          double dot = 0;
+          for (int d = 0; d < c.k_dim; d++) {
+            dot += double(q[((size_t(s) * n_heads + h) * c.n_tokens + t) * c.k_dim + d]) *
+                   ks[i][h / c.group * c.k_dim + d];
+          }
+          dot *= p.scale;
+          if (c.softcap != 0) dot = c.softcap * std::tanh(dot / c.softcap);
+          if (c.mask) {
+            const float m = half_to_float(mask[(size_t(s) * c.n_tokens + t) * c.n_cells + i]);
+            dot += std::isinf(m) ? m : alibi_slope(c.max_bias, n_heads, h) * m;
+          }
+          scores[i] = dot;
+          top = std::max(top, dot);
+        }
+        if (c.sinks) sum = std::exp(sinks[h] - top);
+        for (int i = 0; i < c.n_cells; i++) {
+          const double w = std::exp(scores[i] - top);
+          sum += w;
+          for (int d = 0; d < c.v_dim; d++) expected[d] += w * vs[i][h / c.group * c.v_dim + d];
+        }
+        for (int d = 0; d < c.v_dim; d++) {
+          const double e = expected[d] / sum;
+          const double o = out[((size_t(s) * c.n_tokens + t) * n_heads + h) * c.v_dim + d];
+          error += (e - o) * (e - o);
+          size += e * e;
+        }
+      }
+    }
+  }
+  return error / size;
+}
+
+class AttentionOn : public testing::TestWithParam<const Kernels*> {
+protected:
+  // Tables of 8-bit look-ups and weights may cost a kernel this much of the codec's own error; the scalar one nothing.
+  double bound() const { return GetParam()->name == std::string("scalar") ? 1e-9 : 1e-4; }
+  void expect(const Case& c) const { EXPECT_LT(nmse_of(c, *GetParam()), bound()) << GetParam()->name; }
+};
+
+TEST_P(AttentionOn, EveryRateAndHeadSize) {
+  for (double bits : {16.0, 4.0, 3.0, 2.0, 1.5, 1.25, 1.0}) {
+    for (int dim : {32, 64, 80, 96, 128, 256}) {
+      Case c;
+      c.bits = bits;
+      c.k_dim = c.v_dim = dim;
+      SCOPED_TRACE(testing::Message() << bits << " bits, head size " << dim);
+      expect(c);
+    }
+  }
+}
+
+TEST_P(AttentionOn, AwkwardNumbersOfCells) {
+  for (int n : {1, 2, 63, 64, 65, 127, 128, 129, 199}) {
+    Case c;
+    c.n_cells = n;
+    SCOPED_TRACE(n);
+    expect(c);
+    c.window = {0, 0};
+    expect(c);
+  }
+}
+
+TEST_P(AttentionOn, GroupsTokensStreamsAndThreads) {
+  for (int group : {1, 2, 3, 5, 8, 16}) {
+    for (int n_tokens : {1, 3, 8, 9, 70}) {
+      for (int threads : {1, 2, 3, 7}) {
+        Case c;
+        c.group = group;
+        c.n_tokens = n_tokens;
+        c.threads = threads;
+        c.n_streams = threads == 3 ? 3 : 1;
+        SCOPED_TRACE(testing::Message() << "group " << group << " tokens " << n_tokens << " threads " << threads);
+        expect(c);
+      }
+    }
+  }
+}
+
+TEST_P(AttentionOn, DifferentKeyAndValueSizes) {
+  Case c;
+  c.k_dim = 96;
+  c.v_dim = 64;
+  expect(c);
+  c.n_tokens = 20;
+  expect(c);
+}
+
+TEST_P(AttentionOn, SoftcapAlibiSinksAndTransforms) {
+  for (int n_tokens : {1, 20}) {
+    for (bool dense : {false, true}) {
+      Case c;
+      c.n_tokens = n_tokens;
+      c.dense_transform = dense;
+      expect(c);
+      c.softcap = 5;
+      expect(c);
+      c.sinks = true;
+      expect(c);
+      c.softcap = 0;
+      c.max_bias = 8;
+      expect(c);
+      c.group = 5;  // heads that are no power of two take the second kind of slope
+      expect(c);
+      c.mask = false;
+      c.max_bias = 0;
+      expect(c);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, AttentionOn, testing::ValuesIn(available_kernels()),
+                         [](const auto& info) { return std::string(info.param->name); });
+
+}  // namespace
+}  // namespace thimble

@@ -1,0 +1,138 @@
+// A layer's cache: rows in and out, saved states, stream copies.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <random>
+
+#include "cache/state_row.h"
+#include "codec/half.h"
+
+namespace thimble {
+namespace {
+
+struct TestLayer {
+  explicit TestLayer(double bits, int n_streams = 1, int64_t cells = 100, WindowSize window = {2, 6}) {
+    const CacheShape shape{2, cells, n_streams};
+    const int n_slots = window.total() * n_streams;
+    const auto make = [&](Kind kind, std::vector<uint8_t>& memory) {
+      const Format format = make_format(64, bits);
+      auto codecs = std::make_shared<std::vector<HeadCodec>>(2, make_uncalibrated_codec(kind, format));
+      memory.resize(CacheSide::memory_bytes(shape, format, n_slots));
+      return CacheSide(shape, codecs, n_slots, memory.data());
+    };
+    CacheSide k = make(Kind::key, k_memory), v = make(Kind::value, v_memory);
+    layer = std::make_unique<CacheLayer>(std::move(k), std::move(v), Window(window, n_slots, cells));
+  }
+  // Writes cells [0, n) of a stream, one at a time.
+  void fill(int n, int stream = 0, unsigned seed = 1) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    const int64_t base = stream * layer->keys().shape().cells_per_stream;
+    for (int i = 0; i < n; i++) {
+      const int64_t cell = base + i;
+      for (Kind kind : {Kind::key, Kind::value}) {
+        layer->begin_write(kind, {&cell, 1});
+        std::vector<uint16_t> row(layer->side(kind).row_size());
+        for (auto& h : row) h = float_to_half(normal(random));
+        layer->write_row(kind, 0, row.data());
+      }
+      layer->commit([&](int, int64_t other) { return other >= base && other <= cell; });
+    }
+  }
+  std::vector<uint8_t> save(int first, int n, uint64_t hash = 42) const {
+    std::vector<uint8_t> state;
+    for (Kind kind : {Kind::key, Kind::value}) {
+      const size_t bytes = size_t(layer->side(kind).row_size()) * 2;
+      for (int i = 0; i < n; i++) {
+        state.resize(state.size() + bytes);
+        save_cell(*layer, kind, first + i, hash, state.data() + state.size() - bytes);
+      }
+    }
+    return state;
+  }
+  void load(const std::vector<uint8_t>& state, int first, int n, uint64_t hash = 42) {
+    const uint8_t* at = state.data();
+    for (Kind kind : {Kind::key, Kind::value}) {
+      for (int i = 0; i < n; i++, at += layer->side(kind).row_size() * 2) load_cell(*layer, kind, first + i, hash, at);
+    }
+  }
+  std::vector<uint8_t> k_memory, v_memory;
+  std::unique_ptr<CacheLayer> layer;
+};
+
+TEST(State, SaveLoadSaveGivesTheSameBytes) {
+  for (double bits : {16.0, 4.0, 2.0, 1.0}) {
+    for (int n : {3, 8, 9, 50, 100}) {
+      TestLayer a(bits), b(bits), c(bits);
+      a.fill(n);
+      const auto state = a.save(0, n);
+      b.load(state, 0, n);
+      EXPECT_EQ(b.save(0, n), state) << bits << " " << n;
+      if (n <= 50) {  // elsewhere in the cache too
+        c.load(state, 37, n);
+        EXPECT_EQ(c.save(37, n), state) << bits << " " << n;
+      }
+    }
+  }
+}
+
+TEST(State, LoadedAndOriginalGoOnAlike) {
+  TestLayer a(2), b(2);
+  a.fill(50);
+  b.load(a.save(0, 50), 0, 50);
+  for (TestLayer* t : {&a, &b}) {
+    for (int64_t cell = 50; cell < 60; cell++) {
+      for (Kind kind : {Kind::key, Kind::value}) {
+        t->layer->begin_write(kind, {&cell, 1});
+        t->layer->write_row(kind, 0, std::vector<uint16_t>(128, uint16_t(0x3c00 + cell)).data());
+      }
+      t->layer->commit([&](int, int64_t other) { return other <= cell; });
+    }
+  }
+  EXPECT_EQ(a.save(0, 60), b.save(0, 60));
+}
+
+TEST(State, RefusesCodesOfOtherSettings) {
+  TestLayer a(2), b(2), c(4), plain(16);
+  a.fill(50);
+  EXPECT_THROW(b.load(a.save(0, 50, 41), 0, 50), std::runtime_error);
+  EXPECT_THROW(plain.load(a.save(0, 50), 0, 50), std::runtime_error);
+  plain.fill(50);
+  EXPECT_NO_THROW(c.load(plain.save(0, 50), 0, 50));  // a plain f16 state is welcome
+}
+
+TEST(State, FitsItsRow) {
+  EXPECT_TRUE(state_row_fits({1, 64, 1}, make_format(64, 4)));
+  EXPECT_TRUE(state_row_fits({8, 64, 1}, make_format(128, 2)));
+  EXPECT_FALSE(state_row_fits({1, 64, 1}, make_format(8, 4)));
+}
+
+TEST(Streams, CopyTakesCodesAndWindow) {
+  TestLayer a(2, 3);
+  a.fill(60, 1, 7);
+  a.fill(20, 2, 8);
+  a.layer->copy_stream(Kind::key, 1, 2);
+  a.layer->copy_stream(Kind::value, 1, 2);
+  EXPECT_EQ(a.save(100, 60), a.save(200, 60));
+  const auto before = a.save(100, 60);
+  a.fill(5, 2, 9);
+  EXPECT_EQ(a.save(100, 60), before);
+}
+
+TEST(Layer, KeysAndValuesInEitherOrderMakeOneBatch) {
+  TestLayer a(2), b(2);
+  const int64_t cells[2] = {0, 1};
+  const std::vector<uint16_t> row(128, 0x3c00);
+  for (auto [t, first, second] : {std::tuple{&a, Kind::key, Kind::value}, {&b, Kind::value, Kind::key}}) {
+    for (Kind kind : {first, second}) {
+      t->layer->begin_write(kind, cells);
+      for (int r : {0, 1}) t->layer->write_row(kind, r, row.data());
+    }
+    EXPECT_EQ(t->layer->window().rows().size(), 2u);
+    t->layer->commit([](int, int64_t) { return true; });
+  }
+  EXPECT_EQ(a.save(0, 2), b.save(0, 2));
+}
+
+}  // namespace
+}  // namespace thimble

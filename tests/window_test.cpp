@@ -1,0 +1,128 @@
+// The window's books: which cells stay exact, for one and for several sequences.
+#include "cache/window.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <set>
+
+namespace thimble {
+namespace {
+
+// A cache as llama.cpp keeps it: cells with a sequence and a position; masks are causal within a sequence.
+class Sequences {
+public:
+  Sequences(WindowSize size, int max_slots, int64_t cells) : window(size, max_slots, cells) {}
+
+  // Writes one token for each given sequence, at the lowest free cells.
+  void decode(const std::vector<int>& sequences) {
+    std::vector<int64_t> batch;
+    for (int s : sequences) {
+      int64_t cell = 0;
+      while (owner_.count(cell)) cell++;
+      owner_[cell] = {s, positions_[s]++};
+      batch.push_back(cell);
+    }
+    window.begin_batch(batch);
+    EXPECT_GE(window.rows().size(), batch.size());
+    window.commit([&](int row, int64_t cell) {
+      const auto it = owner_.find(cell);
+      const auto& self = owner_.at(batch[row]);
+      return it != owner_.end() && it->second.first == self.first && it->second.second <= self.second;
+    });
+  }
+  void remove(int sequence) {
+    std::erase_if(owner_, [&](const auto& e) { return e.second.first == sequence; });
+    positions_[sequence] = 0;
+  }
+  // Positions of a sequence that are exact.
+  std::set<int> exact(int sequence) const {
+    std::set<int> positions;
+    for (const auto& row : window.rows()) {
+      const auto it = owner_.find(row.cell);
+      if (it != owner_.end() && it->second.first == sequence) positions.insert(it->second.second);
+    }
+    return positions;
+  }
+  static std::set<int> expected(int length, WindowSize size) {
+    std::set<int> positions;
+    for (int p = 0; p < length; p++) {
+      if (p < size.first || p >= length - size.last) positions.insert(p);
+    }
+    return positions;
+  }
+
+  Window window;
+
+private:
+  std::map<int64_t, std::pair<int, int>> owner_;
+  std::map<int, int> positions_;
+};
+
+constexpr WindowSize kSize{4, 10};
+
+TEST(Window, KeepsFirstAndLastOfOneSequence) {
+  Sequences s(kSize, kSize.total(), 1000);
+  for (int n = 1; n <= 100; n++) {
+    s.decode({0});
+    EXPECT_EQ(s.exact(0), Sequences::expected(n, kSize)) << n;
+  }
+}
+
+TEST(Window, BatchesOfAnySizeLeaveTheSameWindow) {
+  for (int batch : {2, 3, 7, 20, 50}) {
+    Sequences s(kSize, kSize.total(), 1000);
+    for (int n = 0; n < 100; n += batch) {
+      s.decode(std::vector<int>(batch, 0));
+      EXPECT_EQ(s.exact(0), Sequences::expected(n + batch, kSize)) << batch;
+    }
+  }
+}
+
+TEST(Window, EverySequenceHasItsOwn) {
+  Sequences s(kSize, 4 * kSize.total(), 1000);
+  for (int n = 1; n <= 60; n++) {
+    s.decode({0, 1, 2, 3});
+    for (int q = 0; q < 4; q++) EXPECT_EQ(s.exact(q), Sequences::expected(n, kSize)) << n;
+  }
+  for (int n = 61; n <= 90; n++) s.decode({2});  // the others' stay while one goes on
+  EXPECT_EQ(s.exact(2), Sequences::expected(90, kSize));
+  EXPECT_EQ(s.exact(1), Sequences::expected(60, kSize));
+}
+
+TEST(Window, CellsOfRemovedSequencesGiveWay) {
+  Sequences s(kSize, kSize.total(), 1000);
+  for (int round = 0; round < 5; round++) {
+    for (int n = 1; n <= 40; n++) s.decode({round});
+    EXPECT_EQ(s.exact(round), Sequences::expected(40, kSize)) << round;
+    s.remove(round);
+  }
+}
+
+TEST(Window, ActiveSequencesWinOverIdleOnes) {
+  Sequences s(kSize, kSize.total(), 1000);  // room for one
+  for (int n = 0; n < 30; n++) s.decode({0});
+  for (int n = 0; n < 30; n++) s.decode({1});
+  EXPECT_EQ(s.exact(1), Sequences::expected(30, kSize));
+  EXPECT_TRUE(s.exact(0).empty());
+}
+
+TEST(Window, NoWindowKeepsOnlyTheBatch) {
+  Window window({0, 0}, 0, 100);
+  window.begin_batch(std::vector<int64_t>{1, 2, 3});
+  EXPECT_EQ(window.rows().size(), 3u);
+  EXPECT_TRUE(window.commit([](int, int64_t) { return true; }).empty());
+  EXPECT_TRUE(window.rows().empty());
+  EXPECT_EQ(window.place(1), -1);
+}
+
+TEST(Window, RewrittenCellsAreForgotten) {
+  Sequences s(kSize, kSize.total(), 1000);
+  for (int n = 0; n < 10; n++) s.decode({0});
+  ASSERT_GE(s.window.find(3), 0);
+  s.window.begin_batch(std::vector<int64_t>{3});
+  EXPECT_EQ(s.window.find(3), -1);
+}
+
+}  // namespace
+}  // namespace thimble
