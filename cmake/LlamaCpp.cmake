@@ -1,0 +1,69 @@
+# The llama.cpp that the plugin is built for: targets ggml-base, ggml, llama, and
+#   THIMBLE_LLAMA_CPP_SOURCE   its source (for ggml-backend-impl.h, which is not installed)
+#   THIMBLE_LLAMA_CPP_BIN      where its programs and libraries are
+#   THIMBLE_GGML_VERSION       the only version that the plugin will load into
+#
+# In this order:
+#   -DTHIMBLE_LLAMA_CPP=<dir>  a source tree (built with this project), or a build or install tree, whose source is then
+#                              -DTHIMBLE_LLAMA_CPP_SOURCE=<dir>
+#   -DTHIMBLE_LLAMA_CPP_TAG=<release>   FetchContent of that release, where the network has it
+#   the source that the PyPI package llama-cpp-python vendors (scripts/fetch-llama-cpp)
+set(THIMBLE_LLAMA_CPP "" CACHE PATH "llama.cpp: source, build or install directory")
+set(THIMBLE_LLAMA_CPP_SOURCE "" CACHE PATH "Source of the llama.cpp that THIMBLE_LLAMA_CPP is a build of")
+set(THIMBLE_LLAMA_CPP_TAG "" CACHE STRING "llama.cpp release to fetch")
+
+set(source ${THIMBLE_LLAMA_CPP_SOURCE})
+set(prebuilt "")
+if(THIMBLE_LLAMA_CPP AND EXISTS ${THIMBLE_LLAMA_CPP}/ggml/CMakeLists.txt)
+  set(source ${THIMBLE_LLAMA_CPP})
+elseif(THIMBLE_LLAMA_CPP)
+  set(prebuilt ${THIMBLE_LLAMA_CPP})
+  if(NOT EXISTS "${source}/ggml/src/ggml-backend-impl.h")
+    message(FATAL_ERROR "${prebuilt} is no source tree: say where its source is with -DTHIMBLE_LLAMA_CPP_SOURCE=<dir>")
+  endif()
+elseif(THIMBLE_LLAMA_CPP_TAG)
+  include(FetchContent)
+  FetchContent_Declare(llama_cpp GIT_REPOSITORY https://github.com/ggml-org/llama.cpp.git
+                       GIT_TAG ${THIMBLE_LLAMA_CPP_TAG} GIT_SHALLOW TRUE SOURCE_SUBDIR none)
+  FetchContent_MakeAvailable(llama_cpp)
+  set(source ${llama_cpp_SOURCE_DIR})
+elseif(NOT source)
+  execute_process(COMMAND ${CMAKE_SOURCE_DIR}/scripts/fetch-llama-cpp OUTPUT_VARIABLE source
+                  OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+endif()
+set(THIMBLE_LLAMA_CPP_SOURCE ${source})
+
+file(STRINGS ${source}/ggml/CMakeLists.txt version_lines REGEX "^set\\(GGML_VERSION_(MAJOR|MINOR|PATCH) ")
+list(TRANSFORM version_lines REPLACE ".* ([0-9]+)\\)" "\\1")
+list(JOIN version_lines "." THIMBLE_GGML_VERSION)
+message(STATUS "llama.cpp: ${source} (ggml ${THIMBLE_GGML_VERSION})${prebuilt}")
+
+if(prebuilt)
+  foreach(name ggml-base ggml llama llama-common)
+    find_library(THIMBLE_LIB_${name} ${name} PATHS ${prebuilt}/bin ${prebuilt}/lib NO_DEFAULT_PATH REQUIRED)
+    add_library(${name} SHARED IMPORTED GLOBAL)
+    set_target_properties(${name} PROPERTIES IMPORTED_LOCATION ${THIMBLE_LIB_${name}})
+    target_include_directories(${name} SYSTEM INTERFACE ${source}/ggml/include ${source}/include)
+  endforeach()
+  target_include_directories(llama-common SYSTEM INTERFACE ${source}/common)
+  set(THIMBLE_LLAMA_CPP_BIN ${prebuilt}/bin)
+else()
+  # Only the targets that something here depends on get built.
+  set(BUILD_SHARED_LIBS ON)
+  set(LLAMA_BUILD_COMMON ON CACHE BOOL "" FORCE)
+  set(LLAMA_BUILD_TOOLS ON CACHE BOOL "" FORCE)
+  set(LLAMA_BUILD_SERVER ON CACHE BOOL "" FORCE)
+  set(LLAMA_BUILD_TESTS ${THIMBLE_TESTS} CACHE BOOL "" FORCE)
+  foreach(off LLAMA_BUILD_UI LLAMA_BUILD_EXAMPLES LLAMA_BUILD_APP LLAMA_OPENSSL LLAMA_TESTS_INSTALL)
+    set(${off} OFF CACHE BOOL "" FORCE)
+  endforeach()
+  add_subdirectory(${source} ${CMAKE_BINARY_DIR}/llama.cpp EXCLUDE_FROM_ALL)
+  unset(BUILD_SHARED_LIBS)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13
+     AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    # GCC 12's _tile_loadconfig tells the optimizer of 8 of the 64 bytes that it reads: ggml's tile configuration is
+    # dropped as dead stores, and its first AMX instruction is then illegal.
+    target_compile_options(ggml-cpu PRIVATE -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+  endif()
+  set(THIMBLE_LLAMA_CPP_BIN ${CMAKE_BINARY_DIR}/bin)
+endif()

@@ -1,0 +1,195 @@
+#include "plugin/device.h"
+
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "ggml-impl.h"
+#include "plugin/graph.h"
+#include "plugin/kv_buffer.h"
+#include "plugin/settings.h"
+
+namespace thimble {
+namespace {
+
+struct DeviceContext {
+  ggml_backend_dev_t inner;
+  std::string name, description;
+};
+
+struct BackendContext {
+  ggml_backend_t inner;
+  CpuGraph graph;
+};
+
+DeviceContext& context_of(ggml_backend_dev_t device) {
+  return *static_cast<DeviceContext*>(device->context);
+}
+BackendContext& context_of(ggml_backend_t backend) {
+  return *static_cast<BackendContext*>(backend->context);
+}
+
+// ---- backend
+
+const char* backend_name(ggml_backend_t backend) {
+  return context_of(backend->device).name.c_str();
+}
+
+void backend_free(ggml_backend_t backend) {
+  ggml_backend_free(context_of(backend).inner);
+  delete &context_of(backend);
+  delete backend;
+}
+
+ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph* graph) {
+  try {
+    return context_of(backend).graph.compute(graph);
+  } catch (const std::exception& error) {
+    GGML_LOG_ERROR("thimble: %s\n", error.what());
+    return GGML_STATUS_FAILED;
+  }
+}
+
+const ggml_backend_i kBackendInterface = [] {
+  ggml_backend_i i{};
+  i.get_name = backend_name;
+  i.free = backend_free;
+  i.graph_compute = backend_compute;
+  return i;
+}();
+
+ggml_guid kGuid = {0x74, 0x68, 0x69, 0x6d, 0x62, 0x6c, 0x65, 0x2d, 0x6b, 0x76, 0x2d, 0x63, 0x61, 0x63, 0x68, 0x65};
+
+// ---- device
+
+const char* device_name(ggml_backend_dev_t device) {
+  return context_of(device).name.c_str();
+}
+const char* device_description(ggml_backend_dev_t device) {
+  return context_of(device).description.c_str();
+}
+
+void device_memory(ggml_backend_dev_t device, size_t* free, size_t* total) {
+  ggml_backend_dev_memory(context_of(device).inner, free, total);
+}
+
+enum ggml_backend_dev_type device_type(ggml_backend_dev_t) {
+  return GGML_BACKEND_DEVICE_TYPE_GPU;
+}
+
+void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
+  ggml_backend_dev_get_props(context_of(device).inner, props);  // its device_id too: the same hardware counts once
+  props->name = device_name(device);
+  props->description = device_description(device);
+  props->type = device_type(device);
+  props->caps.async = false;
+  props->caps.events = false;
+}
+
+ggml_backend_t device_init(ggml_backend_dev_t device, const char* params) {
+  ggml_backend_t inner = ggml_backend_dev_init(context_of(device).inner, params);
+  if (!inner) return nullptr;
+  return new ggml_backend{&kGuid, kBackendInterface, device, new BackendContext{inner, CpuGraph(inner)}};
+}
+
+ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t device) {
+  return kv_buffer_type(device, context_of(device).inner);
+}
+
+ggml_backend_buffer_t device_from_host(ggml_backend_dev_t device, void* data, size_t size, size_t max_tensor_size) {
+  return ggml_backend_dev_buffer_from_host_ptr(context_of(device).inner, data, size, max_tensor_size);
+}
+
+// The inner device knows its own buffers only: a weight that sits in ours (or in a dummy of ours, while llama.cpp
+// chooses buffers) is shown to it as lying in its own.
+bool inner_supports(ggml_backend_dev_t inner, const ggml_tensor* op) {
+  return ggml_backend_dev_supports_op(inner, op);
+}
+
+bool device_supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
+  std::string why;
+  switch (classify(op, &why)) {
+    case NodeKind::other:
+      return inner_supports(context_of(device).inner, op);
+    case NodeKind::refused: {
+      const KvBuffer* buffer = KvBuffer::of(op);
+      for (const ggml_tensor* src : op->src) {
+        if (!buffer && src) buffer = KvBuffer::of(src);
+      }
+      // While the context is being made an exception reaches llama_init_from_model, which fails with our sentence.
+      // Later the graph fails instead. Saying "not supported" would make ggml abort: no other device can read codes.
+      if (buffer && !buffer->in_use) throw std::runtime_error(why);
+      return true;
+    }
+    case NodeKind::attend: {
+      const ggml_tensor *k = op->src[1], *v = op->src[2];
+      KvBuffer::of(k)->bind(*KvBuffer::layer_of(k), int(k->ne[0]), int(v->ne[0]), int(k->ne[2]));
+      return true;
+    }
+    case NodeKind::write:
+    case NodeKind::shift:
+    case NodeKind::view:
+      return true;
+  }
+  return false;
+}
+
+bool device_supports_buft(ggml_backend_dev_t device, ggml_backend_buffer_type_t type) {
+  return type == device_buffer_type(device) || ggml_backend_dev_supports_buft(context_of(device).inner, type);
+}
+
+const ggml_backend_device_i kDeviceInterface = [] {
+  ggml_backend_device_i i{};
+  i.get_name = device_name;
+  i.get_description = device_description;
+  i.get_memory = device_memory;
+  i.get_type = device_type;
+  i.get_props = device_props;
+  i.init_backend = device_init;
+  i.get_buffer_type = device_buffer_type;
+  i.buffer_from_host_ptr = device_from_host;
+  i.supports_op = device_supports_op;
+  i.supports_buft = device_supports_buft;
+  return i;
+}();
+
+std::vector<std::unique_ptr<ggml_backend_device>>& devices() {
+  static std::vector<std::unique_ptr<ggml_backend_device>> all;
+  return all;
+}
+
+}  // namespace
+
+void make_devices(ggml_backend_reg_t registry) {
+  if (!devices().empty()) return;
+  const Settings settings = Settings::from_environment();
+  ggml_backend_dev_t inner = settings.device.empty() ? ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)
+                                                     : ggml_backend_dev_by_name(settings.device.c_str());
+  if (!inner) {
+    throw std::runtime_error("there is no ggml device '" + (settings.device.empty() ? "CPU" : settings.device) +
+                             "' to run on; see llama-server --list-devices");
+  }
+  if (ggml_backend_dev_type(inner) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+    throw std::runtime_error("device=" + settings.device + ": only CPU devices can be wrapped so far");
+  }
+  auto* context = new DeviceContext{
+      inner, "THIMBLE0",
+      std::string("coded KV cache on ") + ggml_backend_dev_description(inner) + " (" + kernels().name + " kernels)"};
+  devices().push_back(std::make_unique<ggml_backend_device>(ggml_backend_device{kDeviceInterface, registry, context}));
+}
+
+size_t device_count() {
+  return devices().size();
+}
+ggml_backend_dev_t device_at(size_t index) {
+  return devices()[index].get();
+}
+ggml_backend_dev_t inner_device(ggml_backend_dev_t device) {
+  return context_of(device).inner;
+}
+ggml_backend_t inner_backend(ggml_backend_t backend) {
+  return context_of(backend).inner;
+}
+
+}  // namespace thimble

@@ -1,0 +1,313 @@
+#include "plugin/kv_buffer.h"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "cache/state_row.h"
+#include "ggml-impl.h"
+
+namespace thimble {
+namespace {
+
+// Scales are one a head, so the memory of codes depends (a little) on the head size.
+constexpr int kAssumedHeadDim = 64;
+
+struct BufferTypeContext {
+  ggml_backend_buffer_type_t inner;
+  std::string name;
+};
+
+BufferTypeContext& context_of(ggml_backend_buffer_type_t type) {
+  return *static_cast<BufferTypeContext*>(type->context);
+}
+KvBuffer& context_of(ggml_backend_buffer_t buffer) {
+  return *static_cast<KvBuffer*>(buffer->context);
+}
+
+int window_slots(const Settings& settings, int64_t n_streams) {
+  return settings.passthrough() ? 0 : settings.window.total() * int(n_streams);
+}
+
+// Memory to reserve for a cache tensor, and to report as the size of its cache.
+size_t reserved_bytes(const ggml_tensor* tensor, const CacheName& name, const Settings& settings) {
+  const int64_t width = tensor->ne[0];
+  const int head_dim = width % kAssumedHeadDim == 0 ? kAssumedHeadDim : int(width & -width);
+  const Format format =
+      make_format(std::max(head_dim, 2), name.kind == Kind::key ? settings.key_bits : settings.value_bits);
+  const CacheShape shape{int(width / format.head_dim), tensor->ne[1], int(tensor->ne[2])};
+  return CacheSide::memory_bytes(shape, format, window_slots(settings, shape.n_streams));
+}
+
+// ---- buffer
+
+void buffer_free(ggml_backend_buffer_t buffer) {
+  delete &context_of(buffer);
+}
+
+void* buffer_base(ggml_backend_buffer_t buffer) {
+  return ggml_backend_buffer_get_base(context_of(buffer).inner());
+}
+
+ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
+  KvBuffer& kv = context_of(buffer);
+  if (tensor->view_src) {
+    // Views of caches stay ours; views of anything else have the inner buffer already, from their source.
+    return GGML_STATUS_SUCCESS;
+  }
+  if (const auto name = parse_cache_name(tensor->name)) {
+    if (tensor->type != GGML_TYPE_F16) {
+      GGML_LOG_ERROR(
+          "thimble: cache type %s: Thimble codes the cache itself; leave --cache-type-k and --cache-type-v at f16\n",
+          ggml_type_name(tensor->type));
+      return GGML_STATUS_FAILED;
+    }
+    if (is_managed(tensor, kv.settings())) {
+      kv.add(tensor, *name);
+      return GGML_STATUS_SUCCESS;
+    }
+  }
+  tensor->buffer = kv.inner();
+  // llama.cpp marks weight buffers as such after their tensors were handed to the inner buffer, which it cannot see.
+  const std::string_view name = tensor->name;
+  if (tensor->op == GGML_OP_NONE && name.ends_with(".weight")) {
+    ggml_backend_buffer_set_usage(kv.inner(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+  }
+  return kv.inner()->iface.init_tensor ? kv.inner()->iface.init_tensor(kv.inner(), tensor) : GGML_STATUS_SUCCESS;
+}
+
+void buffer_memset(ggml_backend_buffer_t buffer, ggml_tensor* tensor, uint8_t value, size_t offset, size_t size) {
+  const std::vector<uint8_t> data(size, value);
+  context_of(buffer).load(tensor, data.data(), offset, size);
+}
+
+void buffer_set(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
+  context_of(buffer).load(tensor, static_cast<const uint8_t*>(data), offset, size);
+}
+
+void buffer_get(ggml_backend_buffer_t buffer, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
+  context_of(buffer).save(tensor, static_cast<uint8_t*>(data), offset, size);
+}
+
+bool buffer_copy(ggml_backend_buffer_t buffer, const ggml_tensor* from, ggml_tensor* to) {
+  return context_of(buffer).copy(from, to);
+}
+
+void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+  context_of(buffer).clear(value);
+}
+
+constexpr ggml_backend_buffer_i kBufferInterface = {
+    /* .free_buffer   = */ buffer_free,
+    /* .get_base      = */ buffer_base,
+    /* .init_tensor   = */ buffer_init_tensor,
+    /* .memset_tensor = */ buffer_memset,
+    /* .set_tensor    = */ buffer_set,
+    /* .get_tensor    = */ buffer_get,
+    /* .set_tensor_2d = */ nullptr,
+    /* .get_tensor_2d = */ nullptr,
+    /* .cpy_tensor    = */ buffer_copy,
+    /* .clear         = */ buffer_clear,
+    /* .reset         = */ nullptr,
+};
+
+// ---- buffer type
+
+const char* type_name(ggml_backend_buffer_type_t type) {
+  return context_of(type).name.c_str();
+}
+
+ggml_backend_buffer_t type_alloc(ggml_backend_buffer_type_t type, size_t size) {
+  try {
+    auto settings = Settings::from_environment();
+    ggml_backend_buffer_t inner = ggml_backend_buft_alloc_buffer(context_of(type).inner, size);
+    if (!inner) return nullptr;
+    return ggml_backend_buffer_init(type, kBufferInterface, new KvBuffer(inner, std::move(settings)), size);
+  } catch (const std::exception& error) {
+    GGML_LOG_ERROR("thimble: %s\n", error.what());
+    return nullptr;
+  }
+}
+
+size_t type_alignment(ggml_backend_buffer_type_t type) {
+  return ggml_backend_buft_get_alignment(context_of(type).inner);
+}
+size_t type_max_size(ggml_backend_buffer_type_t type) {
+  return ggml_backend_buft_get_max_size(context_of(type).inner);
+}
+
+size_t type_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor* tensor) {
+  try {
+    const auto name = tensor->view_src ? std::nullopt : parse_cache_name(tensor->name);
+    if (name && tensor->type == GGML_TYPE_F16) {
+      const Settings settings = Settings::from_environment();
+      if (is_managed(tensor, settings)) return reserved_bytes(tensor, *name, settings);
+    }
+  } catch (const std::exception&) {
+    // Said by type_alloc, which can refuse; here the nominal size does.
+  }
+  return ggml_backend_buft_get_alloc_size(context_of(type).inner, tensor);
+}
+
+}  // namespace
+
+std::optional<CacheName> parse_cache_name(const char* name) {
+  CacheName result{};
+  char kind = 0;
+  int end = 0;
+  if (std::sscanf(name, "cache_%c_l%d%n", &kind, &result.layer, &end) != 2 || name[end] != '\0') return std::nullopt;
+  if (kind != 'k' && kind != 'v') return std::nullopt;
+  result.kind = kind == 'k' ? Kind::key : Kind::value;
+  return result;
+}
+
+const ggml_tensor* root_of(const ggml_tensor* tensor) {
+  while (tensor->view_src) tensor = tensor->view_src;
+  return tensor;
+}
+
+bool is_managed(const ggml_tensor* tensor, const Settings& settings) {
+  return tensor->ne[1] > settings.small_cells;
+}
+
+KvBuffer::KvBuffer(ggml_backend_buffer_t inner, Settings settings)
+    : inner_(inner), settings_(std::move(settings)), hash_(settings_.hash()) {}
+
+KvBuffer::~KvBuffer() {
+  ggml_backend_buffer_free(inner_);
+}
+
+KvBuffer* KvBuffer::of(const ggml_tensor* tensor) {
+  const ggml_tensor* root = root_of(tensor);
+  if (!root->buffer || root->buffer->iface.get_base != buffer_base) return nullptr;
+  return &context_of(root->buffer);
+}
+
+ManagedLayer* KvBuffer::layer_of(const ggml_tensor* tensor, Kind* kind) {
+  KvBuffer* buffer = of(tensor);
+  if (!buffer) return nullptr;
+  const auto name = parse_cache_name(root_of(tensor)->name);
+  if (!name) return nullptr;
+  const auto it = buffer->layers_.find(name->layer);
+  if (it == buffer->layers_.end() || it->second.tensors[int(name->kind)] != root_of(tensor)) return nullptr;
+  if (kind) *kind = name->kind;
+  return &it->second;
+}
+
+void KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
+  ManagedLayer& layer = layers_[name.layer];
+  layer.index = name.layer;
+  layer.tensors[int(name.kind)] = tensor;
+}
+
+void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads) {
+  if (layer.cache) return;
+  const std::string where = "layer " + std::to_string(layer.index) + ": ";
+  for (Kind kind : {Kind::key, Kind::value}) {
+    const int dim = kind == Kind::key ? key_dim : value_dim;
+    const ggml_tensor* tensor = layer.tensors[int(kind)];
+    if (!tensor || tensor->ne[0] != int64_t(dim) * n_kv_heads) {
+      throw std::runtime_error(
+          where +
+          "this model's cache has no plain keys and values (MLA or the like), which Thimble cannot "
+          "code; run it without the THIMBLE device (--device none, or thimble --kv f16)");
+    }
+  }
+  const auto make_side = [&](Kind kind) {
+    const int dim = kind == Kind::key ? key_dim : value_dim;
+    const ggml_tensor* tensor = layer.tensors[int(kind)];
+    const CacheShape shape{n_kv_heads, tensor->ne[1], int(tensor->ne[2])};
+    const Format format = make_format(dim, kind == Kind::key ? settings_.key_bits : settings_.value_bits);
+    if (!state_row_fits(shape, format)) {
+      throw std::runtime_error(where + "heads of size " + std::to_string(dim) +
+                               " are too small to code; use bits=16 or run without the THIMBLE device");
+    }
+    auto codecs = std::make_shared<std::vector<HeadCodec>>();
+    for (int head = 0; head < n_kv_heads; head++) codecs->push_back(make_uncalibrated_codec(kind, format));
+    const int n_slots = window_slots(settings_, shape.n_streams);
+    const size_t bytes = CacheSide::memory_bytes(shape, format, n_slots);
+    uint8_t* memory = static_cast<uint8_t*>(tensor->data);
+    if (bytes > reserved_bytes(tensor, {kind, layer.index}, settings_)) {
+      layer.own_memory[int(kind)].assign(bytes, 0);
+      memory = layer.own_memory[int(kind)].data();
+    }
+    bound_bytes_ += bytes;
+    return CacheSide(shape, std::move(codecs), n_slots, memory);
+  };
+  CacheSide keys = make_side(Kind::key), values = make_side(Kind::value);
+  const int n_streams = keys.shape().n_streams;
+  const int64_t cells = keys.shape().cells_per_stream;
+  const int sequences = n_streams > 1 ? n_streams : settings_.sequences;
+  const int max_slots = settings_.passthrough() ? 0 : settings_.window.total() * sequences;
+  layer.cache =
+      std::make_unique<CacheLayer>(std::move(keys), std::move(values), Window(settings_.window, max_slots, cells));
+}
+
+void KvBuffer::clear(uint8_t value) {
+  if (inner_->size > 0) ggml_backend_buffer_clear(inner_, value);
+  for (auto& [index, layer] : layers_) {
+    if (layer.cache) layer.cache->clear();
+    for (auto& memory : layer.own_memory) std::fill(memory.begin(), memory.end(), value);
+  }
+}
+
+// llama.cpp saves and loads whole rows of stream views; `offset` counts nominal f16 bytes.
+KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const {
+  Rows rows{};
+  rows.layer = layer_of(tensor, &rows.kind);
+  const size_t row_bytes = root_of(tensor)->nb[1];
+  const size_t from = tensor->view_offs + offset;
+  if (!rows.layer || !rows.layer->cache || from % row_bytes != 0 || size % row_bytes != 0) {
+    throw std::runtime_error(std::string("tensor ") + tensor->name +
+                             ": a coded cache can be read and written by whole rows only");
+  }
+  rows.first = int64_t(from / row_bytes);
+  rows.count = int64_t(size / row_bytes);
+  return rows;
+}
+
+void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size) {
+  const Rows rows = rows_of(tensor, offset, size);
+  const size_t row_bytes = root_of(tensor)->nb[1];
+  for (int64_t i = 0; i < rows.count; i++) {
+    save_cell(*rows.layer->cache, rows.kind, rows.first + i, hash_, data + i * row_bytes);
+  }
+}
+
+void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offset, size_t size) {
+  const Rows rows = rows_of(tensor, offset, size);
+  const size_t row_bytes = root_of(tensor)->nb[1];
+  for (int64_t i = 0; i < rows.count; i++) {
+    load_cell(*rows.layer->cache, rows.kind, rows.first + i, hash_, data + i * row_bytes);
+  }
+}
+
+bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
+  Kind kind;
+  ManagedLayer* layer = layer_of(to, &kind);
+  if (!layer || layer != layer_of(from) || !layer->cache) return false;  // the caller then goes through save and load
+  const CacheShape& shape = layer->cache->keys().shape();
+  const Rows source = rows_of(from, 0, ggml_nbytes(from)), target = rows_of(to, 0, ggml_nbytes(to));
+  if (source.count != shape.cells_per_stream || target.count != source.count) return false;
+  layer->cache->copy_stream(kind, int(source.first / shape.cells_per_stream),
+                            int(target.first / shape.cells_per_stream));
+  return true;
+}
+
+ggml_backend_buffer_type_t kv_buffer_type(ggml_backend_dev_t device, ggml_backend_dev_t inner) {
+  static std::mutex mutex;
+  static std::map<ggml_backend_dev_t, ggml_backend_buffer_type> types;
+  const std::lock_guard lock(mutex);
+  auto [it, is_new] = types.try_emplace(device);
+  if (is_new) {
+    it->second = {{type_name, type_alloc, type_alignment, type_max_size, type_alloc_size, nullptr},
+                  device,
+                  new BufferTypeContext{ggml_backend_dev_buffer_type(inner), ggml_backend_dev_name(device)}};
+  }
+  return &it->second;
+}
+
+bool is_kv_buffer_type(ggml_backend_buffer_type_t type) {
+  return type->iface.get_name == type_name;
+}
+
+}  // namespace thimble

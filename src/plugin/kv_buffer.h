@@ -1,0 +1,92 @@
+// The buffer type of a Thimble device. It wraps the inner device's: every tensor but the KV cache's is handed to the
+// inner buffer, so that the inner backend sees tensors of its own; tensors named cache_k_l<i> and cache_v_l<i> get the
+// memory of their codes and are served by a CacheLayer.
+//
+// A cache tensor does not say its head size, and llama.cpp allocates it before any graph exists. So memory is reserved
+// for the head size assumed by `kAssumedHeadDim`, and a layer is bound to its true shape when the first attention node
+// over it is seen, which llama.cpp does while it makes the context.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cache/layer.h"
+#include "ggml-backend-impl.h"
+#include "ggml.h"
+#include "plugin/settings.h"
+
+namespace thimble {
+
+class Profile;
+
+/// The name of a cache tensor, taken apart.
+struct CacheName {
+  Kind kind;
+  int layer;
+};
+std::optional<CacheName> parse_cache_name(const char* name);
+
+/// The tensor that owns the memory of a view, through all views.
+const ggml_tensor* root_of(const ggml_tensor* tensor);
+
+/// One layer of a KV cache as llama.cpp allocated it.
+struct ManagedLayer {
+  int index = 0;
+  ggml_tensor* tensors[2] = {nullptr, nullptr};  // by Kind; set by init_tensor
+  std::unique_ptr<CacheLayer> cache;             // once bound
+  std::vector<uint8_t> own_memory[2];            // where the reserved memory is too small (heads under kAssumedHeadDim)
+};
+
+class KvBuffer {
+public:
+  KvBuffer(ggml_backend_buffer_t inner, Settings settings);
+  ~KvBuffer();
+
+  ggml_backend_buffer_t inner() const { return inner_; }
+  const Settings& settings() const { return settings_; }
+
+  /// The layer behind a tensor or a view of it, or null where the tensor is not a managed cache.
+  static ManagedLayer* layer_of(const ggml_tensor* tensor, Kind* kind = nullptr);
+  static KvBuffer* of(const ggml_tensor* tensor);
+
+  /// Binds a layer to its head sizes. Throws std::runtime_error with what the user should change.
+  void bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
+
+  void add(ggml_tensor* tensor, const CacheName& name);
+  void clear(uint8_t value);
+  void save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size);
+  void load(const ggml_tensor* tensor, const uint8_t* data, size_t offset, size_t size);
+  bool copy(const ggml_tensor* from, ggml_tensor* to);
+
+  /// Whether a graph has run on this cache. Until then what cannot be done is refused by an exception, which makes the
+  /// making of the context fail; later it must not be thrown any more.
+  bool in_use = false;
+
+private:
+  struct Rows {
+    ManagedLayer* layer;
+    Kind kind;
+    int64_t first, count;
+  };
+  Rows rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const;
+
+  ggml_backend_buffer_t inner_;
+  Settings settings_;
+  uint64_t hash_;
+  std::map<int, ManagedLayer> layers_;
+  std::shared_ptr<const Profile> profile_;
+  size_t bound_bytes_ = 0;
+};
+
+/// Whether a cache tensor of this shape is coded under these settings (else it stays f16 in the inner buffer).
+bool is_managed(const ggml_tensor* tensor, const Settings& settings);
+
+/// The buffer type of a device that wraps `inner`. Lives as long as the process.
+ggml_backend_buffer_type_t kv_buffer_type(ggml_backend_dev_t device, ggml_backend_dev_t inner);
+bool is_kv_buffer_type(ggml_backend_buffer_type_t type);
+
+}  // namespace thimble

@@ -1,0 +1,102 @@
+#include "plugin/settings.h"
+
+#include <charconv>
+#include <cstdlib>
+#include <set>
+#include <stdexcept>
+
+#include "codec/format.h"
+
+namespace thimble {
+namespace {
+
+[[noreturn]] void fail(const std::string& what) {
+  throw std::invalid_argument("THIMBLE_KV: " + what);
+}
+
+int parse_int(const std::string& key, const std::string& text, int low, int high) {
+  int value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < low || value > high) {
+    fail(key + "=" + text + " must be a whole number from " + std::to_string(low) + " to " + std::to_string(high));
+  }
+  return value;
+}
+
+double parse_bits(const std::string& text) {
+  if (text == "f16") return 16;
+  for (const char* rate : {"16", "4", "3", "2", "1.5", "1.25", "1"}) {
+    if (text == rate) return std::strtod(rate, nullptr);
+  }
+  fail("bits=" + text + " is not one of 16, 4, 3, 2, 1.5, 1.25, 1");
+}
+
+std::string number(double value) {
+  std::string text = std::to_string(value);
+  text.erase(text.find_last_not_of('0') + 1);
+  if (text.back() == '.') text.pop_back();
+  return text;
+}
+
+}  // namespace
+
+Settings Settings::parse(const std::string& text) {
+  Settings s;
+  std::set<std::string> given;
+  for (size_t begin = 0; begin < text.size();) {
+    size_t end = text.find(',', begin);
+    if (end == std::string::npos) end = text.size();
+    const std::string item = text.substr(begin, end - begin);
+    begin = end + 1;
+    const size_t equals = item.find('=');
+    if (equals == std::string::npos) fail("'" + item + "' is not of the form key=value");
+    const std::string key = item.substr(0, equals), value = item.substr(equals + 1);
+    if (!given.insert(key).second) fail("key '" + key + "' is given twice");
+    if (key == "bits") {
+      const size_t slash = value.find('/');
+      s.key_bits = parse_bits(value.substr(0, slash));
+      s.value_bits = slash == std::string::npos ? s.key_bits : parse_bits(value.substr(slash + 1));
+    } else if (key == "window") {
+      const size_t plus = value.find('+');
+      if (plus == std::string::npos) fail("window=" + value + " must be FIRST+LAST, as in window=8+128");
+      s.window.first = parse_int("window", value.substr(0, plus), 0, 65536);
+      s.window.last = parse_int("window", value.substr(plus + 1), 0, 65536);
+    } else if (key == "sequences") {
+      s.sequences = parse_int(key, value, 1, 256);
+    } else if (key == "small") {
+      s.small_cells = parse_int(key, value, 0, 1 << 30);
+    } else if (key == "profile") {
+      if (value.empty()) fail("profile= needs a path");
+      s.profile = value;
+    } else if (key == "device") {
+      if (value.empty()) fail("device= needs the name of a ggml device, such as CPU");
+      s.device = value;
+    } else {
+      fail("unknown key '" + key + "'; known are bits, window, sequences, small, profile, device");
+    }
+  }
+  return s;
+}
+
+Settings Settings::from_environment() {
+  const char* text = std::getenv("THIMBLE_KV");
+  return parse(text ? text : "");
+}
+
+std::string Settings::to_string() const {
+  std::string text = "bits=" + number(key_bits);
+  if (value_bits != key_bits) text += "/" + number(value_bits);
+  text += ",window=" + std::to_string(window.first) + "+" + std::to_string(window.last);
+  text += ",sequences=" + std::to_string(sequences) + ",small=" + std::to_string(small_cells);
+  if (!profile.empty()) text += ",profile=" + profile;
+  if (!device.empty()) text += ",device=" + device;
+  return text;
+}
+
+uint64_t Settings::hash() const {
+  uint64_t h = 0xcbf29ce484222325;  // FNV-1a
+  for (char c : number(key_bits) + "/" + number(value_bits)) h = (h ^ uint8_t(c)) * 0x100000001b3;
+  return h;
+}
+
+}  // namespace thimble

@@ -1,0 +1,37 @@
+// What the environment variable THIMBLE_KV says, e.g. "bits=2,window=8+128".
+//
+//   bits=4        bits a number: 16 (f16, nothing coded), 4, 3, 2, 1.5, 1.25 or 1; bits=K/V gives keys and values their
+//   own window=8+128  cells of each sequence kept in full precision: the first and the last written sequences=4
+//   sequences of a unified cache that get a window each (a cache of one stream per sequence needs no number) small=1024
+//   caches of at most this many cells (sliding windows) stay f16; 0 codes all profile=PATH  calibration of the model;
+//   without it the uncalibrated codec is used device=NAME   ggml device to run on (CPU); read when the plugin is loaded
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cache/window.h"
+
+namespace thimble {
+
+struct Settings {
+  double key_bits = 4;
+  double value_bits = 4;
+  WindowSize window;
+  int sequences = 4;
+  int small_cells = 1024;
+  std::string profile;
+  std::string device;
+
+  /// Throws std::invalid_argument that names the key or value which is wrong.
+  static Settings parse(const std::string& text);
+  /// parse(THIMBLE_KV), or the defaults where it is not set.
+  static Settings from_environment();
+
+  bool passthrough() const { return key_bits == 16 && value_bits == 16; }
+  std::string to_string() const;
+  /// Names what saved codes depend on. The profile counts by its path's file content elsewhere; see CacheBuffer.
+  uint64_t hash() const;
+};
+
+}  // namespace thimble
