@@ -122,11 +122,9 @@ bool device_supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
       if (buffer && !buffer->in_use) throw std::runtime_error(why);
       return true;
     }
-    case NodeKind::attend: {
-      const ggml_tensor *k = op->src[1], *v = op->src[2];
-      KvBuffer::of(k)->bind(*KvBuffer::layer_of(k), int(k->ne[0]), int(v->ne[0]), int(k->ne[2]));
+    case NodeKind::attend:
+      bind(op);
       return true;
-    }
     case NodeKind::write:
     case NodeKind::shift:
     case NodeKind::view:

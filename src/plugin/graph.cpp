@@ -87,6 +87,11 @@ NodeKind classify(const ggml_tensor* node, std::string* why) {
   return refuse("the node is unknown");
 }
 
+void bind(const ggml_tensor* node) {
+  const ggml_tensor *k = node->src[1], *v = node->src[2];
+  KvBuffer::of(k)->bind(*KvBuffer::layer_of(k), int(k->ne[0]), int(v->ne[0]), int(k->ne[2]));
+}
+
 void CpuGraph::run_write(ggml_tensor*, int thread, int n_threads, void* data) {
   Op& op = *static_cast<Op*>(data);
   const ggml_tensor *rows = op.node->src[0], *index = op.node->src[1];
@@ -192,6 +197,10 @@ ggml_status CpuGraph::compute(ggml_cgraph* graph) {
   nodes_.clear();
   std::map<const ManagedLayer*, Op*> last_attention;
   std::vector<std::pair<int, ggml_tensor*>> replaced;
+  // Layers are bound when llama.cpp asks whether we support their attention; ggml's Meta device does not ask.
+  for (int i = 0; i < n_nodes; i++) {
+    if (classify(nodes[i]) == NodeKind::attend) bind(nodes[i]);
+  }
   ggml_status status = GGML_STATUS_SUCCESS;
   int begin = 0;
   for (int i = 0; i < n_nodes && status == GGML_STATUS_SUCCESS; i++) {

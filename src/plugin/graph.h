@@ -24,6 +24,9 @@ enum class NodeKind { other, write, attend, shift, view, refused };
 /// What a node does to coded caches. For `refused`, `why` gets a sentence.
 NodeKind classify(const ggml_tensor* node, std::string* why = nullptr);
 
+/// Tells the layer that an attention node reads its head sizes, if it does not know them yet (KvBuffer::bind).
+void bind(const ggml_tensor* node);
+
 /// Runs graphs on an inner CPU backend. Cache nodes become custom ops of the same graph, on the same threads.
 class CpuGraph {
 public:

@@ -75,20 +75,37 @@ ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor
   return kv.inner()->iface.init_tensor ? kv.inner()->iface.init_tensor(kv.inner(), tensor) : GGML_STATUS_SUCCESS;
 }
 
+// Tensors that a caller placed here without init_tensor (ggml's Meta device does) are the inner buffer's all the same.
+ggml_backend_buffer_t inner_of_unmanaged(ggml_backend_buffer_t buffer, const ggml_tensor* tensor) {
+  return KvBuffer::layer_of(tensor) ? nullptr : context_of(buffer).inner();
+}
+
 void buffer_memset(ggml_backend_buffer_t buffer, ggml_tensor* tensor, uint8_t value, size_t offset, size_t size) {
+  if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
+    return inner->iface.memset_tensor(inner, tensor, value, offset, size);
+  }
   const std::vector<uint8_t> data(size, value);
   context_of(buffer).load(tensor, data.data(), offset, size);
 }
 
 void buffer_set(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
+  if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
+    return inner->iface.set_tensor(inner, tensor, data, offset, size);
+  }
   context_of(buffer).load(tensor, static_cast<const uint8_t*>(data), offset, size);
 }
 
 void buffer_get(ggml_backend_buffer_t buffer, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
+  if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
+    return inner->iface.get_tensor(inner, tensor, data, offset, size);
+  }
   context_of(buffer).save(tensor, static_cast<uint8_t*>(data), offset, size);
 }
 
 bool buffer_copy(ggml_backend_buffer_t buffer, const ggml_tensor* from, ggml_tensor* to) {
+  if (auto* inner = inner_of_unmanaged(buffer, to)) {
+    return inner->iface.cpy_tensor && !KvBuffer::of(from) && inner->iface.cpy_tensor(inner, from, to);
+  }
   return context_of(buffer).copy(from, to);
 }
 
