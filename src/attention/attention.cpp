@@ -11,8 +11,6 @@ namespace {
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr uint16_t kHiddenHalf = 0xfc00;
-// Up to this many query tokens are attended straight from codes; more share a decoded tile.
-constexpr int kMaxDecodeTokens = 8;
 constexpr int kPrefillTokens = 64;  // query tokens to an item
 
 bool any_visible(const Mask& mask, int n_tokens, int n_cells) {
@@ -59,7 +57,7 @@ void Attention::prepare(const AttentionProblem& problem, int n_threads, const Ke
     exact_rows_[stream].push_back(row);
   }
 
-  const bool decode = p_.n_tokens <= kMaxDecodeTokens;
+  const bool decode = p_.n_tokens <= kMaxCodeTokens;
   const int tokens_per_item = decode ? std::max(p_.n_tokens, 1) : kPrefillTokens;
   items_.clear();
   for (int stream = 0; stream < p_.n_streams; stream++) {
@@ -127,7 +125,7 @@ void Attention::attend_coded(const Item& item, const Part& part, const Queries& 
     mask = {p_.mask + size_t(item.stream) * p_.mask_stream + size_t(item.first_token) * p_.mask_token,
             ptrdiff_t(p_.mask_token)};
   }
-  if (p_.n_tokens <= kMaxDecodeTokens) {
+  if (p_.n_tokens <= kMaxCodeTokens) {
     const CodedCells cells{&keys.codec(item.kv_head),
                            &values.codec(item.kv_head),
                            keys.block(item.kv_head, cell0),
@@ -136,7 +134,7 @@ void Attention::attend_coded(const Item& item, const Part& part, const Queries& 
                            part.first_block,
                            part.last_block,
                            int(p_.n_cells)};
-    kernels_->attend_codes(queries, cells, mask, softmax);
+    kernels_->attend_codes(queries, cells, mask, softmax, memory.scratch);
     return;
   }
   memory.k_tile.resize(size_t(kBlockCells) * keys.format().head_dim);
@@ -150,7 +148,7 @@ void Attention::attend_coded(const Item& item, const Part& part, const Queries& 
     kernels_->decode_block(keys.codec(item.kv_head), keys.block(item.kv_head, cell0 + cell), memory.k_tile.data());
     kernels_->decode_block(values.codec(item.kv_head), values.block(item.kv_head, cell0 + cell), memory.v_tile.data());
     const Tile tile{n_cells, memory.k_tile.data(), memory.v_tile.data(), hidden[b]};
-    kernels_->attend_tile(queries, tile, mask.at(cell), softmax);
+    kernels_->attend_tile(queries, tile, mask.at(cell), softmax, memory.scratch);
   }
 }
 
@@ -182,7 +180,8 @@ void Attention::attend_exact(const Item& item, const Queries& queries, ThreadMem
       for (int d = 0; d < k_dim; d++) memory.k_tile[d * kBlockCells + i] = half_to_float(k[d]);
       for (int d = 0; d < v_dim; d++) memory.v_tile[i * v_dim + d] = half_to_float(v[d]);
     }
-    kernels_->attend_tile(queries, {n_cells, memory.k_tile.data(), memory.v_tile.data(), 0}, mask, softmax);
+    kernels_->attend_tile(queries, {n_cells, memory.k_tile.data(), memory.v_tile.data(), 0}, mask, softmax,
+                          memory.scratch);
   }
 }
 

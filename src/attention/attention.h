@@ -61,6 +61,7 @@ private:
   struct ThreadMemory {
     std::vector<float> q, q_coded, bias, slope, k_tile, v_tile;
     std::vector<uint16_t> exact_mask;
+    Scratch scratch;
   };
 
   void load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries& coded) const;

@@ -1,12 +1,39 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "attention/kernels.h"
+#include "attention/blocked.h"
 
 namespace thimble {
+namespace {
+
+// __builtin_cpu_supports also asks whether the system keeps the registers.
+#ifdef THIMBLE_AVX512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+#ifdef THIMBLE_AVX2
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+}  // namespace
 
 std::vector<const Kernels*> available_kernels() {
-  return {&scalar_kernels()};
+  std::vector<const Kernels*> available{&scalar_kernels()};
+#ifdef THIMBLE_NEON
+  available.push_back(&neon_kernels());
+#endif
+#ifdef THIMBLE_AVX2
+  if (has_avx2()) available.push_back(&avx2_kernels());
+#endif
+#ifdef THIMBLE_AVX512
+  if (has_avx512()) available.push_back(&avx512_kernels());
+#endif
+  return available;
 }
 
 const Kernels& kernels() {

@@ -7,6 +7,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -58,16 +60,39 @@ struct CodedCells {
   int n_cells = 0;                      // of the stream; the last block may be cut by it
 };
 
+/// Memory that kernels work in, kept from call to call; one to a thread.
+class Scratch {
+public:
+  /// At least `bytes`, aligned to a cache line. Contents are lost from call to call.
+  uint8_t* room(size_t bytes);
+
+private:
+  struct Free {
+    void operator()(uint8_t* p) const { ::operator delete[](p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<uint8_t[], Free> memory_;
+  size_t size_ = 0;
+};
+
+/// attend_codes takes up to this many query tokens; more are better off sharing decoded tiles.
+inline constexpr int kMaxCodeTokens = 8;
+
 struct Kernels {
   const char* name;
   /// As encode_vector, bit for bit.
   uint16_t (*encode)(const HeadCodec& codec, const float* y, uint8_t* codes);
+  /// What transforms are made of, with the same bits on every machine.
+  TransformOps transform;
   /// A block as a tile's k or v, by the codec's kind.
   void (*decode_block)(const HeadCodec& codec, const uint8_t* block, float* tile);
+  /// Up to 64 rows of `dim` f16 numbers, at any address, as a tile's k or v. Cells of k beyond n become 0.
+  void (*load_rows)(Kind kind, const uint8_t* const* rows, int n, int dim, float* tile);
+  /// Which of up to 64 cells a mask leaves visible, a bit each.
+  uint64_t (*visible)(const uint16_t* mask, int n_cells);
   /// Dense attention: prefill, exact rows.
-  void (*attend_tile)(const Queries&, const Tile&, const Mask&, Softmax&);
+  void (*attend_tile)(const Queries&, const Tile&, const Mask&, Softmax&, Scratch&);
   /// Attention straight from codes, for few query rows. The mask starts at the stream's cell 0.
-  void (*attend_codes)(const Queries&, const CodedCells&, const Mask&, Softmax&);
+  void (*attend_codes)(const Queries&, const CodedCells&, const Mask&, Softmax&, Scratch&);
 };
 
 const Kernels& scalar_kernels();

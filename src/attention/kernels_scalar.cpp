@@ -1,6 +1,7 @@
 // Plain C++: the specification of every kernel.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "attention/kernels.h"
@@ -24,6 +25,23 @@ void decode_block(const HeadCodec& codec, const uint8_t* block, float* tile) {
       }
     }
   }
+}
+
+void load_rows(Kind kind, const uint8_t* const* rows, int n, int dim, float* tile) {
+  if (kind == Kind::key) std::fill_n(tile, size_t(dim) * kBlockCells, 0.0f);
+  for (int cell = 0; cell < n; cell++) {
+    for (int d = 0; d < dim; d++) {
+      uint16_t h;
+      std::memcpy(&h, rows[cell] + 2 * d, 2);
+      tile[kind == Kind::key ? d * kBlockCells + cell : cell * dim + d] = half_to_float(h);
+    }
+  }
+}
+
+uint64_t visible(const uint16_t* mask, int n_cells) {
+  uint64_t bits = 0;
+  for (int i = 0; i < n_cells; i++) bits |= uint64_t(mask[i] != 0xfc00) << i;
+  return bits;
 }
 
 // Score of a cell from q.k: bias, softcap, ALiBi and mask.
@@ -60,7 +78,7 @@ void accumulate(int row, const float* scores, int n_cells, Value value, Softmax&
   }
 }
 
-void attend_tile(const Queries& queries, const Tile& tile, const Mask& mask, Softmax& softmax) {
+void attend_tile(const Queries& queries, const Tile& tile, const Mask& mask, Softmax& softmax, Scratch&) {
   float scores[kBlockCells];
   for (int row = 0; row < queries.n_rows; row++) {
     const float* q = queries.q + size_t(row) * queries.dim;
@@ -78,7 +96,8 @@ void attend_tile(const Queries& queries, const Tile& tile, const Mask& mask, Sof
 
 // One look-up table a row and subspace, lut[m][code] = q . codeword; a cell's score is its scale times the sum of the
 // look-ups of its codes (VecInfer, arXiv 2510.06175, section 4).
-void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& mask, Softmax& softmax) {
+void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& mask, Softmax& softmax,
+                  Scratch& scratch) {
   const Format& kf = cells.keys->format;
   std::vector<float> v_tile(size_t(kBlockCells) * cells.values->format.head_dim);
   if (kf.f16) {
@@ -88,7 +107,7 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
       decode_block(*cells.values, cells.v_blocks + b * cells.values->format.block_bytes(), v_tile.data());
       const Tile tile{std::min(kBlockCells, cells.n_cells - b * kBlockCells), k_tile.data(), v_tile.data(),
                       cells.hidden ? cells.hidden[b] : 0};
-      attend_tile(queries, tile, mask.at(ptrdiff_t(b) * kBlockCells), softmax);
+      attend_tile(queries, tile, mask.at(ptrdiff_t(b) * kBlockCells), softmax, scratch);
     }
     return;
   }
@@ -130,7 +149,8 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static const Kernels table{"scalar", encode_vector, decode_block, attend_tile, attend_codes};
+  static const Kernels table{"scalar",  encode_vector, kPlainTransformOps, decode_block,
+                             load_rows, visible,       attend_tile,        attend_codes};
   return table;
 }
 

@@ -11,17 +11,16 @@
 namespace thimble {
 namespace {
 
-// out[j] = sum_i x[i] m[i][j]
-void vector_matrix(const float* __restrict x, const float* __restrict m, int n, float* __restrict out) {
-  std::fill_n(out, n, 0.0f);
-  for (int i = 0; i < n; i++) {
-    const float xi = x[i];
-    const float* __restrict row = m + size_t(i) * n;
-    for (int j = 0; j < n; j++) out[j] += xi * row[j];
+void times_matrix(const float* x, int n_rows, const float* m, int dim, float* out) {
+  for (int r = 0; r < n_rows; r++, x += dim, out += dim) {
+    std::fill_n(out, dim, 0.0f);
+    for (int i = 0; i < dim; i++) {
+      for (int j = 0; j < dim; j++) out[j] += x[i] * m[size_t(i) * dim + j];
+    }
   }
 }
 
-void hadamard_in_place(float* x, int n, int block) {
+void hadamard_in_place(float* x, int n, int block, float norm) {
   for (int half = 1; half < block; half *= 2) {
     for (int i = 0; i < n; i += 2 * half) {
       for (int j = i; j < i + half; j++) {
@@ -31,7 +30,6 @@ void hadamard_in_place(float* x, int n, int block) {
       }
     }
   }
-  const float norm = 1.0f / std::sqrt(float(block));
   for (int i = 0; i < n; i++) x[i] *= norm;
 }
 
@@ -73,6 +71,8 @@ std::vector<float> inverse_of(const std::vector<float>& matrix, int n) {
 
 }  // namespace
 
+const TransformOps kPlainTransformOps{times_matrix, hadamard_in_place};
+
 Transform Transform::identity(int head_dim) {
   Transform t;
   t.head_dim_ = head_dim;
@@ -110,29 +110,29 @@ Transform Transform::dense(std::vector<float> mean, std::vector<float> matrix) {
   return t;
 }
 
-void Transform::forward(const float* x, float* y) const {
-  if (kind_ == Kind::dense) {
-    float centred[kMaxHeadDim];
-    for (int i = 0; i < head_dim_; i++) centred[i] = x[i] - mean_[i];
-    vector_matrix(centred, a_.data(), head_dim_, y);
-    return;
+void Transform::forward(const float* x, float* y, int n_rows, const TransformOps& ops) const {
+  const int n = head_dim_;
+  for (int r = 0; r < n_rows; r++, x += n, y += n) {
+    if (kind_ == Kind::dense) {
+      float centred[kMaxHeadDim];
+      for (int i = 0; i < n; i++) centred[i] = x[i] - mean_[i];
+      ops.times_matrix(centred, 1, a_.data(), n, y);
+    } else {
+      std::copy_n(x, n, y);
+      if (kind_ == Kind::hadamard) ops.hadamard(y, n, hadamard_block_, 1.0f / std::sqrt(float(hadamard_block_)));
+    }
   }
-  std::copy_n(x, head_dim_, y);
-  if (kind_ == Kind::hadamard) hadamard_in_place(y, head_dim_, hadamard_block_);
 }
 
-void Transform::query(const float* q, float* y) const {
-  if (kind_ == Kind::dense) return vector_matrix(q, b_transposed_.data(), head_dim_, y);
-  forward(q, y);
+void Transform::query(const float* q, float* y, int n_rows, const TransformOps& ops) const {
+  if (kind_ == Kind::dense) return ops.times_matrix(q, n_rows, b_transposed_.data(), head_dim_, y);
+  forward(q, y, n_rows, ops);
 }
 
-void Transform::output(const float* y, float weight, float* out) const {
-  if (kind_ == Kind::dense) {
-    vector_matrix(y, b_.data(), head_dim_, out);
-    for (int i = 0; i < head_dim_; i++) out[i] += weight * mean_[i];
-    return;
-  }
-  forward(y, out);
+void Transform::output(const float* y, float weight, float* out, const TransformOps& ops) const {
+  if (kind_ != Kind::dense) return forward(y, out, 1, ops);
+  ops.times_matrix(y, 1, b_.data(), head_dim_, out);
+  for (int i = 0; i < head_dim_; i++) out[i] += weight * mean_[i];
 }
 
 float Transform::query_bias(const float* q) const {

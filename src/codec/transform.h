@@ -8,6 +8,16 @@
 
 namespace thimble {
 
+/// The loops inside a transform. Sums run in index order without fused multiply-adds, so that every instruction set
+/// produces the same bits.
+struct TransformOps {
+  /// out[r] = x[r] m, for rows of dim numbers and m [dim][dim].
+  void (*times_matrix)(const float* x, int n_rows, const float* m, int dim, float* out);
+  /// Walsh-Hadamard butterflies in place, in blocks of `block` numbers, then all times `norm`.
+  void (*hadamard)(float* x, int n, int block, float norm);
+};
+extern const TransformOps kPlainTransformOps;
+
 class Transform {
 public:
   /// y = x.
@@ -20,12 +30,11 @@ public:
 
   int head_dim() const { return head_dim_; }
 
-  // All take and give [head_dim]; input and output must not overlap. Sums run in index order without fused
-  // multiply-adds, so that every instruction set produces the same bits.
-  void forward(const float* x, float* y) const;
-  void query(const float* q, float* y) const;
+  // All take and give n_rows rows of [head_dim]; input and output must not overlap.
+  void forward(const float* x, float* y, int n_rows = 1, const TransformOps& ops = kPlainTransformOps) const;
+  void query(const float* q, float* y, int n_rows = 1, const TransformOps& ops = kPlainTransformOps) const;
   /// `weight` is the sum of the attention weights behind y: 1, or less where learned sinks take a share.
-  void output(const float* y, float weight, float* out) const;
+  void output(const float* y, float weight, float* out, const TransformOps& ops = kPlainTransformOps) const;
   /// x from y.
   void inverse(const float* y, float* x) const { output(y, 1.0f, x); }
   float query_bias(const float* q) const;
