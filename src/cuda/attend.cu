@@ -1,0 +1,128 @@
+#include <algorithm>
+
+#include "cuda/attend.h"
+#include "cuda/attend_launch.h"
+#include "cuda/layout.h"
+
+namespace thimble::cuda {
+namespace {
+
+int row_groups(const AttendArgs& args) {
+  return (args.n_tokens * args.group + kRowGroup - 1) / kRowGroup;
+}
+
+int blocks_per_pair(const DeviceInfo& device, int pairs) {
+  return std::max(1, device.multiprocessors / pairs);
+}
+
+// Splits of a stream's cells: the number that makes the busiest thread block end first. Each warp of a block takes
+// blocks of 64 cells in turns; an item costs about three such turns for its score table and for combining.
+int choose_splits(int n_streams, int n_blocks, int lanes, int warps) {
+  constexpr int kItemCost = 3;
+  int best = 1, best_cost = 0;
+  for (int splits = 1; splits <= std::max(1, std::min(lanes, n_blocks)); splits++) {
+    const int items = (n_streams * splits + lanes - 1) / lanes;
+    const int turns = ((n_blocks + splits - 1) / splits + warps - 1) / warps;
+    const int cost = items * (turns + kItemCost);
+    if (splits == 1 || cost < best_cost) {
+      best = splits;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+bool aligned(const void* p, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+Status check_cache(const CacheView& cache, const CodecTables& codec, const AttendArgs& args) {
+  if (codec.head_dim != args.head_dim || codec.n_kv_heads != args.n_kv_heads) {
+    return Status::invalid("codec tables are of another shape");
+  }
+  if (!codec.packed || !codec.scale) return Status::invalid("codec tables are missing");
+  if (args.n_cells == 0) return {};
+  if (!cache.data || !aligned(cache.data, 16) ||
+      (cache.stream_stride | cache.head_stride | cache.block_stride) % 16 != 0) {
+    return Status::invalid("cache is missing or not aligned to 16 bytes");
+  }
+  return {};
+}
+
+Status check(const AttendArgs& args) {
+  if (args.n_streams < 1 || args.n_kv_heads < 1) return Status::invalid("no streams or heads");
+  if (args.n_tokens < 1 || args.n_tokens > kMaxTokens) return Status::invalid("1 to 8 query tokens a stream");
+  if (args.group < 1 || args.group > 64) return Status::invalid("group must be 1 to 64");
+  if (args.n_cells < 0 || args.n_cells % kBlockCells != 0) return Status::invalid("cells must be a multiple of 64");
+  if (!args.queries || !args.query_factors || !args.output) return Status::invalid("queries or output are missing");
+  if (args.softcap < 0) return Status::invalid("softcap must not be negative");
+  if (args.mask && (!aligned(args.mask, 16) || (args.mask_token_stride | args.mask_stream_stride) % 8 != 0)) {
+    return Status::invalid("mask is not aligned to 16 bytes");
+  }
+  for (const ExactRows& rows : args.exact) {
+    if (rows.capacity < 0) return Status::invalid("negative number of exact rows");
+    if (rows.capacity > 0 && (!rows.keys || !rows.values || !rows.cells)) {
+      return Status::invalid("exact rows are missing");
+    }
+  }
+  if (Status s = check_cache(args.keys, args.key_codec, args); !s.ok()) return s;
+  return check_cache(args.values, args.value_codec, args);
+}
+
+void plan(const DeviceInfo& device, AttendArgs& args) {
+  args.row_groups = row_groups(args);
+  const int lanes = blocks_per_pair(device, args.n_kv_heads * args.row_groups);
+  args.n_splits = choose_splits(args.n_streams, args.n_cells / kBlockCells, lanes, args.head_dim == 256 ? 8 : 16);
+}
+
+// Counters come first in a workspace, in a part of constant size: calls of other shapes must find them zero.
+constexpr size_t kCounterBytes = 64 << 10;
+
+}  // namespace
+
+Status query_device(int ordinal, DeviceInfo* info) {
+  int major = 0, minor = 0, multiprocessors = 0, shared = 0;
+  const std::pair<int*, cudaDeviceAttr> wanted[] = {{&major, cudaDevAttrComputeCapabilityMajor},
+                                                    {&minor, cudaDevAttrComputeCapabilityMinor},
+                                                    {&multiprocessors, cudaDevAttrMultiProcessorCount},
+                                                    {&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
+  for (const auto& [value, attribute] : wanted) {
+    if (const cudaError_t e = cudaDeviceGetAttribute(value, attribute, ordinal); e != cudaSuccess) {
+      return Status::from(e);
+    }
+  }
+  *info = {ordinal, multiprocessors, size_t(shared), 10 * major + minor};
+  return {};
+}
+
+size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args) {
+  AttendArgs planned = args;
+  plan(device, planned);
+  const size_t items = size_t(planned.n_streams) * planned.n_splits * planned.n_kv_heads * planned.row_groups;
+  return kCounterBytes + items * (kRowGroup * size_t(args.head_dim) + 2 * kRowGroup) * sizeof(float);
+}
+
+Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+  if (Status s = check(args); !s.ok()) return s;
+  if (!workspace || !aligned(workspace, 256) || workspace_bytes < attend_workspace_bytes(device, args)) {
+    return Status::invalid("workspace is missing, too small or not aligned to 256 bytes");
+  }
+  plan(device, args);
+  const int pairs = args.n_kv_heads * args.row_groups;
+  if (size_t(args.n_streams) * pairs * sizeof(int) > kCounterBytes) return Status::unsupported("too many streams");
+  args.arrived = static_cast<int*>(workspace);
+  args.partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + kCounterBytes);
+  const dim3 grid(std::min(blocks_per_pair(device, pairs), args.n_streams * args.n_splits), pairs);
+  switch (args.head_dim) {
+    case 64:
+      return launch_attend_64(device, args, grid, stream);
+    case 128:
+      return launch_attend_128(device, args, grid, stream);
+    case 256:
+      return launch_attend_256(device, args, grid, stream);
+    default:
+      return Status::unsupported("head size must be 64, 128 or 256");
+  }
+}
+
+}  // namespace thimble::cuda

@@ -1,0 +1,48 @@
+// The attention kernels of one head size. Included by attend_<head size>.cu alone.
+#pragma once
+
+#include "cuda/attend_kernel.h"
+#include "cuda/attend_launch.h"
+#include "cuda/launch.h"
+
+namespace thimble::cuda {
+
+template <typename S, bool Large>
+__global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_constant__ AttendArgs args) {
+#if __CUDA_ARCH__ >= 900
+  AttendKernel<S>::run(args);
+#else
+  if constexpr (!Large) AttendKernel<S>::run(args);  // the others do not fit these devices
+#endif
+}
+
+template <int HeadDim, int KeyWidth, int ValueWidth>
+Status launch_attend(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream) {
+  using Large = AttendShape<HeadDim, KeyWidth, ValueWidth, true>;
+  if (device.capability >= 90 && device.shared_bytes >= Large::kSharedBytes) {
+    return launch(device, attend_kernel<Large, true>, args, grid, Large::kThreads, Large::kSharedBytes, stream);
+  }
+  using Small = AttendShape<HeadDim, KeyWidth, ValueWidth, false>;
+  return launch(device, attend_kernel<Small, false>, args, grid, Small::kThreads, Small::kSharedBytes, stream);
+}
+
+/// Equal widths, and keys at twice the bits of values.
+template <int HeadDim>
+Status launch_attend_any(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream) {
+  switch (args.key_codec.width * 10 + args.value_codec.width) {
+    case 22:
+      return launch_attend<HeadDim, 2, 2>(device, args, grid, stream);
+    case 24:
+      return launch_attend<HeadDim, 2, 4>(device, args, grid, stream);
+    case 44:
+      return launch_attend<HeadDim, 4, 4>(device, args, grid, stream);
+    case 48:
+      return launch_attend<HeadDim, 4, 8>(device, args, grid, stream);
+    case 88:
+      return launch_attend<HeadDim, 8, 8>(device, args, grid, stream);
+    default:
+      return Status::unsupported("no attention kernel for this pair of widths");
+  }
+}
+
+}  // namespace thimble::cuda

@@ -1,0 +1,15 @@
+// Picks the attention kernel of a format. One translation unit a head size (attend_64.cu, ...), for they take time to
+// compile.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/attend.h"
+
+namespace thimble::cuda {
+
+Status launch_attend_64(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
+Status launch_attend_128(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
+Status launch_attend_256(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
+
+}  // namespace thimble::cuda

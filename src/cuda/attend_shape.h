@@ -1,0 +1,76 @@
+// How decode attention uses a multiprocessor, by format: threads, and the two tables in shared memory.
+//
+//   keys:   score table. A row for each code, 256 bytes: 32 slots of the 4 query rows' products with that codeword,
+//   f16.
+//           Slots are subspaces; more than 32 of them make more planes. `expanded`: rows for the negated codewords too,
+//           at twice the memory, so that the sign bit costs no instruction.
+//   values: codewords. A row for each code and sign: units of 8 entries (subspaces g, g + 8, ...), `copies` of each, so
+//           that the 4 lanes that look into one subspace find it in banks of their own.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/layout.h"
+#include "cuda/types.h"
+
+namespace thimble::cuda {
+
+/// `Large`: for devices that give a block 227 KiB (Hopper); else as little as the format allows.
+template <int HeadDim, int KeyWidth, int ValueWidth, bool Large>
+struct AttendShape {
+  static constexpr int kHeadDim = HeadDim, kKeyWidth = KeyWidth, kValueWidth = ValueWidth;
+  static constexpr int kRows = kRowGroup;
+  static constexpr int kKeySubspaces = HeadDim / KeyWidth, kValueSubspaces = HeadDim / ValueWidth;
+  static constexpr int kWarps = HeadDim == 256 ? 8 : 16;  // 128 registers a thread, 255 for the longest heads
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kKeyBlock = (kKeySubspaces + 2) * kBlockCells;
+  static constexpr int kValueBlock = (kValueSubspaces + 2) * kBlockCells;
+
+  static constexpr int kKeyPlanes = kKeySubspaces > 32 ? kKeySubspaces / 32 : 1;
+  static constexpr int kKeySlots = kKeySubspaces < 32 ? 16 : 32;  // 8 subspaces take 16: half a warp reads 16 at once
+  static constexpr bool kKeyExpanded = Large && kKeyPlanes <= (HeadDim == 256 ? 1 : 2);
+  static constexpr int kKeyPlaneBytes = (kKeyExpanded ? 256 : 128) * 256;
+  static constexpr int kKeyTableBytes = kKeyPlanes * kKeyPlaneBytes;
+
+  static constexpr int kCopies = Large ? (HeadDim == 64    ? 4
+                                          : HeadDim == 128 ? (KeyWidth == 2 ? 2 : 4)
+                                                           : (KeyWidth == 2 ? 1 : 2))
+                                       : (HeadDim == 64 ? 2 : 1);
+  static constexpr int kEntryBytes = ValueWidth == 8 ? 8 : 4;  // width 2: two subspaces, 8 apart, to an entry
+  static constexpr int kUnits = HeadDim / (kEntryBytes * 8);
+  static constexpr int kUnitBytes = kEntryBytes * 8 * kCopies;
+  static constexpr int kValueRowBytes = kUnits * kUnitBytes <= 128 ? 128 : 256;
+  static constexpr int kUnitsPerRow = kValueRowBytes / kUnitBytes;
+  static constexpr int kValuePlaneBytes = 256 * kValueRowBytes;
+  static constexpr int kValueTableBytes = (kUnits + kUnitsPerRow - 1) / kUnitsPerRow * kValuePlaneBytes;
+
+  // Combining takes the place of the score table once that is used up; what follows the tables has its own place.
+  static constexpr int kSumStride = HeadDim + 8;  // floats; keeps warps' rows in different banks
+  static constexpr int kSums = 0;                 // float [kWarps][4][kSumStride]
+  static constexpr int kSumsBytes = kWarps * kRows * kSumStride * 4;
+  static constexpr int kValueTable = kKeyTableBytes > kSumsBytes + kRows* HeadDim * 4
+                                         ? kKeyTableBytes
+                                         : (kSumsBytes + kRows * HeadDim * 4 + 1023) / 1024 * 1024;
+  static constexpr int kQueries = kValueTable + kValueTableBytes;   // float [4][HeadDim]
+  static constexpr int kStates = kQueries + kRows * HeadDim * 4;    // float [kWarps][8]: maxima, then weights
+  static constexpr int kScales = kStates + kWarps * 2 * kRows * 4;  // float [kValueSubspaces]
+  static constexpr int kAfter = kScales + kValueSubspaces * 4;      // AttendKernel::Blocks [kWarps]
+  static constexpr int kFactors = kAfter + kWarps * 32;             // float [4]
+  static constexpr int kWeights = kFactors + kRows * 4;             // float [4]
+  static constexpr int kLast = kWeights + kRows * 4;                // int
+  static constexpr int kEnd = kLast + 16;
+  // Float [4][HeadDim]. Where memory is short, behind the sums: then the next score table must wait for its readers.
+  static constexpr bool kOwnOutputs = Large;
+  static constexpr int kOutputs = kOwnOutputs ? kEnd : kSumsBytes;
+  static constexpr size_t kSharedBytes = kEnd + (kOwnOutputs ? kRows * HeadDim * 4 : 0);
+  static_assert(kOwnOutputs || kSumsBytes + kRows * HeadDim * 4 <= kValueTable);
+
+  /// Codes are fetched a whole block ahead where registers allow it, else half a block.
+  static constexpr bool kDeep = kKeySubspaces + kValueSubspaces <= (HeadDim == 256 ? 128 : 64);
+
+  static constexpr int kPartialFloats = kRows * HeadDim + 2 * kRows;
+
+  static_assert(kKeySubspaces % 8 == 0 && kValueSubspaces % 8 == 0 && kSharedBytes <= 227 * 1024);
+};
+
+}  // namespace thimble::cuda

@@ -1,0 +1,36 @@
+// The Walsh-Hadamard rotation within a warp, bit for bit what Transform::hadamard computes: the same sums in the same
+// order.
+#pragma once
+
+#include "cuda/simt.h"
+
+namespace thimble::cuda {
+
+/// In place. Lane i holds components i * N .. i * N + N - 1 of a vector of D = 32 N, a power of two.
+template <int D>
+SIMT void hadamard_warp(float (&x)[D / 32], int lane) {
+  constexpr int N = D / 32;
+  SIMT_UNROLL
+  for (int half = 1; half < N; half *= 2) {
+    SIMT_UNROLL
+    for (int i = 0; i < N; i++) {
+      if (i & half) continue;
+      const float a = x[i], b = x[i + half];
+      x[i] = simt::add_rn(a, b);
+      x[i + half] = simt::sub_rn(a, b);
+    }
+  }
+  SIMT_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) {
+    SIMT_UNROLL
+    for (int i = 0; i < N; i++) {
+      const float other = simt::shuffle_xor(x[i], mask);
+      x[i] = lane & mask ? simt::sub_rn(other, x[i]) : simt::add_rn(x[i], other);
+    }
+  }
+  const float norm = simt::div_rn(1.0f, simt::sqrt_rn(float(D)));
+  SIMT_UNROLL
+  for (int i = 0; i < N; i++) x[i] = simt::mul_rn(x[i], norm);
+}
+
+}  // namespace thimble::cuda

@@ -1,0 +1,180 @@
+// What the kernels' bodies use of CUDA, under names that also exist in an emulation: simt_host.h runs the same source
+// on the host, block by block, so that its logic is tested where there is no GPU. Include this one from .cu files;
+// tests define THIMBLE_SIMT_HOST.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef THIMBLE_SIMT_HOST
+#include "cuda/simt_host.h"
+#else
+#include <cuda_fp16.h>
+
+#define SIMT __device__ __forceinline__
+#define SIMT_UNROLL _Pragma("unroll")
+#define SIMT_UNROLL_SOME _Pragma("unroll 8")
+
+namespace thimble::cuda::simt {
+
+SIMT int thread() {
+  return threadIdx.x;
+}
+SIMT int threads() {
+  return blockDim.x;
+}
+SIMT int block_x() {
+  return blockIdx.x;
+}
+SIMT int block_y() {
+  return blockIdx.y;
+}
+SIMT int blocks_x() {
+  return gridDim.x;
+}
+
+/// The block's dynamic shared memory, 1024-byte aligned.
+SIMT uint8_t* shared() {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  return memory;
+}
+
+SIMT void sync() {
+  __syncthreads();
+}
+SIMT void sync_warp() {
+  __syncwarp();
+}
+SIMT bool any(bool x) {
+  return __any_sync(~0u, x);
+}
+SIMT uint32_t ballot(bool x) {
+  return __ballot_sync(~0u, x);
+}
+template <typename T>
+SIMT T shuffle(T x, int lane) {
+  return __shfl_sync(~0u, x, lane);
+}
+template <typename T>
+SIMT T shuffle_xor(T x, int mask) {
+  return __shfl_xor_sync(~0u, x, mask);
+}
+
+/// Orders this thread's writes before what other blocks see after an atomic, and the reverse.
+SIMT void fence() {
+  __threadfence();
+}
+SIMT int atomic_add(int* p, int x) {
+  return atomicAdd(p, x);
+}
+SIMT void atomic_or(uint32_t* p, uint32_t x) {
+  atomicOr(p, x);
+}
+SIMT void atomic_and(uint32_t* p, uint32_t x) {
+  atomicAnd(p, x);
+}
+
+// Programmatic dependent launch: a grid may start while the one before it ends; what reads that one's results waits.
+SIMT void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+SIMT void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Bytes of (b:a) picked by the four nibbles of `selector`.
+SIMT uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+}
+SIMT float exp2_fast(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
+  return r;
+}
+SIMT float reciprocal_fast(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
+  return r;
+}
+/// The greater one; NaN if either is.
+SIMT float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0,%1,%2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+// Never contracted into fused multiply-adds: codes must equal the CPU's bit for bit.
+SIMT float add_rn(float a, float b) {
+  return __fadd_rn(a, b);
+}
+SIMT float sub_rn(float a, float b) {
+  return __fsub_rn(a, b);
+}
+SIMT float mul_rn(float a, float b) {
+  return __fmul_rn(a, b);
+}
+SIMT float div_rn(float a, float b) {
+  return __fdiv_rn(a, b);
+}
+SIMT float sqrt_rn(float a) {
+  return __fsqrt_rn(a);
+}
+
+SIMT float bits_to_float(uint32_t x) {
+  return __uint_as_float(x);
+}
+SIMT uint32_t float_to_bits(float x) {
+  return __float_as_uint(x);
+}
+SIMT float half_to_float(uint16_t x) {
+  return __half2float(__ushort_as_half(x));
+}
+SIMT uint16_t float_to_half(float x) {
+  return __half_as_ushort(__float2half_rn(x));
+}
+SIMT float2 unpack_half2(uint32_t x) {
+  return make_float2(half_to_float(uint16_t(x)), half_to_float(uint16_t(x >> 16)));
+}
+SIMT uint32_t pack_half2(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+/// 16 bytes that are read once: they leave no trace in L1.
+SIMT uint4 load_stream(const uint8_t* p) {
+  uint4 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(p));
+  return r;
+}
+/// Constant for the grid's whole life: loads may move ahead of stores.
+template <typename T>
+SIMT T load_constant(const T* p) {
+  return __ldg(p);
+}
+/// From L2: what another block of this grid wrote.
+SIMT float load_l2(const float* p) {
+  return __ldcg(p);
+}
+
+// Tensor cores, D += A B, in the fragment layouts of the PTX manual.
+SIMT void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+SIMT void mma_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+}  // namespace thimble::cuda::simt
+#endif

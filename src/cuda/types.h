@@ -1,0 +1,87 @@
+// Structures that the host API and the kernels share. All pointers are device pointers unless a comment says pinned;
+// nothing here owns memory. Sizes are in elements, strides in what their comment says.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace thimble::cuda {
+
+/// Query rows of one KV head that one block attends for: more rows make more row groups.
+inline constexpr int kRowGroup = 4;
+inline constexpr int kMaxTokens = 8;  // of one attend call, a stream
+
+/// What keys or values of one layer are coded with; tables.h makes it from HeadCodecs.
+struct CodecTables {
+  int head_dim = 0;
+  int width = 0;  // numbers a subspace: 2, 4 or 8
+  int n_kv_heads = 0;
+  const uint32_t* packed;          // [n_kv_heads][128][head_dim / 4]: int8 codewords in the kernels' table order
+  const float* scale;              // [n_kv_heads][n_subspaces]
+  const float* words;              // [n_kv_heads][head_dim][128], scale applied
+  const float* half_norms;         // [n_kv_heads][n_subspaces][128]
+  const float* mean = nullptr;     // [n_kv_heads][head_dim]; the next three are null where the transform is Hadamard
+  const float* forward = nullptr;  // [n_kv_heads][head_dim][head_dim]: A
+  const float* undo = nullptr;     // the same for the other side of the product: keys B^T, values B = A^-1
+
+  int n_subspaces() const { return head_dim / width; }
+  size_t block_bytes() const { return size_t(n_subspaces() + 2) * 64; }
+};
+
+/// Coded keys or values: block `b` of KV head `h` of stream `s` lies at data + s * stream_stride + h * head_stride +
+/// b * block_stride. Strides are bytes, multiples of 16, as is the data's address. Memory that was never written must
+/// be zero.
+struct CacheView {
+  uint8_t* data = nullptr;
+  size_t stream_stride = 0, head_stride = 0, block_stride = 0;
+};
+
+/// Cells whose keys and values are at hand in full: transformed, f16.
+struct ExactRows {
+  const uint16_t* keys = nullptr;    // [n_streams][n_kv_heads][capacity][head_dim]
+  const uint16_t* values = nullptr;  // the same
+  const int32_t* cells = nullptr;    // [n_streams][capacity], or [n_streams][n_kv_heads][capacity] if `per_head`;
+                                     // -1: unused row
+  int capacity = 0;
+  bool per_head = false;
+};
+
+/// Everything about one attention operation over one layer.
+///
+/// Rows: the queries of one KV head, row = token * group + head within the group, padded to `row_groups` groups of 4.
+struct AttendArgs {
+  int n_streams = 1, n_tokens = 1, n_kv_heads = 1, group = 1, head_dim = 128;
+  int n_cells = 0;  // attended to, from cell 0 on; a multiple of 64. 0: exact rows only
+  int row_groups = 1;
+
+  CacheView keys, values;
+  CodecTables key_codec, value_codec;
+
+  // Transformed queries (see transform_queries), [n_streams][n_kv_heads][row_groups * 4][head_dim] and one factor a
+  // row.
+  const float* queries = nullptr;
+  const float* query_factors = nullptr;
+
+  /// f16, added to the scores: [n_streams][n_tokens][cells]. Strides in elements, multiples of 8. Null: none.
+  const uint16_t* mask = nullptr;
+  size_t mask_token_stride = 0, mask_stream_stride = 0;
+  float softcap = 0;              // 0: none
+  const float* slopes = nullptr;  // [n_heads], ALiBi: factor on the mask. Null: 1
+  const float* sinks = nullptr;   // [n_heads], a logit that takes weight and gives no value. Null: none
+
+  /// Cells that the coded part leaves out, as they are among the exact rows: bit c % 32 of word c / 32; a word stride
+  /// for each stream and KV head (0: all heads alike). Null: none.
+  const uint32_t* hidden = nullptr;
+  size_t hidden_stream_stride = 0, hidden_head_stride = 0;
+  ExactRows exact[2];  // the window, and what retrieval fetched
+
+  /// f32 [n_streams][n_tokens][n_heads][head_dim].
+  float* output = nullptr;
+
+  // Filled by `attend` from its workspace.
+  int n_splits = 1;
+  float* partials = nullptr;  // [items][n_kv_heads * row_groups][4 * head_dim + 8]
+  int* arrived = nullptr;     // [n_streams][n_kv_heads * row_groups], zero between calls
+};
+
+}  // namespace thimble::cuda

@@ -1,0 +1,233 @@
+// Decode attention: the CUDA kernel's own source, emulated, against the codec's specification in double.
+#define THIMBLE_SIMT_HOST
+#include <gtest/gtest.h>
+
+#include "cuda/attend_kernel.h"
+#include "cuda_fixture.h"
+
+namespace thimble::cuda {
+namespace {
+
+struct Case {
+  int n_streams = 1, n_tokens = 1, n_kv_heads = 1, group = 4;
+  int n_cells = 128, n_splits = 1, blocks_x = 1;
+  bool dense = false, mask = false, alibi = false, sinks = false, hidden = false;
+  float softcap = 0;
+  int n_exact = 0;
+};
+
+template <typename S>
+double error_of(const Case& c, unsigned seed = 1) {
+  Random random(seed);
+  const int d = S::kHeadDim, n_heads = c.n_kv_heads * c.group;
+  std::vector<HeadCodec> key_codecs, value_codecs;
+  for (int h = 0; h < c.n_kv_heads; h++) {
+    key_codecs.push_back(random_codec(Kind::key, d, 8.0 / S::kKeyWidth, c.dense, random));
+    value_codecs.push_back(random_codec(Kind::value, d, 8.0 / S::kValueWidth, c.dense, random));
+  }
+  const HostTables key_tables = pack_tables(key_codecs), value_tables = pack_tables(value_codecs);
+
+  AttendArgs a;
+  a.n_streams = c.n_streams;
+  a.n_tokens = c.n_tokens;
+  a.n_kv_heads = c.n_kv_heads;
+  a.group = c.group;
+  a.head_dim = d;
+  a.n_cells = c.n_cells;
+  a.row_groups = (c.n_tokens * c.group + 3) / 4;
+  a.key_codec = key_tables.view();
+  a.value_codec = value_tables.view();
+  a.n_splits = c.n_splits;
+  a.softcap = c.softcap;
+
+  std::vector<CodedHead> keys, values;  // [stream][KV head]
+  std::vector<uint8_t> key_cache, value_cache;
+  for (int i = 0; i < c.n_streams * c.n_kv_heads; i++) {
+    keys.push_back(random_head(key_codecs[i % c.n_kv_heads], c.n_cells, random));
+    values.push_back(random_head(value_codecs[i % c.n_kv_heads], c.n_cells, random));
+    key_cache.insert(key_cache.end(), keys.back().blocks.begin(), keys.back().blocks.end());
+    value_cache.insert(value_cache.end(), values.back().blocks.begin(), values.back().blocks.end());
+  }
+  const auto view = [&](std::vector<uint8_t>& cache, size_t block) {
+    const size_t head = block * (c.n_cells / kBlockCells);
+    return CacheView{cache.data(), head * c.n_kv_heads, head, block};
+  };
+  a.keys = view(key_cache, S::kKeyBlock);
+  a.values = view(value_cache, S::kValueBlock);
+
+  // Queries.
+  const int padded = a.row_groups * kRowGroup;
+  const float scale = 1.5f / std::sqrt(float(d));
+  std::vector<float> queries(size_t(c.n_streams) * c.n_kv_heads * padded * d), factors(queries.size() / d, 0.0f);
+  std::vector<std::vector<float>> transformed(factors.size());
+  for (size_t i = 0; i < factors.size(); i++) {
+    if (int(i % padded) >= c.n_tokens * c.group) continue;
+    const std::vector<float> q = random.normals(d);
+    transformed[i].resize(d);
+    key_codecs[i / padded % c.n_kv_heads].transform.query(q.data(), transformed[i].data());
+    float top = 0;
+    for (float v : transformed[i]) top = std::max(top, std::fabs(v));
+    for (int k = 0; k < d; k++) queries[i * d + k] = transformed[i][k] / top;
+    factors[i] = top * scale * 1.44269504f;
+  }
+  a.queries = queries.data();
+  a.query_factors = factors.data();
+
+  // Mask: distances, and a third of the cells hidden from each token.
+  std::vector<uint16_t> mask(size_t(c.n_streams) * c.n_tokens * c.n_cells);
+  for (size_t i = 0; i < mask.size(); i++) {
+    mask[i] = float_to_half(random.below(3) == 0 ? -INFINITY : -0.125f * float(random.below(16)));
+  }
+  if (c.mask) {
+    a.mask = mask.data();
+    a.mask_token_stride = c.n_cells;
+    a.mask_stream_stride = size_t(c.n_cells) * c.n_tokens;
+  }
+  std::vector<float> slopes(n_heads), sinks(n_heads);
+  for (float& s : slopes) s = 0.25f * float(1 + random.below(4));
+  for (float& s : sinks) s = 2 + random.normal();
+  if (c.alibi) a.slopes = slopes.data();
+  if (c.sinks) a.sinks = sinks.data();
+
+  // Exact rows: cells whose coded form is hidden.
+  std::vector<int32_t> cells(size_t(c.n_streams) * c.n_exact, -1);
+  std::vector<uint16_t> exact_keys(cells.size() * c.n_kv_heads * d), exact_values(exact_keys.size());
+  std::vector<uint32_t> hidden(size_t(c.n_streams) * c.n_cells / 32);
+  std::vector<std::vector<int>> exact_of(c.n_streams, std::vector<int>(c.n_cells, -1));
+  for (int s = 0; s < c.n_streams; s++) {
+    for (int i = 0; i < c.n_exact; i++) {
+      const int cell = random.below(c.n_cells);
+      if (exact_of[s][cell] >= 0) continue;  // this row stays unused
+      exact_of[s][cell] = i;
+      cells[s * c.n_exact + i] = cell;
+      hidden[(s * c.n_cells + cell) / 32] |= 1u << cell % 32;
+    }
+  }
+  for (uint16_t& v : exact_keys) v = float_to_half(random.normal());
+  for (uint16_t& v : exact_values) v = float_to_half(random.normal());
+  if (c.n_exact > 0) {
+    a.exact[1] = ExactRows{exact_keys.data(), exact_values.data(), cells.data(), c.n_exact, false};
+    a.hidden = hidden.data();
+    a.hidden_stream_stride = c.n_cells / 32;
+  }
+
+  const int pairs = c.n_kv_heads * a.row_groups;
+  std::vector<float> partials(size_t(c.n_streams) * c.n_splits * pairs * S::kPartialFloats, NAN);
+  std::vector<int> arrived(c.n_streams * pairs);
+  std::vector<float> output(size_t(c.n_streams) * c.n_tokens * n_heads * d, NAN);
+  a.partials = partials.data();
+  a.arrived = arrived.data();
+  a.output = output.data();
+  simt::Machine::launch(c.blocks_x, pairs, S::kThreads, S::kSharedBytes, [&] { AttendKernel<S>::run(a); });
+  for (int n : arrived) EXPECT_EQ(n, 0);
+
+  // The specification.
+  std::vector<double> expected;
+  for (int s = 0; s < c.n_streams; s++) {
+    for (int token = 0; token < c.n_tokens; token++) {
+      for (int head = 0; head < n_heads; head++) {
+        const int kv_head = head / c.group, at = s * c.n_kv_heads + kv_head;
+        const std::vector<float>& q = transformed[size_t(at) * padded + token * c.group + head % c.group];
+        double total = c.sinks ? std::exp(double(sinks[head])) : 0, weight = 0;
+        std::vector<double> y(d, 0.0);
+        for (int cell = 0; cell < c.n_cells; cell++) {
+          const int row = exact_of[s][cell];
+          const size_t exact_at = (size_t(at) * c.n_exact + row) * d;
+          const auto number = [&](const CodedHead& coded, const std::vector<uint16_t>& exact, int i) {
+            return row >= 0 ? half_to_float(exact[exact_at + i]) : coded.decoded[size_t(cell) * d + i];
+          };
+          double x = 0;
+          for (int i = 0; i < d; i++) x += double(q[i]) * number(keys[at], exact_keys, i);
+          x *= scale;
+          if (c.softcap != 0) x = c.softcap * std::tanh(x / c.softcap);
+          if (c.mask) {
+            x += half_to_float(mask[(size_t(s) * c.n_tokens + token) * c.n_cells + cell]) *
+                 (c.alibi ? slopes[head] : 1.0);
+          }
+          const double p = std::exp(x);
+          total += p;
+          weight += p;
+          for (int i = 0; i < d; i++) y[i] += p * number(values[at], exact_values, i);
+        }
+        std::vector<float> mean(d), out(d);
+        for (int i = 0; i < d; i++) mean[i] = float(y[i] / total);
+        value_codecs[kv_head].transform.output(mean.data(), float(weight / total), out.data());
+        expected.insert(expected.end(), out.begin(), out.end());
+      }
+    }
+  }
+  return relative_error(output, expected);
+}
+
+constexpr double kTolerance = 1.5e-3;  // f16 score tables, 16-bit weights
+
+TEST(CudaAttend, AllFormats) {
+  const Case c{.n_cells = 192};
+  EXPECT_LT((error_of<AttendShape<64, 8, 8, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<64, 4, 4, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<64, 2, 2, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<128, 8, 8, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<128, 4, 4, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<128, 2, 2, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<128, 2, 4, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<128, 4, 8, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<256, 8, 8, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<256, 4, 4, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<256, 2, 2, true>>(c)), kTolerance);
+}
+
+TEST(CudaAttend, SmallSharedMemory) {
+  const Case c{.n_cells = 128, .mask = true};
+  EXPECT_LT((error_of<AttendShape<64, 8, 8, false>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<64, 4, 4, false>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<64, 2, 2, false>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<128, 8, 8, false>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<128, 4, 4, false>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<128, 2, 2, false>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<256, 8, 8, false>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<256, 4, 4, false>>(c)), kTolerance);
+}
+
+using Small = AttendShape<64, 4, 4, true>;
+
+TEST(CudaAttend, SplitsAndStreams) {
+  EXPECT_LT(error_of<Small>({.n_kv_heads = 2, .n_cells = 64 * 21, .n_splits = 3, .blocks_x = 3}), kTolerance);
+  EXPECT_LT(error_of<Small>({.n_streams = 3, .n_cells = 64 * 18, .blocks_x = 2}), kTolerance);
+  EXPECT_LT(error_of<Small>({.n_streams = 2, .n_cells = 64 * 5, .n_splits = 2, .blocks_x = 3}), kTolerance);
+}
+
+TEST(CudaAttend, TokensAndGroups) {
+  for (int group : {1, 2, 4, 8}) {
+    EXPECT_LT(error_of<Small>({.n_tokens = 1, .group = group}), kTolerance) << group;
+    EXPECT_LT(error_of<Small>({.n_tokens = 3, .group = group, .dense = true, .mask = true}), kTolerance) << group;
+  }
+  EXPECT_LT(error_of<Small>({.n_streams = 2, .n_tokens = 8, .group = 1, .mask = true}), kTolerance);
+}
+
+TEST(CudaAttend, MaskSoftcapAlibiSinks) {
+  EXPECT_LT(error_of<Small>({.mask = true}), kTolerance);
+  EXPECT_LT(error_of<Small>({.softcap = 1.5f}), kTolerance);
+  EXPECT_LT(error_of<Small>({.mask = true, .alibi = true}), kTolerance);
+  EXPECT_LT(error_of<Small>({.n_kv_heads = 2, .dense = true, .sinks = true}), kTolerance);
+  EXPECT_LT(
+      error_of<Small>(
+          {.n_streams = 2, .n_tokens = 2, .dense = true, .mask = true, .alibi = true, .sinks = true, .softcap = 2}),
+      kTolerance);
+}
+
+TEST(CudaAttend, ExactRows) {
+  EXPECT_LT(error_of<Small>({.n_exact = 20}), kTolerance);
+  EXPECT_LT(error_of<Small>({.n_streams = 2,
+                             .n_kv_heads = 2,
+                             .n_cells = 64 * 4,
+                             .n_splits = 2,
+                             .blocks_x = 4,
+                             .dense = true,
+                             .mask = true,
+                             .sinks = true,
+                             .n_exact = 40}),
+            kTolerance);
+}
+
+}  // namespace
+}  // namespace thimble::cuda
