@@ -1,27 +1,15 @@
 #include "attention/attention.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
-
-#include "codec/half.h"
 
 namespace thimble {
 namespace {
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
-constexpr uint16_t kHiddenHalf = 0xfc00;
-constexpr int kPrefillTokens = 64;  // query tokens to an item
-
-bool any_visible(const Mask& mask, int n_tokens, int n_cells) {
-  if (!mask.data) return true;
-  for (int t = 0; t < n_tokens; t++) {
-    for (int i = 0; i < n_cells; i++) {
-      if (mask.data[t * mask.stride + i] != kHiddenHalf) return true;
-    }
-  }
-  return false;
-}
+constexpr int kPrefillTokens = 64;  // query tokens to an item, where they share decoded tiles
 
 }  // namespace
 
@@ -33,65 +21,92 @@ float alibi_slope(float max_bias, int n_heads, int head) {
   return head < n ? std::pow(m0, float(head + 1)) : std::pow(m1, float(2 * (head - n) + 1));
 }
 
-Softmax Attention::softmax_in(std::vector<float>& storage, int n_rows) const {
-  storage.resize(size_t(n_rows) * (2 + p_.value_dim));
-  return {p_.value_dim, storage.data(), storage.data() + n_rows, storage.data() + 2 * n_rows};
-}
-
 void Attention::prepare(const AttentionProblem& problem, int n_threads, const Kernels& kernels) {
   p_ = problem;
   kernels_ = &kernels;
   n_threads_ = n_threads;
-  const CacheShape& shape = p_.layer->keys().shape();
-  group_ = p_.n_heads / shape.n_kv_heads;
+  group_ = p_.n_heads / p_.layer->keys().shape().n_kv_heads;
   memory_.resize(n_threads);
+  prepare_streams();
+  prepare_parts();
+}
 
-  const int n_blocks = int((p_.n_cells + kBlockCells - 1) / kBlockCells);
-  hidden_.assign(p_.n_streams, std::vector<uint64_t>(n_blocks, 0));
-  exact_rows_.assign(p_.n_streams, {});
-  for (const Window::Row& row : p_.layer->window().rows()) {
-    const int64_t stream = row.cell / shape.cells_per_stream - p_.first_stream;
-    const int64_t cell = row.cell % shape.cells_per_stream;
-    if (stream < 0 || stream >= p_.n_streams || cell >= p_.n_cells) continue;
-    hidden_[stream][cell / kBlockCells] |= uint64_t{1} << (cell % kBlockCells);
-    exact_rows_[stream].push_back(row);
+void Attention::prepare_streams() {
+  const int64_t cells_per_stream = p_.layer->keys().shape().cells_per_stream;
+  streams_.resize(p_.n_streams);
+  for (Stream& stream : streams_) {
+    stream.hidden.assign(n_blocks(), 0);
+    stream.exact.clear();
   }
+  std::vector<Window::Row> rows = p_.layer->window().rows();
+  std::sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.cell < b.cell; });
+  for (const Window::Row& row : rows) {
+    const int64_t in_problem = row.cell / cells_per_stream - p_.first_stream;
+    const int64_t cell = row.cell % cells_per_stream;
+    if (in_problem < 0 || in_problem >= p_.n_streams || cell >= p_.n_cells) continue;
+    Stream& stream = streams_[in_problem];
+    stream.hidden[cell / kBlockCells] |= uint64_t{1} << (cell % kBlockCells);
+    if (stream.exact.empty() || stream.exact.back().n_cells == kBlockCells) stream.exact.emplace_back();
+    ExactTile& tile = stream.exact.back();
+    tile.cells[tile.n_cells] = int(cell);
+    tile.rows[tile.n_cells++] = row;
+  }
+}
 
-  const bool decode = p_.n_tokens <= kMaxCodeTokens;
-  const int tokens_per_item = decode ? std::max(p_.n_tokens, 1) : kPrefillTokens;
+// All units of all items, laid end to end, are cut into one stretch a thread, so that one long sequence uses every
+// thread whatever its number of heads.
+void Attention::prepare_parts() {
+  const int n_kv_heads = p_.layer->keys().shape().n_kv_heads;
+  const int tokens_per_item = p_.n_tokens <= kMaxCodeTokens ? std::max(p_.n_tokens, 1) : kPrefillTokens;
   items_.clear();
+  int64_t total = 0;
   for (int stream = 0; stream < p_.n_streams; stream++) {
-    for (int head = 0; head < shape.n_kv_heads; head++) {
+    const int n_units = n_blocks() + int(streams_[stream].exact.size());
+    for (int head = 0; head < n_kv_heads; head++) {
       for (int t = 0; t < p_.n_tokens; t += tokens_per_item) {
-        items_.push_back({stream, head, t, std::min(tokens_per_item, p_.n_tokens - t)});
+        items_.push_back({stream, head, t, std::min(tokens_per_item, p_.n_tokens - t), n_units, 0, 0});
+        total += n_units;
       }
     }
   }
-  // Decode: all cells of all items, laid end to end, are cut into one stretch a thread, so that one long sequence uses
-  // every thread whatever its number of heads. Prefill has items enough to deal out whole.
-  parts_.assign(n_threads, {});
-  of_item_.assign(items_.size(), {});
-  const int64_t per_item = n_blocks, total = per_item * int64_t(items_.size());
-  for (int thread = 0; thread < n_threads; thread++) {
-    if (!decode) {
-      for (size_t i = thread; i < items_.size(); i += n_threads) {
-        parts_[thread].push_back({int(i), 0, n_blocks, true, {}, {}});
+  parts_.clear();
+  size_t result = 0;
+  int64_t begin = 0;  // of the item, in all units
+  int thread = 0;
+  for (int i = 0; i < int(items_.size()); i++) {
+    Item& item = items_[i];
+    item.first_part = int(parts_.size());
+    for (int unit = 0; unit < item.n_units;) {
+      int64_t end = total * (thread + 1) / n_threads_ - begin;  // of the thread's stretch, from the item's first unit
+      if (end <= unit) {
+        thread++;
+        continue;
       }
-      continue;
+      end = std::min<int64_t>(end, item.n_units);
+      parts_.push_back({i, thread, unit, int(end), result});
+      result += 2 * softmax_size(item.n_tokens * group_);
+      unit = int(end);
     }
-    int64_t begin = total * thread / n_threads;
-    const int64_t end = total * (thread + 1) / n_threads;
-    while (begin < end) {
-      const int item = int(begin / per_item);
-      const int first = int(begin % per_item);
-      const int last = int(std::min<int64_t>(per_item, first + (end - begin)));
-      parts_[thread].push_back({item, first, last, last == per_item, {}, {}});
-      begin += last - first;
-    }
+    item.n_parts = int(parts_.size()) - item.first_part;
+    begin += item.n_units;
   }
-  for (auto& parts : parts_) {
-    for (Part& part : parts) of_item_[part.item].push_back(&part);
+  results_.resize(result);
+}
+
+Mask Attention::mask_of(const Item& item) const {
+  if (!p_.mask) return {};
+  return {p_.mask + size_t(item.stream) * p_.mask_stream + size_t(item.first_token) * p_.mask_token,
+          ptrdiff_t(p_.mask_token)};
+}
+
+// Which cells some token of the item sees.
+uint64_t Attention::seen_by(const Item& item, const Mask& mask, int n_cells) const {
+  const uint64_t all = n_cells == 64 ? ~uint64_t{0} : (uint64_t{1} << n_cells) - 1;
+  uint64_t seen = mask.data ? 0 : all;
+  for (int t = 0; t < item.n_tokens && seen != all; t++) {
+    seen |= kernels_->visible(mask.data + t * mask.stride, n_cells);
   }
+  return seen;
 }
 
 void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries& coded) const {
@@ -107,136 +122,151 @@ void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& pl
                      size_t(head) * p_.q_head;
     float* scaled = &memory.q[size_t(row) * dim];
     for (int d = 0; d < dim; d++) scaled[d] = q[d] * p_.scale;
-    codec.transform.query(scaled, &memory.q_coded[size_t(row) * dim]);
     memory.bias[row] = codec.transform.query_bias(scaled);
-    memory.slope[row] = alibi_slope(p_.max_bias, p_.n_heads, head);
+    memory.slope[row] = row < group_ ? alibi_slope(p_.max_bias, p_.n_heads, head) : memory.slope[row - group_];
   }
+  codec.transform.query(memory.q.data(), memory.q_coded.data(), n_rows, kernels_->transform);
   plain = {n_rows, group_, dim, memory.q.data(), nullptr, memory.slope.data(), p_.softcap};
   coded = {n_rows, group_, dim, memory.q_coded.data(), memory.bias.data(), memory.slope.data(), p_.softcap};
 }
 
-void Attention::attend_coded(const Item& item, const Part& part, const Queries& queries, ThreadMemory& memory,
-                             Softmax& softmax) {
+void Attention::attend_coded(const Item& item, int first_block, int last_block, const Queries& queries,
+                             ThreadMemory& memory, Softmax& softmax) const {
   const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
   const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
-  const uint64_t* hidden = hidden_[item.stream].data();
-  Mask mask;
-  if (p_.mask) {
-    mask = {p_.mask + size_t(item.stream) * p_.mask_stream + size_t(item.first_token) * p_.mask_token,
-            ptrdiff_t(p_.mask_token)};
-  }
+  const HeadCodec &k_codec = keys.codec(item.kv_head), &v_codec = values.codec(item.kv_head);
+  const uint8_t* k_blocks = keys.block(item.kv_head, cell0);
+  const uint8_t* v_blocks = values.block(item.kv_head, cell0);
+  const uint64_t* hidden = streams_[item.stream].hidden.data();
+  const Mask mask = mask_of(item);
   if (p_.n_tokens <= kMaxCodeTokens) {
-    const CodedCells cells{&keys.codec(item.kv_head),
-                           &values.codec(item.kv_head),
-                           keys.block(item.kv_head, cell0),
-                           values.block(item.kv_head, cell0),
-                           hidden,
-                           part.first_block,
-                           part.last_block,
-                           int(p_.n_cells)};
+    const CodedCells cells{&k_codec, &v_codec, k_blocks, v_blocks, hidden, first_block, last_block, int(p_.n_cells)};
     kernels_->attend_codes(queries, cells, mask, softmax, memory.scratch);
     return;
   }
-  memory.k_tile.resize(size_t(kBlockCells) * keys.format().head_dim);
-  memory.v_tile.resize(size_t(kBlockCells) * values.format().head_dim);
-  for (int b = part.first_block; b < part.last_block; b++) {
-    const int64_t cell = int64_t(b) * kBlockCells;
-    const int n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - cell));
-    const uint64_t present = n_cells == 64 ? ~uint64_t{0} : (uint64_t{1} << n_cells) - 1;
-    if ((hidden[b] & present) == present) continue;
-    if (!any_visible(mask.at(cell), item.n_tokens, n_cells)) continue;
-    kernels_->decode_block(keys.codec(item.kv_head), keys.block(item.kv_head, cell0 + cell), memory.k_tile.data());
-    kernels_->decode_block(values.codec(item.kv_head), values.block(item.kv_head, cell0 + cell), memory.v_tile.data());
-    const Tile tile{n_cells, memory.k_tile.data(), memory.v_tile.data(), hidden[b]};
-    kernels_->attend_tile(queries, tile, mask.at(cell), softmax, memory.scratch);
+  float* k_tile = memory.k_tile.data();
+  float* v_tile = memory.v_tile.data();
+  for (int b = first_block; b < last_block; b++) {
+    const int n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - int64_t(b) * kBlockCells));
+    const Mask block_mask = mask.at(ptrdiff_t(b) * kBlockCells);
+    const uint64_t seen = seen_by(item, block_mask, n_cells) & ~hidden[b];
+    if (!seen) continue;
+    kernels_->decode_block(k_codec, k_blocks + b * k_codec.format.block_bytes(), k_tile);
+    kernels_->decode_block(v_codec, v_blocks + b * v_codec.format.block_bytes(), v_tile);
+    // What nobody sees may never have been written, and 0 times NaN is NaN.
+    for (uint64_t left = ~seen; left; left &= left - 1) {
+      std::fill_n(v_tile + size_t(std::countr_zero(left)) * p_.value_dim, p_.value_dim, 0.0f);
+    }
+    kernels_->attend_tile(queries, {n_cells, k_tile, v_tile, hidden[b]}, block_mask, softmax, memory.scratch);
   }
 }
 
-void Attention::attend_exact(const Item& item, const Queries& queries, ThreadMemory& memory, Softmax& softmax) {
-  const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
-  const auto& rows = exact_rows_[item.stream];
-  const int64_t cells_per_stream = keys.shape().cells_per_stream;
-  const int k_dim = keys.format().head_dim, v_dim = values.format().head_dim;
-  memory.k_tile.assign(size_t(kBlockCells) * k_dim, 0.0f);
-  memory.v_tile.resize(size_t(kBlockCells) * v_dim);
-  memory.exact_mask.resize(size_t(item.n_tokens) * kBlockCells);
-  for (size_t begin = 0; begin < rows.size(); begin += kBlockCells) {
-    const int n_cells = int(std::min(rows.size() - begin, size_t(kBlockCells)));
-    Mask mask;
-    if (p_.mask) {
-      for (int t = 0; t < item.n_tokens; t++) {
-        const uint16_t* row_mask =
-            p_.mask + size_t(item.stream) * p_.mask_stream + size_t(item.first_token + t) * p_.mask_token;
-        for (int i = 0; i < n_cells; i++) {
-          memory.exact_mask[t * kBlockCells + i] = row_mask[rows[begin + i].cell % cells_per_stream];
-        }
+void Attention::attend_exact(const Item& item, const ExactTile& exact, const Queries& queries, ThreadMemory& memory,
+                             Softmax& softmax) const {
+  const int n = exact.n_cells;
+  Mask mask = mask_of(item);
+  if (mask.data && exact.adjacent()) {
+    mask = mask.at(exact.cells[0]);
+  } else if (mask.data) {
+    memory.exact_mask.resize(size_t(item.n_tokens) * kBlockCells);
+    for (int t = 0; t < item.n_tokens; t++) {
+      for (int i = 0; i < n; i++) {
+        memory.exact_mask[t * kBlockCells + i] = mask.data[t * mask.stride + exact.cells[i]];
       }
-      mask = {memory.exact_mask.data(), kBlockCells};
-      if (!any_visible(mask, item.n_tokens, n_cells)) continue;
     }
-    for (int i = 0; i < n_cells; i++) {
-      const uint16_t* k = keys.row_data(rows[begin + i]) + size_t(item.kv_head) * k_dim;
-      const uint16_t* v = values.row_data(rows[begin + i]) + size_t(item.kv_head) * v_dim;
-      for (int d = 0; d < k_dim; d++) memory.k_tile[d * kBlockCells + i] = half_to_float(k[d]);
-      for (int d = 0; d < v_dim; d++) memory.v_tile[i * v_dim + d] = half_to_float(v[d]);
-    }
-    kernels_->attend_tile(queries, {n_cells, memory.k_tile.data(), memory.v_tile.data(), 0}, mask, softmax,
-                          memory.scratch);
+    mask = {memory.exact_mask.data(), kBlockCells};
   }
+  if (!seen_by(item, mask, n)) return;
+  for (Kind kind : {Kind::key, Kind::value}) {
+    const CacheSide& side = p_.layer->side(kind);
+    const int dim = side.format().head_dim;
+    const uint8_t* rows[kBlockCells];
+    for (int i = 0; i < n; i++) {
+      rows[i] = reinterpret_cast<const uint8_t*>(side.row_data(exact.rows[i]) + size_t(item.kv_head) * dim);
+    }
+    kernels_->load_rows(kind, rows, n, dim, kind == Kind::key ? memory.k_tile.data() : memory.v_tile.data());
+  }
+  kernels_->attend_tile(queries, {n, memory.k_tile.data(), memory.v_tile.data(), 0}, mask, softmax, memory.scratch);
 }
 
-void Attention::attend_part(Part& part, ThreadMemory& memory) {
+void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   const Item& item = items_[part.item];
+  const int n_rows = item.n_tokens * group_;
   Queries plain, coded;
   load_queries(item, memory, plain, coded);
-  for (auto* storage : {&part.coded, &part.exact}) {
-    Softmax softmax = softmax_in(*storage, plain.n_rows);
-    std::fill(storage->begin(), storage->end(), 0.0f);
-    std::fill_n(softmax.max, plain.n_rows, kHidden);
+  memory.k_tile.resize(size_t(kBlockCells) * p_.layer->keys().format().head_dim);
+  memory.v_tile.resize(size_t(kBlockCells) * p_.layer->values().format().head_dim);
+  Softmax softmax[2];
+  for (int i = 0; i < 2; i++) {
+    float* at = &results_[part.result + i * softmax_size(n_rows)];
+    std::fill_n(at, softmax_size(n_rows), 0.0f);
+    softmax[i] = softmax_at(at, n_rows);
+    std::fill_n(softmax[i].max, n_rows, kHidden);
   }
-  Softmax coded_softmax = softmax_in(part.coded, plain.n_rows), exact_softmax = softmax_in(part.exact, plain.n_rows);
-  attend_coded(item, part, coded, memory, coded_softmax);
-  if (part.with_exact) attend_exact(item, plain, memory, exact_softmax);
+  const int last_block = std::min(part.last_unit, n_blocks());
+  if (part.first_unit < last_block) attend_coded(item, part.first_unit, last_block, coded, memory, softmax[0]);
+  for (int unit = std::max(part.first_unit, n_blocks()); unit < part.last_unit; unit++) {
+    attend_exact(item, streams_[item.stream].exact[unit - n_blocks()], plain, memory, softmax[1]);
+  }
 }
 
 void Attention::attend(int thread) {
-  for (Part& part : parts_[thread]) attend_part(part, memory_[thread]);
+  for (const Part& part : parts_) {
+    if (part.thread == thread) attend_part(part, memory_[thread]);
+  }
 }
 
 void Attention::combine(int thread) {
-  const int dim = p_.value_dim;
-  std::vector<float> coded(dim), out(dim);
-  for (size_t i = thread; i < items_.size(); i += n_threads_) {
-    const Item& item = items_[i];
-    const Transform& transform = p_.layer->values().codec(item.kv_head).transform;
-    const int n_rows = item.n_tokens * group_;
-    for (int row = 0; row < n_rows; row++) {
-      const int head = item.kv_head * group_ + row % group_;
-      float top = p_.sinks ? p_.sinks[head] : kHidden;
-      for (const Part* part : of_item_[i]) top = std::max({top, part->coded[row], part->exact[row]});
-      float coded_sum = 0, exact_sum = 0;
-      std::fill(coded.begin(), coded.end(), 0.0f);
-      float* result = p_.out + size_t(item.stream) * p_.out_stream +
-                      size_t(item.first_token + row / group_) * p_.out_token + size_t(head) * p_.out_head;
-      std::fill_n(result, dim, 0.0f);
-      if (top == kHidden) continue;  // nothing visible: zeros, as ggml gives
-      const auto add = [&](const std::vector<float>& from, float& sum, float* to) {
-        if (from[row] == kHidden) return;
-        const float weight = std::exp(from[row] - top);
-        sum += weight * from[n_rows + row];
-        const float* acc = &from[2 * n_rows + size_t(row) * dim];
-        for (int d = 0; d < dim; d++) to[d] += weight * acc[d];
-      };
-      for (const Part* part : of_item_[i]) {
-        add(part->coded, coded_sum, coded.data());
-        add(part->exact, exact_sum, result);
-      }
-      transform.output(coded.data(), coded_sum, out.data());
-      float total = coded_sum + exact_sum;
-      if (p_.sinks) total += std::exp(p_.sinks[head] - top);
-      const float inverse = 1.0f / total;
-      for (int d = 0; d < dim; d++) result[d] = (result[d] + out[d]) * inverse;
+  int turn = 0;
+  for (const Item& item : items_) {
+    for (int t = 0; t < item.n_tokens; t++) {
+      if (turn++ % n_threads_ == thread) combine_token(item, t, memory_[thread]);
     }
+  }
+}
+
+// The heads of one token: parts are brought to a common maximum and added, what came from codes has its transform
+// undone.
+void Attention::combine_token(const Item& item, int token, ThreadMemory& memory) {
+  const int dim = p_.value_dim, n_rows = item.n_tokens * group_;
+  memory.sums.assign(size_t(group_) * dim, 0.0f);
+  memory.out.resize(size_t(group_) * dim);
+  memory.weights.assign(group_, 0.0f);
+  std::vector<float>& totals = memory.slope;
+  totals.assign(group_, 0.0f);
+  float* results = p_.out + size_t(item.stream) * p_.out_stream + size_t(item.first_token + token) * p_.out_token;
+  for (int g = 0; g < group_; g++) {
+    const int row = token * group_ + g, head = item.kv_head * group_ + g;
+    float* result = results + size_t(head) * p_.out_head;
+    std::fill_n(result, dim, 0.0f);
+    float top = p_.sinks ? p_.sinks[head] : kHidden;
+    const auto for_each = [&](const auto& visit) {
+      for (int i = item.first_part; i < item.first_part + item.n_parts; i++) {
+        for (bool exact : {false, true}) {
+          const Softmax part = softmax_at(&results_[parts_[i].result + (exact ? softmax_size(n_rows) : 0)], n_rows);
+          visit(part, exact);
+        }
+      }
+    };
+    for_each([&](const Softmax& part, bool) { top = std::max(top, part.max[row]); });
+    if (top == kHidden) continue;  // nothing visible: zeros, as ggml gives
+    for_each([&](const Softmax& part, bool exact) {
+      if (part.max[row] == kHidden && !std::isnan(part.sum[row])) return;
+      const float weight = std::exp(part.max[row] - top);
+      const float* acc = part.acc + size_t(row) * dim;
+      float* to = exact ? result : &memory.sums[size_t(g) * dim];
+      (exact ? totals : memory.weights)[g] += weight * part.sum[row];
+      for (int d = 0; d < dim; d++) to[d] += weight * acc[d];
+    });
+    totals[g] += memory.weights[g] + (p_.sinks ? std::exp(p_.sinks[head] - top) : 0.0f);
+  }
+  p_.layer->values()
+      .codec(item.kv_head)
+      .transform.output(memory.sums.data(), memory.weights.data(), memory.out.data(), group_, kernels_->transform);
+  for (int g = 0; g < group_; g++) {
+    float* result = results + size_t(item.kv_head * group_ + g) * p_.out_head;
+    const float inverse = totals[g] != 0 ? 1.0f / totals[g] : 0.0f;
+    for (int d = 0; d < dim; d++) result[d] = (result[d] + memory.out[size_t(g) * dim + d]) * inverse;
   }
 }
 

@@ -47,39 +47,63 @@ public:
   void combine(int thread);
 
 private:
-  // Query tokens that are attended together, for one stream and KV head.
+  // Query tokens that are attended together, for one stream and KV head. Their cells come in units: the blocks of the
+  // stream, then its tiles of exact rows.
   struct Item {
     int stream, kv_head, first_token, n_tokens;
+    int n_units;
+    int first_part, n_parts;
   };
-  // Item and the part of its cells that a thread takes; its result.
+  // A thread's share of an item. Its result lies in results_: for the coded cells and then for the exact ones, each
+  // max[rows], sum[rows], acc[rows][value_dim].
   struct Part {
-    int item;
-    int first_block, last_block;
-    bool with_exact;                  // the exact rows too
-    std::vector<float> coded, exact;  // max[rows], sum[rows], acc[rows][value_dim]
+    int item, thread;
+    int first_unit, last_unit;
+    size_t result;
+  };
+  // Exact rows, in order of cells, 64 to a tile.
+  struct ExactTile {
+    int n_cells = 0;
+    int cells[kBlockCells];  // within the stream
+    Window::Row rows[kBlockCells];
+    bool adjacent() const { return cells[n_cells - 1] - cells[0] == n_cells - 1; }
+  };
+  struct Stream {
+    std::vector<uint64_t> hidden;  // by block: cells that are attended exactly, a bit each
+    std::vector<ExactTile> exact;
   };
   struct ThreadMemory {
     std::vector<float> q, q_coded, bias, slope, k_tile, v_tile;
+    std::vector<float> sums, out, weights;  // of combine
     std::vector<uint16_t> exact_mask;
     Scratch scratch;
   };
 
+  void prepare_streams();
+  void prepare_parts();
+  int n_blocks() const { return int((p_.n_cells + kBlockCells - 1) / kBlockCells); }
+  size_t softmax_size(int n_rows) const { return size_t(n_rows) * (2 + p_.value_dim); }
+  Softmax softmax_at(float* at, int n_rows) const { return {p_.value_dim, at, at + n_rows, at + 2 * n_rows}; }
+  Mask mask_of(const Item& item) const;
+  uint64_t seen_by(const Item& item, const Mask& mask, int n_cells) const;
+
   void load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries& coded) const;
-  void attend_part(Part& part, ThreadMemory& memory);
-  void attend_coded(const Item& item, const Part& part, const Queries& queries, ThreadMemory& memory, Softmax& softmax);
-  void attend_exact(const Item& item, const Queries& queries, ThreadMemory& memory, Softmax& softmax);
-  Softmax softmax_in(std::vector<float>& storage, int n_rows) const;
+  void attend_part(const Part& part, ThreadMemory& memory);
+  void attend_coded(const Item& item, int first_block, int last_block, const Queries& queries, ThreadMemory& memory,
+                    Softmax& softmax) const;
+  void attend_exact(const Item& item, const ExactTile& exact, const Queries& queries, ThreadMemory& memory,
+                    Softmax& softmax) const;
+  void combine_token(const Item& item, int token, ThreadMemory& memory);
 
   AttentionProblem p_;
   const Kernels* kernels_ = nullptr;
   int n_threads_ = 1;
   int group_ = 1;
+  std::vector<Stream> streams_;
   std::vector<Item> items_;
-  std::vector<std::vector<Part>> parts_;           // by thread
-  std::vector<std::vector<const Part*>> of_item_;  // in order of cells
+  std::vector<Part> parts_;  // in order of items and of their cells
+  std::vector<float> results_;
   std::vector<ThreadMemory> memory_;
-  std::vector<std::vector<uint64_t>> hidden_;         // by stream: cells that are attended exactly, a bit each
-  std::vector<std::vector<Window::Row>> exact_rows_;  // by stream
 };
 
 }  // namespace thimble

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "codec/half.h"
+#include "attention/kernels.h"
 
 namespace thimble {
 
@@ -21,12 +21,21 @@ CacheSide::CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<
       slots_(reinterpret_cast<uint16_t*>(memory + memory_bytes(shape, codecs_->front().format, 0))) {}
 
 void CacheSide::encode_row(const uint16_t* row, int64_t cell) const {
+  const Kernels& k = kernels();
   const int head_dim = format().head_dim;
   float x[kMaxHeadDim], y[kMaxHeadDim];
   for (int head = 0; head < shape_.n_kv_heads; head++) {
-    for (int d = 0; d < head_dim; d++) x[d] = half_to_float(row[head * head_dim + d]);
-    codec(head).transform.forward(x, y);
-    store_cell(codec(head), y, block(head, cell), in_block(cell));
+    const uint8_t* exact = reinterpret_cast<const uint8_t*>(row + size_t(head) * head_dim);
+    k.load_rows(Kind::value, &exact, 1, head_dim, x);
+    codec(head).transform.forward(x, y, 1, k.transform);
+    if (format().f16) {
+      store_cell(codec(head), y, block(head, cell), in_block(cell));
+      continue;
+    }
+    uint8_t coded[kMaxHeadDim];  // codes, then the scale
+    const uint16_t scale = k.encode(codec(head), y, coded);
+    std::memcpy(coded + format().n_subspaces(), &scale, sizeof(scale));
+    copy_cell_in(format(), kind(), coded, block(head, cell), in_block(cell));
   }
 }
 

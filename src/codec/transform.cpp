@@ -129,10 +129,12 @@ void Transform::query(const float* q, float* y, int n_rows, const TransformOps& 
   forward(q, y, n_rows, ops);
 }
 
-void Transform::output(const float* y, float weight, float* out, const TransformOps& ops) const {
-  if (kind_ != Kind::dense) return forward(y, out, 1, ops);
-  ops.times_matrix(y, 1, b_.data(), head_dim_, out);
-  for (int i = 0; i < head_dim_; i++) out[i] += weight * mean_[i];
+void Transform::output(const float* y, const float* weights, float* out, int n_rows, const TransformOps& ops) const {
+  if (kind_ != Kind::dense) return forward(y, out, n_rows, ops);
+  ops.times_matrix(y, n_rows, b_.data(), head_dim_, out);
+  for (int r = 0; r < n_rows; r++, out += head_dim_) {
+    for (int i = 0; i < head_dim_; i++) out[i] += weights[r] * mean_[i];
+  }
 }
 
 float Transform::query_bias(const float* q) const {

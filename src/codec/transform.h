@@ -33,8 +33,9 @@ public:
   // All take and give n_rows rows of [head_dim]; input and output must not overlap.
   void forward(const float* x, float* y, int n_rows = 1, const TransformOps& ops = kPlainTransformOps) const;
   void query(const float* q, float* y, int n_rows = 1, const TransformOps& ops = kPlainTransformOps) const;
-  /// `weight` is the sum of the attention weights behind y: 1, or less where learned sinks take a share.
-  void output(const float* y, float weight, float* out, const TransformOps& ops = kPlainTransformOps) const;
+  /// `weights` [n_rows] are the sums of the attention weights behind y: 1, or less where learned sinks take a share.
+  void output(const float* y, const float* weights, float* out, int n_rows, const TransformOps& ops) const;
+  void output(const float* y, float weight, float* out) const { output(y, &weight, out, 1, kPlainTransformOps); }
   /// x from y.
   void inverse(const float* y, float* x) const { output(y, 1.0f, x); }
   float query_bias(const float* q) const;
