@@ -119,7 +119,7 @@ bool device_supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
       }
       // While the context is being made an exception reaches llama_init_from_model, which fails with our sentence.
       // Later the graph fails instead. Saying "not supported" would make ggml abort: no other device can read codes.
-      if (buffer && !buffer->in_use) throw std::runtime_error(why);
+      if (buffer && !buffer->in_use()) throw std::runtime_error(why);
       return true;
     }
     case NodeKind::attend:

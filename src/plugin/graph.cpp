@@ -67,7 +67,10 @@ NodeKind classify(const ggml_tensor* node, std::string* why) {
   if (node->op == GGML_OP_SET_ROWS && writes) {
     const ggml_tensor* rows = node->src[0];
     if (node->ne[0] != root_of(node)->ne[0]) {
-      if (why) *why = "flash attention is off, which a coded cache needs: start with --flash-attn on";
+      if (why)
+        *why =
+            "flash attention is off, which a coded cache needs: start with --flash-attn on, or run a model that cannot "
+            "have it without the THIMBLE device";
       return NodeKind::refused;
     }
     if ((rows->type != GGML_TYPE_F32 && rows->type != GGML_TYPE_F16) || rows->ne[2] != 1 || rows->ne[3] != 1 ||
@@ -81,7 +84,10 @@ NodeKind classify(const ggml_tensor* node, std::string* why) {
     return NodeKind::shift;
   }
   if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_SOFT_MAX || node->op == GGML_OP_CONT) {
-    if (why) *why = "flash attention is off, which a coded cache needs: start with --flash-attn on";
+    if (why)
+      *why =
+          "flash attention is off, which a coded cache needs: start with --flash-attn on, or run a model that cannot "
+          "have it without the THIMBLE device";
     return NodeKind::refused;
   }
   return refuse("the node is unknown");
@@ -221,8 +227,7 @@ ggml_status CpuGraph::compute(ggml_cgraph* graph) {
       op.layer = KvBuffer::layer_of(cache, &op.kind);
       op.node = node;
       op.graph = this;
-      KvBuffer* buffer = KvBuffer::of(cache);
-      buffer->in_use = true;
+      KvBuffer::of(cache)->use(kernels().name);
       if (!op.layer->cache) {
         GGML_LOG_ERROR("thimble: layer %d is used before its shape is known\n", op.layer->index);
         status = GGML_STATUS_FAILED;

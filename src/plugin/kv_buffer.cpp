@@ -1,6 +1,9 @@
 #include "plugin/kv_buffer.h"
 
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 
 #include "cache/state_row.h"
@@ -29,11 +32,12 @@ int window_slots(const Settings& settings, int64_t n_streams) {
 }
 
 // Memory to reserve for a cache tensor, and to report as the size of its cache.
-size_t reserved_bytes(const ggml_tensor* tensor, const CacheName& name, const Settings& settings) {
+size_t reserved_bytes(const ggml_tensor* tensor, const CacheName& name, const Settings& settings,
+                      const CodecSource& source) {
   const int64_t width = tensor->ne[0];
-  const int head_dim = width % kAssumedHeadDim == 0 ? kAssumedHeadDim : int(width & -width);
-  const Format format =
-      make_format(std::max(head_dim, 2), name.kind == Kind::key ? settings.key_bits : settings.value_bits);
+  const int assumed = width % kAssumedHeadDim == 0 ? kAssumedHeadDim : int(width & -width);
+  const int head_dim = std::clamp(source.head_dim(name.layer, name.kind).value_or(assumed), 2, kMaxHeadDim);
+  const Format format = source.format(name.layer, name.kind, head_dim);
   const CacheShape shape{int(width / format.head_dim), tensor->ne[1], int(tensor->ne[2])};
   return CacheSide::memory_bytes(shape, format, window_slots(settings, shape.n_streams));
 }
@@ -136,9 +140,11 @@ const char* type_name(ggml_backend_buffer_type_t type) {
 ggml_backend_buffer_t type_alloc(ggml_backend_buffer_type_t type, size_t size) {
   try {
     auto settings = Settings::from_environment();
+    auto source = codec_source(settings);
     ggml_backend_buffer_t inner = ggml_backend_buft_alloc_buffer(context_of(type).inner, size);
     if (!inner) return nullptr;
-    return ggml_backend_buffer_init(type, kBufferInterface, new KvBuffer(inner, std::move(settings)), size);
+    return ggml_backend_buffer_init(type, kBufferInterface, new KvBuffer(inner, std::move(settings), std::move(source)),
+                                    size);
   } catch (const std::exception& error) {
     GGML_LOG_ERROR("thimble: %s\n", error.what());
     return nullptr;
@@ -157,7 +163,7 @@ size_t type_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor* tenso
     const auto name = tensor->view_src ? std::nullopt : parse_cache_name(tensor->name);
     if (name && tensor->type == GGML_TYPE_F16) {
       const Settings settings = Settings::from_environment();
-      if (is_managed(tensor, settings)) return reserved_bytes(tensor, *name, settings);
+      if (is_managed(tensor, settings)) return reserved_bytes(tensor, *name, settings, *codec_source(settings));
     }
   } catch (const std::exception&) {
     // Said by type_alloc, which can refuse; here the nominal size does.
@@ -186,8 +192,8 @@ bool is_managed(const ggml_tensor* tensor, const Settings& settings) {
   return tensor->ne[1] > settings.small_cells;
 }
 
-KvBuffer::KvBuffer(ggml_backend_buffer_t inner, Settings settings)
-    : inner_(inner), settings_(std::move(settings)), hash_(settings_.hash()) {}
+KvBuffer::KvBuffer(ggml_backend_buffer_t inner, Settings settings, std::shared_ptr<const CodecSource> source)
+    : inner_(inner), settings_(std::move(settings)), source_(std::move(source)) {}
 
 KvBuffer::~KvBuffer() {
   ggml_backend_buffer_free(inner_);
@@ -233,17 +239,16 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
     const int dim = kind == Kind::key ? key_dim : value_dim;
     const ggml_tensor* tensor = layer.tensors[int(kind)];
     const CacheShape shape{n_kv_heads, tensor->ne[1], int(tensor->ne[2])};
-    const Format format = make_format(dim, kind == Kind::key ? settings_.key_bits : settings_.value_bits);
+    const Format format = source_->format(layer.index, kind, dim);
     if (!state_row_fits(shape, format)) {
       throw std::runtime_error(where + "heads of size " + std::to_string(dim) +
                                " are too small to code; use bits=16 or run without the THIMBLE device");
     }
-    auto codecs = std::make_shared<std::vector<HeadCodec>>();
-    for (int head = 0; head < n_kv_heads; head++) codecs->push_back(make_uncalibrated_codec(kind, format));
+    auto codecs = source_->codecs(layer.index, kind, dim, n_kv_heads);
     const int n_slots = window_slots(settings_, shape.n_streams);
     const size_t bytes = CacheSide::memory_bytes(shape, format, n_slots);
     uint8_t* memory = static_cast<uint8_t*>(tensor->data);
-    if (bytes > reserved_bytes(tensor, {kind, layer.index}, settings_)) {
+    if (bytes > reserved_bytes(tensor, {kind, layer.index}, settings_, *source_)) {
       layer.own_memory[int(kind)].assign(bytes, 0);
       memory = layer.own_memory[int(kind)].data();
     }
@@ -257,6 +262,18 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
   const int max_slots = settings_.passthrough() ? 0 : settings_.window.total() * sequences;
   layer.cache =
       std::make_unique<CacheLayer>(std::move(keys), std::move(values), Window(settings_.window, max_slots, cells));
+}
+
+void KvBuffer::use(const char* kernels) {
+  if (in_use_) return;
+  in_use_ = true;
+  size_t f16_bytes = 0;
+  for (const auto& [index, layer] : layers_) {
+    for (const ggml_tensor* tensor : layer.tensors) f16_bytes += tensor ? ggml_nbytes(tensor) : 0;
+  }
+  GGML_LOG_INFO("thimble: KV cache of %zu layers: %.2f MiB, %.2f MiB as f16; %s; %s kernels\n", layers_.size(),
+                double(bound_bytes_) / (1 << 20), double(f16_bytes) / (1 << 20), settings_.to_string().c_str(),
+                kernels);
 }
 
 void KvBuffer::clear(uint8_t value) {
@@ -286,7 +303,7 @@ void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, siz
   const Rows rows = rows_of(tensor, offset, size);
   const size_t row_bytes = root_of(tensor)->nb[1];
   for (int64_t i = 0; i < rows.count; i++) {
-    save_cell(*rows.layer->cache, rows.kind, rows.first + i, hash_, data + i * row_bytes);
+    save_cell(*rows.layer->cache, rows.kind, rows.first + i, source_->hash(), data + i * row_bytes);
   }
 }
 
@@ -294,7 +311,7 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
   const Rows rows = rows_of(tensor, offset, size);
   const size_t row_bytes = root_of(tensor)->nb[1];
   for (int64_t i = 0; i < rows.count; i++) {
-    load_cell(*rows.layer->cache, rows.kind, rows.first + i, hash_, data + i * row_bytes);
+    load_cell(*rows.layer->cache, rows.kind, rows.first + i, source_->hash(), data + i * row_bytes);
   }
 }
 

@@ -3,8 +3,8 @@
 // memory of their codes and are served by a CacheLayer.
 //
 // A cache tensor does not say its head size, and llama.cpp allocates it before any graph exists. So memory is reserved
-// for the head size assumed by `kAssumedHeadDim`, and a layer is bound to its true shape when the first attention node
-// over it is seen, which llama.cpp does while it makes the context.
+// for the head size that the profile tells or else `kAssumedHeadDim`, and a layer is bound to its true shape when the
+// first attention node over it is seen, which llama.cpp does while it makes the context.
 #pragma once
 
 #include <map>
@@ -17,11 +17,10 @@
 #include "cache/layer.h"
 #include "ggml-backend-impl.h"
 #include "ggml.h"
+#include "plugin/codec_source.h"
 #include "plugin/settings.h"
 
 namespace thimble {
-
-class Profile;
 
 /// The name of a cache tensor, taken apart.
 struct CacheName {
@@ -43,7 +42,7 @@ struct ManagedLayer {
 
 class KvBuffer {
 public:
-  KvBuffer(ggml_backend_buffer_t inner, Settings settings);
+  KvBuffer(ggml_backend_buffer_t inner, Settings settings, std::shared_ptr<const CodecSource> source);
   ~KvBuffer();
 
   ggml_backend_buffer_t inner() const { return inner_; }
@@ -64,7 +63,9 @@ public:
 
   /// Whether a graph has run on this cache. Until then what cannot be done is refused by an exception, which makes the
   /// making of the context fail; later it must not be thrown any more.
-  bool in_use = false;
+  bool in_use() const { return in_use_; }
+  /// Called for each graph that uses the cache; the first logs what the cache is.
+  void use(const char* kernels);
 
 private:
   struct Rows {
@@ -76,10 +77,10 @@ private:
 
   ggml_backend_buffer_t inner_;
   Settings settings_;
-  uint64_t hash_;
+  std::shared_ptr<const CodecSource> source_;
   std::map<int, ManagedLayer> layers_;
-  std::shared_ptr<const Profile> profile_;
   size_t bound_bytes_ = 0;
+  bool in_use_ = false;
 };
 
 /// Whether a cache tensor of this shape is coded under these settings (else it stays f16 in the inner buffer).

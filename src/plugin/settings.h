@@ -30,7 +30,7 @@ struct Settings {
 
   bool passthrough() const { return key_bits == 16 && value_bits == 16; }
   std::string to_string() const;
-  /// Names what saved codes depend on. The profile counts by its path's file content elsewhere; see CacheBuffer.
+  /// Names the rates, which saved codes depend on (on the profile's content too: CodecSource::hash).
   uint64_t hash() const;
 };
 

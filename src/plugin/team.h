@@ -2,11 +2,10 @@
 #pragma once
 
 #include <atomic>
-#include <thread>
 
 namespace thimble {
 
-/// Spins, then yields: there may be more threads than cores.
+/// Spins for a while, then sleeps: on a busy machine the thread that is waited for may not be running at all.
 class Barrier {
 public:
   void wait(int n_threads) {
@@ -15,14 +14,17 @@ public:
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_threads) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
+      phase_.notify_all();
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++) {
-      if (spins > 2000) std::this_thread::yield();
+    for (int spins = 0; spins < kSpins; spins++) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
     }
+    phase_.wait(phase, std::memory_order_acquire);
   }
 
 private:
+  static constexpr int kSpins = 20000;  // some tens of microseconds
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> phase_{0};
 };

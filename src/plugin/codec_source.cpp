@@ -1,0 +1,72 @@
+#include "plugin/codec_source.h"
+
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+
+namespace thimble {
+namespace {
+
+uint64_t fnv1a(uint64_t hash, const char* data, size_t size) {
+  for (size_t i = 0; i < size; i++) hash = (hash ^ uint8_t(data[i])) * 0x100000001b3;
+  return hash;
+}
+
+}  // namespace
+
+CodecSource::CodecSource(const Settings& settings) : settings_(settings), hash_(settings.hash()) {
+  if (settings.profile.empty()) return;
+  std::ifstream file(settings.profile, std::ios::binary);
+  const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  if (bytes.empty()) {
+    throw std::runtime_error("profile " + settings.profile +
+                             " cannot be read: check the path, or make one with thimble calibrate");
+  }
+  profile_ =
+      std::make_shared<const Profile>(read_profile(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()));
+  hash_ = fnv1a(hash_, bytes.data(), bytes.size());
+}
+
+std::optional<int> CodecSource::head_dim(int layer, Kind kind) const {
+  if (!profile_ || layer < 0 || size_t(layer) >= profile_->shape.layers.size()) return std::nullopt;
+  const int dim = profile_->shape.layers[layer].dim(kind);
+  return dim > 0 ? std::optional(dim) : std::nullopt;
+}
+
+Format CodecSource::format(int layer, Kind kind, int head_dim) const {
+  if (!from_profile(kind)) return make_format(head_dim, bits(kind));
+  if (this->head_dim(layer, kind) != head_dim) {
+    throw std::runtime_error("profile " + settings_.profile + " was made for another model: its layer " +
+                             std::to_string(layer) +
+                             " has other heads; make one with thimble calibrate -m <this model>");
+  }
+  return profile_->format(layer, kind, bits(kind));
+}
+
+std::shared_ptr<const std::vector<HeadCodec>> CodecSource::codecs(int layer, Kind kind, int head_dim,
+                                                                  int n_kv_heads) const {
+  auto all = std::make_shared<std::vector<HeadCodec>>();
+  const Format format = this->format(layer, kind, head_dim);
+  if (from_profile(kind) && profile_->shape.layers[layer].n_kv_heads != n_kv_heads) {
+    throw std::runtime_error("profile " + settings_.profile + " was made for a model with another number of KV heads");
+  }
+  for (int head = 0; head < n_kv_heads; head++) {
+    all->push_back(from_profile(kind) ? profile_->codec(layer, head, kind, bits(kind))
+                                      : make_uncalibrated_codec(kind, format));
+  }
+  return all;
+}
+
+std::shared_ptr<const CodecSource> codec_source(const Settings& settings) {
+  static std::mutex mutex;
+  static std::map<std::string, std::weak_ptr<const CodecSource>> in_use;
+  const std::lock_guard lock(mutex);
+  auto& entry = in_use[settings.to_string()];
+  auto source = entry.lock();
+  if (!source) entry = source = std::make_shared<const CodecSource>(settings);
+  return source;
+}
+
+}  // namespace thimble
