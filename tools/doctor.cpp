@@ -1,0 +1,116 @@
+// `thimble doctor`: what is here and what it would do.
+#include <ggml-backend.h>
+#include <gguf.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <memory>
+#include <string>
+
+#include "attention/kernels.h"
+#include "commands.h"
+#include "model.h"
+#include "paths.h"
+#include "plugin/settings.h"
+#include "profile/profile.h"
+
+namespace thimble {
+namespace {
+
+// A model's shape, from its file's metadata alone: nothing is loaded.
+class Metadata {
+public:
+  explicit Metadata(const std::string& path) : gguf_(gguf_init_from_file(path.c_str(), {true, nullptr}), gguf_free) {
+    if (!gguf_) throw std::runtime_error(path + " is no GGUF file");
+    const int64_t key = gguf_find_key(gguf_.get(), "general.architecture");
+    if (key < 0 || gguf_get_kv_type(gguf_.get(), key) != GGUF_TYPE_STRING) {
+      throw std::runtime_error(path + " names no architecture: it is no model");
+    }
+    architecture_ = gguf_get_val_str(gguf_.get(), key);
+  }
+  /// A number that all layers share or, where it is an array, that of one layer.
+  int number(const std::string& name, int layer, int fallback) const {
+    const int64_t key = gguf_find_key(gguf_.get(), (architecture_ + "." + name).c_str());
+    if (key < 0) return fallback;
+    if (gguf_get_kv_type(gguf_.get(), key) == GGUF_TYPE_UINT32) return int(gguf_get_val_u32(gguf_.get(), key));
+    if (gguf_get_kv_type(gguf_.get(), key) == GGUF_TYPE_ARRAY && size_t(layer) < gguf_get_arr_n(gguf_.get(), key) &&
+        (gguf_get_arr_type(gguf_.get(), key) == GGUF_TYPE_UINT32 ||
+         gguf_get_arr_type(gguf_.get(), key) == GGUF_TYPE_INT32)) {
+      return static_cast<const int32_t*>(gguf_get_arr_data(gguf_.get(), key))[layer];
+    }
+    return fallback;
+  }
+
+private:
+  std::unique_ptr<gguf_context, void (*)(gguf_context*)> gguf_;
+  std::string architecture_;
+};
+
+void print_model(const std::string& path) {
+  const Metadata model(path);
+  const int n_layers = model.number("block_count", 0, 0), width = model.number("embedding_length", 0, 0);
+  std::printf("model            %s, %d layers\n", path.c_str(), n_layers);
+  for (double bits : {16.0, 4.0, 2.0, 1.0}) {
+    double bytes = 0;
+    for (int layer = 0; layer < n_layers; layer++) {
+      const int n_heads = std::max(1, model.number("attention.head_count", layer, 1));
+      const int n_kv_heads = model.number("attention.head_count_kv", layer, n_heads);
+      if (n_kv_heads == 0) continue;
+      for (const char* name : {"attention.key_length", "attention.value_length"}) {
+        bytes += make_format(model.number(name, layer, width / n_heads), bits).vector_bytes() * n_kv_heads;
+      }
+    }
+    std::printf("  %4g bits       %8.0f bytes a token, %9.2f MiB at 131072 tokens (window not counted)\n", bits, bytes,
+                bytes * 131072 / (1 << 20));
+  }
+}
+
+void print_profile(const std::string& path) {
+  const Profile profile = read_profile(path);
+  std::printf("profile          %s\n                 %s transform, architecture %s, %zu layers\n", path.c_str(),
+              profile.transform.c_str(), profile.shape.architecture.c_str(), profile.shape.layers.size());
+  std::printf("                 from %s\n", profile.source.c_str());
+  for (double bits : profile.bits) {
+    double sum = 0;
+    int n = 0;
+    for (size_t il = 0; il < profile.shape.layers.size(); il++) {
+      if (profile.shape.layers[il].n_kv_heads == 0) continue;
+      for (Kind kind : {Kind::key, Kind::value}) sum += profile.format(int(il), kind, bits).bits(), n++;
+    }
+    std::printf("  bits=%-5g      %.3f bits a number on average\n", bits, n ? sum / n : 0);
+  }
+  int friendly = 0;
+  for (size_t il = 0; il < profile.density.size(); il++) friendly += profile.quantization_friendly(int(il));
+  std::printf("                 %d layers attend broadly (quantization-friendly), %zu to few cells\n", friendly,
+              profile.density.size() - friendly);
+}
+
+}  // namespace
+
+void add_doctor_command(CLI::App& app) {
+  static std::string model, profile;
+  CLI::App* command = app.add_subcommand("doctor", "Say what was found: llama.cpp, devices, kernels, a model's bytes");
+  command->add_option("-m,--model", model, "Model whose bytes per token to print");
+  command->add_option("--profile", profile, "Profile to describe (default: <model>.thimble.gguf beside the model)");
+  command->callback([] {
+    start_llama();
+    std::printf("ggml             %s\n", ggml_version());
+    std::printf("plugin           %s\n", plugin_path().c_str());
+    if (!ggml_backend_reg_by_name("THIMBLE") && !ggml_backend_load(plugin_path().c_str())) {
+      throw std::runtime_error("the plugin does not load: see the line above");
+    }
+    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+      ggml_backend_dev_t device = ggml_backend_dev_get(i);
+      std::printf("device           %s: %s\n", ggml_backend_dev_name(device), ggml_backend_dev_description(device));
+    }
+    std::string names;
+    for (const Kernels* k : available_kernels()) names += std::string(names.empty() ? "" : ", ") + k->name;
+    std::printf("kernels          %s (of %s)\n", kernels().name, names.c_str());
+    std::printf("THIMBLE_KV       %s\n", Settings::from_environment().to_string().c_str());
+    if (!model.empty()) print_model(model);
+    if (profile.empty()) profile = profile_beside(model);
+    if (!profile.empty()) print_profile(profile);
+  });
+}
+
+}  // namespace thimble

@@ -1,0 +1,100 @@
+// `thimble run` and `thimble serve`: llama.cpp's own programs with the plugin loaded. Every flag that is not ours goes
+// to them as it is.
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdlib>
+#include <filesystem>
+#include <stdexcept>
+
+#include "commands.h"
+#include "paths.h"
+#include "plugin/settings.h"
+
+namespace thimble {
+namespace {
+
+struct Launch {
+  std::string kv = "4", window = "8+128", profile;
+};
+
+bool has_flag(const std::vector<std::string>& args, std::initializer_list<const char*> flags) {
+  for (const std::string& arg : args) {
+    for (const char* flag : flags) {
+      if (arg == flag || arg.starts_with(std::string(flag) + "=")) return true;
+    }
+  }
+  return false;
+}
+
+std::string value_of(const std::vector<std::string>& args, std::initializer_list<const char*> flags) {
+  for (size_t i = 0; i + 1 < args.size(); i++) {
+    for (const char* flag : flags) {
+      if (args[i] == flag) return args[i + 1];
+    }
+  }
+  return {};
+}
+
+// Becomes the program; returns only where that fails.
+[[noreturn]] void launch(const std::string& program, const Launch& options, std::vector<std::string> args) {
+  const std::string path = bin_directory() + "/" + program;
+  if (!std::filesystem::exists(path)) {
+    throw std::runtime_error(path + " is missing: build it with cmake --build <build directory> --target " + program);
+  }
+  if (options.kv == "f16") {
+    if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", "none"});
+  } else {
+    std::string settings = "bits=" + options.kv + ",window=" + options.window;
+    std::string profile = options.profile;
+    if (profile.empty()) profile = profile_beside(value_of(args, {"-m", "--model"}));
+    if (!profile.empty()) settings += ",profile=" + profile;
+    const Settings parsed = Settings::parse(settings);  // says what is wrong before a model is loaded
+    if (profile.empty() && std::min(parsed.key_bits, parsed.value_bits) < 3) {
+      std::fprintf(
+          stderr,
+          "thimble: no profile of this model: %s bits without one lose a lot; make one with thimble calibrate -m "
+          "MODEL -o MODEL.thimble.gguf\n",
+          options.kv.c_str());
+    }
+    setenv("THIMBLE_KV", settings.c_str(), 1);
+    setenv("GGML_BACKEND_PATH", plugin_path().c_str(), 1);
+    if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", "THIMBLE0"});
+    if (!has_flag(args, {"-ngl", "--gpu-layers", "--n-gpu-layers"})) args.insert(args.end(), {"-ngl", "99"});
+    if (!has_flag(args, {"-fa", "--flash-attn"})) args.insert(args.end(), {"-fa", "on"});
+  }
+  std::vector<char*> argv{const_cast<char*>(path.c_str())};
+  for (std::string& arg : args) argv.push_back(arg.data());
+  argv.push_back(nullptr);
+  execv(path.c_str(), argv.data());
+  throw std::runtime_error("cannot start " + path);
+}
+
+CLI::App* add(CLI::App& app, const char* name, const char* what, Launch& options) {
+  CLI::App* command = app.add_subcommand(name, what);
+  command->add_option("--kv", options.kv, "Bits a number of the KV cache: f16, 4, 3, 2, 1.5, 1.25, 1, or K/V")
+      ->capture_default_str();
+  command->add_option("--window", options.window, "Cells of a sequence in full precision, first+last")
+      ->capture_default_str();
+  command->add_option("--profile", options.profile,
+                      "Calibration of the model (default: <model>.thimble.gguf beside it)");
+  command->allow_extras();
+  return command;
+}
+
+}  // namespace
+
+void add_launch_commands(CLI::App& app) {
+  static Launch run_options, serve_options;
+  CLI::App* run =
+      add(app, "run", "Answer a prompt or chat (llama-completion with -p or -f, else llama-cli)", run_options);
+  run->callback([run] {
+    const auto args = run->remaining();
+    const bool prompt = has_flag(args, {"-p", "--prompt", "-f", "--file"});
+    launch(prompt ? "llama-completion" : "llama-cli", run_options, args);
+  });
+  CLI::App* serve = add(app, "serve", "Serve the OpenAI API (llama-server)", serve_options);
+  serve->callback([serve] { launch("llama-server", serve_options, serve->remaining()); });
+}
+
+}  // namespace thimble

@@ -1,0 +1,25 @@
+// Where the parts of an installation or build tree are: all beside the `thimble` program.
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+namespace thimble {
+
+inline std::string bin_directory() {
+  return std::filesystem::read_symlink("/proc/self/exe").parent_path().string();
+}
+
+inline std::string plugin_path() {
+  return bin_directory() + "/libggml-thimble.so";
+}
+
+/// `<model>.thimble.gguf` beside a model file, if it is there; else empty.
+inline std::string profile_beside(const std::filesystem::path& model) {
+  if (model.empty()) return {};
+  std::filesystem::path profile = model;
+  profile.replace_extension(".thimble.gguf");
+  return std::filesystem::exists(profile) ? profile.string() : std::string();
+}
+
+}  // namespace thimble
