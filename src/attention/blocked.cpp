@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "attention/isa.h"
@@ -332,7 +331,6 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
       for (int i = 0; i < n; i++) {
         const int row = first + i, token = row / queries.group;
         float* s = scores + i * kSuperblockCells;
-        uint8_t* w = weights + i * kSuperblockCells;
         shrink[i] = 1;
         factor[i] = 0;
         float max_log;
@@ -343,16 +341,14 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
         for (int b = 0; b < now->n; b++) {
           if (bad[b] & now->visible[token][b]) rows[row].sum = kNaN;
         }
+        uint32_t row_used;
         if (top == kHidden) {
-          std::memset(w, 0, size_t(now->n) * kBlockCells);
-          std::memset(w + kRowsAtOnce * kSuperblockCells, 0, size_t(now->n) * kBlockCells);
+          ops.code_weights(s, now->n, 0, scales, wide_values, i, weights, &row_used);  // all 0
           continue;
         }
-        // Weights are exp2(score log2(e) - offset) * scale: as large as 8 or 16 bits take, and no sum overflows.
-        const float room = wide_values ? 14.98f : 7.99f;
-        const float offset = std::max(max_log - room, top * kLog2e - 100.0f);
-        uint32_t row_used;
-        const float sum = ops.code_weights(s, now->n, offset, scales, wide_values, w, &row_used);
+        // Weights are exp2(score log2(e) - offset) * scale: as large as their bits take, and no sum overflows.
+        const float offset = std::max(max_log - ops.weight_bits[wide_values], top * kLog2e - 100.0f);
+        const float sum = ops.code_weights(s, now->n, offset, scales, wide_values, i, weights, &row_used);
         factor[i] = std::exp2(offset - top * kLog2e);
         if (top > rows[row].max) {
           shrink[i] = std::exp(rows[row].max - top);  // 0 at first

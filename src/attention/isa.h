@@ -36,6 +36,7 @@ struct MaskBits {
 
 struct IsaOps {
   const char* name;
+  float weight_bits[2];  // log2 of the largest weight that code_weights takes: narrow, wide
 
   // -- codec: bit-exact, a multiply and an add for every product, in index order --
 
@@ -88,10 +89,10 @@ struct IsaOps {
   /// finite become 0 and a bit in `bad` (by block).
   void (*value_scales)(const uint8_t* const* blocks, int n_blocks, int codes_bytes, float* scales, float* log_scales,
                        uint64_t* bad);
-  /// weights[cell] = exp2(score * log2(e) - offset) * scale, rounded with a fixed dither so that many small weights
-  /// keep their sum, in the blocks' value order; `wide`: low bytes here, high bytes at weights + kRowsAtOnce rows. Bit
-  /// b of *used tells that block b has a weight above 0. Returns the sum of the exp2.
-  float (*code_weights)(const float* scores, int n_blocks, float offset, const float* scales, bool wide,
+  /// The weights of one row, exp2(score * log2(e) - offset) * scale, rounded with a fixed dither so that many small
+  /// weights keep their sum; how they lie in `weights` ([2 * kRowsAtOnce * kSuperblockCells] for all rows) is between
+  /// this and add_values. Bit b of *used tells that block b has a weight above 0. Returns the sum of the exp2.
+  float (*code_weights)(const float* scores, int n_blocks, float offset, const float* scales, bool wide, int row,
                         uint8_t* weights, uint32_t* used);
   /// sums[row][group][16] = sums * shrink[row] + factor[row] * (sum of weight * codeword over cells), four partial sums
   /// of four components each; rows of sums lie n_groups * 16 apart. Only blocks with a bit in `used` are read.

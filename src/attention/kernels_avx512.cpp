@@ -561,8 +561,8 @@ struct DitherTable {
 };
 constexpr DitherTable kDither;
 
-float code_weights(const float* scores, int n_blocks, float offset, const float* scales, bool wide, uint8_t* weights,
-                   uint32_t* used) {
+float code_weights(const float* scores, int n_blocks, float offset, const float* scales, bool wide, int row,
+                   uint8_t* weights, uint32_t* used) {
   const __m512i low_byte = _mm512_set1_epi16(255);
   __m512 sum = _mm512_setzero_ps();
   *used = 0;
@@ -578,7 +578,7 @@ float code_weights(const float* scores, int n_blocks, float offset, const float*
     }
     const __m512i a = _mm512_packs_epi32(w[0], w[1]), c = _mm512_packs_epi32(w[2], w[3]);
     *used |= uint32_t(_mm512_test_epi32_mask(_mm512_or_si512(a, c), _mm512_or_si512(a, c)) != 0) << b;
-    uint8_t* to = weights + b * kLine;
+    uint8_t* to = weights + row * kSuperblockCells + b * kLine;
     if (wide) {
       _mm512_storeu_si512(to, _mm512_packus_epi16(_mm512_and_si512(a, low_byte), _mm512_and_si512(c, low_byte)));
       _mm512_storeu_si512(to + kRowsAtOnce * kSuperblockCells,
@@ -687,9 +687,9 @@ void add_values(const uint8_t* const* blocks, int, uint32_t used, const int8_t* 
   kAdd[wide][n_rows - 1](blocks, used, words, groups, n_groups, weights, shrink, factor, prefetch, sums);
 }
 
-constexpr IsaOps kOps{"avx512",   nearest,     times_matrix, hadamard,     decode_keys,   decode_values,
-                      load_keys,  load_values, multiply,     mask_bits,    finish_scores, exponentiate,
-                      build_luts, look_up,     value_scales, code_weights, add_values};
+constexpr IsaOps kOps{"avx512",      {7.99f, 14.98f}, nearest,     times_matrix, hadamard,     decode_keys,
+                      decode_values, load_keys,       load_values, multiply,     mask_bits,    finish_scores,
+                      exponentiate,  build_luts,      look_up,     value_scales, code_weights, add_values};
 
 }  // namespace
 
