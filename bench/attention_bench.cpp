@@ -1,0 +1,290 @@
+// Attention of one decode step over one layer: from codes, and by ggml's FLASH_ATTN_EXT over f16, q8_0 and q4_0 caches,
+// in one process. Names say <what>/<head size>x<group>/<cells>/<threads>.
+//
+//   attention_bench --benchmark_enable_random_interleaving=true --benchmark_repetitions=9
+//       --benchmark_report_aggregates_only=true --benchmark_filter='128x4/32768'
+//
+// Four KV heads; the cache of one layer is read in every step and nothing else is, so a short context stays in the
+// processor's caches, for all of them alike.
+#include <benchmark/benchmark.h>
+#include <ggml-alloc.h>
+#include <ggml-backend.h>
+#include <ggml.h>
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <thread>
+
+#include "attention/attention.h"
+#include "codec/half.h"
+
+namespace {
+
+using namespace thimble;
+
+constexpr int kKvHeads = 4;
+
+struct Shape {
+  int head_dim, group;
+  int64_t n_cells;
+  int n_tokens = 1;
+  int n_heads() const { return kKvHeads * group; }
+};
+
+std::vector<float> gaussian(size_t n, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(n);
+  for (float& v : x) v = normal(random);
+  return x;
+}
+
+// Numbers that need not be Gaussian, only many: a period of 64k of them.
+const std::vector<float>& noise() {
+  static const std::vector<float> numbers = gaussian(1 << 16, 1);
+  return numbers;
+}
+
+// -- ours --
+
+CacheSide random_side(Kind kind, const Shape& s, double bits, int n_slots, std::vector<uint8_t>& memory) {
+  const CacheShape shape{kKvHeads, s.n_cells, 1};
+  auto codecs =
+      std::make_shared<std::vector<HeadCodec>>(kKvHeads, make_uncalibrated_codec(kind, make_format(s.head_dim, bits)));
+  memory.resize(CacheSide::memory_bytes(shape, codecs->front().format, n_slots) + 64);
+  void* begin = memory.data();
+  size_t size = memory.size();
+  std::align(64, size - 64, begin, size);
+  CacheSide side(shape, codecs, n_slots, static_cast<uint8_t*>(begin));
+  // Random codes, and scales as Gaussian vectors have them.
+  const Format& format = side.format();
+  std::minstd_rand random(int(kind) + 1);
+  for (int head = 0; head < kKvHeads; head++) {
+    for (int64_t cell = 0; cell < s.n_cells; cell += kBlockCells) {
+      uint8_t* block = side.block(head, cell);
+      if (format.f16) {
+        for (size_t i = 0; i < format.block_bytes(); i += 2) {
+          const uint16_t h = float_to_half(noise()[random() % noise().size()]);
+          std::memcpy(block + i, &h, 2);
+        }
+        continue;
+      }
+      for (size_t i = 0; i < format.codes_bytes(); i++) block[i] = uint8_t(random() >> 8);
+      for (int i = 0; i < kBlockCells; i++) {
+        const uint16_t h = float_to_half(0.9f + 0.2f * float(random() % 1000) / 1000);
+        std::memcpy(block + format.codes_bytes() + 2 * i, &h, 2);
+      }
+    }
+  }
+  return side;
+}
+
+class Ours {
+public:
+  Ours(const Shape& s, double bits, int n_threads, const Kernels& kernels)
+      : shape_(s),
+        n_threads_(n_threads),
+        kernels_(kernels),
+        q_(gaussian(size_t(s.n_heads()) * s.n_tokens * s.head_dim, 2)),
+        out_(q_.size()),
+        mask_(size_t(s.n_cells) * s.n_tokens) {
+    const WindowSize window;
+    layer_ = std::make_unique<CacheLayer>(random_side(Kind::key, s, bits, window.total(), memory_[0]),
+                                          random_side(Kind::value, s, bits, window.total(), memory_[1]),
+                                          Window(window, window.total(), s.n_cells));
+    // The window: all but the batch in flight.
+    write(s.n_cells - s.n_tokens - window.total(), window.total());
+    layer_->commit([](int, int64_t) { return true; });
+    write(s.n_cells - s.n_tokens, s.n_tokens);
+
+    p_.layer = layer_.get();
+    p_.n_heads = s.n_heads();
+    p_.n_tokens = s.n_tokens;
+    p_.n_cells = s.n_cells;
+    p_.value_dim = s.head_dim;
+    p_.q = q_.data();
+    p_.q_token = s.head_dim;
+    p_.q_head = size_t(s.head_dim) * s.n_tokens;
+    p_.out = out_.data();
+    p_.out_head = s.head_dim;
+    p_.out_token = size_t(s.head_dim) * s.n_heads();
+    p_.mask = mask_.data();
+    p_.mask_token = s.n_cells;
+    p_.scale = 1 / std::sqrt(float(s.head_dim));
+    for (int t = 0; t < s.n_tokens; t++) {
+      for (int64_t i = s.n_cells - s.n_tokens + t + 1; i < s.n_cells; i++) mask_[t * s.n_cells + i] = 0xfc00;
+    }
+  }
+
+  void step() {
+    attention_.prepare(p_, n_threads_, kernels_);
+    if (n_threads_ == 1) {
+      attention_.attend(0);
+      attention_.combine(0);
+      return;
+    }
+    all([this](int thread) { attention_.attend(thread); });
+    all([this](int thread) { attention_.combine(thread); });
+  }
+
+private:
+  void write(int64_t first, int n) {
+    std::vector<int64_t> cells;
+    for (int i = 0; i < n; i++) cells.push_back(std::max<int64_t>(0, first) + i);
+    std::vector<uint16_t> row(layer_->keys().row_size());
+    for (Kind kind : {Kind::key, Kind::value}) {
+      layer_->begin_write(kind, cells);
+      for (int i = 0; i < n; i++) {
+        for (size_t d = 0; d < row.size(); d++) row[d] = float_to_half(noise()[(i * 977 + d) % noise().size()]);
+        layer_->write_row(kind, i, row.data());
+      }
+    }
+  }
+
+  // Threads of our own, as ggml has them: waiting in a spin.
+  void all(const std::function<void(int)>& work) {
+    if (team_.empty()) {
+      for (int i = 1; i < n_threads_; i++) {
+        team_.emplace_back([this, i](std::stop_token stop) {
+          for (int seen = 0; !stop.stop_requested();) {
+            const int now = round_.load(std::memory_order_acquire);
+            if (now == seen) continue;
+            seen = now;
+            (*work_)(i);
+            done_.fetch_add(1, std::memory_order_acq_rel);
+          }
+        });
+      }
+    }
+    work_ = &work;
+    done_.store(0);
+    round_.fetch_add(1, std::memory_order_acq_rel);
+    work(0);
+    while (done_.load(std::memory_order_acquire) < n_threads_ - 1) {
+    }
+  }
+
+  Shape shape_;
+  int n_threads_;
+  const Kernels& kernels_;
+  std::vector<uint8_t> memory_[2];
+  std::unique_ptr<CacheLayer> layer_;
+  std::vector<float> q_, out_;
+  std::vector<uint16_t> mask_;
+  AttentionProblem p_;
+  Attention attention_;
+  const std::function<void(int)>* work_ = nullptr;
+  std::atomic<int> round_{0}, done_{0};
+  std::vector<std::jthread> team_;
+};
+
+// -- ggml --
+
+class Ggml {
+public:
+  Ggml(const Shape& s, ggml_type type, int n_threads)
+      : backend_(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr)) {
+    ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend_));
+    const auto set_n_threads = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(registry, "ggml_backend_set_n_threads"));
+    set_n_threads(backend_, n_threads);
+    context_ = ggml_init({ggml_tensor_overhead() * 16 + ggml_graph_overhead(), nullptr, true});
+    // The cache as llama.cpp has it, [cells][KV heads * head size], and the views that it attends to.
+    ggml_tensor* k = ggml_new_tensor_2d(context_, type, int64_t(s.head_dim) * kKvHeads, s.n_cells);
+    ggml_tensor* v = ggml_new_tensor_2d(context_, type, int64_t(s.head_dim) * kKvHeads, s.n_cells);
+    const auto view = [&](ggml_tensor* t) {
+      return ggml_view_3d(context_, t, s.head_dim, s.n_cells, kKvHeads, t->nb[1], ggml_row_size(type, s.head_dim), 0);
+    };
+    ggml_tensor* q = ggml_new_tensor_3d(context_, GGML_TYPE_F32, s.head_dim, s.n_tokens, s.n_heads());
+    ggml_tensor* mask = ggml_new_tensor_2d(context_, GGML_TYPE_F16, s.n_cells, s.n_tokens);
+    ggml_tensor* out =
+        ggml_flash_attn_ext(context_, q, view(k), view(v), mask, 1 / std::sqrt(float(s.head_dim)), 0.0f, 0.0f);
+    ggml_flash_attn_ext_set_prec(out, GGML_PREC_F32);
+    graph_ = ggml_new_graph(context_);
+    ggml_build_forward_expand(graph_, out);
+    buffer_ = ggml_backend_alloc_ctx_tensors(context_, backend_);
+    std::vector<float> row(size_t(s.head_dim) * kKvHeads);
+    std::vector<uint8_t> packed(ggml_row_size(type, int64_t(row.size())));
+    for (ggml_tensor* t : {k, v}) {
+      for (int64_t i = 0; i < s.n_cells; i++) {
+        for (size_t d = 0; d < row.size(); d++) row[d] = noise()[(i * 977 + d) % noise().size()];
+        ggml_quantize_chunk(type, row.data(), packed.data(), 0, 1, int64_t(row.size()), nullptr);
+        ggml_backend_tensor_set(t, packed.data(), i * packed.size(), packed.size());
+      }
+    }
+    const auto queries = gaussian(size_t(s.n_heads()) * s.n_tokens * s.head_dim, 2);
+    ggml_backend_tensor_set(q, queries.data(), 0, queries.size() * sizeof(float));
+    std::vector<uint16_t> mask_data(size_t(s.n_cells) * s.n_tokens);
+    for (int t = 0; t < s.n_tokens; t++) {
+      for (int64_t i = s.n_cells - s.n_tokens + t + 1; i < s.n_cells; i++) mask_data[t * s.n_cells + i] = 0xfc00;
+    }
+    ggml_backend_tensor_set(mask, mask_data.data(), 0, mask_data.size() * 2);
+  }
+  ~Ggml() {
+    ggml_backend_buffer_free(buffer_);
+    ggml_free(context_);
+    ggml_backend_free(backend_);
+  }
+  void step() { ggml_backend_graph_compute(backend_, graph_); }
+
+private:
+  ggml_backend_t backend_;
+  ggml_context* context_;
+  ggml_cgraph* graph_;
+  ggml_backend_buffer_t buffer_;
+};
+
+// Caches are large: one of each kind is alive at a time, made anew when a benchmark asks for another.
+template <typename Make>
+void add(const std::string& name, const Shape& s, double bytes_per_cell, Make make) {
+  benchmark::RegisterBenchmark(name.c_str(),
+                               [=](benchmark::State& state) {
+                                 auto attention = make();
+                                 attention->step();
+                                 for (auto _ : state) attention->step();
+                                 state.counters["ns/cell"] = benchmark::Counter(
+                                     double(s.n_cells) * kKvHeads * s.n_tokens * 1e-9,
+                                     benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
+                                 state.counters["GB/s"] =
+                                     benchmark::Counter(bytes_per_cell * double(s.n_cells) * kKvHeads * 1e-9,
+                                                        benchmark::Counter::kIsIterationInvariantRate);
+                               })
+      ->UseRealTime()
+      ->Unit(benchmark::kMicrosecond);
+}
+
+void add_all(const Shape& s, int n_threads) {
+  const std::string suffix = "/" + std::to_string(s.head_dim) + "x" + std::to_string(s.group) + "/" +
+                             (s.n_tokens > 1 ? "prefill" + std::to_string(s.n_tokens) + "/" : "") +
+                             std::to_string(s.n_cells) + "/" + std::to_string(n_threads);
+  for (const Kernels* kernels : available_kernels()) {
+    if (kernels->name == std::string("scalar") && s.n_cells > 8192) continue;
+    for (double bits : {1.0, 2.0, 4.0, 16.0}) {
+      char rate[16];
+      std::snprintf(rate, sizeof(rate), "%g", bits);
+      add(std::string(kernels->name) + "_" + rate + "bit" + suffix, s, 2 * make_format(s.head_dim, bits).vector_bytes(),
+          [=] { return std::make_unique<Ours>(s, bits, n_threads, *kernels); });
+    }
+  }
+  for (ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
+    add(std::string("ggml_") + ggml_type_name(type) + suffix, s, 2.0 * double(ggml_row_size(type, s.head_dim)),
+        [=] { return std::make_unique<Ggml>(s, type, n_threads); });
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  benchmark::Initialize(&argc, argv);
+  for (const auto& [dim, group] : {std::pair{64, 3}, {128, 4}, {128, 8}, {256, 8}}) {
+    for (int64_t cells : {1024, 8192, 32768, 131072}) {
+      for (int threads : {1, 2}) add_all({dim, group, cells}, threads);
+    }
+    add_all({dim, group, 4608, 512}, 1);
+    add_all({dim, group, 4608, 512}, 2);
+  }
+  benchmark::RunSpecifiedBenchmarks();
+}

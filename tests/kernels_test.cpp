@@ -1,0 +1,500 @@
+// Every instruction set against the scalar specification: codes and tiles bit for bit, attention to a stated error.
+#include "attention/kernels.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "codec/half.h"
+
+namespace thimble {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr double kRates[] = {4.0, 3.0, 2.0, 1.5, 1.25, 1.0};
+
+std::vector<float> gaussian(size_t n, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(n);
+  for (float& v : x) v = normal(random);
+  return x;
+}
+
+// Compares bits, so that NaNs count as equal and zeros of different sign do not.
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+TEST(Dispatch, PicksTheFastestOrTheOneAskedFor) {
+  const auto available = available_kernels();
+  EXPECT_STREQ(available.front()->name, "scalar");
+#if defined(__x86_64__) && defined(__GNUC__)
+  const bool avx512 = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+  EXPECT_STREQ(available.back()->name, avx512 ? "avx512" : __builtin_cpu_supports("avx2") ? "avx2" : "scalar");
+#elif defined(__aarch64__)
+  EXPECT_STREQ(available.back()->name, "neon");
+#endif
+  const char* wanted = std::getenv("THIMBLE_ISA");
+  EXPECT_STREQ(kernels().name, wanted && *wanted ? wanted : available.back()->name);
+}
+
+class KernelsOn : public testing::TestWithParam<const Kernels*> {
+protected:
+  const Kernels& k() const { return *GetParam(); }
+  const Kernels& spec() const { return scalar_kernels(); }
+  bool is_spec() const { return &k() == &spec(); }
+};
+
+TEST_P(KernelsOn, CodesAreBitExact) {
+  for (int dim : {32, 34, 36, 64, 80, 96, 100, 128, 256}) {
+    for (double bits : kRates) {
+      const HeadCodec codec = make_uncalibrated_codec(Kind::key, make_format(dim, bits));
+      const auto expect_same = [&](const std::vector<float>& y) {
+        std::vector<uint8_t> codes(codec.format.n_subspaces(), 1), expected(codes.size(), 2);
+        const uint16_t scale = k().encode(codec, y.data(), codes.data());
+        EXPECT_EQ(scale, encode_vector(codec, y.data(), expected.data())) << dim << " " << bits;
+        EXPECT_EQ(codes, expected) << dim << " " << bits;
+      };
+      for (unsigned seed = 0; seed < 20; seed++) {
+        auto y = gaussian(dim, seed);
+        expect_same(y);
+        for (float scale : {1e-15f, 1e-6f, 1e6f, 1e15f}) {
+          auto scaled = y;
+          for (float& v : scaled) v *= scale;
+          expect_same(scaled);
+        }
+        for (float& v : y) v = std::round(v);  // ties
+        expect_same(y);
+      }
+      std::vector<float> y(dim, 0.0f);
+      expect_same(y);
+      for (float v : {1.0f, -1.0f, 1e-30f, 1e30f, kInfinity, -kInfinity, kNaN}) {
+        y[dim / 3] = v;
+        expect_same(y);
+      }
+    }
+  }
+}
+
+TEST_P(KernelsOn, TransformsAreBitExact) {
+  for (int dim : {32, 34, 36, 64, 72, 80, 96, 128, 256}) {
+    const int n_rows = dim == 64 ? 17 : 5;
+    const auto x = gaussian(size_t(n_rows) * dim, 1), matrix = gaussian(size_t(dim) * dim, 2);
+    for (const Transform& t :
+         {Transform::identity(dim), Transform::hadamard(dim), Transform::dense(gaussian(dim, 3), matrix)}) {
+      std::vector<float> y(x.size()), expected(x.size());
+      t.forward(x.data(), y.data(), n_rows, k().transform);
+      t.forward(x.data(), expected.data(), n_rows);
+      EXPECT_TRUE(same_bits(y, expected)) << dim;
+      t.query(x.data(), y.data(), n_rows, k().transform);
+      t.query(x.data(), expected.data(), n_rows);
+      EXPECT_TRUE(same_bits(y, expected)) << dim;
+      const std::vector<float> weights(n_rows, 0.75f);
+      t.output(x.data(), weights.data(), y.data(), n_rows, k().transform);
+      for (int r = 0; r < n_rows; r++) t.output(&x[size_t(r) * dim], weights[r], &expected[size_t(r) * dim]);
+      EXPECT_TRUE(same_bits(y, expected)) << dim;
+    }
+  }
+}
+
+TEST_P(KernelsOn, DecodedBlocksAreExact) {
+  for (int dim : {32, 34, 36, 64, 80, 96, 100, 128, 256}) {
+    for (double bits : {16.0, 4.0, 3.0, 2.0, 1.5, 1.25, 1.0}) {
+      for (Kind kind : {Kind::key, Kind::value}) {
+        const HeadCodec codec = make_uncalibrated_codec(kind, make_format(dim, bits));
+        std::vector<uint8_t> memory(codec.format.block_bytes() + 1);
+        uint8_t* block = memory.data() + 1;  // no alignment
+        for (int i = 0; i < kBlockCells; i++) store_cell(codec, gaussian(dim, i).data(), block, i);
+        std::vector<float> tile(size_t(dim) * kBlockCells, -1), expected(tile);
+        k().decode_block(codec, block, tile.data());
+        spec().decode_block(codec, block, expected.data());
+        EXPECT_TRUE(tile == expected) << dim << " " << bits;  // a zero's sign may differ
+      }
+    }
+  }
+}
+
+TEST_P(KernelsOn, LoadedRowsAreBitExact) {
+  for (int dim : {32, 34, 36, 100, 128}) {
+    std::vector<uint8_t> memory(size_t(kBlockCells) * dim * 2 + 1);
+    std::minstd_rand random(1);
+    for (uint8_t& b : memory) b = uint8_t(random() >> 8) & 0xbf;  // any half but infinities and NaNs
+    for (int n : {1, 7, 8, 9, 16, 17, 63, 64}) {
+      const uint8_t* rows[kBlockCells];
+      for (int i = 0; i < n; i++) rows[i] = &memory[1 + size_t(i * 37 % n) * dim * 2];
+      for (Kind kind : {Kind::key, Kind::value}) {
+        std::vector<float> tile(size_t(dim) * kBlockCells, -1), expected(tile);
+        k().load_rows(kind, rows, n, dim, tile.data());
+        spec().load_rows(kind, rows, n, dim, expected.data());
+        EXPECT_TRUE(same_bits(tile, expected)) << dim << " " << n;
+      }
+    }
+  }
+}
+
+TEST_P(KernelsOn, VisibleReadsNoFurtherThanTheMask) {
+  for (int n = 1; n <= kBlockCells; n++) {
+    std::vector<uint16_t> mask(n);
+    for (int i = 0; i < n; i++) mask[i] = i % 3 == 0 ? 0xfc00 : i % 3 == 1 ? 0x8000 : 0x7c00;
+    EXPECT_EQ(k().visible(mask.data(), n), spec().visible(mask.data(), n)) << n;
+  }
+}
+
+// Queries, coded cells and a mask, with something of everything that attention knows.
+struct Problem {
+  int dim = 64, group = 3, n_tokens = 1, n_cells = 200;
+  double bits = 2;
+  float query_size = 1;  // standard deviation of the logits
+  float softcap = 0;
+  bool bias = false, slope = false, mask = true, hide = true;
+  size_t misalign = 0;
+
+  HeadCodec keys, values;
+  std::vector<float> k, v, q, biases, slopes;  // k, v: what was coded
+  std::vector<uint8_t> k_memory, v_memory;
+  std::vector<uint16_t> mask_data;
+  std::vector<uint64_t> hidden;
+
+  int n_rows() const { return n_tokens * group; }
+  int n_blocks() const { return (n_cells + kBlockCells - 1) / kBlockCells; }
+
+  void fill(unsigned seed = 1) {
+    keys = make_uncalibrated_codec(Kind::key, make_format(dim, bits));
+    values = make_uncalibrated_codec(Kind::value, make_format(dim, bits));
+    k = gaussian(size_t(n_cells) * dim, seed);
+    v = gaussian(size_t(n_cells) * dim, seed + 1);
+    q = gaussian(size_t(n_rows()) * dim, seed + 2);
+    for (float& x : q) x *= query_size / std::sqrt(float(dim));
+    for (auto [memory, codec, x] : {std::tuple{&k_memory, &keys, &k}, {&v_memory, &values, &v}}) {
+      // Cells never written hold NaN.
+      memory->assign(misalign + n_blocks() * codec->format.block_bytes(), 0xff);
+      for (int i = 0; i < n_cells; i++) {
+        store_cell(*codec, &(*x)[size_t(i) * dim], block(*memory, *codec, i / kBlockCells), i % kBlockCells);
+      }
+    }
+    biases = gaussian(n_rows(), seed + 3);
+    slopes.resize(n_rows());
+    for (int row = 0; row < n_rows(); row++) slopes[row] = 1.0f / float(1 + row % group);
+    mask_data.assign(size_t(n_tokens) * n_cells, 0);
+    for (int t = 0; t < n_tokens; t++) {
+      for (int i = 0; i < n_cells; i++) {
+        uint16_t& m = mask_data[size_t(t) * n_cells + i];
+        if (slope) m = float_to_half(-float(n_cells - i) / 16);
+        if ((i * 7 + t) % 13 == 3 || i / 150 % 4 == 2) m = 0xfc00;
+      }
+    }
+    hidden.assign(n_blocks(), 0);
+    for (int i = 0; hide && i < n_cells; i += 5) hidden[i / kBlockCells] |= uint64_t{1} << (i % kBlockCells);
+  }
+
+  uint8_t* block(std::vector<uint8_t>& memory, const HeadCodec& codec, int b) const {
+    return memory.data() + misalign + b * codec.format.block_bytes();
+  }
+  Queries queries() const {
+    return {n_rows(), group, dim, q.data(), bias ? biases.data() : nullptr, slope ? slopes.data() : nullptr, softcap};
+  }
+  Mask mask_view() const { return {mask ? mask_data.data() : nullptr, n_cells}; }
+};
+
+struct Result {
+  std::vector<float> max, sum, acc;
+  explicit Result(const Problem& p)
+      : max(p.n_rows(), -kInfinity), sum(p.n_rows(), 0.0f), acc(size_t(p.n_rows()) * p.dim, 0.0f) {}
+  Softmax softmax(const Problem& p) { return {p.dim, max.data(), sum.data(), acc.data()}; }
+  double value(const Problem& p, int row, int d) const {
+    return sum[row] == 0 ? 0 : double(acc[size_t(row) * p.dim + d]) / sum[row];
+  }
+};
+
+void attend_codes(const Kernels& kernels, const Problem& p, int first_block, int last_block, Result& result) {
+  const CodedCells cells{&p.keys,
+                         &p.values,
+                         p.k_memory.data() + p.misalign,
+                         p.v_memory.data() + p.misalign,
+                         p.hide ? p.hidden.data() : nullptr,
+                         first_block,
+                         last_block,
+                         p.n_cells};
+  Softmax softmax = result.softmax(p);
+  Scratch scratch;
+  kernels.attend_codes(p.queries(), cells, p.mask_view(), softmax, scratch);
+}
+
+Result attend_codes(const Kernels& kernels, const Problem& p) {
+  Result result(p);
+  attend_codes(kernels, p, 0, p.n_blocks(), result);
+  return result;
+}
+
+double nmse(const Problem& p, const Result& result, const Result& expected) {
+  double error = 0, size = 1e-30;
+  for (int row = 0; row < p.n_rows(); row++) {
+    for (int d = 0; d < p.dim; d++) {
+      const double e = expected.value(p, row, d), difference = result.value(p, row, d) - e;
+      error += difference * difference;
+      size += e * e;
+    }
+  }
+  return error / size;
+}
+
+// Tables and weights of 8 bits are for codes of 2 bits a number and less, whose own error is 100 times this.
+double codes_bound(const Problem& p) {
+  return p.bits > 2 ? 1e-4 : 1e-3;
+}
+
+TEST_P(KernelsOn, AttentionFromCodesEqualsTheSpecification) {
+  const auto expect_equal = [&](Problem& p) {
+    p.fill();
+    EXPECT_LT(nmse(p, attend_codes(k(), p), attend_codes(spec(), p)), is_spec() ? 1e-30 : codes_bound(p))
+        << "dim " << p.dim << " bits " << p.bits << " group " << p.group << " tokens " << p.n_tokens << " cells "
+        << p.n_cells;
+  };
+  for (int dim : {32, 34, 36, 64, 80, 96, 100, 128, 256}) {
+    for (double bits : {16.0, 4.0, 3.0, 2.0, 1.5, 1.25, 1.0}) {
+      Problem p;
+      p.dim = dim;
+      p.bits = bits;
+      expect_equal(p);
+    }
+  }
+  for (int n_cells : {1, 63, 64, 65, 127, 129, 1023, 1024, 1025, 2200}) {
+    for (double bits : {4.0, 2.0}) {
+      Problem p;
+      p.n_cells = n_cells;
+      p.bits = bits;
+      p.hide = false;
+      p.misalign = 1;
+      expect_equal(p);
+      p.mask = false;
+      expect_equal(p);
+    }
+  }
+  for (int group = 1; group <= 16; group++) {
+    for (int n_tokens : {1, 2, 5, 8, 9}) {
+      Problem p;
+      p.group = group;
+      p.n_tokens = n_tokens;
+      expect_equal(p);
+    }
+  }
+  for (float softcap : {0.0f, 3.0f}) {
+    for (bool slope : {false, true}) {
+      for (bool bias : {false, true}) {
+        for (double bits : {3.0, 2.0}) {
+          Problem p;
+          p.softcap = softcap;
+          p.slope = slope;
+          p.bias = bias;
+          p.bits = bits;
+          p.n_tokens = 2;
+          p.n_cells = 1500;
+          expect_equal(p);
+        }
+      }
+    }
+  }
+}
+
+TEST_P(KernelsOn, HugeAndTinyLogits) {
+  for (float size : {1e-20f, 1e-3f, 10.0f, 100.0f, 1e4f, 1e20f}) {
+    Problem p;
+    p.query_size = size;
+    p.n_cells = 1500;
+    p.fill();
+    const Result result = attend_codes(k(), p), expected = attend_codes(spec(), p);
+    for (int row = 0; row < p.n_rows(); row++) {
+      EXPECT_NEAR(result.max[row], expected.max[row], std::fabs(expected.max[row]) * 0.02 + 0.05 * std::min(size, 1.0f))
+          << size;
+    }
+    // Scores are off by a share of their size; where that is more than a few, softmax picks other winners.
+    if (size <= 1) {
+      EXPECT_LT(nmse(p, result, expected), codes_bound(p)) << size;
+    }
+    for (float v : result.acc) EXPECT_TRUE(std::isfinite(v)) << size;
+  }
+}
+
+// Attention sinks: one cell takes half of the weight, the other half is spread over a thousand.
+TEST_P(KernelsOn, ManySmallWeightsKeepTheirSum) {
+  Problem p;
+  p.group = 1;
+  p.n_cells = 1024;
+  p.mask = p.hide = false;
+  p.query_size = 1e-3f;
+  p.slope = true;
+  p.fill();
+  for (int i = 0; i < p.n_cells; i++) {
+    p.mask_data[i] = float_to_half(i == 300 ? 7.0f : 0.0f);
+    std::vector<float> v(p.dim, 1.0f);
+    for (int d = 0; d < p.dim; d++) v[d] += 0.3f * p.v[size_t(i) * p.dim + d];
+    if (i == 300) {
+      for (float& x : v) x = -x;
+    }
+    store_cell(p.values, v.data(), p.block(p.v_memory, p.values, i / kBlockCells), i % kBlockCells);
+  }
+  p.mask = true;
+  EXPECT_LT(nmse(p, attend_codes(k(), p), attend_codes(spec(), p)), is_spec() ? 1e-30 : 0.03);
+}
+
+TEST_P(KernelsOn, MasksOfAllKinds) {
+  Problem p;
+  p.n_cells = 1300;
+  p.hide = false;
+  p.fill();
+  p.mask_data.assign(p.mask_data.size(), 0xfc00);
+  Result nothing = attend_codes(k(), p);
+  for (int row = 0; row < p.n_rows(); row++) {
+    EXPECT_EQ(nothing.max[row], -kInfinity);
+    EXPECT_EQ(nothing.sum[row], 0);
+  }
+  for (int only : {0, 64, 777, 1299}) {
+    p.mask_data.assign(p.mask_data.size(), 0xfc00);
+    p.mask_data[only] = 0;
+    const Result result = attend_codes(k(), p);
+    std::vector<float> v(p.dim);
+    load_cell(p.values, p.block(p.v_memory, p.values, only / kBlockCells), only % kBlockCells, v.data());
+    for (int row = 0; row < p.n_rows(); row++) {
+      EXPECT_NEAR(result.sum[row], 1, 1e-5);
+      for (int d = 0; d < p.dim; d++) EXPECT_NEAR(result.value(p, row, d), v[d], 0.02 * std::fabs(v[d]) + 1e-6) << only;
+    }
+  }
+  p.mask_data[5] = 0x7c00;  // +inf: NaN, as f16 attention gives, and no crash
+  attend_codes(k(), p);
+  p.mask_data[6] = 0x7e00;
+  attend_codes(k(), p);
+}
+
+TEST_P(KernelsOn, NaNsComeOutAndCrashNothing) {
+  Problem p;
+  p.n_cells = 300;
+  p.hide = p.mask = false;
+  p.fill();
+  const Problem good = p;
+  const auto bytes = [&](std::vector<uint8_t>& memory, const HeadCodec& codec, int cell) {
+    return p.block(memory, codec, cell / kBlockCells) + codec.format.codes_bytes() + cell % kBlockCells * 2;
+  };
+  const uint16_t nan = 0x7e00;
+  std::memcpy(bytes(p.k_memory, p.keys, 70), &nan, 2);
+  EXPECT_TRUE(std::isnan(attend_codes(k(), p).value(p, 0, 0)));
+  p = good;
+  std::memcpy(bytes(p.v_memory, p.values, 70), &nan, 2);
+  EXPECT_TRUE(std::isnan(attend_codes(k(), p).value(p, 0, 0)));
+  p.hide = true;  // cell 70 is among the hidden ones
+  p.hidden.assign(p.n_blocks(), 0);
+  p.hidden[1] = uint64_t{1} << 6;
+  const Result result = attend_codes(k(), p);
+  for (float v : result.acc) EXPECT_TRUE(std::isfinite(v));
+  p = good;
+  p.q[3] = kNaN;
+  EXPECT_TRUE(std::isnan(attend_codes(k(), p).value(p, 0, 0)) || attend_codes(k(), p).sum[0] == 0);
+  p.q[3] = kInfinity;
+  attend_codes(k(), p);
+}
+
+TEST_P(KernelsOn, APartOfTheCellsAndThenTheRest) {
+  for (double bits : {16.0, 4.0, 2.0}) {
+    Problem p;
+    p.n_cells = 3000;
+    p.bits = bits;
+    p.fill();
+    Result parts(p);
+    attend_codes(k(), p, 0, 5, parts);
+    attend_codes(k(), p, 5, 6, parts);
+    attend_codes(k(), p, 6, p.n_blocks(), parts);
+    EXPECT_LT(nmse(p, parts, attend_codes(spec(), p)), codes_bound(p)) << bits;
+  }
+}
+
+TEST_P(KernelsOn, DenseTilesEqualTheSpecification) {
+  for (int dim : {32, 36, 64, 80, 128, 256}) {
+    for (int n_tokens : {1, 2, 7, 64}) {
+      for (int n_cells : {1, 5, 63, 64}) {
+        for (float softcap : {0.0f, 3.0f}) {
+          Problem p;
+          p.dim = dim;
+          p.n_tokens = n_tokens;
+          p.n_cells = n_cells;
+          p.softcap = softcap;
+          p.slope = p.bias = true;
+          p.fill();
+          std::vector<float> k_tile(size_t(dim) * kBlockCells), v_tile(k_tile);
+          k().decode_block(p.keys, p.k_memory.data(), k_tile.data());
+          k().decode_block(p.values, p.v_memory.data(), v_tile.data());
+          Result result(p), expected(p);
+          Scratch scratch;
+          for (int round = 0; round < 2; round++) {  // the second goes on from the first
+            Softmax softmax = result.softmax(p), expected_softmax = expected.softmax(p);
+            const Tile tile{n_cells, k_tile.data(), v_tile.data(), p.hidden[0]};
+            k().attend_tile(p.queries(), tile, p.mask_view(), softmax, scratch);
+            spec().attend_tile(p.queries(), tile, p.mask_view(), expected_softmax, scratch);
+          }
+          EXPECT_LT(nmse(p, result, expected), 1e-9) << dim << " " << n_tokens << " " << n_cells;
+        }
+      }
+    }
+  }
+}
+
+// What a kernel adds by its arithmetic has to drown in what the codec costs: less than a tenth of it, for scores (read
+// off as the maximum over one visible cell) and for outputs.
+TEST_P(KernelsOn, ArithmeticErrorIsATenthOfTheCodecs) {
+  for (int dim : {64, 128}) {
+    for (double bits : kRates) {
+      for (bool outliers : {false, true}) {
+        Problem p;
+        p.dim = dim;
+        p.bits = bits;
+        p.group = 4;
+        p.n_cells = 256;
+        p.mask = p.hide = false;
+        p.fill();
+        if (outliers) {
+          for (int row = 0; row < p.n_rows(); row++) p.q[size_t(row) * dim + 5 * row + 1] *= 6;
+        }
+        double codec = 0, kernel = 0;
+        Problem one = p;
+        one.mask = true;
+        for (int cell = 0; cell < 64; cell++) {
+          one.mask_data.assign(one.mask_data.size(), 0xfc00);
+          one.mask_data[cell] = 0;
+          const Result result = attend_codes(k(), one), expected = attend_codes(spec(), one);
+          for (int row = 0; row < p.n_rows(); row++) {
+            double exact = 0;
+            for (int d = 0; d < dim; d++) exact += double(p.q[size_t(row) * dim + d]) * p.k[size_t(cell) * dim + d];
+            codec += std::pow(expected.max[row] - exact, 2);
+            kernel += std::pow(double(result.max[row]) - expected.max[row], 2);
+          }
+        }
+        EXPECT_LT(std::sqrt(kernel), 0.1 * std::sqrt(codec)) << dim << " " << bits << " " << outliers;
+
+        Result exact(p);
+        for (int row = 0; row < p.n_rows(); row++) {
+          exact.sum[row] = 0;
+          for (int i = 0; i < p.n_cells; i++) {
+            double score = 0;
+            for (int d = 0; d < dim; d++) score += double(p.q[size_t(row) * dim + d]) * p.k[size_t(i) * dim + d];
+            const float weight = float(std::exp(score));
+            exact.sum[row] += weight;
+            for (int d = 0; d < dim; d++) exact.acc[size_t(row) * dim + d] += weight * p.v[size_t(i) * dim + d];
+          }
+        }
+        const Result expected = attend_codes(spec(), p);
+        EXPECT_LT(std::sqrt(nmse(p, attend_codes(k(), p), expected)), 0.1 * std::sqrt(nmse(p, expected, exact)))
+            << dim << " " << bits << " " << outliers;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, KernelsOn, testing::ValuesIn(available_kernels()),
+                         [](const auto& info) { return std::string(info.param->name); });
+
+}  // namespace
+}  // namespace thimble
