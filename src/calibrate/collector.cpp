@@ -1,0 +1,198 @@
+#include "calibrate/collector.h"
+
+#include <ggml-backend.h>
+#include <ggml.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace thimble {
+namespace {
+
+/// Which cache tensor lies behind a view, by the names that llama.cpp gives: "cache_k_l7" is layer 7's keys.
+struct CacheName {
+  int layer = -1;
+  Kind kind = Kind::key;
+};
+CacheName cache_behind(const ggml_tensor* t) {
+  while (t->view_src) t = t->view_src;
+  char letter = 0;
+  int layer = -1;
+  if (std::sscanf(t->name, "cache_%c_l%d", &letter, &layer) != 2 || (letter != 'k' && letter != 'v')) return {};
+  return {layer, letter == 'k' ? Kind::key : Kind::value};
+}
+
+float number(const uint8_t* at, ggml_type type) {
+  if (type == GGML_TYPE_F32) {
+    float value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+  }
+  ggml_fp16_t half;
+  std::memcpy(&half, at, sizeof half);
+  return ggml_fp16_to_fp32(half);
+}
+
+/// A tensor as floats, [ne2][ne1][ne0], whatever its strides and wherever it lies.
+std::vector<float> fetch(const ggml_tensor* t) {
+  if (t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16) {
+    throw std::runtime_error("the model's keys and values are neither f32 nor f16: use cache type f16");
+  }
+  std::vector<uint8_t> bytes(ggml_nbytes(t));
+  ggml_backend_tensor_get(t, bytes.data(), 0, bytes.size());
+  std::vector<float> out;
+  out.reserve(ggml_nelements(t));
+  for (int64_t k = 0; k < t->ne[2]; k++) {
+    for (int64_t j = 0; j < t->ne[1]; j++) {
+      for (int64_t i = 0; i < t->ne[0]; i++) {
+        out.push_back(number(&bytes[i * t->nb[0] + j * t->nb[1] + k * t->nb[2]], t->type));
+      }
+    }
+  }
+  return out;
+}
+
+/// The rotation that made these keys, if one did: the ROPE node that they come from.
+const ggml_tensor* rope_behind(const ggml_tensor* t) {
+  for (int depth = 0; t && depth < 12; depth++, t = t->src[0]) {
+    if (t->op == GGML_OP_ROPE) return t;
+  }
+  return nullptr;
+}
+
+/// Angles as ggml computes them (ggml_rope_ext: base, linear and YaRN scaling, factors); its magnitude scaling is in
+/// the keys already and a further turn must not repeat it.
+Rope rope_of(const ggml_tensor* node, RopeShape& shape) {
+  int32_t ints[5];
+  float floats[6];  // base, scale, YaRN's mix, its magnitude, beta fast and slow
+  std::memcpy(ints, node->op_params, sizeof ints);
+  std::memcpy(floats, node->op_params + 5, sizeof floats);
+  const int n_dims = ints[1], mode = ints[2];
+  shape = {mode, n_dims, floats[0], floats[1]};
+
+  std::vector<float> factors(size_t(n_dims) / 2, 1.0f);
+  if (node->src[2]) ggml_backend_tensor_get(node->src[2], factors.data(), 0, factors.size() * sizeof(float));
+  float ramp[2];
+  ggml_rope_yarn_corr_dims(n_dims, ints[4], floats[0], floats[4], floats[5], ramp);
+
+  Rope rope;
+  // Text positions advance all of M-RoPE's sections alike, so it pairs and turns as NeoX does.
+  rope.neighbours = mode == GGML_ROPE_TYPE_NORMAL;
+  for (int i = 0; i < n_dims / 2; i++) {
+    const double full = std::pow(double(floats[0]), -2.0 * i / n_dims) / factors[i];
+    const double along = std::clamp((i - ramp[0]) / std::max(0.001f, ramp[1] - ramp[0]), 0.0f, 1.0f);
+    const double mix = (1.0 - along) * floats[2];
+    rope.frequencies.push_back(full * (floats[1] * (1.0 - mix) + mix));
+  }
+  return rope;
+}
+
+}  // namespace
+
+Collector::Collector(int n_layers, const StatisticsOptions& options) : options_(options), layers_(n_layers) {}
+
+bool Collector::callback(ggml_tensor* node, bool ask, void* user_data) {
+  Collector& self = *static_cast<Collector*>(user_data);
+  if (!self.error_.empty()) return !ask;
+  const bool stores = node->op == GGML_OP_SET_ROWS, attends = node->op == GGML_OP_FLASH_ATTN_EXT;
+  if (!stores && !attends) return !ask;
+  const CacheName cache = cache_behind(stores ? node : node->src[1]);
+  if (cache.layer < 0 || size_t(cache.layer) >= self.layers_.size()) return !ask;
+  if (ask) return true;
+  try {
+    if (stores) {
+      self.stored(node, cache.layer, cache.kind);
+    } else {
+      self.attended(node, cache.layer);
+    }
+  } catch (const std::exception& e) {
+    self.error_ = e.what();
+    return false;
+  }
+  return true;
+}
+
+void Collector::check() const {
+  if (!error_.empty()) throw std::runtime_error(error_);
+}
+
+void Collector::stored(const ggml_tensor* node, int layer, Kind kind) {
+  Pending& pending = pending_[layer];
+  Rows& rows = kind == Kind::key ? pending.keys : pending.values;
+  rows = {fetch(node->src[0]), int(node->src[0]->ne[1])};
+  if (kind == Kind::value) return;
+  if (const ggml_tensor* rope = rope_behind(node->src[0])) {
+    pending.rope = rope_of(rope, pending.rope_shape);
+    if (rope_shape_ == RopeShape{}) rope_shape_ = pending.rope_shape;
+  }
+}
+
+void Collector::attended(const ggml_tensor* node, int layer) {
+  const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2];
+  const int n_tokens = int(q->ne[1]);
+  const LayerShape shape = {int(k->ne[2]), int(q->ne[2]), int(k->ne[0]), int(v->ne[0])};
+  const auto found = pending_.find(layer);
+  if (found == pending_.end()) return;  // a layer that reads another one's cache
+  Pending& pending = found->second;
+  if (pending.keys.values.size() != size_t(n_tokens) * shape.n_kv_heads * shape.key_dim ||
+      pending.values.values.size() != size_t(n_tokens) * shape.n_kv_heads * shape.value_dim) {
+    throw std::runtime_error("layer " + std::to_string(layer) +
+                             " keeps its keys or values in a way that calibration "
+                             "does not know: run with flash attention");
+  }
+  if (!layers_[layer]) layers_[layer].emplace(shape, pending.rope, options_, layer);
+
+  const std::vector<float> by_head = fetch(q);  // [n_heads][n_tokens][key_dim]
+  std::vector<float> queries(by_head.size());
+  for (int h = 0; h < shape.n_heads; h++) {
+    for (int t = 0; t < n_tokens; t++) {
+      std::copy_n(&by_head[(size_t(h) * n_tokens + t) * shape.key_dim], shape.key_dim,
+                  &queries[(size_t(t) * shape.n_heads + h) * shape.key_dim]);
+    }
+  }
+  layers_[layer]->add(
+      {first_position_, n_tokens, pending.keys.values.data(), pending.values.values.data(), queries.data()});
+  if (last_) {
+    // The attention of the last 32 queries, over the cache as it lies there. Sequences start at cell 0.
+    const std::vector<float> keys = fetch(k);  // [n_kv_heads][n_cells][key_dim]
+    const int n_cells = int(k->ne[1]), group = shape.n_heads / shape.n_kv_heads;
+    float scale;
+    std::memcpy(&scale, node->op_params, sizeof scale);
+    for (int t = std::max(0, n_tokens - 32); t < n_tokens; t++) {
+      const int n = first_position_ + t + 1;
+      for (int h = 0; h < shape.n_heads; h++) {
+        using Row = Eigen::Map<const Eigen::VectorXf>;
+        const Row query(&queries[(size_t(t) * shape.n_heads + h) * shape.key_dim], shape.key_dim);
+        std::vector<float> weights(n);
+        float top = -INFINITY;
+        for (int i = 0; i < n; i++) {
+          const Row key(&keys[(size_t(h / group) * n_cells + i) * shape.key_dim], shape.key_dim);
+          weights[i] = scale * query.dot(key);
+          top = std::max(top, weights[i]);
+        }
+        for (float& w : weights) w = std::exp(w - top);
+        layers_[layer]->add_attention(std::move(weights));
+      }
+    }
+  }
+  pending_.erase(found);
+}
+
+ModelShape Collector::shape() const {
+  ModelShape shape;
+  for (const auto& layer : layers_) shape.layers.push_back(layer ? layer->shape() : LayerShape{});
+  shape.rope = rope_shape_;
+  return shape;
+}
+
+std::vector<LayerStatistics> Collector::take_layers() {
+  std::vector<LayerStatistics> layers;
+  for (auto& layer : layers_) {
+    layers.push_back(layer ? std::move(*layer) : LayerStatistics(LayerShape{}, {}, options_, 0));
+  }
+  return layers;
+}
+
+}  // namespace thimble

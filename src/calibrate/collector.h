@@ -1,0 +1,60 @@
+// Reads keys, values and queries off a running model: an eval callback for a llama.cpp context (`cb_eval`), which sees
+// every node of the graph. Works with any model that llama.cpp runs with flash attention and a KV cache in f16.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <vector>
+
+#include "calibrate/statistics.h"
+
+struct ggml_tensor;
+
+namespace thimble {
+
+class Collector {
+public:
+  /// `n_layers` of the model.
+  Collector(int n_layers, const StatisticsOptions& options);
+
+  /// The tokens that the next graph computes: positions first_position.., one sequence, no more tokens than the
+  /// context's n_ubatch. `last` tells that the sequence ends with them: its last queries then count for the density.
+  void begin(int first_position, bool last) {
+    first_position_ = first_position;
+    last_ = last;
+  }
+
+  /// For `cb_eval`, with the Collector as its user data.
+  static bool callback(ggml_tensor* node, bool ask, void* collector);
+
+  /// Throws what went wrong inside the callback, which must not throw through llama.cpp.
+  void check() const;
+
+  /// Layers seen, as far as the model has them; the architecture is the caller's to fill in.
+  ModelShape shape() const;
+  std::vector<LayerStatistics> take_layers();
+
+private:
+  struct Rows {
+    std::vector<float> values;  // [n_tokens][row]
+    int n_tokens = 0;
+  };
+  struct Pending {  // of one layer, until its attention comes by
+    Rows keys, values;
+    Rope rope;
+    RopeShape rope_shape;
+  };
+
+  void stored(const ggml_tensor* node, int layer, Kind kind);
+  void attended(const ggml_tensor* node, int layer);
+
+  StatisticsOptions options_;
+  int first_position_ = 0;
+  bool last_ = false;
+  std::map<int, Pending> pending_;
+  std::vector<std::optional<LayerStatistics>> layers_;
+  RopeShape rope_shape_;
+  std::string error_;
+};
+
+}  // namespace thimble

@@ -1,0 +1,83 @@
+#include "calibrate/statistics.h"
+
+#include <algorithm>
+#include <functional>
+
+#include "codec/half.h"
+
+namespace thimble {
+namespace {
+
+// The first cells of a sequence stay exact in the cache (attention sinks, unlike all others), so they do not count.
+constexpr int kSinks = 8;
+// Tokens that are turned to one random position together.
+constexpr int kStretch = 64;
+// TailorKV's alpha: the share of cells whose attention is compared with the rest.
+constexpr double kDominantShare = 0.05;
+
+}  // namespace
+
+LayerStatistics::LayerStatistics(const LayerShape& shape, Rope rope, const StatisticsOptions& options, int layer)
+    : shape_(shape),
+      rope_(std::move(rope)),
+      options_(options),
+      random_(options.seed * 1000003 + uint64_t(layer)),
+      stride_(std::max<size_t>(1, (options.n_tokens + options.max_samples - 1) / options.max_samples)),
+      query_sum_(shape.n_kv_heads, Eigen::MatrixXd::Zero(shape.key_dim, shape.key_dim)) {}
+
+void LayerStatistics::add(const LayerActivations& in) {
+  const int group = shape_.n_heads / shape_.n_kv_heads, key_dim = shape_.key_dim;
+  const size_t key_row = size_t(shape_.n_kv_heads) * key_dim, query_row = size_t(shape_.n_heads) * key_dim;
+  const size_t value_row = size_t(shape_.n_kv_heads) * shape_.value_dim;
+  std::uniform_real_distribution<double> anywhere(0.0, double(options_.context));
+  std::vector<float> keys(key_row);
+  std::vector<Matrix> queries(shape_.n_kv_heads, Matrix(Eigen::Index(in.n_tokens) * group, key_dim));
+  double turn = 0;
+  for (int t = 0; t < in.n_tokens; t++) {
+    if (t % kStretch == 0) turn = anywhere(random_) - (in.first_position + t);
+    for (int h = 0; h < shape_.n_heads; h++) {
+      float* q = queries[h / group].row(Eigen::Index(t) * group + h % group).data();
+      std::copy_n(in.queries + t * query_row + size_t(h) * key_dim, key_dim, q);
+      rope_.turn(q, turn);
+    }
+    if (in.first_position + t < kSinks || n_seen_++ % stride_ != 0) continue;
+    std::copy_n(in.keys + t * key_row, key_row, keys.data());
+    for (int h = 0; h < shape_.n_kv_heads; h++) rope_.turn(&keys[size_t(h) * key_dim], turn);
+    for (float v : keys) keys_.push_back(float_to_half(v));
+    for (size_t i = 0; i < value_row; i++) values_.push_back(float_to_half(in.values[t * value_row + i]));
+    n_samples_++;
+  }
+  for (int h = 0; h < shape_.n_kv_heads; h++) {
+    const Eigen::MatrixXf moment = queries[h].transpose() * queries[h];
+    query_sum_[h] += moment.cast<double>();
+  }
+  n_queries_ += size_t(in.n_tokens) * group;
+}
+
+void LayerStatistics::add_attention(std::vector<float> weights) {
+  const size_t dominant = size_t(double(weights.size()) * kDominantShare);
+  if (dominant == 0) return;
+  std::nth_element(weights.begin(), weights.begin() + dominant - 1, weights.end(), std::greater<>());
+  double strongest = 0, all = 0;
+  for (size_t i = 0; i < weights.size(); i++) (i < dominant ? strongest : all) += weights[i];
+  all += strongest;
+  if (!(all > 0)) return;
+  density_sum_ += 1.0 - strongest / all;
+  n_attentions_++;
+}
+
+Matrix LayerStatistics::samples(Kind kind, int kv_head) const {
+  const auto& from = kind == Kind::key ? keys_ : values_;
+  const size_t dim = shape_.dim(kind), row = shape_.n_kv_heads * dim;
+  Matrix out = Matrix::Zero(n_samples_, dim);
+  for (size_t t = 0; t < n_samples_; t++) {
+    for (size_t d = 0; d < dim; d++) out(t, d) = half_to_float(from[t * row + kv_head * dim + d]);
+  }
+  return out;
+}
+
+Eigen::MatrixXd LayerStatistics::query_moment(int kv_head) const {
+  return query_sum_[kv_head] / double(std::max<size_t>(1, n_queries_));
+}
+
+}  // namespace thimble

@@ -1,0 +1,64 @@
+// What one pass over text leaves behind for fitting: a bounded sample of keys and values of every KV head, the second
+// moments of the queries that meet the keys, and how broadly each layer attends.
+#pragma once
+
+#include <Eigen/Core>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "calibrate/rope.h"
+#include "calibrate/transforms.h"
+#include "profile/profile.h"
+
+namespace thimble {
+
+struct StatisticsOptions {
+  /// Positions that the statistics must hold for: vectors are turned to random positions below it.
+  int context = 8192;
+  /// Tokens that the pass will bring; with the next, it settles which of them are kept as samples.
+  size_t n_tokens = 0;
+  size_t max_samples = 32768;
+  uint64_t seed = 1;
+};
+
+/// Keys, values and queries of some consecutive tokens of one sequence, of one layer. Keys and queries are rotated by
+/// their positions already.
+struct LayerActivations {
+  int first_position = 0;
+  int n_tokens = 0;
+  const float* keys = nullptr;     // [n_tokens][n_kv_heads][key_dim]
+  const float* values = nullptr;   // [n_tokens][n_kv_heads][value_dim]
+  const float* queries = nullptr;  // [n_tokens][n_heads][key_dim]
+};
+
+class LayerStatistics {
+public:
+  LayerStatistics(const LayerShape& shape, Rope rope, const StatisticsOptions& options, int layer);
+
+  void add(const LayerActivations& activations);
+
+  /// Takes the attention weights of one query over its n cells, any order.
+  void add_attention(std::vector<float> weights);
+
+  const LayerShape& shape() const { return shape_; }
+  Matrix samples(Kind kind, int kv_head) const;
+  /// E[q q^T] over the queries of the group, [key_dim][key_dim].
+  Eigen::MatrixXd query_moment(int kv_head) const;
+  float density() const { return n_attentions_ ? float(density_sum_ / double(n_attentions_)) : 0.0f; }
+  size_t n_samples() const { return n_samples_; }
+
+private:
+  LayerShape shape_;
+  Rope rope_;
+  StatisticsOptions options_;
+  std::mt19937_64 random_;
+  size_t stride_;  // every stride-th token is kept
+  size_t n_seen_ = 0, n_samples_ = 0, n_queries_ = 0;
+  std::vector<uint16_t> keys_, values_;     // f16, [n_samples][n_kv_heads][dim]
+  std::vector<Eigen::MatrixXd> query_sum_;  // [n_kv_heads]
+  double density_sum_ = 0;
+  size_t n_attentions_ = 0;
+};
+
+}  // namespace thimble

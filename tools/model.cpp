@@ -1,0 +1,97 @@
+#include "model.h"
+
+#include <ggml-backend.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <stdexcept>
+
+namespace thimble {
+
+void start_llama() {
+  llama_log_set(
+      [](ggml_log_level level, const char* text, void*) {
+        if (level == GGML_LOG_LEVEL_ERROR) std::fputs(text, stderr);
+      },
+      nullptr);
+  ggml_backend_load_all();
+  llama_backend_init();
+}
+
+ModelPtr load_model(const std::string& path, const std::string& device) {
+  llama_model_params params = llama_model_default_params();
+  // Weights as they are in the file: results do not then depend on how this CPU would like them repacked.
+  params.use_extra_bufts = false;
+  ggml_backend_dev_t devices[2] = {nullptr, nullptr};
+  if (device == "CPU") {
+    params.n_gpu_layers = 0;
+  } else {
+    devices[0] = ggml_backend_dev_by_name(device.c_str());
+    if (!devices[0]) throw std::runtime_error("no device " + device + " here: is its backend loaded?");
+    params.n_gpu_layers = 999;
+  }
+  params.devices = devices;
+  ModelPtr model(llama_model_load_from_file(path.c_str(), params));
+  if (!model)
+    throw std::runtime_error("cannot load the model " + path + ": check the path and that it is a GGUF model");
+  return model;
+}
+
+ContextPtr make_context(llama_model* model, const llama_context_params& params) {
+  ContextPtr context(llama_init_from_model(model, params));
+  if (!context) throw std::runtime_error("cannot make a context of " + std::to_string(params.n_ctx) + " tokens");
+  return context;
+}
+
+std::string read_text(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error("cannot read " + path);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+std::vector<llama_token> tokenize(const llama_model* model, const std::string& text) {
+  const llama_vocab* vocab = llama_model_get_vocab(model);
+  std::vector<llama_token> tokens(text.size() + 2);
+  const int n = llama_tokenize(vocab, text.data(), int(text.size()), tokens.data(), int(tokens.size()),
+                               /*add_special=*/true, /*parse_special=*/false);
+  if (n < 0) throw std::runtime_error("cannot tokenize the text");
+  tokens.resize(n);
+  return tokens;
+}
+
+void decode_tokens(llama_context* context, const llama_token* tokens, int n, int first, bool logits_of_last) {
+  const int n_batch = int(llama_n_batch(context));
+  llama_batch batch = llama_batch_init(n_batch, 0, 1);
+  const std::unique_ptr<llama_batch, void (*)(llama_batch*)> owner(&batch,
+                                                                   [](llama_batch* b) { llama_batch_free(*b); });
+  for (int at = 0; at < n; at += n_batch) {
+    batch.n_tokens = std::min(n_batch, n - at);
+    for (int i = 0; i < batch.n_tokens; i++) {
+      batch.token[i] = tokens[at + i];
+      batch.pos[i] = first + at + i;
+      batch.n_seq_id[i] = 1;
+      batch.seq_id[i][0] = 0;
+      batch.logits[i] = logits_of_last && at + i == n - 1;
+    }
+    if (const int status = llama_decode(context, batch)) {
+      throw std::runtime_error("the model failed to run (llama_decode returned " + std::to_string(status) + ")");
+    }
+  }
+}
+
+void ProgressBar::update(double share) {
+  const int percent = int(share * 100);
+  if (percent == shown_ || !isatty(STDERR_FILENO)) return;
+  shown_ = percent;
+  std::fprintf(stderr, "\r%s %3d %%", what_.c_str(), percent);
+}
+
+void ProgressBar::finish() {
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  std::fprintf(stderr, "%s%s: %.0f s   \n", isatty(STDERR_FILENO) ? "\r" : "", what_.c_str(), seconds);
+}
+
+}  // namespace thimble
