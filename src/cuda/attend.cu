@@ -2,7 +2,9 @@
 
 #include "cuda/attend.h"
 #include "cuda/attend_launch.h"
+#include "cuda/attend_shape.h"
 #include "cuda/layout.h"
+#include "cuda/prepare.h"
 
 namespace thimble::cuda {
 namespace {
@@ -53,11 +55,15 @@ Status check(const AttendArgs& args) {
   if (args.n_streams < 1 || args.n_kv_heads < 1) return Status::invalid("no streams or heads");
   if (args.n_tokens < 1 || args.n_tokens > kMaxTokens) return Status::invalid("1 to 8 query tokens a stream");
   if (args.group < 1 || args.group > 64) return Status::invalid("group must be 1 to 64");
-  if (args.n_cells < 0 || args.n_cells % kBlockCells != 0) return Status::invalid("cells must be a multiple of 64");
+  if (args.n_cells < 0 || args.n_cells % kBlockCells != 0 || args.n_cells > (1 << 28))
+    return Status::invalid("cells must be a multiple of 64, at most 2^28");
   if (!args.queries || !args.query_factors || !args.output) return Status::invalid("queries or output are missing");
   if (args.softcap < 0) return Status::invalid("softcap must not be negative");
   if (args.mask && (!aligned(args.mask, 16) || (args.mask_token_stride | args.mask_stream_stride) % 8 != 0)) {
     return Status::invalid("mask is not aligned to 16 bytes");
+  }
+  if (args.mask && size_t(args.n_streams) * args.mask_stream_stride + kMaxTokens * args.mask_token_stride >> 32) {
+    return Status::unsupported("mask of 2^32 elements or more");
   }
   for (const ExactRows& rows : args.exact) {
     if (rows.capacity < 0) return Status::invalid("negative number of exact rows");
@@ -72,28 +78,14 @@ Status check(const AttendArgs& args) {
 void plan(const DeviceInfo& device, AttendArgs& args) {
   args.row_groups = row_groups(args);
   const int lanes = blocks_per_pair(device, args.n_kv_heads * args.row_groups);
-  args.n_splits = choose_splits(args.n_streams, args.n_cells / kBlockCells, lanes, args.head_dim == 256 ? 8 : 16);
+  args.n_splits = choose_splits(args.n_streams, args.n_cells / kBlockCells, lanes,
+                                attend_warps(args.head_dim, args.key_codec.width, args.value_codec.width));
 }
 
 // Counters come first in a workspace, in a part of constant size: calls of other shapes must find them zero.
 constexpr size_t kCounterBytes = 64 << 10;
 
 }  // namespace
-
-Status query_device(int ordinal, DeviceInfo* info) {
-  int major = 0, minor = 0, multiprocessors = 0, shared = 0;
-  const std::pair<int*, cudaDeviceAttr> wanted[] = {{&major, cudaDevAttrComputeCapabilityMajor},
-                                                    {&minor, cudaDevAttrComputeCapabilityMinor},
-                                                    {&multiprocessors, cudaDevAttrMultiProcessorCount},
-                                                    {&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
-  for (const auto& [value, attribute] : wanted) {
-    if (const cudaError_t e = cudaDeviceGetAttribute(value, attribute, ordinal); e != cudaSuccess) {
-      return Status::from(e);
-    }
-  }
-  *info = {ordinal, multiprocessors, size_t(shared), 10 * major + minor};
-  return {};
-}
 
 size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args) {
   AttendArgs planned = args;
@@ -123,6 +115,41 @@ Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t
     default:
       return Status::unsupported("head size must be 64, 128 or 256");
   }
+}
+
+Status score_cells(const DeviceInfo& device, AttendArgs args, float* scores, cudaStream_t stream) {
+  args.row_groups = row_groups(args);
+  if (args.n_streams < 1 || args.n_tokens < 1 || args.row_groups != 1) {
+    return Status::unsupported("scores are for 1 to 4 query rows a KV head");
+  }
+  if (args.n_cells < 64 || args.n_cells % kBlockCells != 0) return Status::invalid("cells must be a multiple of 64");
+  if (!args.queries || !args.query_factors || !scores) return Status::invalid("queries or scores are missing");
+  if (Status s = check_cache(args.keys, args.key_codec, args); !s.ok()) return s;
+  args.value_codec = args.key_codec;  // kernels come in pairs of widths; this one's values are not looked at
+  args.exact[0] = args.exact[1] = {};
+  plan(device, args);
+  const dim3 grid(std::min(blocks_per_pair(device, args.n_kv_heads), args.n_streams * args.n_splits), args.n_kv_heads);
+  const ScoreArgs score{args, scores};
+  switch (args.head_dim) {
+    case 64:
+      return launch_score_64(device, score, grid, stream);
+    case 128:
+      return launch_score_128(device, score, grid, stream);
+    case 256:
+      return launch_score_256(device, score, grid, stream);
+    default:
+      return Status::unsupported("head size must be 64, 128 or 256");
+  }
+}
+
+Status step(const DeviceInfo& device, const PrepareArgs& prepare_args, const AttendArgs& attend_args, void* workspace,
+            size_t workspace_bytes, cudaStream_t stream) {
+  if (prepare_args.queries != attend_args.queries || prepare_args.query_factors != attend_args.query_factors ||
+      prepare_args.n_query_tokens != attend_args.n_tokens || prepare_args.n_streams != attend_args.n_streams) {
+    return Status::invalid("the queries that are prepared are not those that are attended with");
+  }
+  if (Status s = prepare(device, prepare_args, stream); !s.ok()) return s;
+  return attend(device, attend_args, workspace, workspace_bytes, stream);
 }
 
 }  // namespace thimble::cuda

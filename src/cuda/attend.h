@@ -3,26 +3,27 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/status.h"
+#include "cuda/device.h"
 #include "cuda/types.h"
 
 namespace thimble::cuda {
 
-/// What the launchers need to know of a device, asked once.
-struct DeviceInfo {
-  int ordinal = 0;
-  int multiprocessors = 0;
-  size_t shared_bytes = 0;  // that a block may have
-  int capability = 0;       // 80, 86, 89, 90
-};
-Status query_device(int ordinal, DeviceInfo* info);
-
-/// Device memory for one attend call at a time (on one stream). It must be zeroed before its first use.
+/// Device memory for one attend call at a time (on one stream), aligned to 256 bytes. It must be zeroed before its
+/// first use; then calls of any shape may share the largest.
 size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args);
 
-/// Enqueues one kernel on `stream`. `args.queries` and `args.query_factors` must be on the device, transformed
-/// (prepare.h); the kernel waits for what is before it in the stream. Row groups, splits, partials and counters of
-/// `args` are filled in here.
+/// Enqueues one kernel on `stream`, which waits for what is before it there. `args.queries` and `args.query_factors`
+/// come from `prepare`. Row groups, splits, partials and counters of `args` are filled in here.
 Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t workspace_bytes, cudaStream_t stream);
+
+/// The greatest score of each cell over a KV head's query rows, in units of log2 e, to scores [n_streams][n_kv_heads]
+/// [args.n_cells]; -infinity for masked and hidden cells. At most 4 query rows a KV head. Values, exact rows, sinks and
+/// output of `args` are not looked at.
+Status score_cells(const DeviceInfo& device, AttendArgs args, float* scores, cudaStream_t stream);
+
+/// One layer's decode step: encodes the new cells, transforms the queries, attends; two kernels. The queries' buffers
+/// must be the same in both arguments.
+Status step(const DeviceInfo& device, const PrepareArgs& prepare_args, const AttendArgs& attend_args, void* workspace,
+            size_t workspace_bytes, cudaStream_t stream);
 
 }  // namespace thimble::cuda

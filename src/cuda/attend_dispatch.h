@@ -16,10 +16,25 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
 #endif
 }
 
+template <typename S, bool Large>
+__global__ void __launch_bounds__(S::kThreads, 1) score_kernel(const __grid_constant__ ScoreArgs args) {
+#if __CUDA_ARCH__ >= 900
+  AttendKernel<S>::score(args.attend, args.scores);
+#else
+  if constexpr (!Large) AttendKernel<S>::score(args.attend, args.scores);
+#endif
+}
+
+/// Whether a device takes the kernels that use all of Hopper's shared memory.
+template <typename S>
+bool fits(const DeviceInfo& device) {
+  return device.capability >= 90 && device.shared_bytes >= S::kSharedBytes;
+}
+
 template <int HeadDim, int KeyWidth, int ValueWidth>
 Status launch_attend(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream) {
   using Large = AttendShape<HeadDim, KeyWidth, ValueWidth, true>;
-  if (device.capability >= 90 && device.shared_bytes >= Large::kSharedBytes) {
+  if (fits<Large>(device)) {
     return launch(device, attend_kernel<Large, true>, args, grid, Large::kThreads, Large::kSharedBytes, stream);
   }
   using Small = AttendShape<HeadDim, KeyWidth, ValueWidth, false>;
@@ -42,6 +57,30 @@ Status launch_attend_any(const DeviceInfo& device, const AttendArgs& args, dim3 
       return launch_attend<HeadDim, 8, 8>(device, args, grid, stream);
     default:
       return Status::unsupported("no attention kernel for this pair of widths");
+  }
+}
+
+template <int HeadDim, int Width>
+Status launch_score(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream) {
+  using Large = AttendShape<HeadDim, Width, Width, true>;
+  if (fits<Large>(device)) {
+    return launch(device, score_kernel<Large, true>, args, grid, Large::kThreads, Large::kSharedBytes, stream);
+  }
+  using Small = AttendShape<HeadDim, Width, Width, false>;
+  return launch(device, score_kernel<Small, false>, args, grid, Small::kThreads, Small::kSharedBytes, stream);
+}
+
+template <int HeadDim>
+Status launch_score_any(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream) {
+  switch (args.attend.key_codec.width) {
+    case 2:
+      return launch_score<HeadDim, 2>(device, args, grid, stream);
+    case 4:
+      return launch_score<HeadDim, 4>(device, args, grid, stream);
+    case 8:
+      return launch_score<HeadDim, 8>(device, args, grid, stream);
+    default:
+      return Status::unsupported("no kernel for this width");
   }
 }
 

@@ -42,12 +42,15 @@ struct AttendKernel {
   /// The blocks of 64 cells that a warp takes in an item: `index`, then every kWarps-th, `left` in all.
   struct alignas(16) Blocks {
     const uint8_t *keys, *values;
-    int item, index, left;
+    int item, index, left, padding;
   };
   static_assert(sizeof(Blocks) == 32);
 
+  // Divisions are slow, and there is seldom anything to divide.
+  SIMT static int stream_of(const AttendArgs& a, int item) { return a.n_splits == 1 ? item : item / a.n_splits; }
   SIMT static int block_begin(const AttendArgs& a, int split) {
-    return int(int64_t(a.n_cells / kBlockCells) * split / a.n_splits);
+    return a.n_splits == 1 ? a.n_cells / kBlockCells * split
+                           : int(uint32_t(a.n_cells / kBlockCells) * split / a.n_splits);
   }
   SIMT static int n_items(const AttendArgs& a) { return a.n_streams * a.n_splits; }
 
@@ -55,7 +58,8 @@ struct AttendKernel {
   /// b.item becomes n_items, and the pointers stay as they are.
   SIMT static void find(const AttendArgs& a, int warp, Blocks& b) {
     for (; b.item < n_items(a); b.item += simt::blocks_x()) {
-      const int stream = b.item / a.n_splits, split = b.item % a.n_splits, head = simt::block_y() / a.row_groups;
+      const int stream = stream_of(a, b.item), split = b.item - stream * a.n_splits;
+      const int head = simt::block_y() / a.row_groups;
       b.index = block_begin(a, split) + warp;
       b.left = (block_begin(a, split + 1) - b.index + S::kWarps - 1) / S::kWarps;
       if (b.left <= 0) continue;
@@ -97,20 +101,28 @@ struct AttendKernel {
     return ((~x & 0x7f7f7f7f) + 0x01010101) ^ (~x & 0x80808080);
   }
 
-  SIMT static void fill_value_table(const AttendArgs& a) {
-    constexpr int kWords = S::kEntryBytes / 4, kRowEntries = S::kUnits * 8;
+  // The value table, in two steps: while the codewords are on their way, other things can be asked for.
+  static constexpr int kEntryWords = S::kEntryBytes / 4, kRowEntries = S::kUnits * 8;
+  static constexpr int kThreadEntries = kCodewords * kRowEntries / S::kThreads;
+  static_assert(kCodewords * kRowEntries % S::kThreads == 0);
+  using ValueWords = uint32_t[kThreadEntries][kEntryWords];
+
+  SIMT static void load_value_words(const AttendArgs& a, ValueWords& words) {
     const uint32_t* packed = a.value_codec.packed + size_t(simt::block_y() / a.row_groups) * kCodewords * (D / 4);
-    uint8_t* table = simt::shared() + S::kValueTable;
-    static_assert(kCodewords * kRowEntries % S::kThreads == 0);
-    constexpr int kEntries = kCodewords * kRowEntries / S::kThreads;
-    uint32_t words[kEntries][kWords];
     SIMT_UNROLL
-    for (int k = 0; k < kEntries * kWords; k++) {
-      words[k / kWords][k % kWords] =
-          simt::load_constant(packed + (simt::thread() + k / kWords * S::kThreads) * kWords + k % kWords);
+    for (int k = 0; k < kThreadEntries; k++) {
+      SIMT_UNROLL
+      for (int j = 0; j < kEntryWords; j++) {
+        words[k][j] = simt::load_constant(packed + (simt::thread() + k * S::kThreads) * kEntryWords + j);
+      }
     }
+  }
+
+  SIMT static void fill_value_table(const ValueWords& words) {
+    constexpr int kWords = kEntryWords;
+    uint8_t* table = simt::shared() + S::kValueTable;
     SIMT_UNROLL
-    for (int k = 0; k < kEntries; k++) {
+    for (int k = 0; k < kThreadEntries; k++) {
       const int i = simt::thread() + k * S::kThreads;
       const int code = i / kRowEntries, unit = i % kRowEntries / 8, g = i % 8;
       const uint32_t(&word)[kWords] = words[k];
@@ -134,9 +146,15 @@ struct AttendKernel {
         }
       }
     }
-    float* scale = reinterpret_cast<float*>(simt::shared() + S::kScales);
+  }
+
+  SIMT static void copy_scales(const AttendArgs& a) {
+    const int head = simt::block_y() / a.row_groups;
     for (int m = simt::thread(); m < MV; m += S::kThreads) {
-      scale[m] = a.value_codec.scale[simt::block_y() / a.row_groups * MV + m];
+      simt::copy_async<4>(simt::shared() + S::kScales + m * 4, a.value_codec.scale + head * MV + m);
+    }
+    for (int m = simt::thread(); m < MK; m += S::kThreads) {
+      simt::copy_async<4>(simt::shared() + S::kKeyScales + m * 4, a.key_codec.scale + head * MK + m);
     }
   }
 
@@ -150,36 +168,20 @@ struct AttendKernel {
     const int head = simt::block_y() / a.row_groups, row_group = simt::block_y() % a.row_groups;
     return ((size_t(stream) * a.n_kv_heads + head) * a.row_groups + row_group) * S::kRows;
   }
-  /// From products of table entries to logits, in units of log2 e, for row t.
-  SIMT static float row_factor(int t) { return reinterpret_cast<const float*>(simt::shared() + S::kFactors)[t]; }
-
-  // The item's queries, in shared memory. Those of the next item are fetched while this one is worked off.
-  static constexpr int kQueryLoads = (S::kRows * D + S::kThreads - 1) / S::kThreads;
-
-  struct Queries {
-    float q[kQueryLoads], factor;
-  };
-
-  SIMT static void fetch_queries(const AttendArgs& a, int item, Queries& x) {
+  /// Starts copying an item's queries to shared memory, and their factors to one of two places there: the tables are
+  /// made from queries at an item's start, so the next ones may come while it is worked off; factors are used
+  /// throughout.
+  SIMT static void fetch_queries(const AttendArgs& a, int item, int place) {
     if (item >= n_items(a)) return;
-    const size_t row = first_row(a, item / a.n_splits);
-    const float* from = a.queries + row * D;
-    x.factor = simt::thread() < S::kRows ? a.query_factors[row + simt::thread()] : 0.0f;
-    SIMT_UNROLL
-    for (int k = 0; k < kQueryLoads; k++) {
-      const int i = simt::thread() + k * S::kThreads;
-      x.q[k] = i < S::kRows * D ? from[i] : 0.0f;
+    const size_t row = first_row(a, stream_of(a, item));
+    uint8_t* to = simt::shared() + S::kQueries;
+    for (int i = simt::thread(); i < S::kRows * D / 4; i += S::kThreads) {
+      simt::copy_async<16>(to + i * 16, a.queries + row * D + i * 4);
     }
-  }
-
-  SIMT static void store_queries(const Queries& x) {
-    float* to = reinterpret_cast<float*>(simt::shared() + S::kQueries);
-    SIMT_UNROLL
-    for (int k = 0; k < kQueryLoads; k++) {
-      const int i = simt::thread() + k * S::kThreads;
-      if (i < S::kRows * D) to[i] = x.q[k];
+    if (simt::thread() < S::kRows) {
+      simt::copy_async<4>(simt::shared() + S::kFactors + (place * S::kRows + simt::thread()) * 4,
+                          a.query_factors + row + simt::thread());
     }
-    if (simt::thread() < S::kRows) reinterpret_cast<float*>(simt::shared() + S::kFactors)[simt::thread()] = x.factor;
   }
 
   SIMT static void fill_score_table(const AttendArgs& a) {
@@ -191,7 +193,7 @@ struct AttendKernel {
     SIMT_UNROLL
     for (int plane = 0; plane < S::kKeyPlanes; plane++) {
       const int subspace = plane * 32 + slot % MK;
-      const float scale = simt::load_constant(a.key_codec.scale + head * MK + subspace);
+      const float scale = reinterpret_cast<const float*>(simt::shared() + S::kKeyScales)[subspace];
       float q[S::kRows][W];
       SIMT_UNROLL
       for (int r = 0; r < S::kRows; r++) {
@@ -235,14 +237,16 @@ struct AttendKernel {
 
   /// This lane's query row.
   struct Row {
-    float slope;    // on the mask, in the same units
-    uint32_t mask;  // element of a.mask where its token's begins
+    const float* factor;  // from products of table entries to logits, in units of log2 e; in shared memory
+    float slope;          // on the mask, in the same units
+    uint32_t mask;        // element of a.mask where its token's begins
   };
 
-  SIMT static Row make_row(const AttendArgs& a, int stream, int t) {
+  SIMT static Row make_row(const AttendArgs& a, int stream, int place, int t) {
     const int kv_head = simt::block_y() / a.row_groups, row = simt::block_y() % a.row_groups * S::kRows + t;
     const int token = row / a.group, head = kv_head * a.group + row % a.group;
     Row r;
+    r.factor = reinterpret_cast<const float*>(simt::shared() + S::kFactors) + place * S::kRows + t;
     r.slope = a.slopes ? a.slopes[head] * kLog2e : kLog2e;
     // Rows that only pad the group follow the last token; nobody reads their results.
     r.mask =
@@ -267,9 +271,8 @@ struct AttendKernel {
     }
   }
 
-  /// Sums of score table entries of this lane's 8 cells. `refill(i)` is called as soon as load i of `codes` is used up.
-  template <typename Refill>
-  SIMT static void table_scores(const Lane& l, uint4 (&codes)[kKeyLoads], float (&score)[8], Refill refill) {
+  /// Sums of score table entries of this lane's 8 cells.
+  SIMT static void table_scores(const Lane& l, const uint4 (&codes)[kKeyLoads], float (&score)[8]) {
     SIMT_UNROLL
     for (int j = 0; j < 8; j++) {
       float d[4] = {0, 0, 0, 0};
@@ -279,7 +282,6 @@ struct AttendKernel {
         const uint32_t word = word_of(codes[n / 16], n % 16 / 4);
         const uint2 x = score_entry(l, word, n % 4, step), y = score_entry(l, word, n % 4 + 1, step + 1);
         simt::mma_f16(d, x.x, x.y, y.x, y.y, l.select, l.select);
-        if ((n + 2) % 16 == 0) refill(n / 16);
       }
       score[j] = l.t / 2 ? d[2] : d[0];
     }
@@ -290,9 +292,8 @@ struct AttendKernel {
   }
 
   /// Softcap, mask and hidden cells. Returns the factor that is left to turn x into logits.
-  SIMT static float adjust(const AttendArgs& a, const Lane& l, const Row& row, float (&x)[8], const uint4& mask,
-                           uint32_t skip) {
-    float unit = row_factor(l.t);
+  SIMT static float adjust(const AttendArgs& a, const Row& row, float (&x)[8], const uint4& mask, uint32_t skip) {
+    float unit = *row.factor;
     if (a.softcap != 0) {
       SIMT_UNROLL
       for (int j = 0; j < 8; j++) x[j] = capped(x[j] * unit, a.softcap);
@@ -420,9 +421,8 @@ struct AttendKernel {
     }
   }
 
-  template <typename Refill>
-  SIMT static void add_values(const Lane& l, Running& run, uint4 (&codes)[kValueLoads], const uint32_t (&b)[2][2],
-                              float unit, Refill refill) {
+  SIMT static void add_values(const Lane& l, Running& run, const uint4 (&codes)[kValueLoads], const uint32_t (&b)[2][2],
+                              float unit) {
     constexpr int W = S::kValueWidth;
     SIMT_UNROLL
     for (int u = 0; u < kValueLoads; u++) {
@@ -438,7 +438,6 @@ struct AttendKernel {
                        b[chunk][1]);
         }
       }
-      refill(u);
       const float scale = unit * reinterpret_cast<const float*>(simt::shared() + S::kScales)[l.g + 8 * u];
       SIMT_UNROLL
       for (int h = 0; h < W / 2; h++) {
@@ -472,7 +471,7 @@ struct AttendKernel {
         value[k] = *reinterpret_cast<const uint32_t*>(exact.values + at + d);
         dot += query[l.g * W + d] * key.x + query[l.g * W + d + 1] * key.y;
       }
-      float x = over_g(dot, Add()) * row_factor(l.t);
+      float x = over_g(dot, Add()) * *row.factor;
       if (a.softcap != 0) x = capped(x, a.softcap);
       if (a.mask) x += simt::half_to_float(a.mask[row.mask + cell]) * row.slope;
       if (simt::any(x > run.maximum + 8)) raise(run, fmaxf(run.maximum, x));
@@ -585,7 +584,7 @@ struct AttendKernel {
       states[l.warp * 8 + 4 + l.t] = run.weight;
     }
     simt::sync();
-    const int stream = item / a.n_splits;
+    const int stream = stream_of(a, item);
     const int pairs = a.n_kv_heads * a.row_groups;  // of KV head and row group
     float* partial =
         a.n_splits > 1 ? a.partials + (size_t(item) * pairs + simt::block_y()) * S::kPartialFloats : nullptr;
@@ -639,37 +638,46 @@ struct AttendKernel {
   SIMT static void run(const AttendArgs& a) {
     simt::launch_dependents();
     const Lane l = make_lane();
-    fill_value_table(a);
+    Blocks next = {};
+    next.item = simt::block_x();
+    find(a, l.warp, next);
+    const auto prefetch = [&](int n) {  // of the blocks from `next` on, the n-th
+      simt::prefetch_l2(next.keys + n * S::kWarps * a.keys.block_stride, S::kKeyBlock, l.lane);
+      simt::prefetch_l2(next.values + n * S::kWarps * a.values.block_stride, S::kValueBlock, l.lane);
+    };
+    for (int n = 0; n < 2 && n < next.left; n++) prefetch(n);
+    simt::prefetch_l2(reinterpret_cast<const uint8_t*>(a.key_codec.packed) +
+                          (simt::block_y() / a.row_groups * S::kWarps + l.warp) * (kCodewords * D / S::kWarps),
+                      kCodewords * D / S::kWarps, l.lane);
+    copy_scales(a);
+    ValueWords value_words;
+    load_value_words(a, value_words);
     simt::wait_for_previous_grid();
 
-    Queries queries = {};
-    fetch_queries(a, simt::block_x(), queries);
-    Blocks next;
-    next.item = simt::block_x();
-    next.keys = next.values = nullptr;
-    next.left = 0;
-    find(a, l.warp, next);
+    fetch_queries(a, simt::block_x(), 0);
     uint4 key_codes[kKeyLoads], value_codes[kValueLoads], key_scales, value_scales;
-    const auto load_keys = [&](int i) { key_codes[i] = simt::load_stream(next.keys + i * 512 + l.lane * 16); };
-    const auto load_values = [&](const uint8_t* p, int i) {
-      value_codes[i] = simt::load_stream(p + i * 512 + l.lane * 16);
+    const auto load_keys = [&] {
+      SIMT_UNROLL
+      for (int i = 0; i < kKeyLoads; i++) key_codes[i] = simt::load_stream(next.keys + i * 512 + l.lane * 16);
+      key_scales = simt::load_stream(next.keys + MK * kBlockCells + l.g * 16);
+    };
+    const auto load_values = [&](const uint8_t* p) {
+      SIMT_UNROLL
+      for (int i = 0; i < kValueLoads; i++) value_codes[i] = simt::load_stream(p + i * 512 + l.lane * 16);
     };
     if (next.left > 0) {
-      SIMT_UNROLL
-      for (int i = 0; i < kKeyLoads; i++) load_keys(i);
-      key_scales = simt::load_stream(next.keys + MK * kBlockCells + l.g * 16);
+      load_keys();
+      if constexpr (S::kDeep) load_values(next.values);
       value_scales = simt::load_stream(next.values + MV * kBlockCells + l.g * 16);
-      if constexpr (S::kDeep) {
-        SIMT_UNROLL
-        for (int i = 0; i < kValueLoads; i++) load_values(next.values, i);
-      }
     }
-    store_queries(queries);
+    fill_value_table(value_words);
+    simt::wait_for_copies();
     simt::sync();
 
-    for (int item = simt::block_x(); item < n_items(a); item += simt::blocks_x()) {
-      const int stream = item / a.n_splits, head = simt::block_y() / a.row_groups;
-      const Row row = make_row(a, stream, l.t);
+    int place = 0;
+    for (int item = simt::block_x(); item < n_items(a); item += simt::blocks_x(), place ^= 1) {
+      const int stream = stream_of(a, item), head = simt::block_y() / a.row_groups;
+      const Row row = make_row(a, stream, place, l.t);
       fill_score_table(a);
       Running run;
       run.maximum = kNone;
@@ -677,10 +685,10 @@ struct AttendKernel {
       SIMT_UNROLL
       for (int i = 0; i < kLaneSums; i++) run.sum[i] = 0;
       for (int i = 0; i < 2; i++) {
-        if (a.exact[i].capacity > 0) attend_exact(a, l, row, run, stream, item % a.n_splits, a.exact[i]);
+        if (a.exact[i].capacity > 0) attend_exact(a, l, row, run, stream, item - stream * a.n_splits, a.exact[i]);
       }
       simt::sync();
-      fetch_queries(a, item + simt::blocks_x(), queries);
+      fetch_queries(a, item + simt::blocks_x(), place ^ 1);
 
       const uint8_t* hidden = reinterpret_cast<const uint8_t*>(
           a.hidden ? a.hidden + stream * a.hidden_stream_stride + head * a.hidden_head_stride : nullptr);
@@ -701,40 +709,86 @@ struct AttendKernel {
         // After the last block of all it stays, and is read once more in vain.
         next.keys = left > 1 ? next.keys + S::kWarps * a.keys.block_stride : after->keys;
         next.values = left > 1 ? next.values + S::kWarps * a.values.block_stride : after->values;
+        if (left > 2) prefetch(1);
+        // The order of what follows is that of waiting: whatever is used up before a load is issued cannot be held up
+        // by it, though the hardware has fewer counters for loads in flight than there are kinds of them here.
         uint4 mask = make_uint4(0, 0, 0, 0);
-        if (a.mask) mask = *reinterpret_cast<const uint4*>(a.mask + row.mask + index * kBlockCells + l.g * 8);
+        if (a.mask) mask = simt::load_vector(a.mask + row.mask + index * kBlockCells + l.g * 8);
         const uint32_t skip = hidden ? hidden[index * 8 + l.g] : 0;
-
         float x[8];
-        table_scores(l, key_codes, x, [&](int i) {
-          if constexpr (S::kDeep) load_keys(i);
-        });
-        if constexpr (!S::kDeep) {
-          SIMT_UNROLL
-          for (int i = 0; i < kValueLoads; i++) load_values(values, i);
-        }
+        table_scores(l, key_codes, x);
+        if constexpr (!S::kDeep) load_values(values);
         SIMT_UNROLL
         for (int i = 0; i < 4; i++) {
           const float2 scale = simt::unpack_half2(word_of(key_scales, i));
           x[2 * i] *= scale.x;
           x[2 * i + 1] *= scale.y;
         }
-        key_scales = simt::load_stream(next.keys + MK * kBlockCells + l.g * 16);
-        const float unit = adjust(a, l, row, x, mask, skip);
+        const float unit = adjust(a, row, x, mask, skip);
+        load_keys();
         uint32_t b[2][2];
         const float sum_unit = weigh(l, run, x, unit, value_scales, b);
+        add_values(l, run, value_codes, b, sum_unit);
+        if constexpr (S::kDeep) load_values(next.values);
         value_scales = simt::load_stream(next.values + MV * kBlockCells + l.g * 16);
-        if constexpr (!S::kDeep) {
-          SIMT_UNROLL
-          for (int i = 0; i < kKeyLoads; i++) load_keys(i);
-        }
-        add_values(l, run, value_codes, b, sum_unit, [&](int i) {
-          if constexpr (S::kDeep) load_values(next.values, i);
-        });
       }
       if (mine) next = *after;
-      store_queries(queries);
+      simt::wait_for_copies();
       finish_item(a, l, run, item);
+    }
+  }
+
+  // ---- scores alone, for retrieval
+
+  /// Writes each cell's greatest score over the block's rows, in units of log2 e, to scores [n_streams][n_kv_heads]
+  /// [n_cells]. Masked and hidden cells get -infinity. One row group.
+  SIMT static void score(const AttendArgs& a, float* scores) {
+    simt::launch_dependents();
+    const Lane l = make_lane();
+    copy_scales(a);
+    simt::wait_for_previous_grid();
+    for (int item = simt::block_x(); item < n_items(a); item += simt::blocks_x()) {
+      const int stream = stream_of(a, item), head = simt::block_y(), split = item - stream * a.n_splits;
+      simt::sync();  // the last item's table is used up
+      fetch_queries(a, item, 0);
+      simt::wait_for_copies();
+      simt::sync();
+      const Row row = make_row(a, stream, 0, l.t);
+      const bool pads = l.t >= a.n_tokens * a.group;
+      fill_score_table(a);
+      simt::sync();
+      const uint8_t* hidden = reinterpret_cast<const uint8_t*>(
+          a.hidden ? a.hidden + stream * a.hidden_stream_stride + head * a.hidden_head_stride : nullptr);
+      for (int index = block_begin(a, split) + l.warp; index < block_begin(a, split + 1); index += S::kWarps) {
+        const uint8_t* block =
+            a.keys.data + stream * a.keys.stream_stride + head * a.keys.head_stride + index * a.keys.block_stride;
+        uint4 codes[kKeyLoads];
+        SIMT_UNROLL
+        for (int i = 0; i < kKeyLoads; i++) codes[i] = simt::load_stream(block + i * 512 + l.lane * 16);
+        const uint4 scales = simt::load_stream(block + MK * kBlockCells + l.g * 16);
+        uint4 mask = make_uint4(0, 0, 0, 0);
+        if (a.mask) mask = simt::load_vector(a.mask + row.mask + index * kBlockCells + l.g * 8);
+        float x[8];
+        table_scores(l, codes, x);
+        SIMT_UNROLL
+        for (int i = 0; i < 4; i++) {
+          const float2 scale = simt::unpack_half2(word_of(scales, i));
+          x[2 * i] *= scale.x;
+          x[2 * i + 1] *= scale.y;
+        }
+        const float unit = adjust(a, row, x, mask, hidden ? hidden[index * 8 + l.g] : 0);
+        SIMT_UNROLL
+        for (int j = 0; j < 8; j++) {
+          x[j] = pads ? -INFINITY : x[j] * unit;
+          x[j] = fmaxf(x[j], simt::shuffle_xor(x[j], 1));
+          x[j] = fmaxf(x[j], simt::shuffle_xor(x[j], 2));
+        }
+        float* out = scores + (size_t(stream) * a.n_kv_heads + head) * a.n_cells + index * kBlockCells + l.g * 8;
+        SIMT_UNROLL
+        for (int j = 0; j < 8; j++) {
+          if (l.t == j / 2) out[j] = x[j];
+        }
+      }
     }
   }
 };

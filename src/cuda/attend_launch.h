@@ -8,8 +8,16 @@
 
 namespace thimble::cuda {
 
+struct ScoreArgs {
+  AttendArgs attend;
+  float* scores;
+};
+
 Status launch_attend_64(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
 Status launch_attend_128(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
 Status launch_attend_256(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
+Status launch_score_64(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream);
+Status launch_score_128(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream);
+Status launch_score_256(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream);
 
 }  // namespace thimble::cuda

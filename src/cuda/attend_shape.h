@@ -15,13 +15,18 @@
 
 namespace thimble::cuda {
 
+/// Warps of a block. Sixteen leave a thread 128 registers; formats with much to hold get eight with 255.
+constexpr int attend_warps(int head_dim, int key_width, int value_width) {
+  return head_dim == 256 || key_width == 2 || value_width == 2 ? 8 : 16;
+}
+
 /// `Large`: for devices that give a block 227 KiB (Hopper); else as little as the format allows.
 template <int HeadDim, int KeyWidth, int ValueWidth, bool Large>
 struct AttendShape {
   static constexpr int kHeadDim = HeadDim, kKeyWidth = KeyWidth, kValueWidth = ValueWidth;
   static constexpr int kRows = kRowGroup;
   static constexpr int kKeySubspaces = HeadDim / KeyWidth, kValueSubspaces = HeadDim / ValueWidth;
-  static constexpr int kWarps = HeadDim == 256 ? 8 : 16;  // 128 registers a thread, 255 for the longest heads
+  static constexpr int kWarps = attend_warps(HeadDim, KeyWidth, ValueWidth);
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kKeyBlock = (kKeySubspaces + 2) * kBlockCells;
   static constexpr int kValueBlock = (kValueSubspaces + 2) * kBlockCells;
@@ -54,9 +59,10 @@ struct AttendShape {
   static constexpr int kQueries = kValueTable + kValueTableBytes;   // float [4][HeadDim]
   static constexpr int kStates = kQueries + kRows * HeadDim * 4;    // float [kWarps][8]: maxima, then weights
   static constexpr int kScales = kStates + kWarps * 2 * kRows * 4;  // float [kValueSubspaces]
-  static constexpr int kAfter = kScales + kValueSubspaces * 4;      // AttendKernel::Blocks [kWarps]
-  static constexpr int kFactors = kAfter + kWarps * 32;             // float [4]
-  static constexpr int kWeights = kFactors + kRows * 4;             // float [4]
+  static constexpr int kKeyScales = kScales + kValueSubspaces * 4;  // float [kKeySubspaces]
+  static constexpr int kAfter = kKeyScales + kKeySubspaces * 4;     // AttendKernel::Blocks [kWarps]
+  static constexpr int kFactors = kAfter + kWarps * 32;             // float [2][4]: this item's, the next one's
+  static constexpr int kWeights = kFactors + 2 * kRows * 4;         // float [4]
   static constexpr int kLast = kWeights + kRows * 4;                // int
   static constexpr int kEnd = kLast + 16;
   // Float [4][HeadDim]. Where memory is short, behind the sums: then the next score table must wait for its readers.
@@ -66,7 +72,7 @@ struct AttendShape {
   static_assert(kOwnOutputs || kSumsBytes + kRows * HeadDim * 4 <= kValueTable);
 
   /// Codes are fetched a whole block ahead where registers allow it, else half a block.
-  static constexpr bool kDeep = kKeySubspaces + kValueSubspaces <= (HeadDim == 256 ? 128 : 64);
+  static constexpr bool kDeep = kKeySubspaces + kValueSubspaces <= (kWarps == 8 ? 128 : 64);
 
   static constexpr int kPartialFloats = kRows * HeadDim + 2 * kRows;
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/attend.h"
+#include "cuda/device.h"
 
 namespace thimble::cuda {
 

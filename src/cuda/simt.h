@@ -154,6 +154,32 @@ SIMT uint4 load_stream(const uint8_t* p) {
                : "l"(p));
   return r;
 }
+/// 16 bytes.
+SIMT uint4 load_vector(const void* p) {
+  uint4 r;
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+  return r;
+}
+/// Asks for memory to come to L2. All lanes of a warp call it; `bytes` is a multiple of 16.
+SIMT void prefetch_l2(const uint8_t* p, int bytes, int lane) {
+#if __CUDA_ARCH__ >= 900
+  if (lane == 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(p), "r"(bytes));
+#else
+  for (int i = lane * 128; i < bytes; i += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i));
+#endif
+}
+/// 4 or 16 bytes from global to shared memory, without a register in between; there after wait_for_copies and a
+/// barrier.
+template <int Bytes>
+SIMT void copy_async(void* shared_to, const void* from) {
+  static_assert(Bytes == 4 || Bytes == 16);
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared_to));
+  asm volatile("cp.async.ca.shared.global [%0],[%1],%2;" ::"r"(to), "l"(from), "n"(Bytes) : "memory");
+}
+SIMT void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 /// Constant for the grid's whole life: loads may move ahead of stores.
 template <typename T>
 SIMT T load_constant(const T* p) {

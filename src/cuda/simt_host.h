@@ -293,6 +293,17 @@ inline uint4 load_stream(const uint8_t* p) {
   std::memcpy(&r, p, 16);
   return r;
 }
+inline uint4 load_vector(const void* p) {
+  uint4 r;
+  std::memcpy(&r, p, 16);
+  return r;
+}
+inline void prefetch_l2(const uint8_t*, int, int) {}
+template <int Bytes>
+void copy_async(void* shared_to, const void* from) {
+  std::memcpy(shared_to, from, Bytes);
+}
+inline void wait_for_copies() {}
 template <typename T>
 T load_constant(const T* p) {
   return *p;

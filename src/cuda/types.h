@@ -46,6 +46,69 @@ struct ExactRows {
   bool per_head = false;
 };
 
+/// Where to put the exact rows of cells that are being written; the same memory as an ExactRows with `per_head` off.
+struct WindowRows {
+  uint16_t* keys = nullptr;  // [n_streams][n_kv_heads][capacity][head_dim]
+  uint16_t* values = nullptr;
+  const int32_t* slots = nullptr;  // [n_tokens]: row of each token, -1: none. Null: no window
+  int capacity = 0;
+};
+
+/// One layer's new keys and values to code, and queries to transform.
+struct PrepareArgs {
+  int n_kv_heads = 1, group = 1, head_dim = 128;
+
+  // Tokens to encode, of all streams. Token i goes to cell cells[i] % cells_per_stream of stream cells[i] /
+  // cells_per_stream. Strides in elements.
+  int n_tokens = 0;
+  const float *keys = nullptr, *values = nullptr;  // head h of token i at i * token_stride + h * head_stride
+  size_t key_token_stride = 0, key_head_stride = 0, value_token_stride = 0, value_head_stride = 0;
+  const int64_t* cells = nullptr;  // [n_tokens]
+  int cells_per_stream = 0;
+  CacheView key_cache, value_cache;
+  CodecTables key_codec, value_codec;
+  WindowRows window;
+
+  // Queries, n_query_tokens of each stream; 0: none. `queries` and `query_factors` are as AttendArgs wants them.
+  int n_streams = 1, n_query_tokens = 0;
+  const float* raw_queries = nullptr;
+  size_t query_stream_stride = 0, query_token_stride = 0, query_head_stride = 0;
+  float scale = 1;  // of the scores
+  float *queries = nullptr, *query_factors = nullptr;
+
+  int tokens_per_block = 1;  // filled in by `prepare`
+};
+
+/// Cells to decode to f16 rows, transformed as they are coded: for dense attention over many queries, which are then
+/// to be transformed too (and its outputs back).
+struct DecodeArgs {
+  int n_streams = 1, n_kv_heads = 1;
+  int n_cells = 0;  // from cell 0 on, a multiple of 64
+  CacheView cache;
+  CodecTables codec;
+  bool is_key = true;
+  ExactRows exact;           // these cells come from here instead; capacity 0: none
+  uint16_t* rows = nullptr;  // [n_streams][n_kv_heads][n_cells][head_dim]
+};
+
+/// Choosing the cells that matter most to one step's queries, and fetching their exact keys and values.
+struct RetrieveArgs {
+  int n_streams = 1, n_kv_heads = 1, head_dim = 128;
+  int n_cells = 0;                // as in AttendArgs
+  int top = 0;                    // cells to choose for each stream and KV head
+  const float* scores = nullptr;  // [n_streams][n_kv_heads][n_cells], of score_cells
+  // The store: pinned host memory or device memory, transformed, f16, [n_streams][n_kv_heads][store_cells][head_dim].
+  const uint16_t *store_keys = nullptr, *store_values = nullptr;
+  int store_cells = 0;
+  // Bits of cells that are exact already, as AttendArgs::hidden of all heads alike; null: none.
+  const uint32_t* hidden = nullptr;
+  size_t hidden_stream_stride = 0;
+  // Out: what AttendArgs wants as ExactRows with `per_head`, and as `hidden` with a word stride of n_cells / 32 a head.
+  int32_t* cells = nullptr;                     // [n_streams][n_kv_heads][top]
+  uint16_t *keys = nullptr, *values = nullptr;  // [n_streams][n_kv_heads][top][head_dim]
+  uint32_t* all_hidden = nullptr;               // [n_streams][n_kv_heads][n_cells / 32]
+};
+
 /// Everything about one attention operation over one layer.
 ///
 /// Rows: the queries of one KV head, row = token * group + head within the group, padded to `row_groups` groups of 4.

@@ -1,0 +1,110 @@
+#include <algorithm>
+
+#include "cuda/decode_kernel.h"
+#include "cuda/launch.h"
+#include "cuda/prepare.h"
+#include "cuda/prepare_kernel.h"
+
+namespace thimble::cuda {
+namespace {
+
+template <int HeadDim>
+__global__ void __launch_bounds__(PrepareKernel<HeadDim>::kThreads)
+    prepare_kernel(const __grid_constant__ PrepareArgs a) {
+  PrepareKernel<HeadDim>::run(a);
+}
+
+template <int HeadDim, int Width>
+__global__ void __launch_bounds__(256) decode_kernel(const __grid_constant__ DecodeArgs a) {
+  DecodeKernel<HeadDim, Width>::run(a);
+}
+
+template <int HeadDim>
+Status launch_prepare(const DeviceInfo& device, const PrepareArgs& args, dim3 grid, cudaStream_t stream) {
+  using Kernel = PrepareKernel<HeadDim>;
+  return launch(device, prepare_kernel<HeadDim>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
+}
+
+template <int HeadDim>
+Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, dim3 grid, cudaStream_t stream) {
+  switch (args.codec.width) {
+    case 2:
+      return launch(device, decode_kernel<HeadDim, 2>, args, grid, 256, 0, stream);
+    case 4:
+      return launch(device, decode_kernel<HeadDim, 4>, args, grid, 256, 0, stream);
+    case 8:
+      return launch(device, decode_kernel<HeadDim, 8>, args, grid, 256, 0, stream);
+    default:
+      return Status::unsupported("no kernel for this width");
+  }
+}
+
+bool complete(const CodecTables& codec, int head_dim, int n_kv_heads) {
+  return codec.head_dim == head_dim && codec.n_kv_heads == n_kv_heads && codec.words && codec.half_norms &&
+         (codec.width == 2 || codec.width == 4 || codec.width == 8) && (!codec.forward || (codec.mean && codec.undo));
+}
+
+}  // namespace
+
+Status prepare(const DeviceInfo& device, PrepareArgs args, cudaStream_t stream) {
+  if (args.n_kv_heads < 1 || args.group < 1 || args.n_tokens < 0 || args.n_query_tokens < 0 || args.n_streams < 1) {
+    return Status::invalid("a count is out of range");
+  }
+  if (args.n_tokens > 0) {
+    if (!args.keys || !args.values || !args.cells || !args.key_cache.data || !args.value_cache.data) {
+      return Status::invalid("keys, values, cells or caches are missing");
+    }
+    if (args.cells_per_stream < 1) return Status::invalid("streams have no cells");
+    if (args.window.slots && (!args.window.keys || !args.window.values || args.window.capacity < 1)) {
+      return Status::invalid("window rows are missing");
+    }
+    if (!complete(args.value_codec, args.head_dim, args.n_kv_heads))
+      return Status::invalid("value codec is incomplete");
+  }
+  if (args.n_query_tokens > 0 && (!args.raw_queries || !args.queries || !args.query_factors)) {
+    return Status::invalid("queries are missing");
+  }
+  if (args.n_tokens == 0 && args.n_query_tokens == 0) return {};
+  if (!complete(args.key_codec, args.head_dim, args.n_kv_heads)) return Status::invalid("key codec is incomplete");
+  // Few tokens spread over the multiprocessors, many share what they read.
+  args.tokens_per_block = std::clamp(args.n_tokens * 2 * args.n_kv_heads / (2 * device.multiprocessors), 1, 8);
+  const int encoding = (args.n_tokens + args.tokens_per_block - 1) / args.tokens_per_block;
+  const int querying = args.n_query_tokens > 0 ? args.n_streams : 0;
+  const dim3 grid(std::max(encoding, querying), args.n_kv_heads * (querying > 0 ? 3 : 2));
+  switch (args.head_dim) {
+    case 64:
+      return launch_prepare<64>(device, args, grid, stream);
+    case 128:
+      return launch_prepare<128>(device, args, grid, stream);
+    case 256:
+      return launch_prepare<256>(device, args, grid, stream);
+    default:
+      return Status::unsupported("head size must be 64, 128 or 256");
+  }
+}
+
+Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream) {
+  if (args.n_streams < 1 || args.n_kv_heads < 1 || args.n_cells < 0 || args.n_cells % kBlockCells != 0) {
+    return Status::invalid("a count is out of range");
+  }
+  if (!args.cache.data || !args.rows || !complete(args.codec, args.codec.head_dim, args.n_kv_heads)) {
+    return Status::invalid("cache, rows or codec are missing");
+  }
+  if (args.exact.capacity > 0 && (!args.exact.cells || !(args.is_key ? args.exact.keys : args.exact.values))) {
+    return Status::invalid("exact rows are missing");
+  }
+  if (args.n_cells == 0) return {};
+  const dim3 grid(args.n_cells / kBlockCells, args.n_streams * args.n_kv_heads);
+  switch (args.codec.head_dim) {
+    case 64:
+      return launch_decode<64>(device, args, grid, stream);
+    case 128:
+      return launch_decode<128>(device, args, grid, stream);
+    case 256:
+      return launch_decode<256>(device, args, grid, stream);
+    default:
+      return Status::unsupported("head size must be 64, 128 or 256");
+  }
+}
+
+}  // namespace thimble::cuda

@@ -1,0 +1,232 @@
+// Encoding of new keys and values and transforming of queries: the kernel's body, in the codec's own order of
+// operations, so that codes and scales equal encode_vector's bit for bit.
+//
+// Grid [2 or 3 times n_kv_heads][blocks]: rows for keys, values and, where asked for, queries. A block codes a few
+// tokens' vectors of one head, so that codewords and matrices are read once for all of them.
+#pragma once
+
+#include "cuda/hadamard.h"
+#include "cuda/layout.h"
+#include "cuda/simt.h"
+#include "cuda/types.h"
+
+namespace thimble::cuda {
+
+template <int HeadDim>
+struct PrepareKernel {
+  static constexpr int D = HeadDim;
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kMaxTokensPerBlock = 8;
+
+  struct Shared {
+    float x[kMaxTokensPerBlock][D];  // input; later the codewords' components
+    float y[kMaxTokensPerBlock][D];  // transformed
+    float inverse_rms[kMaxTokensPerBlock];
+    uint16_t scale[kMaxTokensPerBlock];
+    uint8_t codes[kMaxTokensPerBlock][D / 2];
+  };
+  static constexpr size_t kSharedBytes = sizeof(Shared);
+
+  SIMT static Shared& memory() { return *reinterpret_cast<Shared*>(simt::shared()); }
+
+  /// y = x matrix for `n` vectors, without fused multiply-adds and in index order; or the Hadamard rotation.
+  SIMT static void transform(Shared& s, int n, const float* matrix) {
+    if (matrix) {
+      const int d = simt::thread() % D;
+      for (int i = simt::thread() / D; i < n; i += kThreads / D) {
+        float sum = 0;
+        SIMT_UNROLL_SOME
+        for (int k = 0; k < D; k++) {
+          sum = simt::add_rn(sum, simt::mul_rn(s.x[i][k], simt::load_constant(matrix + k * D + d)));
+        }
+        s.y[i][d] = sum;
+      }
+    } else {
+      const int lane = simt::thread() % 32;
+      for (int i = simt::thread() / 32; i < n; i += kWarps) {
+        float v[D / 32];
+        SIMT_UNROLL
+        for (int k = 0; k < D / 32; k++) v[k] = s.x[i][lane * (D / 32) + k];
+        hadamard_warp<D>(v, lane);
+        SIMT_UNROLL
+        for (int k = 0; k < D / 32; k++) s.y[i][lane * (D / 32) + k] = v[k];
+      }
+    }
+    simt::sync();
+  }
+
+  // ---- keys and values
+
+  SIMT static bool finite(float x) { return (simt::float_to_bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+  /// Root mean squares. Vectors that have none get their code and scale here, and inverse_rms 0.
+  SIMT static void normalize(Shared& s, int n) {
+    const int i = simt::thread();
+    if (i < n) {
+      float square = 0;
+      for (int d = 0; d < D; d++) square = simt::add_rn(square, simt::mul_rn(s.y[i][d], s.y[i][d]));
+      const bool plain = square != 0 && finite(square);
+      s.inverse_rms[i] = plain ? simt::div_rn(1.0f, simt::sqrt_rn(simt::div_rn(square, float(D)))) : 0.0f;
+      s.scale[i] = square == 0 ? 0 : 0x7e00;
+    }
+    simt::sync();
+  }
+
+  /// The nearest of a subspace's 256 codewords, for every vector. A warp has 4 of the 128 to a lane.
+  template <int W>
+  SIMT static void find_codes(Shared& s, int n, const CodecTables& codec, int head) {
+    constexpr int M = D / W;
+    const int lane = simt::thread() % 32;
+    for (int m = simt::thread() / 32; m < M; m += kWarps) {
+      float words[4][W], half_norms[4];
+      SIMT_UNROLL
+      for (int k = 0; k < 4; k++) {
+        half_norms[k] = simt::load_constant(codec.half_norms + (size_t(head) * M + m) * kCodewords + lane + 32 * k);
+        SIMT_UNROLL
+        for (int j = 0; j < W; j++) {
+          words[k][j] = simt::load_constant(codec.words + (size_t(head) * D + m * W + j) * kCodewords + lane + 32 * k);
+        }
+      }
+      for (int i = 0; i < n; i++) {
+        float best_gain = 0;
+        int best = -1;  // code with its sign
+        SIMT_UNROLL
+        for (int k = 0; k < 4; k++) {
+          float dot = 0;
+          SIMT_UNROLL
+          for (int j = 0; j < W; j++) {
+            dot = simt::add_rn(dot, simt::mul_rn(simt::mul_rn(s.y[i][m * W + j], s.inverse_rms[i]), words[k][j]));
+          }
+          const float gain = simt::sub_rn(fabsf(dot), half_norms[k]);
+          if (best < 0 || gain > best_gain) {
+            best_gain = gain;
+            best = (lane + 32 * k) | (dot < 0 ? 0x80 : 0);
+          }
+        }
+        SIMT_UNROLL
+        for (int mask = 1; mask < 32; mask *= 2) {
+          const float gain = simt::shuffle_xor(best_gain, mask);
+          const int code = simt::shuffle_xor(best, mask);
+          if (gain > best_gain || (gain == best_gain && (code & 0x7f) < (best & 0x7f))) {
+            best_gain = gain;
+            best = code;
+          }
+        }
+        if (lane == 0) s.codes[i][m] = s.inverse_rms[i] != 0 ? uint8_t(best) : uint8_t(0);
+      }
+    }
+    simt::sync();
+  }
+
+  /// Least-squares scales. The products are summed by one thread a vector, in order.
+  SIMT static void find_scales(Shared& s, int n, const CodecTables& codec, int head) {
+    for (int i = simt::thread(); i < n * D; i += kThreads) {
+      const int v = i / D, d = i % D, code = s.codes[v][d / codec.width];
+      const float w = simt::load_constant(codec.words + (size_t(head) * D + d) * kCodewords + (code & 0x7f));
+      s.x[v][d] = code & 0x80 ? -w : w;
+    }
+    simt::sync();
+    const int i = simt::thread();
+    if (i < n && s.inverse_rms[i] != 0) {
+      float along = 0, length = 0;
+      for (int d = 0; d < D; d++) {
+        along = simt::add_rn(along, simt::mul_rn(s.y[i][d], s.x[i][d]));
+        length = simt::add_rn(length, simt::mul_rn(s.x[i][d], s.x[i][d]));
+      }
+      const float scale = length > 0 ? simt::div_rn(along, length) : 0.0f;
+      s.scale[i] = simt::float_to_half(fminf(scale, 65504.0f));
+    }
+    simt::sync();
+  }
+
+  template <Kind K>
+  SIMT static void encode(const PrepareArgs& a, int head) {
+    constexpr bool kIsKey = K == Kind::key;
+    const CodecTables& codec = kIsKey ? a.key_codec : a.value_codec;
+    const CacheView& cache = kIsKey ? a.key_cache : a.value_cache;
+    const float* input = kIsKey ? a.keys : a.values;
+    const size_t token_stride = kIsKey ? a.key_token_stride : a.value_token_stride;
+    const size_t head_stride = kIsKey ? a.key_head_stride : a.value_head_stride;
+    uint16_t* exact = kIsKey ? a.window.keys : a.window.values;
+    Shared& s = memory();
+    const int first = simt::block_x() * a.tokens_per_block, left = a.n_tokens - first;
+    const int n = left < a.tokens_per_block ? left : a.tokens_per_block, n_subspaces = D / codec.width;
+    if (n <= 0) return;
+
+    for (int i = simt::thread(); i < n * D; i += kThreads) {
+      const float x = input[(first + i / D) * token_stride + head * head_stride + i % D];
+      s.x[i / D][i % D] = codec.forward ? simt::sub_rn(x, codec.mean[head * D + i % D]) : x;
+    }
+    simt::sync();
+    transform(s, n, codec.forward ? codec.forward + size_t(head) * D * D : nullptr);
+    normalize(s, n);
+    if (codec.width == 2) find_codes<2>(s, n, codec, head);
+    if (codec.width == 4) find_codes<4>(s, n, codec, head);
+    if (codec.width == 8) find_codes<8>(s, n, codec, head);
+    find_scales(s, n, codec, head);
+
+    for (int i = 0; i < n; i++) {
+      const int64_t index = a.cells[first + i];
+      if (index < 0) continue;
+      const int stream = int(index / a.cells_per_stream), cell = int(index % a.cells_per_stream);
+      uint8_t* block = cache.data + stream * cache.stream_stride + head * cache.head_stride +
+                       cell / kBlockCells * cache.block_stride;
+      for (int m = simt::thread(); m < n_subspaces; m += kThreads) {
+        block[cuda_position(K, n_subspaces, m, cell % kBlockCells)] = s.codes[i][m];
+      }
+      if (simt::thread() == 0) {
+        reinterpret_cast<uint16_t*>(block + n_subspaces * kBlockCells)[cell % kBlockCells] = s.scale[i];
+      }
+      const int slot = a.window.slots ? a.window.slots[first + i] : -1;
+      if (slot < 0) continue;
+      uint16_t* row = exact + ((size_t(stream) * a.n_kv_heads + head) * a.window.capacity + slot) * D;
+      for (int d = simt::thread(); d < D; d += kThreads) row[d] = simt::float_to_half(s.y[i][d]);
+    }
+  }
+
+  // ---- queries
+
+  /// All rows of one stream and KV head. Rows become unit in their greatest component, so that score tables fit f16
+  /// whatever the queries' size.
+  SIMT static void queries(const PrepareArgs& a, int head) {
+    const int stream = simt::block_x(), n_rows = a.n_query_tokens * a.group;
+    if (stream >= a.n_streams) return;
+    const int padded = (n_rows + kRowGroup - 1) / kRowGroup * kRowGroup;
+    Shared& s = memory();
+    const float* matrix = a.key_codec.undo ? a.key_codec.undo + size_t(head) * D * D : nullptr;
+    for (int first = 0; first < padded; first += kMaxTokensPerBlock) {
+      const int n = padded - first < kMaxTokensPerBlock ? padded - first : kMaxTokensPerBlock;
+      for (int i = simt::thread(); i < n * D; i += kThreads) {
+        const int row = first + i / D;
+        const float* from = a.raw_queries + stream * a.query_stream_stride + row / a.group * a.query_token_stride +
+                            (head * a.group + row % a.group) * a.query_head_stride;
+        s.x[i / D][i % D] = row < n_rows ? from[i % D] : 0.0f;
+      }
+      simt::sync();
+      transform(s, n, matrix);
+      const int lane = simt::thread() % 32;
+      for (int i = simt::thread() / 32; i < n; i += kWarps) {
+        float top = 0;
+        for (int d = lane; d < D; d += 32) top = simt::max_nan(top, fabsf(s.y[i][d]));
+        SIMT_UNROLL
+        for (int mask = 1; mask < 32; mask *= 2) top = simt::max_nan(top, simt::shuffle_xor(top, mask));
+        const size_t row = (size_t(stream) * a.n_kv_heads + head) * padded + first + i;
+        const float inverse = top == 0 ? 0.0f : 1 / top;
+        for (int d = lane; d < D; d += 32) a.queries[row * D + d] = s.y[i][d] * inverse;
+        if (lane == 0) a.query_factors[row] = top * a.scale * 1.44269504f;
+      }
+      simt::sync();
+    }
+  }
+
+  SIMT static void run(const PrepareArgs& a) {
+    simt::launch_dependents();
+    simt::wait_for_previous_grid();
+    const int part = simt::block_y() / a.n_kv_heads, head = simt::block_y() % a.n_kv_heads;
+    if (part == 0) encode<Kind::key>(a, head);
+    if (part == 1) encode<Kind::value>(a, head);
+    if (part == 2) queries(a, head);
+  }
+};
+
+}  // namespace thimble::cuda

@@ -1,0 +1,128 @@
+// Encoding and query transforms: the CUDA kernel's own source, emulated; codes and scales bit for bit the codec's.
+#define THIMBLE_SIMT_HOST
+#include <gtest/gtest.h>
+
+#include "cuda/prepare_kernel.h"
+#include "cuda_fixture.h"
+
+namespace thimble::cuda {
+namespace {
+
+template <int D>
+void check(double key_bits, double value_bits, bool dense, int n_tokens, int tokens_per_block) {
+  constexpr int kHeads = 2, kStreams = 2, kCells = 192, kGroup = 3, kQueryTokens = 3, kCapacity = 5;
+  Random random(7);
+  std::vector<HeadCodec> key_codecs, value_codecs;
+  for (int h = 0; h < kHeads; h++) {
+    key_codecs.push_back(random_codec(Kind::key, D, key_bits, dense, random));
+    value_codecs.push_back(random_codec(Kind::value, D, value_bits, dense, random));
+  }
+  const HostTables key_tables = pack_tables(key_codecs), value_tables = pack_tables(value_codecs);
+  const size_t key_block = key_codecs[0].format.block_bytes(), value_block = value_codecs[0].format.block_bytes();
+  const int n_blocks = kCells / kBlockCells;
+
+  PrepareArgs a;
+  a.n_kv_heads = kHeads;
+  a.group = kGroup;
+  a.head_dim = D;
+  a.n_tokens = n_tokens;
+  a.tokens_per_block = tokens_per_block;
+  std::vector<float> keys = random.normals(size_t(n_tokens) * kHeads * D), values = random.normals(keys.size());
+  std::fill_n(keys.begin(), D, 0.0f);  // what has no direction
+  values[D + 3] = INFINITY;
+  a.keys = keys.data();
+  a.values = values.data();
+  a.key_token_stride = a.value_token_stride = kHeads * D;
+  a.key_head_stride = a.value_head_stride = D;
+  std::vector<int64_t> cells(n_tokens);
+  std::vector<int32_t> slots(n_tokens, -1);
+  for (int i = 0; i < n_tokens; i++) cells[i] = (i % kStreams) * kCells + (i * 37) % kCells;
+  for (int i = 0; i < std::min(n_tokens, kCapacity); i++) slots[i] = kCapacity - 1 - i;
+  a.cells = cells.data();
+  a.cells_per_stream = kCells;
+  std::vector<uint8_t> key_cache(kStreams * kHeads * n_blocks * key_block);
+  std::vector<uint8_t> value_cache(kStreams * kHeads * n_blocks * value_block);
+  a.key_cache = {key_cache.data(), kHeads * n_blocks * key_block, n_blocks * key_block, key_block};
+  a.value_cache = {value_cache.data(), n_blocks * kHeads * value_block, value_block, kHeads * value_block};
+  a.key_codec = key_tables.view();
+  a.value_codec = value_tables.view();
+  std::vector<uint16_t> window_keys(kStreams * kHeads * kCapacity * D), window_values(window_keys.size());
+  a.window = {window_keys.data(), window_values.data(), slots.data(), kCapacity};
+
+  constexpr int kPadded = (kQueryTokens * kGroup + 3) / 4 * 4;
+  std::vector<float> raw = random.normals(kStreams * kQueryTokens * kHeads * kGroup * D);
+  std::vector<float> queries(kStreams * kHeads * kPadded * D, NAN), factors(kStreams * kHeads * kPadded, NAN);
+  a.n_streams = kStreams;
+  a.n_query_tokens = kQueryTokens;
+  a.raw_queries = raw.data();
+  a.query_head_stride = D;
+  a.query_token_stride = kHeads * kGroup * D;
+  a.query_stream_stride = kQueryTokens * a.query_token_stride;
+  a.scale = 0.25f;
+  a.queries = queries.data();
+  a.query_factors = factors.data();
+
+  using Kernel = PrepareKernel<D>;
+  const int blocks = std::max((n_tokens + tokens_per_block - 1) / tokens_per_block, kStreams);
+  simt::Machine::launch(blocks, 3 * kHeads, Kernel::kThreads, Kernel::kSharedBytes, [&] { Kernel::run(a); });
+
+  std::vector<float> y(D);
+  const auto check_vector = [&](const HeadCodec& codec, const float* x, const uint8_t* block, int cell,
+                                const uint16_t* exact) {
+    codec.transform.forward(x, y.data());
+    const Format& format = codec.format;
+    std::vector<uint8_t> expected(size_t(format.vector_bytes())), got(expected.size()), cpu(format.block_bytes());
+    const uint16_t scale = encode_vector(codec, y.data(), expected.data());
+    std::memcpy(&expected[format.n_subspaces()], &scale, 2);
+    block_from_cuda(format, codec.kind, block, cpu.data());
+    copy_cell_out(format, codec.kind, cpu.data(), cell, got.data());
+    EXPECT_EQ(got, expected);
+    for (int d = 0; exact && d < D; d++) {
+      if (std::isfinite(y[d])) {
+        EXPECT_EQ(exact[d], float_to_half(y[d]));
+      }
+    }
+  };
+  for (int i = 0; i < n_tokens; i++) {
+    const int stream = int(cells[i]) / kCells, cell = int(cells[i]) % kCells;
+    for (int h = 0; h < kHeads; h++) {
+      const size_t at = (size_t(i) * kHeads + h) * D;
+      const size_t row = ((stream * kHeads + h) * kCapacity + slots[i]) * size_t(D);
+      check_vector(key_codecs[h], &keys[at],
+                   &key_cache[((stream * kHeads + h) * n_blocks + cell / kBlockCells) * key_block], cell % kBlockCells,
+                   slots[i] < 0 ? nullptr : &window_keys[row]);
+      check_vector(value_codecs[h], &values[at],
+                   &value_cache[((stream * n_blocks + cell / kBlockCells) * kHeads + h) * value_block],
+                   cell % kBlockCells, slots[i] < 0 ? nullptr : &window_values[row]);
+    }
+  }
+  for (int s = 0; s < kStreams; s++) {
+    for (int h = 0; h < kHeads; h++) {
+      for (int row = 0; row < kPadded; row++) {
+        const size_t at = (s * kHeads + h) * kPadded + row;
+        if (row >= kQueryTokens * kGroup) {
+          EXPECT_EQ(factors[at], 0);
+          continue;
+        }
+        const float* q =
+            &raw[((s * kQueryTokens + row / kGroup) * kHeads * kGroup + h * kGroup + row % kGroup) * size_t(D)];
+        key_codecs[h].transform.query(q, y.data());
+        for (int d = 0; d < D; d++) {
+          EXPECT_NEAR(queries[at * D + d] * factors[at], y[d] * 0.25f * 1.44269504f, 1e-5);
+          EXPECT_LE(std::fabs(queries[at * D + d]), 1.0001f);
+        }
+      }
+    }
+  }
+}
+
+TEST(CudaPrepare, EqualsTheCodecBitForBit) {
+  check<64>(4, 2, false, 9, 4);
+  check<64>(2, 1, true, 2, 1);
+  check<128>(2, 2, false, 11, 8);
+  check<128>(1, 4, true, 3, 2);
+  check<256>(2, 1, false, 2, 1);
+}
+
+}  // namespace
+}  // namespace thimble::cuda
