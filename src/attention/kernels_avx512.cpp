@@ -439,8 +439,9 @@ inline void ask_for(const uint8_t* line) {
   _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
 }
 
-// Sums of look-ups of `Rows` rows over `Blocks` blocks. Bytes are added in 16-bit lanes: `all` takes even and odd bytes
-// together, `odd` the odd ones, and the even ones are the difference.
+// Sums of look-ups of `Rows` rows over `Blocks` blocks, asking for as many lines of the blocks `ahead` (for nothing new
+// where those are the blocks themselves: a condition in the loop costs more). Bytes are added in 16-bit lanes: `all`
+// takes even and odd bytes together, `odd` the odd ones, and the even ones are the difference.
 template <int Rows, int Blocks, bool Wide>
 inline void look_up_blocks(const uint8_t* luts, const float* steps, int n_subspaces, const uint8_t* const* blocks,
                            const uint8_t* const* ahead, int ahead_lines, float* scores) {
@@ -457,7 +458,7 @@ inline void look_up_blocks(const uint8_t* luts, const float* steps, int n_subspa
     __mmask64 negative[Blocks];
 #pragma GCC unroll 2
     for (int b = 0; b < Blocks; b++) {
-      if (m < ahead_lines) ask_for(ahead[b] + m * kLine);
+      ask_for(ahead[b] + m * kLine);
       code[b] = _mm512_loadu_si512(blocks[b] + m * kLine);
       negative[b] = _mm512_movepi8_mask(code[b]);
     }
@@ -510,12 +511,14 @@ void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, cons
                   const Prefetch& prefetch, float* scores) {
   int b = 0;
   for (; n_blocks - b >= 2; b += 2) {
-    const int lines = b + 2 <= prefetch.n_blocks ? prefetch.lines : 0;
-    look_up_blocks<Rows, 2, Wide>(luts, steps, n_subspaces, blocks + b, prefetch.blocks + b, lines, scores + b * kLine);
+    const bool asks = b + 2 <= prefetch.n_blocks;
+    look_up_blocks<Rows, 2, Wide>(luts, steps, n_subspaces, blocks + b, (asks ? prefetch.blocks : blocks) + b,
+                                  asks ? prefetch.lines : 0, scores + b * kLine);
   }
   if (b < n_blocks) {
-    const int lines = b + 1 <= prefetch.n_blocks ? prefetch.lines : 0;
-    look_up_blocks<Rows, 1, Wide>(luts, steps, n_subspaces, blocks + b, prefetch.blocks + b, lines, scores + b * kLine);
+    const bool asks = b + 1 <= prefetch.n_blocks;
+    look_up_blocks<Rows, 1, Wide>(luts, steps, n_subspaces, blocks + b, (asks ? prefetch.blocks : blocks) + b,
+                                  asks ? prefetch.lines : 0, scores + b * kLine);
   }
 }
 
@@ -590,6 +593,11 @@ float code_weights(const float* scores, int n_blocks, float offset, const float*
   return _mm512_reduce_add_ps(sum);
 }
 
+// _mm512_dpbusd_epi32 in place: GCC 12 copies the sums around it.
+inline void add_products(__m512i& sums, __m512i weights, __m512i words) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(words));
+}
+
 inline __m512i add_pairs(__m512i a, __m512i b) {
   return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
 }
@@ -626,8 +634,8 @@ inline void add_components(const uint8_t* const* blocks, const uint32_t used, co
       const __m512i word = look_up_64(tables[j], code, negative);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; r++) {
-        low[r][j] = _mm512_dpbusd_epi32(low[r][j], w[r], word);
-        if (Wide) high[r][j] = _mm512_dpbusd_epi32(high[r][j], w_high[r], word);
+        add_products(low[r][j], w[r], word);
+        if (Wide) add_products(high[r][j], w_high[r], word);
       }
     }
   }
