@@ -1,0 +1,243 @@
+// Times of a layer's decode step and its parts on a device, Llama-3.1-8B's shape (32 heads, 8 KV heads, head size 128),
+// one sequence. Medians of CUDA graph replays. --once: each kernel once, for profilers.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "cuda/attend.h"
+#include "cuda/prepare.h"
+#include "cuda/retrieve.h"
+
+using namespace thimble;
+using namespace thimble::cuda;
+
+namespace {
+
+constexpr int kHeads = 32, kKvHeads = 8, kDim = 128, kGroup = kHeads / kKvHeads;
+constexpr int kWindow = 137, kTop = 64;
+
+void require(cudaError_t e) {
+  if (e == cudaSuccess) return;
+  std::printf("CUDA: %s\n", cudaGetErrorString(e));
+  std::exit(1);
+}
+void require(const Status& s) {
+  if (s.ok()) return;
+  std::printf("%s\n", s.message);
+  std::exit(1);
+}
+
+template <typename T>
+T* allocate(size_t n) {
+  void* p = nullptr;
+  require(cudaMalloc(&p, n * sizeof(T)));
+  require(cudaMemset(p, 0, n * sizeof(T)));
+  return static_cast<T*>(p);
+}
+template <typename T>
+T* copied(const std::vector<T>& values) {
+  T* p = allocate<T>(values.size());
+  require(cudaMemcpy(p, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return p;
+}
+
+bool once = false;
+
+void time(const char* what, int n, double bytes, const std::function<void(int, cudaStream_t)>& enqueue) {
+  cudaStream_t stream;
+  require(cudaStreamCreate(&stream));
+  enqueue(0, stream);
+  require(cudaStreamSynchronize(stream));
+  if (once) return;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < n; i++) enqueue(i, stream);
+  require(cudaStreamEndCapture(stream, &graph));
+  require(cudaGraphInstantiate(&exec, graph, 0));
+  cudaEvent_t begin, end;
+  require(cudaEventCreate(&begin));
+  require(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int i = 0; i < 12; i++) {
+    require(cudaEventRecord(begin, stream));
+    require(cudaGraphLaunch(exec, stream));
+    require(cudaEventRecord(end, stream));
+    require(cudaStreamSynchronize(stream));
+    float ms = 0;
+    require(cudaEventElapsedTime(&ms, begin, end));
+    if (i > 0) times.push_back(ms * 1000 / float(n));
+  }
+  std::sort(times.begin(), times.end());
+  const double us = times[times.size() / 2];
+  std::printf("| %s | %.1f | %.1f..%.1f | %.0f |\n", what, us, times.front(), times.back(), bytes / us / 1e3);
+  require(cudaGraphExecDestroy(exec));
+  require(cudaGraphDestroy(graph));
+  require(cudaStreamDestroy(stream));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  once = argc > 1 && std::strcmp(argv[1], "--once") == 0;
+  DeviceInfo device;
+  require(query_device(0, &device));
+  std::mt19937 engine(1);
+  std::normal_distribution<float> normal;
+  const auto normals = [&](size_t n) {
+    std::vector<float> x(n);
+    for (float& v : x) v = normal(engine);
+    return copied(x);
+  };
+  if (!once) std::printf("| what | us | spread | GB/s |\n| --- | --- | --- | --- |\n");
+
+  constexpr int kCells = 131072, kPrefill = 512, kBuffers = 3;
+  for (const bool dense : {false, true}) {
+    std::vector<HeadCodec> key_codecs, value_codecs;
+    for (int h = 0; h < kKvHeads; h++) {
+      key_codecs.push_back(make_uncalibrated_codec(Kind::key, make_format(kDim, 2)));
+      value_codecs.push_back(make_uncalibrated_codec(Kind::value, make_format(kDim, 2)));
+      for (HeadCodec* codec : {&key_codecs.back(), &value_codecs.back()}) {
+        if (!dense) continue;
+        std::vector<float> matrix(kDim * kDim), mean(kDim, 0.25f);
+        for (float& v : matrix) v = normal(engine) / 12;
+        for (int i = 0; i < kDim; i++) matrix[i * kDim + i] += 2;
+        codec->transform = Transform::dense(mean, matrix);
+        codec->prepare();
+      }
+    }
+    DeviceTables key_tables, value_tables;
+    require(key_tables.upload(pack_tables(key_codecs)));
+    require(value_tables.upload(pack_tables(value_codecs)));
+    const size_t block = key_codecs[0].format.block_bytes(), head = block * (kCells / 64), cache = head * kKvHeads;
+
+    PrepareArgs p;
+    p.n_kv_heads = kKvHeads;
+    p.group = kGroup;
+    p.head_dim = kDim;
+    p.n_tokens = 1;
+    p.keys = normals(size_t(kPrefill) * kKvHeads * kDim);
+    p.values = normals(size_t(kPrefill) * kKvHeads * kDim);
+    p.key_token_stride = p.value_token_stride = kKvHeads * kDim;
+    p.key_head_stride = p.value_head_stride = kDim;
+    std::vector<int64_t> cells(kPrefill);
+    for (int i = 0; i < kPrefill; i++) cells[i] = kCells - kPrefill + i;
+    std::swap(cells.front(), cells.back());
+    p.cells = copied(cells);
+    p.cells_per_stream = kCells;
+    p.key_codec = key_tables.view();
+    p.value_codec = value_tables.view();
+    p.window = {allocate<uint16_t>(kKvHeads * kWindow * kDim), allocate<uint16_t>(kKvHeads * kWindow * kDim),
+                copied(std::vector<int32_t>(kPrefill, 0)), kWindow};
+    p.n_query_tokens = 1;
+    p.raw_queries = normals(kHeads * kDim);
+    p.query_head_stride = kDim;
+    p.query_token_stride = p.query_stream_stride = kHeads * kDim;
+    p.scale = 0.088f;
+    p.queries = allocate<float>(kHeads * kDim);
+    p.query_factors = allocate<float>(kHeads);
+
+    AttendArgs a;
+    a.n_kv_heads = kKvHeads;
+    a.group = kGroup;
+    a.head_dim = kDim;
+    a.n_cells = kCells;
+    a.key_codec = p.key_codec;
+    a.value_codec = p.value_codec;
+    a.queries = p.queries;
+    a.query_factors = p.query_factors;
+    a.mask = allocate<uint16_t>(kCells);
+    a.output = allocate<float>(kHeads * kDim);
+    std::vector<int32_t> window_cells(kWindow);
+    std::vector<uint32_t> hidden(kCells / 32);
+    for (int i = 0; i < kWindow; i++) {
+      window_cells[i] = kCells - 1 - i;
+      hidden[window_cells[i] / 32] |= 1u << window_cells[i] % 32;
+    }
+    a.exact[0] = {p.window.keys, p.window.values, copied(window_cells), kWindow, false};
+    a.hidden = copied(hidden);
+    const size_t workspace_bytes = attend_workspace_bytes(device, a);
+    void* workspace = allocate<char>(workspace_bytes);
+
+    std::vector<CacheView> key_caches, value_caches;
+    std::vector<uint8_t> bytes(cache);
+    for (uint8_t& b : bytes) b = uint8_t(engine());
+    for (size_t i = 0; i < cache; i += block) {  // scales: about 1
+      for (int c = 0; c < 64; c++) bytes[i + block - 128 + 2 * c + 1] = 0x3c;
+    }
+    for (int i = 0; i < kBuffers; i++) {
+      key_caches.push_back({copied(bytes), cache, head, block});
+      value_caches.push_back({copied(bytes), cache, head, block});
+    }
+    const auto prepare_at = [&](int i, int n_tokens, int n_queries) {
+      PrepareArgs x = p;
+      x.n_tokens = n_tokens;
+      x.n_query_tokens = n_queries;
+      x.key_cache = key_caches[i % kBuffers];
+      x.value_cache = value_caches[i % kBuffers];
+      return x;
+    };
+    const auto attend_at = [&](int i) {
+      AttendArgs x = a;
+      x.keys = key_caches[i % kBuffers];
+      x.values = value_caches[i % kBuffers];
+      return x;
+    };
+    char name[100];
+    const auto label = [&](const char* what) {
+      std::snprintf(name, sizeof(name), "%s, %s", what, dense ? "dense" : "Hadamard");
+      return name;
+    };
+    time(label("encode 1 token and transform its queries"), 24, 0,
+         [&](int i, cudaStream_t s) { require(prepare(device, prepare_at(i, 1, 1), s)); });
+    time(label("encode 512 tokens"), 6, 0,
+         [&](int i, cudaStream_t s) { require(prepare(device, prepare_at(i, kPrefill, 0), s)); });
+    time(label("attend 1x131072, mask, window of 137"), 24, 2.0 * cache,
+         [&](int i, cudaStream_t s) { require(attend(device, attend_at(i), workspace, workspace_bytes, s)); });
+    time(label("step 1x131072: encode, then attend"), 24, 2.0 * cache, [&](int i, cudaStream_t s) {
+      require(step(device, prepare_at(i, 1, 1), attend_at(i), workspace, workspace_bytes, s));
+    });
+    if (dense) break;
+
+    DecodeArgs t;
+    t.n_kv_heads = kKvHeads;
+    t.n_cells = 32768;
+    t.codec = a.key_codec;
+    t.rows = allocate<uint16_t>(size_t(kKvHeads) * t.n_cells * kDim);
+    time("decode 32768 cells' keys to f16", 6, kKvHeads * 32768.0 * (kDim * 2 + 34), [&](int i, cudaStream_t s) {
+      t.cache = key_caches[i % kBuffers];
+      require(decode_cells(device, t, s));
+    });
+
+    float* scores = allocate<float>(size_t(kKvHeads) * kCells);
+    uint16_t* store = nullptr;
+    const size_t store_half = size_t(kKvHeads) * kCells * kDim;
+    require(cudaHostAlloc(reinterpret_cast<void**>(&store), store_half * 4, cudaHostAllocDefault));
+    std::memset(store, 0, store_half * 4);
+    RetrieveArgs r;
+    r.n_kv_heads = kKvHeads;
+    r.n_cells = kCells;
+    r.top = kTop;
+    r.scores = scores;
+    r.store_keys = store;
+    r.store_values = store + store_half;
+    r.store_cells = kCells;
+    r.hidden = a.hidden;
+    r.cells = allocate<int32_t>(kKvHeads * kTop);
+    r.keys = allocate<uint16_t>(kKvHeads * kTop * kDim);
+    r.values = allocate<uint16_t>(kKvHeads * kTop * kDim);
+    r.all_hidden = allocate<uint32_t>(size_t(kKvHeads) * kCells / 32);
+    time("score 131072 cells", 24, double(cache),
+         [&](int i, cudaStream_t s) { require(score_cells(device, attend_at(i), scores, s)); });
+    time("choose 64 of 131072 cells for 8 heads", 24, 0,
+         [&](int, cudaStream_t s) { require(choose_cells(device, r, s)); });
+    time("gather 64 cells for 8 heads from pinned memory", 24, 2.0 * kKvHeads * kTop * kDim * 2,
+         [&](int, cudaStream_t s) { require(gather_cells(device, r, s)); });
+  }
+}

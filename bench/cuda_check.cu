@@ -1,0 +1,391 @@
+// The CUDA kernels on a device against the codec's specification: small cases of every format, head size and option,
+// through the host API, from encoding to retrieval. Prints a line a case; exit status 1 if any fails.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/attend.h"
+#include "cuda/prepare.h"
+#include "cuda/retrieve.h"
+#include "cuda_fixture.h"
+
+using namespace thimble;
+using namespace thimble::cuda;
+
+namespace {
+
+void require(cudaError_t e) {
+  if (e == cudaSuccess) return;
+  std::printf("CUDA: %s\n", cudaGetErrorString(e));
+  std::exit(1);
+}
+
+/// An array that is on the host and on the device; pinned ones are the host's, and the device reads them there.
+template <typename T>
+class Array {
+public:
+  explicit Array(size_t n, T value = {}) : host(n, value) {
+    require(cudaMalloc(&device_, std::max<size_t>(n, 1) * sizeof(T)));
+  }
+  explicit Array(std::vector<T> values) : Array(values.size()) {
+    host = std::move(values);
+    upload();
+  }
+  Array(const Array&) = delete;
+  ~Array() { (void)cudaFree(device_); }
+  T* upload() {
+    require(cudaMemcpy(device_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+    return device_;
+  }
+  std::vector<T>& download() {
+    require(cudaMemcpy(host.data(), device_, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
+    return host;
+  }
+  T* device() { return device_; }
+  std::vector<T> host;
+
+private:
+  T* device_ = nullptr;
+};
+
+struct Case {
+  int head_dim, key_width, value_width;
+  int n_streams = 1, n_tokens = 1, n_kv_heads = 2, group = 4, n_cells = 256;
+  bool dense = false, mask = false, sinks = false;
+  float softcap = 0;
+  int n_window = 0, top = 0;
+};
+
+int failures = 0;
+
+void report(const Case& c, const char* what, bool good, double value) {
+  std::printf("%s D=%d widths %d/%d streams %d tokens %d group %d cells %d%s%s%s window %d top %d: %s %.2e\n",
+              good ? "ok  " : "FAIL", c.head_dim, c.key_width, c.value_width, c.n_streams, c.n_tokens, c.group,
+              c.n_cells, c.dense ? " dense" : "", c.mask ? " mask" : "", c.sinks ? " sinks" : "", c.n_window, c.top,
+              what, value);
+  if (!good) failures++;
+}
+
+/// Returns whether the case ran; a device may lack the memory for a format.
+bool accept(const Case& c, const Status& status, const char* what) {
+  if (status.ok()) return true;
+  const bool unsupported = status.code == Status::Code::unsupported;
+  std::printf("%s D=%d widths %d/%d %s: %s\n", unsupported ? "none" : "FAIL", c.head_dim, c.key_width, c.value_width,
+              what, status.message);
+  if (!unsupported) failures++;
+  return false;
+}
+
+void run(const DeviceInfo& device, const Case& c) {
+  Random random(11);
+  const int d = c.head_dim, pairs = c.n_streams * c.n_kv_heads, n_heads = c.n_kv_heads * c.group;
+  std::vector<HeadCodec> key_codecs, value_codecs;
+  for (int h = 0; h < c.n_kv_heads; h++) {
+    key_codecs.push_back(random_codec(Kind::key, d, 8.0 / c.key_width, c.dense, random));
+    value_codecs.push_back(random_codec(Kind::value, d, 8.0 / c.value_width, c.dense, random));
+  }
+  DeviceTables key_tables, value_tables;
+  if (!accept(c, key_tables.upload(pack_tables(key_codecs)), "tables")) return;
+  if (!accept(c, value_tables.upload(pack_tables(value_codecs)), "tables")) return;
+  const Format key_format = key_codecs[0].format, value_format = value_codecs[0].format;
+
+  // Encode every cell of every stream; the last ones of each are in the window, too.
+  const int n_all = c.n_streams * c.n_cells, n_blocks = c.n_cells / kBlockCells;
+  Array<float> keys(random.normals(size_t(n_all) * c.n_kv_heads * d)), values(random.normals(keys.host.size()));
+  std::vector<int64_t> cells(n_all);
+  std::vector<int32_t> slots(n_all, -1), window_cells(c.n_streams * c.n_window, -1);
+  std::vector<uint32_t> hidden(n_all / 32);
+  for (int i = 0; i < n_all; i++) {
+    cells[i] = (int64_t(i) * 37) % n_all;  // shuffled: 37 is prime to all sizes here
+    const int stream = int(cells[i]) / c.n_cells, cell = int(cells[i]) % c.n_cells;
+    if (cell < c.n_cells - c.n_window) continue;
+    slots[i] = c.n_cells - 1 - cell;
+    window_cells[stream * c.n_window + slots[i]] = cell;
+    hidden[cells[i] / 32] |= 1u << cell % 32;
+  }
+  Array<int64_t> cells_d(cells);
+  Array<int32_t> slots_d(slots), window_cells_d(window_cells);
+  Array<uint32_t> hidden_d(hidden);
+  const size_t key_block = key_format.block_bytes(), value_block = value_format.block_bytes();
+  Array<uint8_t> key_cache(pairs * n_blocks * key_block), value_cache(pairs * n_blocks * value_block);
+  require(cudaMemset(key_cache.device(), 0, key_cache.host.size()));
+  require(cudaMemset(value_cache.device(), 0, value_cache.host.size()));
+  Array<uint16_t> window_keys(size_t(pairs) * c.n_window * d), window_values(size_t(pairs) * c.n_window * d);
+
+  PrepareArgs p;
+  p.n_kv_heads = c.n_kv_heads;
+  p.group = c.group;
+  p.head_dim = d;
+  p.n_tokens = n_all;
+  p.keys = keys.device();
+  p.values = values.device();
+  p.key_token_stride = p.value_token_stride = size_t(c.n_kv_heads) * d;
+  p.key_head_stride = p.value_head_stride = d;
+  p.cells = cells_d.device();
+  p.cells_per_stream = c.n_cells;
+  p.key_cache = {key_cache.device(), c.n_kv_heads * n_blocks * key_block, n_blocks * key_block, key_block};
+  p.value_cache = {value_cache.device(), c.n_kv_heads * n_blocks * value_block, n_blocks * value_block, value_block};
+  p.key_codec = key_tables.view();
+  p.value_codec = value_tables.view();
+  if (c.n_window > 0) p.window = {window_keys.device(), window_values.device(), slots_d.device(), c.n_window};
+
+  // Queries and what attention needs.
+  const size_t rows = query_rows(c.n_streams, c.n_tokens, c.n_kv_heads, c.group);
+  Array<float> raw(random.normals(size_t(c.n_streams) * c.n_tokens * n_heads * d)), queries(rows * d), factors(rows);
+  p.n_streams = c.n_streams;
+  p.n_query_tokens = c.n_tokens;
+  p.raw_queries = raw.device();
+  p.query_head_stride = d;
+  p.query_token_stride = size_t(n_heads) * d;
+  p.query_stream_stride = c.n_tokens * p.query_token_stride;
+  p.scale = 1.5f / std::sqrt(float(d));
+  p.queries = queries.device();
+  p.query_factors = factors.device();
+
+  AttendArgs a;
+  a.n_streams = c.n_streams;
+  a.n_tokens = c.n_tokens;
+  a.n_kv_heads = c.n_kv_heads;
+  a.group = c.group;
+  a.head_dim = d;
+  a.n_cells = c.n_cells;
+  a.keys = p.key_cache;
+  a.values = p.value_cache;
+  a.key_codec = p.key_codec;
+  a.value_codec = p.value_codec;
+  a.queries = p.queries;
+  a.query_factors = p.query_factors;
+  a.softcap = c.softcap;
+  std::vector<uint16_t> mask(size_t(n_all) * c.n_tokens);
+  for (uint16_t& m : mask) m = float_to_half(random.below(4) == 0 ? -INFINITY : -0.125f * float(random.below(8)));
+  Array<uint16_t> mask_d(mask);
+  if (c.mask) {
+    a.mask = mask_d.device();
+    a.mask_token_stride = c.n_cells;
+    a.mask_stream_stride = size_t(c.n_cells) * c.n_tokens;
+  }
+  Array<float> sinks(random.normals(n_heads)), output(size_t(c.n_streams) * c.n_tokens * n_heads * d);
+  if (c.sinks) a.sinks = sinks.device();
+  if (c.n_window > 0) {
+    a.exact[0] = {window_keys.device(), window_values.device(), window_cells_d.device(), c.n_window, false};
+    a.hidden = hidden_d.device();
+    a.hidden_stream_stride = c.n_cells / 32;
+  }
+  a.output = output.device();
+  require(cudaMemset(output.device(), 0xff, output.host.size() * 4));
+  Array<uint8_t> workspace(attend_workspace_bytes(device, a));
+  require(cudaMemset(workspace.device(), 0, workspace.host.size()));
+  if (!accept(c, step(device, p, a, workspace.device(), workspace.host.size(), nullptr), "step")) return;
+  require(cudaDeviceSynchronize());
+
+  // Codes, bit for bit; then everything as numbers, [pair][cell][d].
+  std::vector<float> exact_keys(size_t(pairs) * c.n_cells * d), exact_values(exact_keys.size());
+  std::vector<float> coded_keys(exact_keys.size()), coded_values(exact_keys.size());
+  int wrong = 0;
+  const auto check_codes = [&](const std::vector<HeadCodec>& codecs, const Array<float>& input,
+                               const std::vector<uint8_t>& cache, std::vector<float>& exact,
+                               std::vector<float>& coded) {
+    const Format& format = codecs[0].format;
+    std::vector<uint8_t> row(size_t(format.vector_bytes())), got(row.size()), block(format.block_bytes());
+    for (int i = 0; i < n_all; i++) {
+      for (int h = 0; h < c.n_kv_heads; h++) {
+        const int pair = int(cells[i]) / c.n_cells * c.n_kv_heads + h, cell = int(cells[i]) % c.n_cells;
+        float* y = &exact[(size_t(pair) * c.n_cells + cell) * d];
+        codecs[h].transform.forward(&input.host[(size_t(i) * c.n_kv_heads + h) * d], y);
+        const uint16_t scale = encode_vector(codecs[h], y, row.data());
+        std::memcpy(&row[format.n_subspaces()], &scale, 2);
+        block_from_cuda(format, codecs[h].kind, &cache[(size_t(pair) * n_blocks + cell / kBlockCells) * block.size()],
+                        block.data());
+        copy_cell_out(format, codecs[h].kind, block.data(), cell % kBlockCells, got.data());
+        wrong += got != row;
+        decode_vector(codecs[h], row.data(), scale, &coded[(size_t(pair) * c.n_cells + cell) * d]);
+        for (int k = 0; k < d; k++) y[k] = half_to_float(float_to_half(y[k]));
+      }
+    }
+  };
+  check_codes(key_codecs, keys, key_cache.download(), exact_keys, coded_keys);
+  check_codes(value_codecs, values, value_cache.download(), exact_values, coded_values);
+  report(c, "vectors coded otherwise than by the specification", wrong == 0, wrong);
+
+  // Attention in double, with the cells in `is_exact` [pair][cell] exact.
+  const auto attention = [&](const std::vector<char>& is_exact) {
+    std::vector<double> expected;
+    std::vector<float> q(d), mean(d), out(d);
+    for (int s = 0; s < c.n_streams; s++) {
+      for (int t = 0; t < c.n_tokens; t++) {
+        for (int head = 0; head < n_heads; head++) {
+          const int kv_head = head / c.group, pair = s * c.n_kv_heads + kv_head;
+          key_codecs[kv_head].transform.query(&raw.host[(size_t(s * c.n_tokens + t) * n_heads + head) * d], q.data());
+          double total = c.sinks ? std::exp(double(sinks.host[head])) : 0, weight = 0;
+          std::vector<double> y(d);
+          for (int cell = 0; cell < c.n_cells; cell++) {
+            const size_t at = (size_t(pair) * c.n_cells + cell) * d;
+            const bool exact = is_exact[pair * c.n_cells + cell];
+            const float *k = &(exact ? exact_keys : coded_keys)[at], *v = &(exact ? exact_values : coded_values)[at];
+            double x = 0;
+            for (int i = 0; i < d; i++) x += double(q[i]) * k[i];
+            x *= p.scale;
+            if (c.softcap != 0) x = c.softcap * std::tanh(x / c.softcap);
+            if (c.mask) x += half_to_float(mask[(size_t(s) * c.n_tokens + t) * c.n_cells + cell]);
+            const double e = std::exp(x);
+            total += e;
+            weight += e;
+            for (int i = 0; i < d; i++) y[i] += e * v[i];
+          }
+          for (int i = 0; i < d; i++) mean[i] = float(y[i] / total);
+          value_codecs[kv_head].transform.output(mean.data(), float(weight / total), out.data());
+          expected.insert(expected.end(), out.begin(), out.end());
+        }
+      }
+    }
+    return expected;
+  };
+  std::vector<char> is_exact(pairs * c.n_cells);
+  for (int i = 0; i < pairs * c.n_cells; i++) is_exact[i] = i % c.n_cells >= c.n_cells - c.n_window;
+  double error = relative_error(output.download(), attention(is_exact));
+  report(c, "attention, relative error", error < 1.5e-3, error);
+  const std::vector<float> first = output.host;
+  if (!accept(c, attend(device, a, workspace.device(), workspace.host.size(), nullptr), "attend")) return;
+  report(c, "differs when run again", std::memcmp(first.data(), output.download().data(), first.size() * 4) == 0, 0);
+
+  // Rows decoded for dense attention.
+  Array<uint16_t> decoded(exact_keys.size());
+  for (const bool is_key : {true, false}) {
+    DecodeArgs t;
+    t.n_streams = c.n_streams;
+    t.n_kv_heads = c.n_kv_heads;
+    t.n_cells = c.n_cells;
+    t.cache = is_key ? a.keys : a.values;
+    t.codec = is_key ? a.key_codec : a.value_codec;
+    t.is_key = is_key;
+    t.exact = a.exact[0];
+    t.rows = decoded.device();
+    if (!accept(c, decode_cells(device, t, nullptr), "decode")) return;
+    decoded.download();
+    wrong = 0;
+    for (size_t i = 0; i < decoded.host.size(); i++) {
+      const float* from =
+          is_exact[i / d] ? (is_key ? exact_keys : exact_values).data() : (is_key ? coded_keys : coded_values).data();
+      wrong += decoded.host[i] != float_to_half(from[i]);
+    }
+    report(c, is_key ? "decoded keys that differ" : "decoded values that differ", wrong == 0, wrong);
+  }
+
+  // Retrieval: the best cells exact, from pinned memory.
+  if (c.top == 0 || c.n_tokens * c.group > kRowGroup) return;
+  uint16_t* store = nullptr;
+  require(cudaHostAlloc(reinterpret_cast<void**>(&store), exact_keys.size() * 4, cudaHostAllocDefault));
+  for (size_t i = 0; i < exact_keys.size(); i++) {
+    store[i] = float_to_half(exact_keys[i]);
+    store[exact_keys.size() + i] = float_to_half(exact_values[i]);
+  }
+  Array<float> scores(pairs * c.n_cells);
+  Array<int32_t> chosen(pairs * c.top);
+  Array<uint16_t> chosen_keys(size_t(pairs) * c.top * d), chosen_values(size_t(pairs) * c.top * d);
+  Array<uint32_t> all_hidden(pairs * c.n_cells / 32);
+  RetrieveArgs r;
+  r.n_streams = c.n_streams;
+  r.n_kv_heads = c.n_kv_heads;
+  r.head_dim = d;
+  r.n_cells = c.n_cells;
+  r.top = c.top;
+  r.scores = scores.device();
+  r.store_keys = store;
+  r.store_values = store + exact_keys.size();
+  r.store_cells = c.n_cells;
+  r.hidden = a.hidden;
+  r.hidden_stream_stride = a.hidden_stream_stride;
+  r.cells = chosen.device();
+  r.keys = chosen_keys.device();
+  r.values = chosen_values.device();
+  r.all_hidden = all_hidden.device();
+  AttendArgs with = a;
+  with.exact[1] = {r.keys, r.values, r.cells, c.top, true};
+  with.hidden = r.all_hidden;
+  with.hidden_head_stride = c.n_cells / 32;
+  with.hidden_stream_stride = size_t(c.n_cells / 32) * c.n_kv_heads;
+  if (accept(c, score_cells(device, a, scores.device(), nullptr), "scores") &&
+      accept(c, choose_cells(device, r, nullptr), "choose") && accept(c, gather_cells(device, r, nullptr), "gather") &&
+      accept(c, attend(device, with, workspace.device(), workspace.host.size(), nullptr), "attend")) {
+    chosen.download();
+    scores.download();
+    wrong = 0;
+    for (int pair = 0; pair < pairs; pair++) {
+      std::vector<float> order(&scores.host[pair * c.n_cells], &scores.host[pair * c.n_cells] + c.n_cells);
+      std::sort(order.rbegin(), order.rend());
+      for (int i = 0; i < c.top; i++) {
+        const int cell = chosen.host[pair * c.top + i];
+        if (cell < 0) continue;
+        wrong += scores.host[pair * c.n_cells + cell] < order[c.top - 1] || is_exact[pair * c.n_cells + cell];
+        is_exact[pair * c.n_cells + cell] = 1;
+      }
+    }
+    report(c, "cells chosen wrongly", wrong == 0, wrong);
+    error = relative_error(output.download(), attention(is_exact));
+    report(c, "attention with retrieved cells, relative error", error < 1.5e-3, error);
+  }
+  require(cudaFreeHost(store));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;  // for memory checkers
+  DeviceInfo device;
+  if (const Status s = query_device(0, &device); !s.ok()) {
+    std::printf("%s\n", s.message);
+    return 1;
+  }
+  std::printf("compute capability %d, %d multiprocessors, %zu bytes of shared memory a block\n", device.capability,
+              device.multiprocessors, device.shared_bytes);
+  DeviceInfo small = device;  // takes the kernels for smaller devices
+  small.capability = 89;
+  for (const int head_dim : {64, 128, 256}) {
+    for (const auto& [key, value] : {std::pair(8, 8), {4, 4}, {2, 2}, {2, 4}, {4, 8}}) {
+      if (quick && (head_dim == 256 || key != value)) continue;
+      run(device, {.head_dim = head_dim, .key_width = key, .value_width = value});
+      if (!quick) run(small, {.head_dim = head_dim, .key_width = key, .value_width = value, .mask = true});
+    }
+  }
+  run(device, {.head_dim = 128,
+               .key_width = 4,
+               .value_width = 4,
+               .n_streams = 2,
+               .n_tokens = 1,
+               .n_cells = 512,
+               .dense = true,
+               .mask = true,
+               .sinks = true,
+               .n_window = 24,
+               .top = 16});
+  run(device, {.head_dim = 64,
+               .key_width = 2,
+               .value_width = 4,
+               .n_streams = 2,
+               .n_tokens = 5,
+               .group = 2,
+               .mask = true,
+               .softcap = 3,
+               .n_window = 9});
+  if (!quick) {
+    for (const int group : {1, 2, 4, 8}) {
+      run(device, {.head_dim = 128,
+                   .key_width = 4,
+                   .value_width = 4,
+                   .n_tokens = 8,
+                   .group = group,
+                   .n_cells = 1024,
+                   .dense = group == 2,
+                   .mask = true,
+                   .n_window = 136,
+                   .top = 64});
+    }
+    run(device, {.head_dim = 128, .key_width = 8, .value_width = 8, .n_streams = 35, .n_cells = 192, .n_window = 20});
+    run(device, {.head_dim = 128, .key_width = 4, .value_width = 4, .n_cells = 16384, .n_window = 136, .top = 64});
+  }
+  std::printf(failures == 0 ? "all good\n" : "%d FAILURES\n", failures);
+  return failures != 0;
+}
