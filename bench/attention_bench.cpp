@@ -4,13 +4,15 @@
 //   attention_bench --benchmark_enable_random_interleaving=true --benchmark_repetitions=9
 //       --benchmark_report_aggregates_only=true --benchmark_filter='128x4/32768'
 //
-// Four KV heads; the cache of one layer is read in every step and nothing else is, so a short context stays in the
+// The cache of one layer is read in every step and nothing else is, so a short context stays in the
 // processor's caches, for all of them alike.
 #include <benchmark/benchmark.h>
 #include <ggml-alloc.h>
 #include <ggml-backend.h>
 #include <ggml.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -25,13 +27,11 @@ namespace {
 
 using namespace thimble;
 
-constexpr int kKvHeads = 4;
-
 struct Shape {
-  int head_dim, group;
-  int64_t n_cells;
+  int head_dim, group, n_kv_heads;
+  int64_t n_cells = 0;
   int n_tokens = 1;
-  int n_heads() const { return kKvHeads * group; }
+  int n_heads() const { return n_kv_heads * group; }
 };
 
 std::vector<float> gaussian(size_t n, unsigned seed) {
@@ -51,9 +51,9 @@ const std::vector<float>& noise() {
 // -- ours --
 
 CacheSide random_side(Kind kind, const Shape& s, double bits, int n_slots, std::vector<uint8_t>& memory) {
-  const CacheShape shape{kKvHeads, s.n_cells, 1};
-  auto codecs =
-      std::make_shared<std::vector<HeadCodec>>(kKvHeads, make_uncalibrated_codec(kind, make_format(s.head_dim, bits)));
+  const CacheShape shape{s.n_kv_heads, s.n_cells, 1};
+  auto codecs = std::make_shared<std::vector<HeadCodec>>(s.n_kv_heads,
+                                                         make_uncalibrated_codec(kind, make_format(s.head_dim, bits)));
   memory.resize(CacheSide::memory_bytes(shape, codecs->front().format, n_slots) + 64);
   void* begin = memory.data();
   size_t size = memory.size();
@@ -62,7 +62,7 @@ CacheSide random_side(Kind kind, const Shape& s, double bits, int n_slots, std::
   // Random codes, and scales as Gaussian vectors have them.
   const Format& format = side.format();
   std::minstd_rand random(int(kind) + 1);
-  for (int head = 0; head < kKvHeads; head++) {
+  for (int head = 0; head < s.n_kv_heads; head++) {
     for (int64_t cell = 0; cell < s.n_cells; cell += kBlockCells) {
       uint8_t* block = side.block(head, cell);
       if (format.f16) {
@@ -144,14 +144,19 @@ private:
     }
   }
 
-  // Threads of our own, as ggml has them: waiting in a spin.
+  // Threads of our own, as ggml has them: waiting in a spin, but not for ever on a machine that others use too.
+  static constexpr int kSpins = 20000;
   void all(const std::function<void(int)>& work) {
     if (team_.empty()) {
       for (int i = 1; i < n_threads_; i++) {
         team_.emplace_back([this, i](std::stop_token stop) {
-          for (int seen = 0; !stop.stop_requested();) {
+          for (int seen = 0, idle = 0; !stop.stop_requested();) {
             const int now = round_.load(std::memory_order_acquire);
-            if (now == seen) continue;
+            if (now == seen) {
+              if (++idle > kSpins) std::this_thread::yield();
+              continue;
+            }
+            idle = 0;
             seen = now;
             (*work_)(i);
             done_.fetch_add(1, std::memory_order_acq_rel);
@@ -163,7 +168,8 @@ private:
     done_.store(0);
     round_.fetch_add(1, std::memory_order_acq_rel);
     work(0);
-    while (done_.load(std::memory_order_acquire) < n_threads_ - 1) {
+    for (int idle = 0; done_.load(std::memory_order_acquire) < n_threads_ - 1;) {
+      if (++idle > kSpins) std::this_thread::yield();
     }
   }
 
@@ -193,10 +199,11 @@ public:
     set_n_threads(backend_, n_threads);
     context_ = ggml_init({ggml_tensor_overhead() * 16 + ggml_graph_overhead(), nullptr, true});
     // The cache as llama.cpp has it, [cells][KV heads * head size], and the views that it attends to.
-    ggml_tensor* k = ggml_new_tensor_2d(context_, type, int64_t(s.head_dim) * kKvHeads, s.n_cells);
-    ggml_tensor* v = ggml_new_tensor_2d(context_, type, int64_t(s.head_dim) * kKvHeads, s.n_cells);
+    ggml_tensor* k = ggml_new_tensor_2d(context_, type, int64_t(s.head_dim) * s.n_kv_heads, s.n_cells);
+    ggml_tensor* v = ggml_new_tensor_2d(context_, type, int64_t(s.head_dim) * s.n_kv_heads, s.n_cells);
     const auto view = [&](ggml_tensor* t) {
-      return ggml_view_3d(context_, t, s.head_dim, s.n_cells, kKvHeads, t->nb[1], ggml_row_size(type, s.head_dim), 0);
+      return ggml_view_3d(context_, t, s.head_dim, s.n_cells, s.n_kv_heads, t->nb[1], ggml_row_size(type, s.head_dim),
+                          0);
     };
     ggml_tensor* q = ggml_new_tensor_3d(context_, GGML_TYPE_F32, s.head_dim, s.n_tokens, s.n_heads());
     ggml_tensor* mask = ggml_new_tensor_2d(context_, GGML_TYPE_F16, s.n_cells, s.n_tokens);
@@ -206,7 +213,7 @@ public:
     graph_ = ggml_new_graph(context_);
     ggml_build_forward_expand(graph_, out);
     buffer_ = ggml_backend_alloc_ctx_tensors(context_, backend_);
-    std::vector<float> row(size_t(s.head_dim) * kKvHeads);
+    std::vector<float> row(size_t(s.head_dim) * s.n_kv_heads);
     std::vector<uint8_t> packed(ggml_row_size(type, int64_t(row.size())));
     for (ggml_tensor* t : {k, v}) {
       for (int64_t i = 0; i < s.n_cells; i++) {
@@ -246,13 +253,14 @@ void add(const std::string& name, const Shape& s, double bytes_per_cell, Make ma
                                  attention->step();
                                  for (auto _ : state) attention->step();
                                  state.counters["ns/cell"] = benchmark::Counter(
-                                     double(s.n_cells) * kKvHeads * s.n_tokens * 1e-9,
+                                     double(s.n_cells) * s.n_kv_heads * s.n_tokens * 1e-9,
                                      benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
                                  state.counters["GB/s"] =
-                                     benchmark::Counter(bytes_per_cell * double(s.n_cells) * kKvHeads * 1e-9,
+                                     benchmark::Counter(bytes_per_cell * double(s.n_cells) * s.n_kv_heads * 1e-9,
                                                         benchmark::Counter::kIsIterationInvariantRate);
                                })
       ->UseRealTime()
+      ->ComputeStatistics("min", [](const std::vector<double>& v) { return *std::min_element(v.begin(), v.end()); })
       ->Unit(benchmark::kMicrosecond);
 }
 
@@ -275,16 +283,51 @@ void add_all(const Shape& s, int n_threads) {
   }
 }
 
+// Writing one token to a layer: K and V of four heads, through the transform that needs no calibration or a dense one.
+void add_encoding(int head_dim, double bits, bool dense, const Kernels& kernels) {
+  const std::string name = std::string("encode_") + kernels.name + (dense ? "_dense" : "_hadamard") + "/" +
+                           std::to_string(head_dim) + "/" + std::to_string(int(bits));
+  benchmark::RegisterBenchmark(name.c_str(), [=, &kernels](benchmark::State& state) {
+    HeadCodec codec = make_uncalibrated_codec(Kind::key, make_format(head_dim, bits));
+    if (dense) {
+      std::vector<float> matrix = gaussian(size_t(head_dim) * head_dim, 3);
+      codec.transform = Transform::dense(std::vector<float>(head_dim, 0.5f), std::move(matrix));
+    }
+    const auto x = gaussian(head_dim, 4);
+    std::vector<float> y(head_dim);
+    std::vector<uint8_t> codes(head_dim);
+    for (auto _ : state) {
+      for (int i = 0; i < 2 * 4; i++) {
+        codec.transform.forward(x.data(), y.data(), 1, kernels.transform);
+        benchmark::DoNotOptimize(kernels.encode(codec, y.data(), codes.data()));
+      }
+    }
+  })->Unit(benchmark::kMicrosecond);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
-  for (const auto& [dim, group] : {std::pair{64, 3}, {128, 4}, {128, 8}, {256, 8}}) {
-    for (int64_t cells : {1024, 8192, 32768, 131072}) {
-      for (int threads : {1, 2}) add_all({dim, group, cells}, threads);
+  // As in SmolLM2-135M, Llama-3.1-8B, Qwen3-30B-A3B and Gemma 3.
+  for (Shape s : {Shape{64, 3, 3}, {128, 4, 8}, {128, 8, 4}, {256, 8, 2}}) {
+    for (int threads : {1, 2}) {
+      for (int64_t cells : {1024, 8192, 32768, 131072}) {
+        s.n_cells = cells;
+        s.n_tokens = 1;
+        add_all(s, threads);
+      }
+      s.n_cells = 4608;
+      s.n_tokens = 512;
+      add_all(s, threads);
     }
-    add_all({dim, group, 4608, 512}, 1);
-    add_all({dim, group, 4608, 512}, 2);
+  }
+  for (const Kernels* kernels : available_kernels()) {
+    for (int dim : {64, 128}) {
+      for (double bits : {1.0, 2.0, 4.0}) {
+        for (bool dense : {false, true}) add_encoding(dim, bits, dense, *kernels);
+      }
+    }
   }
   benchmark::RunSpecifiedBenchmarks();
 }
