@@ -179,7 +179,7 @@ void run(Options options) {
   ProgressBar fitting("fitting");
   options.fit.n_threads = options.n_threads;
   Profile profile = fit_profile(shape, collector.take_layers(), output_metrics(options.model, shape), options.fit,
-                                [&](int done, int all) { fitting.update(double(done) / all); });
+                                [&](double share) { fitting.update(share); });
   fitting.finish();
   profile.source =
       (sampled ? std::string("text sampled from the model") : std::filesystem::path(options.text).filename().string()) +
@@ -206,6 +206,7 @@ void add_calibrate_command(CLI::App& app) {
       ->check(CLI::IsMember({"klt", "vecinfer"}))
       ->capture_default_str();
   command->add_option("--bits", options->fit.bits, "Rates to fit")->delimiter(',')->capture_default_str();
+  command->add_flag("!--even", options->fit.uneven, "The same bits for every layer, keys and values");
   command->add_option("--iterations", options->fit.iterations, "Of k-means")->capture_default_str();
   command->add_option("--seed", options->fit.seed)->capture_default_str();
   command->add_option("--memory", options->memory_gb, "Gigabytes to keep samples in")->capture_default_str();

@@ -96,6 +96,12 @@ Collector::Collector(int n_layers, const StatisticsOptions& options) : options_(
 bool Collector::callback(ggml_tensor* node, bool ask, void* user_data) {
   Collector& self = *static_cast<Collector*>(user_data);
   if (!self.error_.empty()) return !ask;
+  int behind = -1;  // the layer whose output this is, as llama.cpp names it
+  if (std::sscanf(node->name, "l_out-%d", &behind) == 1 && behind >= 0 && size_t(behind) < self.layers_.size()) {
+    if (ask) return true;
+    self.left(node, behind);
+    return true;
+  }
   const bool stores = node->op == GGML_OP_SET_ROWS, attends = node->op == GGML_OP_FLASH_ATTN_EXT;
   if (!stores && !attends) return !ask;
   const CacheName cache = cache_behind(stores ? node : node->src[1]);
@@ -129,6 +135,17 @@ void Collector::stored(const ggml_tensor* node, int layer, Kind kind) {
   }
 }
 
+void Collector::left(const ggml_tensor* node, int layer) {
+  // The last layer's output may hold the last token only, which is enough.
+  if (!layers_[layer] || node->type != GGML_TYPE_F32 || !ggml_is_contiguous(node)) return;
+  const std::vector<float> x = fetch(node);
+  for (int64_t t = 0; t < node->ne[1]; t++) {
+    double square = 0;
+    for (int64_t i = 0; i < node->ne[0]; i++) square += double(x[t * node->ne[0] + i]) * x[t * node->ne[0] + i];
+    if (first_position_ > 0) layers_[layer]->add_residual(square);
+  }
+}
+
 void Collector::attended(const ggml_tensor* node, int layer) {
   const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2];
   const int n_tokens = int(q->ne[1]);
@@ -142,7 +159,9 @@ void Collector::attended(const ggml_tensor* node, int layer) {
                              " keeps its keys or values in a way that calibration "
                              "does not know: run with flash attention");
   }
-  if (!layers_[layer]) layers_[layer].emplace(shape, pending.rope, options_, layer);
+  float scale;
+  std::memcpy(&scale, node->op_params, sizeof scale);
+  if (!layers_[layer]) layers_[layer].emplace(shape, pending.rope, scale, options_, layer);
 
   const std::vector<float> by_head = fetch(q);  // [n_heads][n_tokens][key_dim]
   std::vector<float> queries(by_head.size());
@@ -158,8 +177,6 @@ void Collector::attended(const ggml_tensor* node, int layer) {
     // The attention of the last 32 queries, over the cache as it lies there. Sequences start at cell 0.
     const std::vector<float> keys = fetch(k);  // [n_kv_heads][n_cells][key_dim]
     const int n_cells = int(k->ne[1]), group = shape.n_heads / shape.n_kv_heads;
-    float scale;
-    std::memcpy(&scale, node->op_params, sizeof scale);
     for (int t = std::max(0, n_tokens - 32); t < n_tokens; t++) {
       const int n = first_position_ + t + 1;
       for (int h = 0; h < shape.n_heads; h++) {
@@ -173,7 +190,7 @@ void Collector::attended(const ggml_tensor* node, int layer) {
           top = std::max(top, weights[i]);
         }
         for (float& w : weights) w = std::exp(w - top);
-        layers_[layer]->add_attention(std::move(weights));
+        layers_[layer]->add_attention(h / group, std::move(weights));
       }
     }
   }
@@ -190,7 +207,7 @@ ModelShape Collector::shape() const {
 std::vector<LayerStatistics> Collector::take_layers() {
   std::vector<LayerStatistics> layers;
   for (auto& layer : layers_) {
-    layers.push_back(layer ? std::move(*layer) : LayerStatistics(LayerShape{}, {}, options_, 0));
+    layers.push_back(layer ? std::move(*layer) : LayerStatistics(LayerShape{}, {}, 1.0f, options_, 0));
   }
   return layers;
 }

@@ -47,6 +47,7 @@ private:
 
   void stored(const ggml_tensor* node, int layer, Kind kind);
   void attended(const ggml_tensor* node, int layer);
+  void left(const ggml_tensor* node, int layer);
 
   StatisticsOptions options_;
   int first_position_ = 0;

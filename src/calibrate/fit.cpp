@@ -1,17 +1,27 @@
 #include "calibrate/fit.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <exception>
+#include <iterator>
 #include <mutex>
+#include <numeric>
+#include <set>
 #include <stdexcept>
 #include <thread>
+#include <tuple>
 
+#include "calibrate/allot.h"
 #include "calibrate/kmeans.h"
 
 namespace thimble {
 namespace {
+
+constexpr Eigen::Index kDistortionSamples = 512;
+// What a side may be given where bits are spent unevenly.
+constexpr double kCandidateRates[] = {1, 1.25, 1.5, 2, 3, 4};
 
 /// Codewords to int8, with the largest number of the subspace at 127.
 void append_codewords(const Centres& centres, Codebook& book) {
@@ -39,6 +49,84 @@ Codebook train_codebook(const Matrix& normalized, const std::vector<int16_t>& or
   return book;
 }
 
+/// Mean e^T S e of the error that a codec makes on some of the samples.
+double distortion_of(const FittedHead& head, const FittedHead::Rate& rate, const Matrix& samples,
+                     const Eigen::MatrixXd& metric, Kind kind) {
+  const Eigen::Index dim = samples.cols();
+  HeadCodec codec;
+  codec.kind = kind;
+  codec.format = rate.format;
+  codec.codebook = rate.codebook;
+  std::vector<float> a(dim * dim);
+  for (Eigen::Index i = 0; i < dim; i++) {
+    for (Eigen::Index j = 0; j < dim; j++) a[i * dim + j] = head.transform.matrix(i, rate.order[j]);
+  }
+  codec.transform = Transform::dense({head.transform.mean.begin(), head.transform.mean.end()}, std::move(a));
+  codec.prepare();
+  const Eigen::Index n = std::min<Eigen::Index>(kDistortionSamples, samples.rows()), step = samples.rows() / n;
+  Matrix error(n, dim);
+  std::vector<float> y(dim), decoded(dim);
+  std::vector<uint8_t> codes(codec.format.n_subspaces());
+  for (Eigen::Index i = 0; i < n; i++) {
+    codec.transform.forward(samples.row(i * step).data(), y.data());
+    const uint16_t scale = encode_vector(codec, y.data(), codes.data());
+    decode_vector(codec, codes.data(), scale, decoded.data());
+    codec.transform.inverse(decoded.data(), error.row(i).data());
+    error.row(i) -= samples.row(i * step);
+  }
+  return (error.cast<double>() * metric).cwiseProduct(error.cast<double>()).sum() / double(n);
+}
+
+LayerProfile assemble_transforms(const std::vector<FittedHead>& heads) {
+  LayerProfile profile;
+  for (const FittedHead& head : heads) {
+    const auto& [mean, matrix] = std::tie(head.transform.mean, head.transform.matrix);
+    profile.mean.insert(profile.mean.end(), mean.data(), mean.data() + mean.size());
+    profile.matrix.insert(profile.matrix.end(), matrix.data(), matrix.data() + matrix.size());
+  }
+  return profile;
+}
+
+LayerCodebooks assemble_codebooks(const std::vector<FittedHead>& heads, int rate_index) {
+  LayerCodebooks books;
+  for (const FittedHead& head : heads) {
+    const FittedHead::Rate& rate = head.rates[rate_index];
+    books.format = rate.format;
+    books.order.insert(books.order.end(), rate.order.begin(), rate.order.end());
+    books.words.insert(books.words.end(), rate.codebook.words.begin(), rate.codebook.words.end());
+    books.scale.insert(books.scale.end(), rate.codebook.scale.begin(), rate.codebook.scale.end());
+  }
+  return books;
+}
+
+/// work(0) .. work(n - 1), each once, by several threads. Throws what one of them threw.
+void for_each_in_threads(size_t n, int n_threads, const std::function<void(size_t)>& work,
+                         const std::function<void(double)>& progress) {
+  std::atomic<size_t> next = 0;
+  std::mutex mutex;
+  std::exception_ptr failure;
+  size_t done = 0;
+  const auto run = [&] {
+    for (size_t i; (i = next++) < n;) {
+      try {
+        work(i);
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        failure = std::current_exception();
+        next = n;
+        return;
+      }
+      const std::lock_guard lock(mutex);
+      progress(double(++done) / double(n));
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int i = 1; i < n_threads; i++) threads.emplace_back(run);
+  run();
+  for (std::thread& thread : threads) thread.join();
+  if (failure) std::rethrow_exception(failure);
+}
+
 }  // namespace
 
 FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind kind, const std::vector<Format>& formats,
@@ -56,13 +144,14 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
   std::vector<double> variance;
   for (Eigen::Index d = 0; d < y.cols(); d++) variance.push_back(double(y.col(d).squaredNorm()) / double(y.rows()));
   for (const Format& format : formats) {
-    FittedHead::Rate rate{format, {}, {}};
+    FittedHead::Rate rate{format, {}, {}, 0};
     if (head.transform.ordered_by_variance) {
       rate.order = deal_components(variance, format);
     } else {
       for (int d = 0; d < format.head_dim; d++) rate.order.push_back(int16_t(d));
     }
     rate.codebook = train_codebook(y, rate.order, format, options.iterations, seed);
+    rate.distortion = distortion_of(head, rate, samples, metric, kind);
     head.rates.push_back(std::move(rate));
   }
   return head;
@@ -70,86 +159,87 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
 
 Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>& layers,
                     const std::vector<std::vector<Eigen::MatrixXd>>& value_metrics, const FitOptions& options,
-                    const std::function<void(int, int)>& progress) {
-  Profile profile;
-  profile.shape = shape;
-  profile.transform = options.transform;
-  profile.bits = options.bits;
-  std::sort(profile.bits.rbegin(), profile.bits.rend());
-  profile.keys.resize(shape.layers.size());
-  profile.values.resize(shape.layers.size());
+                    const std::function<void(double)>& progress) {
+  const bool uneven = options.uneven && options.transform == "klt";
+  std::set<double> rates(options.bits.begin(), options.bits.end());
+  if (uneven) rates.insert(std::begin(kCandidateRates), std::end(kCandidateRates));
+  const std::vector<double> candidates(rates.begin(), rates.end());
 
-  // Room for every head first, so that threads write to their own places.
+  // Every side's heads: [layer][kind][kv_head].
   struct Job {
     int layer, kv_head;
     Kind kind;
   };
   std::vector<Job> jobs;
+  std::vector<std::array<std::vector<FittedHead>, 2>> fitted(shape.layers.size());
   for (size_t i = 0; i < shape.layers.size(); i++) {
-    const LayerShape& layer = shape.layers[i];
-    profile.density.push_back(layer.n_kv_heads ? layers[i].density() : 0.0f);
     for (Kind kind : {Kind::key, Kind::value}) {
-      LayerProfile& into = (kind == Kind::key ? profile.keys : profile.values)[i];
-      const size_t heads = layer.n_kv_heads, dim = layer.dim(kind);
-      into.mean.resize(heads * dim);
-      into.matrix.resize(heads * dim * dim);
-      for (double bits : profile.bits) {
-        if (heads == 0) continue;
-        LayerCodebooks& books = into.by_bits[bits];
-        books.format = make_format(int(dim), bits);
-        books.order.resize(heads * dim);
-        books.words.resize(heads * dim * kCodewords);
-        books.scale.resize(heads * books.format.n_subspaces());
-      }
-      for (int h = 0; h < layer.n_kv_heads; h++) jobs.push_back({int(i), h, kind});
+      fitted[i][int(kind)].resize(shape.layers[i].n_kv_heads);
+      for (int h = 0; h < shape.layers[i].n_kv_heads; h++) jobs.push_back({int(i), h, kind});
     }
   }
-
+  const auto metric_of = [&](const Job& job) -> Eigen::MatrixXd {
+    const LayerStatistics& layer = layers[job.layer];
+    if (job.kind == Kind::key) return layer.query_moment(job.kv_head) * std::pow(layer.score_scale(), 2);
+    const Eigen::MatrixXd& metric = value_metrics[job.layer][job.kv_head];
+    const int dim = shape.layers[job.layer].value_dim;
+    return metric.size() ? metric : Eigen::MatrixXd::Identity(dim, dim);
+  };
   const auto fit = [&](const Job& job, uint64_t seed) {
-    LayerProfile& into = (job.kind == Kind::key ? profile.keys : profile.values)[job.layer];
-    const size_t head = job.kv_head, dim = shape.layers[job.layer].dim(job.kind);
+    const Matrix samples = layers[job.layer].samples(job.kind, job.kv_head);
     std::vector<Format> formats;
-    for (double bits : profile.bits) formats.push_back(into.by_bits.at(bits).format);
-    Eigen::MatrixXd metric =
-        job.kind == Kind::key ? layers[job.layer].query_moment(job.kv_head) : value_metrics[job.layer][head];
-    if (metric.size() == 0) metric = Eigen::MatrixXd::Identity(dim, dim);
-    const FittedHead fitted =
-        fit_head(layers[job.layer].samples(job.kind, job.kv_head), metric, job.kind, formats, options, seed);
-    std::copy_n(fitted.transform.mean.data(), dim, &into.mean[head * dim]);
-    std::copy_n(fitted.transform.matrix.data(), dim * dim, &into.matrix[head * dim * dim]);
-    for (size_t r = 0; r < profile.bits.size(); r++) {
-      LayerCodebooks& books = into.by_bits.at(profile.bits[r]);
-      const FittedHead::Rate& rate = fitted.rates[r];
-      std::copy(rate.order.begin(), rate.order.end(), &books.order[head * dim]);
-      std::copy(rate.codebook.words.begin(), rate.codebook.words.end(), &books.words[head * dim * kCodewords]);
-      std::copy(rate.codebook.scale.begin(), rate.codebook.scale.end(),
-                &books.scale[head * rate.codebook.scale.size()]);
-    }
+    for (double bits : candidates) formats.push_back(make_format(int(samples.cols()), bits));
+    fitted[job.layer][int(job.kind)][job.kv_head] = fit_head(samples, metric_of(job), job.kind, formats, options, seed);
   };
+  for_each_in_threads(
+      jobs.size(), options.n_threads, [&](size_t i) { fit(jobs[i], options.seed * 7919 + i); }, progress);
 
-  std::atomic<size_t> next = 0;
-  std::mutex mutex;
-  std::exception_ptr failure;
-  int done = 0;
-  const auto work = [&] {
-    for (size_t i; (i = next++) < jobs.size();) {
-      try {
-        fit(jobs[i], options.seed * 7919 + i);
-      } catch (...) {
-        const std::lock_guard lock(mutex);
-        failure = std::current_exception();
-        next = jobs.size();
-        return;
+  // What coding a side costs at each rate, see the header.
+  std::vector<SideCosts> sides;
+  for (size_t i = 0; i < shape.layers.size(); i++) {
+    const LayerShape& layer = shape.layers[i];
+    SideCosts costs[2];
+    for (int h = 0; h < layer.n_kv_heads; h++) {
+      const auto& [keys, values] = fitted[i];
+      const double spread =
+          std::accumulate(values[h].transform.variance.begin(), values[h].transform.variance.end(), 0.0) *
+          values[h].transform.metric_scale;
+      const double weight = layers[i].concentration(h) / layers[i].residual();
+      for (int kind : {0, 1}) {
+        costs[kind].numbers += layer.dim(Kind(kind));
+        costs[kind].costs.resize(candidates.size(), 0.0);
+        for (size_t r = 0; r < candidates.size(); r++) {
+          costs[kind].costs[r] +=
+              weight * (kind == 0 ? keys[h].rates[r].distortion * spread : values[h].rates[r].distortion);
+        }
       }
-      const std::lock_guard lock(mutex);
-      progress(++done, int(jobs.size()));
     }
-  };
-  std::vector<std::thread> threads;
-  for (int i = 1; i < options.n_threads; i++) threads.emplace_back(work);
-  work();
-  for (std::thread& thread : threads) thread.join();
-  if (failure) std::rethrow_exception(failure);
+    if (layer.n_kv_heads) sides.insert(sides.end(), {costs[0], costs[1]});
+  }
+
+  Profile profile;
+  profile.shape = shape;
+  profile.transform = options.transform;
+  profile.bits = options.bits;
+  std::sort(profile.bits.rbegin(), profile.bits.rend());
+  for (size_t i = 0; i < shape.layers.size(); i++) {
+    profile.density.push_back(shape.layers[i].n_kv_heads ? layers[i].density() : 0.0f);
+    profile.keys.push_back(assemble_transforms(fitted[i][0]));
+    profile.values.push_back(assemble_transforms(fitted[i][1]));
+  }
+  for (double bits : profile.bits) {
+    const std::vector<int> allotted = uneven ? allot(sides, candidates, bits) : std::vector<int>();
+    const int even = int(std::find(candidates.begin(), candidates.end(), bits) - candidates.begin());
+    size_t side = 0;
+    for (size_t i = 0; i < shape.layers.size(); i++) {
+      if (shape.layers[i].n_kv_heads == 0) continue;
+      for (int kind : {0, 1}) {
+        LayerProfile& into = (kind == 0 ? profile.keys : profile.values)[i];
+        into.by_bits[bits] = assemble_codebooks(fitted[i][kind], uneven ? allotted[side] : even);
+        side++;
+      }
+    }
+  }
   return profile;
 }
 

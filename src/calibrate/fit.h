@@ -13,6 +13,7 @@ namespace thimble {
 struct FitOptions {
   std::string transform = "klt";  // or "vecinfer"
   std::vector<double> bits = {4, 2, 1};
+  bool uneven = true;   // spend a rate's bits where they help most (calibrate/allot.h); klt only
   int iterations = 20;  // of k-means
   uint64_t seed = 1;
   int n_threads = 1;
@@ -25,6 +26,7 @@ struct FittedHead {
     Format format;
     std::vector<int16_t> order;
     Codebook codebook;
+    double distortion;  // mean e^T S e of an error e, in the units of the metric S
   };
   std::vector<Rate> rates;  // as the formats given
 };
@@ -33,9 +35,15 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
 
 /// `value_metrics`: the metric of values for each layer and KV head; empty matrices stand for the identity. Heads are
 /// fitted by n_threads threads, each from its own seed, so the result does not depend on their number. `progress` is
-/// called with heads done and heads in all, by one thread at a time.
+/// called with the share of heads done, by one thread at a time.
+///
+/// Where bits are spent unevenly, a side's harm is what the noise of its codes adds to the layer's output, against the
+/// power of the residual stream that it is added to. With p the attention weights of a query over coded cells, and
+/// errors of cells independent of each other:
+///   values:  |Wo sum p e|^2 = sum p^2 * E|Wo e|^2
+///   keys:    a score's error s moves the output by p s Wo (v - o), so sum p^2 * E[s^2] * E|Wo (v - mean v)|^2
 Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>& layers,
                     const std::vector<std::vector<Eigen::MatrixXd>>& value_metrics, const FitOptions& options,
-                    const std::function<void(int, int)>& progress);
+                    const std::function<void(double)>& progress);
 
 }  // namespace thimble

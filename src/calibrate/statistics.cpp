@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <numeric>
 
 #include "codec/half.h"
 
@@ -10,6 +11,7 @@ namespace {
 
 // The first cells of a sequence stay exact in the cache (attention sinks, unlike all others), so they do not count.
 constexpr int kSinks = 8;
+constexpr int kRecent = 128;  // nor do the last
 // Tokens that are turned to one random position together.
 constexpr int kStretch = 64;
 // TailorKV's alpha: the share of cells whose attention is compared with the rest.
@@ -17,13 +19,17 @@ constexpr double kDominantShare = 0.05;
 
 }  // namespace
 
-LayerStatistics::LayerStatistics(const LayerShape& shape, Rope rope, const StatisticsOptions& options, int layer)
+LayerStatistics::LayerStatistics(const LayerShape& shape, Rope rope, float score_scale,
+                                 const StatisticsOptions& options, int layer)
     : shape_(shape),
       rope_(std::move(rope)),
+      score_scale_(score_scale),
       options_(options),
       random_(options.seed * 1000003 + uint64_t(layer)),
       stride_(std::max<size_t>(1, (options.n_tokens + options.max_samples - 1) / options.max_samples)),
-      query_sum_(shape.n_kv_heads, Eigen::MatrixXd::Zero(shape.key_dim, shape.key_dim)) {}
+      query_sum_(shape.n_kv_heads, Eigen::MatrixXd::Zero(shape.key_dim, shape.key_dim)),
+      concentration_sum_(shape.n_kv_heads, 0.0),
+      n_attentions_(shape.n_kv_heads, 0) {}
 
 void LayerStatistics::add(const LayerActivations& in) {
   const int group = shape_.n_heads / shape_.n_kv_heads, key_dim = shape_.key_dim;
@@ -54,16 +60,27 @@ void LayerStatistics::add(const LayerActivations& in) {
   n_queries_ += size_t(in.n_tokens) * group;
 }
 
-void LayerStatistics::add_attention(std::vector<float> weights) {
+void LayerStatistics::add_attention(int kv_head, std::vector<float> weights) {
   const size_t dominant = size_t(double(weights.size()) * kDominantShare);
-  if (dominant == 0) return;
+  double all = 0, squares = 0;
+  for (float w : weights) all += w;
+  if (dominant == 0 || !(all > 0)) return;
+  for (size_t i = kSinks; i + kRecent < weights.size(); i++) squares += double(weights[i]) * weights[i];
   std::nth_element(weights.begin(), weights.begin() + dominant - 1, weights.end(), std::greater<>());
-  double strongest = 0, all = 0;
-  for (size_t i = 0; i < weights.size(); i++) (i < dominant ? strongest : all) += weights[i];
-  all += strongest;
-  if (!(all > 0)) return;
+  double strongest = 0;
+  for (size_t i = 0; i < dominant; i++) strongest += weights[i];
   density_sum_ += 1.0 - strongest / all;
-  n_attentions_++;
+  concentration_sum_[kv_head] += squares / (all * all);
+  n_attentions_[kv_head]++;
+}
+
+float LayerStatistics::density() const {
+  const size_t n = std::accumulate(n_attentions_.begin(), n_attentions_.end(), size_t{0});
+  return n ? float(density_sum_ / double(n)) : 0.0f;
+}
+
+double LayerStatistics::concentration(int kv_head) const {
+  return n_attentions_[kv_head] ? concentration_sum_[kv_head] / double(n_attentions_[kv_head]) : 0.0;
 }
 
 Matrix LayerStatistics::samples(Kind kind, int kv_head) const {

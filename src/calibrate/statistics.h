@@ -34,31 +34,43 @@ struct LayerActivations {
 
 class LayerStatistics {
 public:
-  LayerStatistics(const LayerShape& shape, Rope rope, const StatisticsOptions& options, int layer);
+  /// `score_scale`: what the layer multiplies q.k by.
+  LayerStatistics(const LayerShape& shape, Rope rope, float score_scale, const StatisticsOptions& options, int layer);
 
   void add(const LayerActivations& activations);
 
-  /// Takes the attention weights of one query over its n cells, any order.
-  void add_attention(std::vector<float> weights);
+  /// Takes the attention weights of one query over the cells before it, in order, not normalized.
+  void add_attention(int kv_head, std::vector<float> weights);
+  /// Takes |x|^2 of one token's residual stream behind the layer.
+  void add_residual(double square) { residual_sum_ += square, n_residuals_++; }
 
   const LayerShape& shape() const { return shape_; }
   Matrix samples(Kind kind, int kv_head) const;
   /// E[q q^T] over the queries of the group, [key_dim][key_dim].
   Eigen::MatrixXd query_moment(int kv_head) const;
-  float density() const { return n_attentions_ ? float(density_sum_ / double(n_attentions_)) : 0.0f; }
+  float density() const;
+  /// Mean sum of squared attention weights over the cells that are coded: how far errors of single cells survive in the
+  /// sum over cells.
+  double concentration(int kv_head) const;
+  /// Mean |x|^2 of the residual stream, 1 where it was not seen.
+  double residual() const { return n_residuals_ ? residual_sum_ / double(n_residuals_) : 1.0; }
+  float score_scale() const { return score_scale_; }
   size_t n_samples() const { return n_samples_; }
 
 private:
   LayerShape shape_;
   Rope rope_;
+  float score_scale_;
   StatisticsOptions options_;
   std::mt19937_64 random_;
   size_t stride_;  // every stride-th token is kept
   size_t n_seen_ = 0, n_samples_ = 0, n_queries_ = 0;
   std::vector<uint16_t> keys_, values_;     // f16, [n_samples][n_kv_heads][dim]
   std::vector<Eigen::MatrixXd> query_sum_;  // [n_kv_heads]
-  double density_sum_ = 0;
-  size_t n_attentions_ = 0;
+  double density_sum_ = 0, residual_sum_ = 0;
+  std::vector<double> concentration_sum_;  // [n_kv_heads]
+  std::vector<size_t> n_attentions_;       // [n_kv_heads]
+  size_t n_residuals_ = 0;
 };
 
 }  // namespace thimble

@@ -24,6 +24,7 @@ FittedTransform fit_klt(const Matrix& samples, const Eigen::MatrixXd& metric) {
   const double trace = s.trace();
   if (trace > 0) {
     s *= double(dim) / trace;
+    fit.metric_scale = trace / double(dim);
   } else {
     s.setIdentity(dim, dim);
   }

@@ -15,6 +15,7 @@ struct FittedTransform {
   Eigen::RowVectorXf mean;          // [head_dim]
   Matrix matrix;                    // A of y = (x - mean) A, [head_dim][head_dim]
   std::vector<double> variance;     // [head_dim], of the components of y
+  double metric_scale = 1;          // y is measured in the metric over this: |y|^2 * metric_scale = e^T S e
   bool ordered_by_variance = true;  // the components may be dealt out freely
 };
 
