@@ -101,17 +101,37 @@ ggml_backend_buffer_t device_from_host(ggml_backend_dev_t device, void* data, si
   return ggml_backend_dev_buffer_from_host_ptr(context_of(device).inner, data, size, max_tensor_size);
 }
 
-// The inner device knows its own buffers only: a weight that sits in ours (or in a dummy of ours, while llama.cpp
-// chooses buffers) is shown to it as lying in its own.
-bool inner_supports(ggml_backend_dev_t inner, const ggml_tensor* op) {
-  return ggml_backend_dev_supports_op(inner, op);
+// While it loads a model, llama.cpp offers each weight to our buffer type first, in an empty dummy buffer. Where the
+// inner device has a better home for it (the CPU's repacked types), we decline, and llama.cpp goes on to that type,
+// which our registry lists as an extra one (see plugin.cpp).
+bool has_better_home(ggml_backend_dev_t inner, const ggml_tensor* op) {
+  ggml_tensor* weight = op->src[0];
+  if ((op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) || !weight || weight->data || !weight->buffer ||
+      weight->buffer->size != 0 || !is_kv_buffer_type(weight->buffer->buft)) {
+    return false;
+  }
+  const auto get_extra_types = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
+      ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(inner), "ggml_backend_dev_get_extra_bufts"));
+  ggml_backend_buffer_type_t* types = get_extra_types ? get_extra_types(inner) : nullptr;
+  ggml_backend_buffer_t ours = weight->buffer;
+  bool better = false;
+  for (; types && *types && !better; types++) {
+    ggml_backend_buffer_t dummy = ggml_backend_buft_alloc_buffer(*types, 0);
+    weight->buffer = dummy;
+    better = dummy && ggml_backend_dev_supports_op(inner, op);
+    weight->buffer = ours;
+    if (dummy) ggml_backend_buffer_free(dummy);
+  }
+  return better;
 }
 
 bool device_supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
   std::string why;
   switch (classify(op, &why)) {
-    case NodeKind::other:
-      return inner_supports(context_of(device).inner, op);
+    case NodeKind::other: {
+      ggml_backend_dev_t inner = context_of(device).inner;
+      return !has_better_home(inner, op) && ggml_backend_dev_supports_op(inner, op);
+    }
     case NodeKind::refused: {
       const KvBuffer* buffer = KvBuffer::of(op);
       for (const ggml_tensor* src : op->src) {
