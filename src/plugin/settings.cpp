@@ -43,7 +43,7 @@ std::string number(double value) {
 Settings Settings::parse(const std::string& text) {
   Settings s;
   std::set<std::string> given;
-  for (size_t begin = 0; begin < text.size();) {
+  for (size_t begin = 0; !text.empty() && begin <= text.size();) {  // an item after a last comma too
     size_t end = text.find(',', begin);
     if (end == std::string::npos) end = text.size();
     const std::string item = text.substr(begin, end - begin);
