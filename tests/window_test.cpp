@@ -124,5 +124,22 @@ TEST(Window, RewrittenCellsAreForgotten) {
   EXPECT_EQ(s.window.find(3), -1);
 }
 
+// What a removed sequence left in its stream goes before the window of a stream that has been idle for longer.
+TEST(Window, StreamsRecycleTheirOwnSlots) {
+  Window window({1, 4}, 10, 100, 2);
+  const auto write = [&](int64_t first, int n) {
+    for (int64_t cell = first; cell < first + n; cell++) {
+      window.begin_batch({&cell, 1});
+      window.commit([&](int, int64_t other) { return other >= first && other <= cell; });
+    }
+  };
+  write(100, 5);
+  write(0, 9);
+  write(20, 9);  // of another sequence: sees none of the first nine
+  for (int64_t cell : {100, 101, 102, 103, 104, 20, 25, 26, 27, 28}) EXPECT_GE(window.find(cell), 0) << cell;
+  for (int64_t cell = 40; cell < 49; cell++) window.place(cell);  // a loaded state
+  for (int64_t cell : {100, 101, 102, 103, 104}) EXPECT_GE(window.find(cell), 0) << cell;
+}
+
 }  // namespace
 }  // namespace thimble

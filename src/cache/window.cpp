@@ -5,8 +5,11 @@
 
 namespace thimble {
 
-Window::Window(WindowSize size, int max_slots, int64_t cells_per_stream)
-    : size_(size), max_slots_(size.total() > 0 ? max_slots : 0), cells_per_stream_(cells_per_stream) {}
+Window::Window(WindowSize size, int max_slots, int64_t cells_per_stream, int n_streams)
+    : size_(size),
+      max_slots_(size.total() > 0 ? max_slots : 0),
+      max_slots_per_stream_(max_slots_ / n_streams),
+      cells_per_stream_(cells_per_stream) {}
 
 int Window::find(int64_t cell) const {
   const auto it = slot_of_.find(cell);
@@ -49,27 +52,39 @@ void Window::begin_batch(std::span<const int64_t> cells) {
 }
 
 // A slot for one more cell: an unused one, a new one, or that of the cell which no batch has seen for longest (its
-// sequence is idle or gone), the oldest written among equals.
-int Window::free_slot() {
+// sequence is idle or gone), the oldest written among equals. A stream that has its share recycles its own: what is
+// left there of a removed sequence may have been seen later than what an idle stream still needs.
+int Window::free_slot(int64_t cell) {
+  const auto in_stream = [&](const Slot& slot) { return slot.cell / cells_per_stream_ == cell / cells_per_stream_; };
+  int unused = -1, n_in_stream = 0;
   for (int i = 0; i < int(slots_.size()); i++) {
-    if (slots_[i].cell < 0) return i;
+    if (slots_[i].cell < 0) {
+      if (unused < 0) unused = i;
+    } else if (in_stream(slots_[i])) {
+      n_in_stream++;
+    }
   }
-  if (int(slots_.size()) < max_slots_) {
+  if (n_in_stream < max_slots_per_stream_) {
+    if (unused >= 0) return unused;
     slots_.emplace_back();
     return int(slots_.size()) - 1;
   }
-  if (slots_.empty()) return -1;
-  const auto oldest = std::min_element(slots_.begin(), slots_.end(), [](const Slot& a, const Slot& b) {
-    return a.seen != b.seen ? a.seen < b.seen : a.written < b.written;
-  });
+  Slot* oldest = nullptr;
+  for (Slot& slot : slots_) {
+    if (slot.cell < 0 || !in_stream(slot)) continue;
+    if (!oldest || (slot.seen != oldest->seen ? slot.seen < oldest->seen : slot.written < oldest->written)) {
+      oldest = &slot;
+    }
+  }
+  if (!oldest) return -1;
   slot_of_.erase(oldest->cell);
   oldest->cell = -1;
-  return int(oldest - slots_.begin());
+  return int(oldest - slots_.data());
 }
 
 int Window::place(int64_t cell) {
   forget(cell);
-  const int slot = free_slot();
+  const int slot = free_slot(cell);
   if (slot < 0) return -1;
   slots_[slot] = {cell, ++clock_, batch_number_};
   slot_of_[cell] = slot;
@@ -130,7 +145,7 @@ std::vector<Window::Move> Window::commit(const std::function<bool(int, int64_t)>
   }
   for (size_t i = candidates.size(); i-- > 0;) {  // oldest first
     if (candidates[i].slot >= 0 || !keep[i]) continue;
-    const int slot = free_slot();
+    const int slot = free_slot(candidates[i].cell);
     if (slot < 0) break;
     slots_[slot] = {candidates[i].cell, candidates[i].written, batch_number_};
     slot_of_[candidates[i].cell] = slot;

@@ -25,9 +25,9 @@ struct WindowSize {
 
 class Window {
 public:
-  /// `max_slots`: how many cells can be kept when no batch is in flight, all sequences together. Cells are numbered
-  /// through all streams, `cells_per_stream` to each.
-  Window(WindowSize size, int max_slots, int64_t cells_per_stream);
+  /// `max_slots`: how many cells can be kept when no batch is in flight, all sequences together; each stream gets an
+  /// equal share of them. Cells are numbered through all streams, `cells_per_stream` to each.
+  Window(WindowSize size, int max_slots, int64_t cells_per_stream, int n_streams = 1);
 
   /// A row that is at hand exactly: of a slot, or of the batch in flight.
   struct Row {
@@ -68,11 +68,12 @@ private:
     uint64_t written = 0;  // order of writing, over all cells
     uint64_t seen = 0;     // last batch that could see it
   };
-  int free_slot();
+  int free_slot(int64_t cell);
   void list_rows();
 
   WindowSize size_;
   int max_slots_;
+  int max_slots_per_stream_;
   int64_t cells_per_stream_;
   uint64_t clock_ = 0, batch_number_ = 0;
   std::vector<Slot> slots_;  // grows up to max_slots_
