@@ -65,7 +65,7 @@ TEST_F(PluginDecode, TheSameThreadsGiveTheSameBits) {
   options.n_threads = 2;
   Session a(options), b(options);
   for (Session* s : {&a, &b}) feed_batches(*s, {70, 1, 3});
-  EXPECT_EQ(a.logits, b.logits);
+  EXPECT_TRUE(a.logits == b.logits);
 }
 
 TEST_F(PluginDecode, WithoutMmap) {
@@ -195,7 +195,7 @@ TEST_F(PluginDecode, ClearedCacheIsAsNew) {
     llama_memory_clear(used.memory(), true);
     used.logits.clear();
     for (Session* s : {&used, &fresh}) feed_batches(*s, {50, 3, 1, 1});
-    EXPECT_EQ(used.logits, fresh.logits) << bits << " bits";
+    EXPECT_TRUE(used.logits == fresh.logits) << bits << " bits";
   }
 }
 
@@ -204,7 +204,7 @@ TEST_F(PluginDecode, ClearedCacheIsAsNew) {
 // Four sequences one after the other in batches of four tokens, and the third of them alone.
 void feed_in_step(Session& session, bool only_third) {
   const int first[] = {0, 150, 300, 450};
-  for (int i = 0; i < 60; i++) {
+  for (int i = 0; i < 40; i++) {
     if (only_third) {
       session.feed(text(first[2] + i, 1), 2);
       continue;

@@ -114,9 +114,8 @@ llama_context_params context_params(const Options& options) {
   params.n_seq_max = options.n_seq;
   params.kv_unified = options.unified;
   params.n_threads = params.n_threads_batch = options.n_threads;
-  // Plain llama.cpp is the more exact without flash attention: with it, values are summed in f16 on the CPU (NMSE
-  // 1e-5).
-  params.flash_attn_type = options.coded() ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  params.flash_attn_type =
+      options.coded() || options.plain_flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   return params;
 }
 

@@ -1,0 +1,190 @@
+// Contexts beside one another, and contexts that cannot be made.
+#include <cmath>
+#include <cstdlib>
+#include <thread>
+
+#include "plugin_session.h"
+
+namespace thimble::test {
+namespace {
+
+using PluginContexts = PluginTest;
+using PluginRefuses = PluginTest;
+
+void tell(Session& session, int first) {
+  session.feed(text(first, 70), 0, 4);
+  for (int i = 0; i < 6; i++) session.feed(text(first + 70 + i, 1));
+}
+
+std::vector<Logits> told_alone(const Options& options, int first) {
+  Session session(options);
+  tell(session, first);
+  return session.logits;
+}
+
+// ---- side by side
+
+TEST_F(PluginContexts, OfOtherSettingsInOneProcess) {
+  const Options two = Options{}.with_bits(2), four = Options{}.with_bits(4), pass = Options{}.with_bits(16);
+  Session a(two), b(four), c(pass);
+  for (int i = 0; i < 40; i++) {
+    for (Session* s : {&a, &b, &c}) s->feed(text(i, 1));
+  }
+  for (auto [session, options] : {std::pair{&a, two}, {&b, four}, {&c, pass}}) {
+    Session alone(options);
+    for (int i = 0; i < 40; i++) alone.feed(text(i, 1));
+    EXPECT_TRUE(session->logits == alone.logits) << options.kv();
+  }
+}
+
+// As speculative decoding does it: another model on the device, whose cache tensors have the same names.
+TEST_F(PluginContexts, OfTwoModelsInTurns) {
+  Options target = Options{}.with_bits(4), draft = target;
+  draft.mmap = false;  // loads the model another time
+  draft.n_ctx = 512;
+  ASSERT_NE(load_model(true, true), load_model(true, false));
+  Session a(target), b(draft);
+  for (int round = 0; round < 8; round++) {
+    for (int i = 0; i < 4; i++) b.feed(text(100 + 4 * round + i, 1));
+    a.feed(text(4 * round, 4));
+    llama_memory_seq_rm(a.memory(), 0, 4 * round + 3, -1);  // the last guess was wrong
+    a.feed(text(4 * round + 3, 1));
+  }
+  Session a_alone(target), b_alone(draft);
+  for (int i = 0; i < 32; i++) b_alone.feed(text(100 + i, 1));
+  for (int round = 0; round < 8; round++) {
+    a_alone.feed(text(4 * round, 4));
+    llama_memory_seq_rm(a_alone.memory(), 0, 4 * round + 3, -1);
+    a_alone.feed(text(4 * round + 3, 1));
+  }
+  EXPECT_TRUE(a.logits == a_alone.logits);
+  EXPECT_TRUE(b.logits == b_alone.logits);
+}
+
+TEST_F(PluginContexts, DecodeFromTwoThreadsAtOnce) {
+  Options options = Options{}.with_bits(2);
+  const auto first_alone = told_alone(options, 0), second_alone = told_alone(options, 300);
+  Session first(options), second(options);
+  text(0, 1);  // read before the threads start
+  std::thread other([&] { tell(second, 300); });
+  tell(first, 0);
+  other.join();
+  EXPECT_TRUE(first.logits == first_alone);
+  EXPECT_TRUE(second.logits == second_alone);
+}
+
+TEST_F(PluginContexts, ThreadsChangeBetweenBatches) {
+  Session session(Options{}.with_bits(4)), plain(Options{});
+  for (Session* s : {&session, &plain}) {
+    int first = 0;
+    for (int n_threads : {1, 3, 2}) {
+      llama_set_n_threads(s->context(), n_threads, n_threads);
+      for (int n : {12, 1, 1}) s->feed(text(first, n)), first += n;
+    }
+  }
+  EXPECT_LT(compare(plain.logits, session.logits).mean_kl, 0.02);
+}
+
+TEST_F(PluginContexts, WithoutAWindow) {
+  Options options;
+  options.first = options.last = 0;
+  expect_like_plain(
+      options, [](Session& s) { tell(s, 0); }, 0.05);
+}
+
+TEST_F(PluginContexts, ANewContextFindsNothingOfAnOldOne) {
+  const Options options = Options{}.with_bits(2);
+  const auto before = told_alone(options, 0);
+  told_alone(options, 300);
+  EXPECT_TRUE(told_alone(options, 0) == before);
+}
+
+TEST_F(PluginContexts, SmallCachesStayF16) {
+  const Options options = Options{}.with_bits(2);
+  llama_context_params params = context_params(options);
+  setenv("THIMBLE_KV", "bits=2", 1);
+  params.n_ctx = 1024;
+  take_log();
+  const std::shared_ptr<llama_context> context(llama_init_from_model(load_model(true).get(), params), llama_free);
+  ASSERT_NE(context, nullptr);
+  EXPECT_NE(take_log().find("THIMBLE0 KV buffer size =    22.50 MiB"), std::string::npos);
+}
+
+TEST_F(PluginContexts, EmbeddingsAsPlain) {
+  std::vector<Logits> embeddings;
+  for (double bits : {0.0, 16.0}) {
+    llama_context_params params = context_params(Options{}.with_bits(bits));
+    params.embeddings = true;
+    params.pooling_type = LLAMA_POOLING_TYPE_MEAN;
+    const auto model = load_model(bits != 0);
+    const std::shared_ptr<llama_context> context(llama_init_from_model(model.get(), params), llama_free);
+    ASSERT_NE(context, nullptr);
+    Tokens tokens = text(0, 50);
+    ASSERT_EQ(llama_decode(context.get(), llama_batch_get_one(tokens.data(), int(tokens.size()))), 0);
+    const float* data = llama_get_embeddings_seq(context.get(), 0);
+    ASSERT_NE(data, nullptr);
+    embeddings.push_back({data, data + llama_model_n_embd(model.get())});
+  }
+  double error = 0, power = 0;
+  for (size_t i = 0; i < embeddings[0].size(); i++) {
+    error += std::pow(embeddings[0][i] - embeddings[1][i], 2);
+    power += std::pow(embeddings[0][i], 2);
+  }
+  EXPECT_LT(error / power, 1e-6);
+}
+
+// ---- refused, with a sentence
+
+void expect_refused(const llama_context_params& params, const std::string& sentence) {
+  take_log();
+  const std::shared_ptr<llama_context> context(llama_init_from_model(load_model(true).get(), params), llama_free);
+  const std::string log = take_log();
+  EXPECT_EQ(context, nullptr) << sentence;
+  EXPECT_NE(log.find(sentence), std::string::npos) << "not in the log: " << sentence << "\n" << log;
+}
+
+TEST_F(PluginRefuses, FlashAttentionOff) {
+  llama_context_params params = context_params(Options{}.with_bits(4));
+  params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  expect_refused(params, "flash attention is off, which a coded cache needs: start with --flash-attn on");
+}
+
+TEST_F(PluginRefuses, OtherCacheTypes) {
+  llama_context_params params = context_params(Options{}.with_bits(4));
+  params.type_k = GGML_TYPE_Q8_0;
+  expect_refused(params, "leave --cache-type-k and --cache-type-v at f16");
+  params.type_k = GGML_TYPE_F16;
+  params.type_v = GGML_TYPE_Q8_0;
+  expect_refused(params, "leave --cache-type-k and --cache-type-v at f16");
+  params.type_v = GGML_TYPE_F32;
+  expect_refused(params, "leave --cache-type-k and --cache-type-v at f16");
+}
+
+TEST_F(PluginRefuses, WrongSettings) {
+  const llama_context_params params = context_params(Options{}.with_bits(4));
+  for (const auto& [text, named] : {std::pair{"bits=5", "bits=5 is not one of"},
+                                    {"bit=4", "unknown key 'bit'"},
+                                    {"bits=4,,small=0", "'' is not of the form key=value"},
+                                    {"garbage", "'garbage' is not of the form key=value"}}) {
+    setenv("THIMBLE_KV", text, 1);
+    expect_refused(params, named);
+  }
+}
+
+TEST_F(PluginRefuses, AProfileThatIsNotThere) {
+  const llama_context_params params = context_params(Options{}.with_bits(4));
+  setenv("THIMBLE_KV", "bits=4,small=0,profile=/no/such/file.thimble.gguf", 1);
+  expect_refused(params, "/no/such/file.thimble.gguf");
+}
+
+// After all refusals the process makes and runs contexts as before.
+TEST_F(PluginRefuses, AndGoesOn) {
+  llama_context_params params = context_params(Options{}.with_bits(4));
+  const auto before = told_alone(Options{}.with_bits(4), 0);
+  params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  for (int i = 0; i < 3; i++) EXPECT_EQ(llama_init_from_model(load_model(true).get(), params), nullptr);
+  EXPECT_TRUE(told_alone(Options{}.with_bits(4), 0) == before);
+}
+
+}  // namespace
+}  // namespace thimble::test

@@ -1,0 +1,149 @@
+// States of a coded cache: saved, loaded elsewhere and saved again they are the same bytes, and decoding goes on with
+// the very same logits.
+#include <unistd.h>
+
+#include <filesystem>
+
+#include "plugin_session.h"
+
+namespace thimble::test {
+namespace {
+
+using Bytes = std::vector<uint8_t>;
+
+Bytes save(Session& session) {
+  Bytes state(llama_state_get_size(session.context()));
+  state.resize(llama_state_get_data(session.context(), state.data(), state.size()));
+  return state;
+}
+
+bool load(Session& session, const Bytes& state) {
+  return llama_state_set_data(session.context(), state.data(), state.size()) == state.size();
+}
+
+Bytes save(Session& session, int sequence) {
+  Bytes state(llama_state_seq_get_size(session.context(), sequence));
+  state.resize(llama_state_seq_get_data(session.context(), state.data(), state.size(), sequence));
+  return state;
+}
+
+size_t load(Session& session, const Bytes& state, int sequence) {
+  return llama_state_seq_set_data(session.context(), state.data(), state.size(), sequence);
+}
+
+// Logits of a few more tokens: one by one, then a few together.
+std::vector<Logits> go_on(Session& session, int sequence = 0) {
+  session.logits.clear();
+  for (int i = 0; i < 3; i++) session.feed(text(400 + i, 1), sequence);
+  session.feed(text(403, 5), sequence);
+  return session.logits;
+}
+
+class PluginState : public PluginTest, public testing::WithParamInterface<double> {
+protected:
+  Options options(uint32_t n_seq = 1, bool unified = true) {
+    Options options;
+    options.bits = GetParam();
+    options.n_seq = n_seq;
+    options.unified = unified;
+    options.n_ctx *= unified ? 1 : n_seq;
+    return options;
+  }
+};
+
+TEST_P(PluginState, WholeStateGoesOnBitForBit) {
+  Session original(options()), restored(options());
+  original.feed(text(0, 90), 0, 1);
+  for (int i = 0; i < 5; i++) original.feed(text(90 + i, 1));
+  restored.feed(text(500, 40), 0, 1);  // is replaced
+
+  const Bytes state = save(original);
+  ASSERT_TRUE(load(restored, state));
+  EXPECT_TRUE(save(restored) == state);
+  EXPECT_TRUE(go_on(restored) == go_on(original));
+}
+
+// After removal and reuse a sequence's cells are not in the order of its positions.
+TEST_P(PluginState, OfReusedCellsGoesOnBitForBit) {
+  Session original(options()), restored(options());
+  original.feed(text(0, 100), 0, 1);
+  llama_memory_seq_rm(original.memory(), 0, 20, 50);
+  for (int i = 0; i < 40; i++) original.feed(text(200 + i, 1));
+
+  const Bytes state = save(original);
+  ASSERT_TRUE(load(restored, state));
+  EXPECT_TRUE(save(restored) == state);
+  EXPECT_TRUE(go_on(restored) == go_on(original));
+}
+
+TEST_P(PluginState, OfASequenceIntoOtherCells) {
+  for (bool unified : {true, false}) {
+    Session original(options(2, unified)), restored(options(2, unified)), back(options(2, unified));
+    original.feed(text(0, 90), 0, 1);
+    restored.feed(text(500, 37), 0, 1);  // occupies the first cells
+
+    const Bytes state = save(original, 0);
+    ASSERT_EQ(load(restored, state, 1), state.size());
+    const Bytes from_there = save(restored, 1);  // names sequence 1, so it is no copy of the first
+    ASSERT_EQ(load(back, from_there, 0), from_there.size());
+    EXPECT_TRUE(save(back, 0) == state) << (unified ? "unified" : "streams");
+    // Other cells are other blocks, hence sums in another order.
+    EXPECT_LT(compare(go_on(original, 0), go_on(restored, 1)).nmse, 1e-4) << (unified ? "unified" : "streams");
+  }
+}
+
+TEST_P(PluginState, OfASequenceIntoItsOwnContext) {
+  Session session(options(2, false)), undisturbed(options(2, false));
+  for (Session* s : {&session, &undisturbed}) s->feed_together({{0, text(0, 90)}, {1, text(300, 50)}}, 1);
+  const Bytes state = save(session, 0);
+  llama_memory_seq_rm(session.memory(), 0, -1, -1);
+  session.feed(text(500, 70), 0, 1);
+  llama_memory_seq_rm(session.memory(), 0, -1, -1);
+  ASSERT_EQ(load(session, state, 0), state.size());
+  EXPECT_TRUE(save(session, 0) == state);
+  EXPECT_TRUE(go_on(session, 0) == go_on(undisturbed, 0));
+  EXPECT_TRUE(go_on(session, 1) == go_on(undisturbed, 1));
+}
+
+TEST_P(PluginState, ThroughAFile) {
+  const auto path = std::filesystem::temp_directory_path() /
+                    ("thimble-state-" + std::to_string(GetParam()) + "-" + std::to_string(getpid()));
+  Session original(options()), restored(options());
+  const Tokens tokens = text(0, 80);
+  original.feed(tokens, 0, 1);
+  ASSERT_TRUE(llama_state_save_file(original.context(), path.c_str(), tokens.data(), tokens.size()));
+  Tokens read(100);
+  size_t n_read = 0;
+  EXPECT_TRUE(llama_state_load_file(restored.context(), path.c_str(), read.data(), read.size(), &n_read));
+  read.resize(n_read);
+  EXPECT_EQ(read, tokens);
+  EXPECT_TRUE(go_on(restored) == go_on(original));
+  std::filesystem::remove(path);
+}
+
+TEST_P(PluginState, OfPlainLlamaCppLoads) {
+  Options plain_options = options().with_bits(0);
+  plain_options.plain_flash_attention = true;  // without it, llama.cpp transposes the values, and only loads them so
+  Session plain(plain_options), coded(options());
+  plain.feed(text(0, 80), 0, 1);
+  const Bytes state = save(plain, 0);
+  ASSERT_EQ(load(coded, state, 0), state.size());
+  const double kl = compare(go_on(plain), go_on(coded)).mean_kl;
+  EXPECT_LT(kl, GetParam() == 16 ? 1e-4 : GetParam() == 4 ? 0.02 : 1.0);
+}
+
+INSTANTIATE_TEST_SUITE_P(, PluginState, testing::Values(16.0, 4.0, 2.0),
+                         [](const auto& info) { return "Bits" + std::to_string(int(info.param)); });
+
+using PluginStateRefused = PluginTest;
+
+TEST_F(PluginStateRefused, CutShort) {
+  Session session(Options{}.with_bits(4)), other(Options{}.with_bits(4));
+  session.feed(text(0, 80), 0, 1);
+  Bytes state = save(session, 0);
+  state.resize(state.size() / 2);
+  EXPECT_EQ(load(other, state, 0), 0u);
+}
+
+}  // namespace
+}  // namespace thimble::test

@@ -1,0 +1,80 @@
+// THIMBLE_KV: what it accepts, and that whatever is wrong with it is named.
+#include "plugin/settings.h"
+
+#include <gtest/gtest.h>
+
+#include <stdexcept>
+
+namespace thimble {
+namespace {
+
+TEST(Settings, DefaultsAndWhatIsSaid) {
+  const Settings none = Settings::parse("");
+  EXPECT_EQ(none.key_bits, 4);
+  EXPECT_EQ(none.value_bits, 4);
+  EXPECT_EQ(none.window, (WindowSize{8, 128}));
+  EXPECT_EQ(none.small_cells, 1024);
+
+  const Settings all =
+      Settings::parse("bits=4/2,window=16+64,sequences=9,small=0,profile=/a/model.thimble.gguf,device=CUDA0");
+  EXPECT_EQ(all.key_bits, 4);
+  EXPECT_EQ(all.value_bits, 2);
+  EXPECT_EQ(all.window, (WindowSize{16, 64}));
+  EXPECT_EQ(all.sequences, 9);
+  EXPECT_EQ(all.small_cells, 0);
+  EXPECT_EQ(all.profile, "/a/model.thimble.gguf");
+  EXPECT_EQ(all.device, "CUDA0");
+  EXPECT_EQ(Settings::parse("bits=1.25").key_bits, 1.25);
+}
+
+TEST(Settings, PassThroughIsBothSidesAt16) {
+  EXPECT_TRUE(Settings::parse("bits=16").passthrough());
+  EXPECT_TRUE(Settings::parse("bits=f16").passthrough());
+  EXPECT_FALSE(Settings::parse("bits=16/4").passthrough());
+}
+
+TEST(Settings, PrintedTheyReadTheSame) {
+  for (const char* text : {"", "bits=2", "bits=4/1.5,window=0+0,sequences=1,small=7", "profile=p,device=CPU"}) {
+    const Settings s = Settings::parse(text);
+    EXPECT_EQ(Settings::parse(s.to_string()).to_string(), s.to_string()) << text;
+  }
+}
+
+TEST(Settings, HashNamesTheCodes) {
+  const uint64_t hash = Settings::parse("bits=4").hash();
+  EXPECT_EQ(Settings::parse("bits=4,sequences=7,small=0").hash(), hash);
+  EXPECT_NE(Settings::parse("bits=2").hash(), hash);
+  EXPECT_NE(Settings::parse("bits=4/2").hash(), Settings::parse("bits=2/4").hash());
+}
+
+struct Wrong {
+  const char* text;
+  const char* named;
+};
+class SettingsRefuse : public testing::TestWithParam<Wrong> {};
+
+TEST_P(SettingsRefuse, AndNameWhatIsWrong) {
+  try {
+    Settings::parse(GetParam().text);
+    FAIL() << "accepted";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_NE(std::string(error.what()).find(GetParam().named), std::string::npos) << error.what();
+    EXPECT_EQ(std::string(error.what()).rfind("THIMBLE_KV: ", 0), 0u) << error.what();
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    , SettingsRefuse,
+    testing::Values(Wrong{"bit=4", "'bit'"}, Wrong{"bits", "'bits'"}, Wrong{"bits=", "bits="},
+                    Wrong{"bits=5", "bits=5"}, Wrong{"bits=4.0", "bits=4.0"}, Wrong{"bits= 4", "bits= 4"},
+                    Wrong{" bits=4", "' bits'"}, Wrong{"bits=4/", "bits="}, Wrong{"bits=4/2/1", "bits=2/1"},
+                    Wrong{"bits=4,bits=4", "twice"}, Wrong{"bits=4,", "key=value"}, Wrong{",", "key=value"},
+                    Wrong{",bits=4", "key=value"}, Wrong{"bits=4,,small=0", "key=value"}, Wrong{"=4", "''"},
+                    Wrong{"window=128", "window=128"}, Wrong{"window=8+", "window="}, Wrong{"window=+8", "window="},
+                    Wrong{"window=8+-1", "window=-1"}, Wrong{"window=8+12x", "window=12x"},
+                    Wrong{"window=8+99999999999", "window=99999999999"}, Wrong{"sequences=0", "sequences=0"},
+                    Wrong{"sequences=1e3", "sequences=1e3"}, Wrong{"small=-1", "small=-1"}, Wrong{"small=", "small="},
+                    Wrong{"profile=", "profile="}, Wrong{"device=", "device="}));
+
+}  // namespace
+}  // namespace thimble
