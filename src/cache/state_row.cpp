@@ -49,7 +49,7 @@ void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const 
     std::memcpy(&saved_hash, row + sizeof(kTag), sizeof(saved_hash));
     if (format.f16 || saved_hash != hash) {
       throw std::runtime_error(
-          "this state was saved with other cache settings (bits, window, profile or model); load it with the "
+          "this state was saved with other cache settings (bits or profile); load it with the "
           "THIMBLE_KV "
           "that it was saved with");
     }
