@@ -44,6 +44,31 @@ std::string attention_problem(const ggml_tensor* node) {
   return {};
 }
 
+// Whether query `row` of an attention node sees a cell. Row r is token r % n_tokens of stream r / n_tokens, as
+// llama.cpp splits a batch into streams.
+bool sees(const ggml_tensor* node, int64_t row, int64_t cell) {
+  const ggml_tensor *q = node->src[0], *k = node->src[1], *mask = node->src[3];
+  const int64_t n_tokens = q->ne[1], stream = row / n_tokens;
+  const int64_t first = k->view_offs / root_of(k)->nb[1], per_stream = root_of(k)->ne[1];
+  const int64_t in_stream = cell - first - stream * per_stream;
+  if (in_stream < 0 || in_stream >= k->ne[1]) return false;
+  if (!mask) return true;
+  const char* at = static_cast<const char*>(mask->data) + (row % n_tokens) * mask->nb[1] +
+                   (mask->ne[3] > 1 ? stream * mask->nb[3] : 0);
+  return reinterpret_cast<const uint16_t*>(at)[in_stream] != 0xfc00;
+}
+
+bool sees_refused_cell(const ggml_tensor* node, const ManagedLayer& layer) {
+  for (const auto& cells : layer.refused) {
+    for (const auto& [cell, bytes] : cells) {
+      for (int64_t row = 0; row < node->src[0]->ne[1] * node->src[0]->ne[3]; row++) {
+        if (sees(node, row, cell)) return true;
+      }
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
 NodeKind classify(const ggml_tensor* node, std::string* why) {
@@ -110,6 +135,7 @@ void CpuGraph::run_write(ggml_tensor*, int thread, int n_threads, void* data) {
                                                    : *reinterpret_cast<const int32_t*>(at);
       }
       op.layer->cache->begin_write(op.kind, op.cells);
+      for (int64_t cell : op.cells) op.layer->refused[int(op.kind)].erase(cell);
     }
   } catch (const std::exception&) {
     op.failed = true;
@@ -162,6 +188,7 @@ void CpuGraph::run_attend(ggml_tensor* dst, int thread, int n_threads, void* dat
       p.softcap = softcap;
       p.sinks = op.node->src[4] ? static_cast<const float*>(op.node->src[4]->data) : nullptr;
       attention.prepare(p, n_threads, kernels());
+      op.failed = sees_refused_cell(op.node, *op.layer);
     } catch (const std::exception&) {
       op.failed = true;
     }
@@ -174,19 +201,8 @@ void CpuGraph::run_attend(ggml_tensor* dst, int thread, int n_threads, void* dat
   if (!op.commits) return;
   op.barrier.wait(n_threads);
   if (thread != 0) return;
-  // Row r of the batch is token r % n_tokens of stream r / n_tokens, as llama.cpp splits a batch into streams.
-  const int64_t n_tokens = q->ne[1], n_cells = k->ne[1], per_stream = root_of(k)->ne[1];
-  const bool rows_match = int64_t(op.layer->cache->window().batch().size()) == n_tokens * q->ne[3];
-  op.layer->cache->commit([&](int row, int64_t cell) {
-    if (!rows_match) return true;
-    const int64_t stream = row / n_tokens, first = k->view_offs / root_of(k)->nb[1];
-    const int64_t in_stream = cell - first - stream * per_stream;
-    if (in_stream < 0 || in_stream >= n_cells) return false;
-    if (!mask) return true;
-    const char* at = static_cast<const char*>(mask->data) + (row % n_tokens) * mask->nb[1] +
-                     (mask->ne[3] > 1 ? stream * mask->nb[3] : 0);
-    return reinterpret_cast<const uint16_t*>(at)[in_stream] != 0xfc00;
-  });
+  const bool rows_match = int64_t(op.layer->cache->window().batch().size()) == q->ne[1] * q->ne[3];
+  op.layer->cache->commit([&](int row, int64_t cell) { return !rows_match || sees(op.node, row, cell); });
 }
 
 ggml_status CpuGraph::run_segment(ggml_cgraph* graph, int first, int last) {
@@ -246,7 +262,10 @@ ggml_status CpuGraph::compute(ggml_cgraph* graph) {
   if (status == GGML_STATUS_SUCCESS) status = run_segment(graph, begin, n_nodes);
   for (auto& [i, node] : replaced) nodes[i] = node;
   for (const Op& op : ops_) {
-    if (op.failed && status == GGML_STATUS_SUCCESS) status = GGML_STATUS_FAILED;
+    if (!op.failed || status != GGML_STATUS_SUCCESS) continue;
+    GGML_LOG_ERROR("thimble: layer %d cannot be attended to: its cells hold a state of other cache settings\n",
+                   op.layer->index);
+    status = GGML_STATUS_FAILED;
   }
   return status;
 }

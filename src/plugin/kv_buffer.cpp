@@ -265,6 +265,7 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
 }
 
 void KvBuffer::use(const char* kernels) {
+  said_refusal_ = false;
   if (in_use_) return;
   in_use_ = true;
   size_t f16_bytes = 0;
@@ -280,6 +281,7 @@ void KvBuffer::clear(uint8_t value) {
   if (inner_->size > 0) ggml_backend_buffer_clear(inner_, value);
   for (auto& [index, layer] : layers_) {
     if (layer.cache) layer.cache->clear();
+    for (auto& cells : layer.refused) cells.clear();
     for (auto& memory : layer.own_memory) std::fill(memory.begin(), memory.end(), value);
   }
 }
@@ -303,7 +305,13 @@ void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, siz
   const Rows rows = rows_of(tensor, offset, size);
   const size_t row_bytes = root_of(tensor)->nb[1];
   for (int64_t i = 0; i < rows.count; i++) {
-    save_cell(*rows.layer->cache, rows.kind, rows.first + i, source_->hash(), data + i * row_bytes);
+    uint8_t* row = data + i * row_bytes;
+    const auto& refused = rows.layer->refused[int(rows.kind)];
+    if (const auto it = refused.find(rows.first + i); it != refused.end()) {
+      std::copy(it->second.begin(), it->second.end(), row);
+    } else {
+      save_cell(*rows.layer->cache, rows.kind, rows.first + i, source_->hash(), row);
+    }
   }
 }
 
@@ -311,7 +319,17 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
   const Rows rows = rows_of(tensor, offset, size);
   const size_t row_bytes = root_of(tensor)->nb[1];
   for (int64_t i = 0; i < rows.count; i++) {
-    load_cell(*rows.layer->cache, rows.kind, rows.first + i, source_->hash(), data + i * row_bytes);
+    const uint8_t* row = data + i * row_bytes;
+    const int64_t cell = rows.first + i;
+    auto& refused = rows.layer->refused[int(rows.kind)];
+    try {
+      load_cell(*rows.layer->cache, rows.kind, cell, source_->hash(), row);
+      refused.erase(cell);
+    } catch (const std::runtime_error& error) {
+      refused[cell].assign(row, row + row_bytes);
+      if (!said_refusal_) GGML_LOG_ERROR("thimble: %s\n", error.what());
+      said_refusal_ = true;
+    }
   }
 }
 
@@ -324,6 +342,13 @@ bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
   if (source.count != shape.cells_per_stream || target.count != source.count) return false;
   layer->cache->copy_stream(kind, int(source.first / shape.cells_per_stream),
                             int(target.first / shape.cells_per_stream));
+  auto& refused = layer->refused[int(kind)];
+  std::erase_if(refused, [&](const auto& entry) {
+    return entry.first >= target.first && entry.first < target.first + target.count;
+  });
+  for (int64_t i = 0; i < source.count && !refused.empty(); i++) {
+    if (const auto it = refused.find(source.first + i); it != refused.end()) refused[target.first + i] = it->second;
+  }
   return true;
 }
 

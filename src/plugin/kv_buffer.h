@@ -38,6 +38,8 @@ struct ManagedLayer {
   ggml_tensor* tensors[2] = {nullptr, nullptr};  // by Kind; set by init_tensor
   std::unique_ptr<CacheLayer> cache;             // once bound
   std::vector<uint8_t> own_memory[2];            // where the reserved memory is too small (heads under kAssumedHeadDim)
+  // By Kind: cells last loaded from a state of other settings, and the rows as they came, which is how they are saved.
+  std::map<int64_t, std::vector<uint8_t>> refused[2];
 };
 
 class KvBuffer {
@@ -58,6 +60,8 @@ public:
   void add(ggml_tensor* tensor, const CacheName& name);
   void clear(uint8_t value);
   void save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size);
+  /// Rows of other settings are refused by a line in the log and by failing to attend to their cells: llama.cpp loads
+  /// states in a destructor, out of which no exception gets.
   void load(const ggml_tensor* tensor, const uint8_t* data, size_t offset, size_t size);
   bool copy(const ggml_tensor* from, ggml_tensor* to);
 
@@ -81,6 +85,7 @@ private:
   std::map<int, ManagedLayer> layers_;
   size_t bound_bytes_ = 0;
   bool in_use_ = false;
+  bool said_refusal_ = false;  // since the last graph
 };
 
 /// Whether a cache tensor of this shape is coded under these settings (else it stays f16 in the inner buffer).
