@@ -137,6 +137,52 @@ INSTANTIATE_TEST_SUITE_P(, PluginState, testing::Values(16.0, 4.0, 2.0),
 
 using PluginStateRefused = PluginTest;
 
+// What is said where the next token of a sequence cannot be decoded.
+std::string error_of(Session& session, int sequence = 0) {
+  try {
+    session.feed(text(80, 1), sequence);
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+// llama.cpp does not ask whether a row may be loaded, so the refusal is a line in the log, and a decode that fails as
+// long as it would see such cells.
+TEST_F(PluginStateRefused, WithOtherSettings) {
+  for (const auto& [bits, unified] : {std::pair{4, true}, {4, false}, {16, true}}) {
+    Options options;
+    options.n_seq = 2;
+    options.unified = unified;
+    Session two(options.with_bits(2)), session(options.with_bits(bits));
+    two.feed(text(0, 80), 0, 1);
+    const Bytes state = save(two, 0);
+    take_log();
+    load(session, state, 0);
+    EXPECT_NE(take_log().find("saved with other cache settings"), std::string::npos);
+    EXPECT_NE(error_of(session).find("its cells hold a state of other cache settings"), std::string::npos);
+    EXPECT_EQ(error_of(session, 1), "") << "a sequence that does not see the state";
+
+    EXPECT_TRUE(save(session, 0) == state);
+    llama_memory_seq_rm(session.memory(), 1, -1, -1);
+    llama_memory_seq_cp(session.memory(), 0, 1, -1, -1);
+    EXPECT_NE(error_of(session, 1), "");
+
+    llama_memory_clear(session.memory(), true);
+    Session fresh(session.options());
+    EXPECT_TRUE(go_on(session) == go_on(fresh));
+  }
+}
+
+TEST_F(PluginStateRefused, CellsAreGoodAgainOnceWritten) {
+  Session two(Options{}.with_bits(2)), four(Options{}.with_bits(4)), fresh(Options{}.with_bits(4));
+  two.feed(text(0, 80), 0, 1);
+  load(four, save(two), 0);
+  llama_memory_seq_rm(four.memory(), 0, -1, -1);
+  for (Session* s : {&four, &fresh}) s->feed(text(300, 100), 0, 4);
+  EXPECT_TRUE(four.logits == fresh.logits);
+}
+
 TEST_F(PluginStateRefused, CutShort) {
   Session session(Options{}.with_bits(4)), other(Options{}.with_bits(4));
   session.feed(text(0, 80), 0, 1);
