@@ -13,12 +13,13 @@ size_t CacheSide::memory_bytes(const CacheShape& shape, const Format& format, in
 }
 
 CacheSide::CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, int n_slots,
-                     uint8_t* memory)
+                     uint8_t* memory, std::unique_ptr<ExactStore> store)
     : shape_(shape),
       codecs_(std::move(codecs)),
       n_slots_(n_slots),
       blocks_(memory),
-      slots_(reinterpret_cast<uint16_t*>(memory + memory_bytes(shape, codecs_->front().format, 0))) {}
+      slots_(reinterpret_cast<uint16_t*>(memory + memory_bytes(shape, codecs_->front().format, 0))),
+      store_(std::move(store)) {}
 
 void CacheSide::encode_row(const uint16_t* row, int64_t cell) const {
   const Kernels& k = kernels();
@@ -60,9 +61,21 @@ void CacheSide::copy_stream(int from, int to) {
     std::memcpy(block(head, to * shape_.cells_per_stream), block(head, from * shape_.cells_per_stream),
                 shape_.blocks_per_stream() * format().block_bytes());
   }
+  if (store_) store_->copy(from * shape_.cells_per_stream, to * shape_.cells_per_stream, shape_.cells_per_stream);
+}
+
+uint16_t* CacheLayer::exact_row(Kind kind, int64_t cell) {
+  CacheSide& s = side(kind);
+  if (s.store()) return s.store()->row(cell);
+  const int slot = window_.find(cell);
+  return slot >= 0 ? s.exact_row(slot) : nullptr;
 }
 
 void CacheLayer::begin_write(Kind kind, std::span<const int64_t> cells) {
+  CacheSide& s = side(kind);
+  if (s.store()) {
+    for (int64_t cell : cells) s.store()->reserve(cell);
+  }
   bool& mine = kind == Kind::key ? has_keys_ : has_values_;
   bool& other = kind == Kind::key ? has_values_ : has_keys_;
   const auto batch = window_.batch();
@@ -72,19 +85,22 @@ void CacheLayer::begin_write(Kind kind, std::span<const int64_t> cells) {
     other = false;
   }
   mine = true;
-  side(kind).in_flight().resize(cells.size() * side(kind).row_size());
+  if (!s.store()) s.in_flight().resize(cells.size() * s.row_size());
 }
 
 void CacheLayer::write_row(Kind kind, int row, const uint16_t* data) {
   CacheSide& s = side(kind);
-  std::memcpy(&s.in_flight()[size_t(row) * s.row_size()], data, s.row_size() * sizeof(uint16_t));
-  s.encode_row(data, window_.batch()[row]);
+  const int64_t cell = window_.batch()[row];
+  uint16_t* exact = s.store() ? s.store()->row(cell) : &s.in_flight()[size_t(row) * s.row_size()];
+  std::memcpy(exact, data, s.row_size() * sizeof(uint16_t));
+  s.encode_row(data, cell);
 }
 
 void CacheLayer::commit(const std::function<bool(int, int64_t)>& visible) {
   if (has_keys_ && has_values_) {
     for (const Window::Move& move : window_.commit(visible)) {
       for (CacheSide* s : {&keys_, &values_}) {
+        if (s->store()) continue;
         std::memcpy(s->exact_row(move.slot), &s->in_flight()[size_t(move.batch_row) * s->row_size()],
                     s->row_size() * sizeof(uint16_t));
       }
@@ -107,12 +123,14 @@ void CacheLayer::copy_stream(Kind kind, int from, int to) {
     const std::vector<Window::Row> rows = window_.rows();
     for (const Window::Row& row : rows) {
       if (row.in_flight || row.cell / n != from) continue;
-      std::vector<uint16_t> data(s.exact_row(row.index), s.exact_row(row.index) + s.row_size());
+      std::vector<uint16_t> data;
+      if (!s.store()) data.assign(s.exact_row(row.index), s.exact_row(row.index) + s.row_size());
       const int slot = window_.place(row.cell - from * n + to * n);
-      if (slot >= 0) std::copy(data.begin(), data.end(), s.exact_row(slot));
+      if (slot >= 0 && !s.store()) std::copy(data.begin(), data.end(), s.exact_row(slot));
     }
     return;
   }
+  if (s.store()) return;
   for (const Window::Row& row : window_.rows()) {
     if (row.in_flight || row.cell / n != to) continue;
     const int source = window_.find(row.cell - to * n + from * n);
@@ -123,6 +141,9 @@ void CacheLayer::copy_stream(Kind kind, int from, int to) {
 void CacheLayer::clear() {
   window_.clear();
   has_keys_ = has_values_ = false;
+  for (CacheSide* s : {&keys_, &values_}) {
+    if (s->store()) s->store()->clear();
+  }
 }
 
 }  // namespace thimble

@@ -1,5 +1,6 @@
-// The cache of one layer: coded blocks of every stream and KV head for K and for V, and the window's exact rows.
-// It knows nothing of who owns the memory: the blocks lie where the caller says.
+// The cache of one layer: coded blocks of every stream and KV head for K and for V, and the window's exact rows; or,
+// with an exact store, the exact rows of all cells. It knows nothing of who owns the memory: the blocks lie where the
+// caller says.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,7 @@
 
 #include "cache/window.h"
 #include "codec/head_codec.h"
+#include "store/exact_store.h"
 
 namespace thimble {
 
@@ -24,15 +26,16 @@ struct CacheShape {
 /// The keys or the values of one layer.
 ///
 /// Memory: block[n_kv_heads][n_streams][blocks_per_stream] of format.block_bytes() each, then
-/// exact[n_slots][n_kv_heads * head_dim] f16, the window's rows as the model wrote them (not transformed).
+/// exact[n_slots][n_kv_heads * head_dim] f16, the window's rows as the model wrote them (not transformed). With an
+/// exact store no row lies here (n_slots = 0) nor in flight: all do in the store.
 class CacheSide {
 public:
   /// Bytes of memory for a side whose window has `n_slots` rows there.
   static size_t memory_bytes(const CacheShape& shape, const Format& format, int n_slots);
 
   /// One codec a KV head, all of one format. `memory` must outlive the side; it is not cleared.
-  CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, int n_slots,
-            uint8_t* memory);
+  CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, int n_slots, uint8_t* memory,
+            std::unique_ptr<ExactStore> store = nullptr);
 
   const CacheShape& shape() const { return shape_; }
   const Format& format() const { return codecs_->front().format; }
@@ -57,13 +60,17 @@ public:
   uint16_t* exact_row(int slot);
   const uint16_t* exact_row(int slot) const { return const_cast<CacheSide*>(this)->exact_row(slot); }
 
+  /// Rows of all cells as the model wrote them, or null.
+  ExactStore* store() const { return store_.get(); }
+
   // The batch in flight: f16 rows, set between Window::begin_batch and commit.
   std::vector<uint16_t>& in_flight() { return in_flight_; }
   const uint16_t* row_data(const Window::Row& row) const {
+    if (store_) return store_->row(row.cell);
     return row.in_flight ? &in_flight_[size_t(row.index) * row_size()] : exact_row(row.index);
   }
 
-  /// Copies all blocks of a stream.
+  /// Copies all blocks of a stream, and what the store holds of it.
   void copy_stream(int from, int to);
 
 private:
@@ -74,6 +81,7 @@ private:
   uint16_t* slots_;
   std::vector<std::unique_ptr<uint16_t[]>> more_slots_;
   std::vector<uint16_t> in_flight_;
+  std::unique_ptr<ExactStore> store_;
 };
 
 /// K and V of one layer, with the window they share.
@@ -89,8 +97,15 @@ public:
   Window& window() { return window_; }
   const Window& window() const { return window_; }
 
+  /// The exact row of a cell, or null where only its codes are left.
+  uint16_t* exact_row(Kind kind, int64_t cell);
+  const uint16_t* exact_row(Kind kind, int64_t cell) const {
+    return const_cast<CacheLayer*>(this)->exact_row(kind, cell);
+  }
+
   /// Starts a write of `cells` to one side. K and V of a batch arrive in either order; the second to arrive with the
-  /// same cells joins the batch that the first began.
+  /// same cells joins the batch that the first began. Throws std::runtime_error where the exact store is full; the
+  /// layer is then as it was.
   void begin_write(Kind kind, std::span<const int64_t> cells);
   /// Row `row` of the batch, f16. Rows may be stored by several threads at once.
   void write_row(Kind kind, int row, const uint16_t* data);

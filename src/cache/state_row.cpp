@@ -1,7 +1,10 @@
 #include "cache/state_row.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
+
+#include "codec/half.h"
 
 namespace thimble {
 namespace {
@@ -20,9 +23,8 @@ bool state_row_fits(const CacheShape& shape, const Format& format) {
 void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, uint8_t* row) {
   const CacheSide& side = layer.side(kind);
   const size_t row_bytes = size_t(side.row_size()) * 2;
-  const int slot = layer.window().find(cell);
-  if (slot >= 0) {
-    std::memcpy(row, side.exact_row(slot), row_bytes);
+  if (const uint16_t* exact = layer.exact_row(kind, cell)) {
+    std::memcpy(row, exact, row_bytes);
     return;
   }
   const Format& format = side.format();
@@ -43,6 +45,7 @@ void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const 
   CacheSide& side = layer.side(kind);
   const Format& format = side.format();
   const bool coded = std::memcmp(row, kTag, sizeof(kTag)) == 0;
+  if (side.store()) side.store()->reserve(cell);
   if (kind == Kind::key) layer.window().forget(cell);
   if (coded) {
     uint64_t saved_hash;
@@ -57,14 +60,19 @@ void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const 
     for (int head = 0; head < side.shape().n_kv_heads; head++) {
       copy_cell_in(format, kind, row + kHeaderBytes + head * vector_bytes, side.block(head, cell), side.in_block(cell));
     }
+    if (side.store()) {  // what the codes stand for is all that is left of the row
+      std::vector<float> decoded(side.row_size());
+      side.decode_row(cell, decoded.data());
+      std::transform(decoded.begin(), decoded.end(), side.store()->row(cell), float_to_half);
+    }
     return;
   }
   std::vector<uint16_t> exact(side.row_size());
   std::memcpy(exact.data(), row, exact.size() * 2);
   side.encode_row(exact.data(), cell);
-  if (format.f16) return;
-  const int slot = kind == Kind::key ? layer.window().place(cell) : layer.window().find(cell);
-  if (slot >= 0) std::memcpy(side.exact_row(slot), exact.data(), exact.size() * 2);
+  if (format.f16 && !side.store()) return;
+  if (kind == Kind::key) layer.window().place(cell);
+  if (uint16_t* kept = layer.exact_row(kind, cell)) std::memcpy(kept, exact.data(), exact.size() * 2);
 }
 
 }  // namespace thimble

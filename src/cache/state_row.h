@@ -1,7 +1,7 @@
 // Cells as llama.cpp saves and loads them: rows of n_kv_heads * head_dim f16 numbers.
 //
-// A cell of the window is saved as that row. A coded cell does not need the room and is saved as its codes, after a tag
-// that no finite f16 row can begin with:
+// A cell whose row is kept exactly (window, exact store) is saved as that row. A coded cell does not need the room and
+// is saved as its codes, after a tag that no finite f16 row can begin with:
 //   4 x f16 NaN (0x7e54 0x7e48 0x7e4d 0x7e42), 8 bytes of settings hash, the codes and scales of all heads, zeros
 // So save and load are bit-exact, plain f16 states load into a coded cache, and codes of other settings are refused.
 #pragma once
@@ -15,7 +15,8 @@ bool state_row_fits(const CacheShape& shape, const Format& format);
 
 /// `row`: row_size() * 2 bytes. `hash` names everything that the codes depend on.
 void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, uint8_t* row);
-/// Keys of a cell are loaded before its values. Throws std::runtime_error where the row holds codes of another hash.
+/// Keys of a cell are loaded before its values. Throws std::runtime_error where the row holds codes of another hash,
+/// or the exact store is full.
 void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row);
 
 }  // namespace thimble

@@ -1,0 +1,150 @@
+#include "store/exact_store.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+namespace thimble {
+namespace {
+
+constexpr size_t kChunkBytes = size_t{1} << 20;
+
+[[noreturn]] void fail(const std::string& directory, int error) {
+  const std::string where = directory.empty() ? "exact store in RAM" : "exact store in " + directory;
+  std::string what = where + ": " + std::strerror(error);
+  if (error == ENOSPC || error == EDQUOT || error == EFBIG) {
+    what = where +
+           ": the disk (or the file size that is allowed) is full; free some room there, choose another "
+           "directory (path=), a smaller context, or store=ram";
+  }
+  throw std::runtime_error(what);
+}
+
+// A file without a name. File systems that cannot make one get a name that goes away at once.
+int open_nameless(const std::string& directory) {
+#ifdef O_TMPFILE
+  const int file = open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (file >= 0) return file;
+  if (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL) return -1;
+#endif
+  std::string name = directory + "/thimble-XXXXXX";
+  const int named = mkstemp(name.data());
+  if (named >= 0) {
+    unlink(name.c_str());
+    fcntl(named, F_SETFD, FD_CLOEXEC);
+  }
+  return named;
+}
+
+}  // namespace
+
+ExactStore::ExactStore(int64_t n_rows, size_t row_size, int file, std::string directory)
+    : n_rows_(n_rows),
+      row_size_(row_size),
+      rows_per_chunk_(std::max<int64_t>(1, int64_t(kChunkBytes / (row_size * sizeof(uint16_t))))),
+      file_(file),
+      directory_(std::move(directory)),
+      reserved_(size_t((n_rows + rows_per_chunk_ - 1) / rows_per_chunk_), 0) {
+  const int flags = file_ < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
+  void* data = mmap(nullptr, total_bytes(), PROT_READ | PROT_WRITE, flags, file_, 0);
+  if (data == MAP_FAILED) {
+    const int error = errno;
+    if (file_ >= 0) close(file_);
+    fail(directory_, error);
+  }
+  data_ = static_cast<uint16_t*>(data);
+  // Single rows are fetched from all over the file: what lies around them is not worth reading.
+  if (file_ >= 0) madvise(data, total_bytes(), MADV_RANDOM);
+}
+
+ExactStore::~ExactStore() {
+  munmap(data_, total_bytes());
+  if (file_ >= 0) close(file_);
+}
+
+std::unique_ptr<ExactStore> ExactStore::ram(int64_t n_rows, size_t row_size) {
+  return std::unique_ptr<ExactStore>(new ExactStore(n_rows, row_size, -1, {}));
+}
+
+std::unique_ptr<ExactStore> ExactStore::file(const std::string& directory, int64_t n_rows, size_t row_size) {
+  const size_t bytes = size_t(n_rows) * row_size * sizeof(uint16_t);
+  // Beyond this limit the system does not fail but sends SIGXFSZ, which ends the process.
+  rlimit limit;
+  if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur < bytes) fail(directory, EFBIG);
+  const int file = open_nameless(directory);
+  if (file < 0) fail(directory, errno);
+  if (ftruncate(file, off_t(bytes)) != 0) {
+    const int error = errno;
+    close(file);
+    fail(directory, error);
+  }
+  return std::unique_ptr<ExactStore>(new ExactStore(n_rows, row_size, file, directory));
+}
+
+void ExactStore::reserve(int64_t row) {
+  const int64_t chunk = row / rows_per_chunk_;
+  char& reserved = reserved_[size_t(chunk)];
+  if (reserved) return;
+  if (file_ >= 0) {
+    const size_t begin = size_t(chunk) * chunk_bytes(), end = std::min(begin + chunk_bytes(), total_bytes());
+    int error;
+    do {
+      error = posix_fallocate(file_, off_t(begin), off_t(end - begin));
+    } while (error == EINTR);
+    if (error != 0) fail(directory_, error);
+  }
+  reserved = 1;
+}
+
+void ExactStore::will_need(int64_t first, int64_t n) const {
+  const uint16_t* begin = data_ + size_t(first) * row_size_;
+  const size_t bytes = size_t(n) * row_size_ * sizeof(uint16_t);
+  if (file_ < 0) {
+    constexpr size_t kLine = 64, kAtMost = 4096;  // more would push itself out again
+    for (size_t i = 0; i < std::min(bytes, kAtMost); i += kLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(begin) + i);
+    }
+    return;
+  }
+  static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t from = reinterpret_cast<uintptr_t>(begin) / page * page;
+  madvise(reinterpret_cast<void*>(from), reinterpret_cast<uintptr_t>(begin) + bytes - from, MADV_WILLNEED);
+}
+
+void ExactStore::copy(int64_t from, int64_t to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const uint16_t* source = row(from + i);
+    if (!source) continue;
+    reserve(to + i);
+    std::copy_n(source, row_size_, row(to + i));
+  }
+}
+
+void ExactStore::clear() {
+  std::fill(reserved_.begin(), reserved_.end(), 0);
+  if (file_ < 0) {
+    madvise(data_, total_bytes(), MADV_DONTNEED);
+    return;
+  }
+#ifdef FALLOC_FL_PUNCH_HOLE
+  // A file system that refuses keeps the blocks, for rows to come.
+  (void)!fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, off_t(total_bytes()));
+#endif
+}
+
+size_t ExactStore::reserved_bytes() const {
+  size_t bytes = 0;
+  for (size_t i = 0; i < reserved_.size(); i++) {
+    if (reserved_[i]) bytes += std::min(chunk_bytes(), total_bytes() - i * chunk_bytes());
+  }
+  return bytes;
+}
+
+}  // namespace thimble
