@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
 
 namespace thimble {
@@ -38,6 +39,7 @@ void Attention::prepare_streams() {
     stream.hidden.assign(n_blocks(), 0);
     stream.exact.clear();
   }
+  if (from_store()) return;  // which has them all, block by block
   std::vector<Window::Row> rows = p_.layer->window().rows();
   std::sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.cell < b.cell; });
   for (const Window::Row& row : rows) {
@@ -46,22 +48,28 @@ void Attention::prepare_streams() {
     if (in_problem < 0 || in_problem >= p_.n_streams || cell >= p_.n_cells) continue;
     Stream& stream = streams_[in_problem];
     stream.hidden[cell / kBlockCells] |= uint64_t{1} << (cell % kBlockCells);
-    if (stream.exact.empty() || stream.exact.back().n_cells == kBlockCells) stream.exact.emplace_back();
-    ExactTile& tile = stream.exact.back();
-    tile.cells[tile.n_cells] = int(cell);
-    tile.rows[tile.n_cells++] = row;
+    add_row(stream.exact, int(cell), p_.layer->keys().row_data(row), p_.layer->values().row_data(row));
   }
+}
+
+void Attention::add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t* key, const uint16_t* value) {
+  if (tiles.empty() || tiles.back().n_cells == kBlockCells) tiles.emplace_back();
+  ExactTile& tile = tiles.back();
+  tile.cells[tile.n_cells] = cell;
+  tile.rows[int(Kind::key)][tile.n_cells] = key;
+  tile.rows[int(Kind::value)][tile.n_cells] = value;
+  tile.n_cells++;
 }
 
 // All units of all items, laid end to end, are cut into one stretch a thread, so that one long sequence uses every
 // thread whatever its number of heads.
 void Attention::prepare_parts() {
   const int n_kv_heads = p_.layer->keys().shape().n_kv_heads;
-  const int tokens_per_item = p_.n_tokens <= kMaxCodeTokens ? std::max(p_.n_tokens, 1) : kPrefillTokens;
+  const int tokens_per_item = prefills() ? kPrefillTokens : std::max(p_.n_tokens, 1);
   items_.clear();
   int64_t total = 0;
   for (int stream = 0; stream < p_.n_streams; stream++) {
-    const int n_units = n_blocks() + int(streams_[stream].exact.size());
+    const int n_units = block_units() + int(streams_[stream].exact.size()) + retrieved_units();
     for (int head = 0; head < n_kv_heads; head++) {
       for (int t = 0; t < p_.n_tokens; t += tokens_per_item) {
         items_.push_back({stream, head, t, std::min(tokens_per_item, p_.n_tokens - t), n_units, 0, 0});
@@ -91,6 +99,10 @@ void Attention::prepare_parts() {
     begin += item.n_units;
   }
   results_.resize(result);
+  if (retrieves()) {
+    scores_.resize(items_.size() * n_blocks() * kBlockCells);
+    retrieved_.resize(items_.size());
+  }
 }
 
 Mask Attention::mask_of(const Item& item) const {
@@ -130,20 +142,110 @@ void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& pl
   coded = {n_rows, group_, dim, memory.q_coded.data(), memory.bias.data(), memory.slope.data(), p_.softcap};
 }
 
-void Attention::attend_coded(const Item& item, int first_block, int last_block, const Queries& queries,
-                             ThreadMemory& memory, Softmax& softmax) const {
+CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const {
   const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
   const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
-  const HeadCodec &k_codec = keys.codec(item.kv_head), &v_codec = values.codec(item.kv_head);
-  const uint8_t* k_blocks = keys.block(item.kv_head, cell0);
-  const uint8_t* v_blocks = values.block(item.kv_head, cell0);
-  const uint64_t* hidden = streams_[item.stream].hidden.data();
+  return {&keys.codec(item.kv_head),
+          &values.codec(item.kv_head),
+          keys.block(item.kv_head, cell0),
+          values.block(item.kv_head, cell0),
+          hidden,
+          first_block,
+          last_block,
+          int(p_.n_cells)};
+}
+
+// All blocks of all items, laid end to end, are cut into one stretch a thread.
+void Attention::score(int thread) {
+  const int64_t total = int64_t(items_.size()) * n_blocks();
+  const int64_t end = total * (thread + 1) / n_threads_;
+  ThreadMemory& memory = memory_[thread];
+  for (int64_t at = total * thread / n_threads_; at < end;) {
+    const int64_t index = at / n_blocks(), first = at % n_blocks();
+    const int64_t last = std::min<int64_t>(n_blocks(), first + end - at);
+    const Item& item = items_[index];
+    Queries plain, coded;
+    load_queries(item, memory, plain, coded);
+    kernels_->score_codes(coded, coded_cells(item, streams_[item.stream].hidden.data(), int(first), int(last)),
+                          mask_of(item), &scores_[index * n_blocks() * kBlockCells], memory.scratch);
+    at += last - first;
+  }
+}
+
+// Fills memory.candidates with the cells of the `top` greatest scores, in order of cells. Every block whose greatest
+// score is among the `top` greatest of blocks brings one cell of at least that score, so no lesser cell is chosen, and
+// few blocks have greater ones: most of the scores are looked at once.
+void Attention::choose(const float* scores, ThreadMemory& memory) const {
+  const auto top_of = [&](int block) {
+    constexpr int kLanes = 16;  // the compiler's, not one after the other
+    float tops[kLanes];
+    std::copy_n(scores + block * kBlockCells, kLanes, tops);
+    for (int i = kLanes; i < kBlockCells; i += kLanes) {
+      for (int j = 0; j < kLanes; j++) {
+        const float score = scores[block * kBlockCells + i + j];
+        tops[j] = score > tops[j] ? score : tops[j];
+      }
+    }
+    return *std::max_element(tops, tops + kLanes);
+  };
+  const size_t top = size_t(p_.top);
+  std::vector<float>& tops = memory.block_tops;
+  tops.resize(n_blocks());
+  for (int b = 0; b < n_blocks(); b++) tops[b] = top_of(b);
+  float bound = kHidden;
+  if (tops.size() > top) {
+    std::vector<float>& ordered = memory.bias;
+    ordered = tops;
+    std::nth_element(ordered.begin(), ordered.begin() + (top - 1), ordered.end(), std::greater<>());
+    bound = ordered[top - 1];
+  }
+  std::vector<Scored>& candidates = memory.candidates;
+  candidates.clear();
+  for (int b = 0; b < n_blocks(); b++) {
+    if (tops[b] < bound || tops[b] == kHidden) continue;
+    for (int cell = b * kBlockCells; cell < (b + 1) * kBlockCells; cell++) {
+      if (scores[cell] >= bound && scores[cell] != kHidden) candidates.push_back({scores[cell], cell});
+    }
+  }
+  if (candidates.size() > top) {
+    std::nth_element(
+        candidates.begin(), candidates.begin() + (top - 1), candidates.end(),
+        [](const Scored& a, const Scored& b) { return a.score != b.score ? a.score > b.score : a.cell < b.cell; });
+    candidates.resize(top);
+  }
+  std::sort(candidates.begin(), candidates.end(), [](const Scored& a, const Scored& b) { return a.cell < b.cell; });
+}
+
+void Attention::select(int thread) {
+  ThreadMemory& memory = memory_[thread];
+  for (size_t i = thread; i < items_.size(); i += n_threads_) {
+    const Item& item = items_[i];
+    const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
+    const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
+    choose(&scores_[i * n_blocks() * kBlockCells], memory);
+    Retrieved& retrieved = retrieved_[i];
+    retrieved.hidden = streams_[item.stream].hidden;
+    retrieved.tiles.clear();
+    for (const Scored& chosen : memory.candidates) {
+      retrieved.hidden[chosen.cell / kBlockCells] |= uint64_t{1} << (chosen.cell % kBlockCells);
+      for (const CacheSide* side : {&keys, &values}) side->store()->will_need(cell0 + chosen.cell, 1);
+      add_row(retrieved.tiles, chosen.cell, keys.store()->row(cell0 + chosen.cell),
+              values.store()->row(cell0 + chosen.cell));
+    }
+  }
+}
+
+void Attention::attend_coded(const Item& item, int first_block, int last_block, const Queries& queries,
+                             ThreadMemory& memory, Softmax& softmax) const {
+  const uint64_t* hidden =
+      (retrieves() ? retrieved_[&item - items_.data()].hidden : streams_[item.stream].hidden).data();
+  const CodedCells cells = coded_cells(item, hidden, first_block, last_block);
   const Mask mask = mask_of(item);
-  if (p_.n_tokens <= kMaxCodeTokens) {
-    const CodedCells cells{&k_codec, &v_codec, k_blocks, v_blocks, hidden, first_block, last_block, int(p_.n_cells)};
+  if (!prefills()) {
     kernels_->attend_codes(queries, cells, mask, softmax, memory.scratch);
     return;
   }
+  const HeadCodec &k_codec = *cells.keys, &v_codec = *cells.values;
   float* k_tile = memory.k_tile.data();
   float* v_tile = memory.v_tile.data();
   for (int b = first_block; b < last_block; b++) {
@@ -151,14 +253,29 @@ void Attention::attend_coded(const Item& item, int first_block, int last_block, 
     const Mask block_mask = mask.at(ptrdiff_t(b) * kBlockCells);
     const uint64_t seen = seen_by(item, block_mask, n_cells) & ~hidden[b];
     if (!seen) continue;
-    kernels_->decode_block(k_codec, k_blocks + b * k_codec.format.block_bytes(), k_tile);
-    kernels_->decode_block(v_codec, v_blocks + b * v_codec.format.block_bytes(), v_tile);
+    kernels_->decode_block(k_codec, cells.k_blocks + b * k_codec.format.block_bytes(), k_tile);
+    kernels_->decode_block(v_codec, cells.v_blocks + b * v_codec.format.block_bytes(), v_tile);
     // What nobody sees may never have been written, and 0 times NaN is NaN.
     for (uint64_t left = ~seen; left; left &= left - 1) {
       std::fill_n(v_tile + size_t(std::countr_zero(left)) * p_.value_dim, p_.value_dim, 0.0f);
     }
     kernels_->attend_tile(queries, {n_cells, k_tile, v_tile, hidden[b]}, block_mask, softmax, memory.scratch);
   }
+}
+
+// A block from its exact rows. What nobody sees may never have been written and is left out.
+void Attention::attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
+                              Softmax& softmax) const {
+  const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
+  const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
+  const int first = block * kBlockCells, n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - first));
+  std::vector<ExactTile>& tile = memory.stored;
+  tile.clear();
+  for (uint64_t seen = seen_by(item, mask_of(item).at(first), n_cells); seen; seen &= seen - 1) {
+    const int cell = first + std::countr_zero(seen);
+    add_row(tile, cell, keys.store()->row(cell0 + cell), values.store()->row(cell0 + cell));
+  }
+  if (!tile.empty()) attend_exact(item, tile.front(), queries, memory, softmax);
 }
 
 void Attention::attend_exact(const Item& item, const ExactTile& exact, const Queries& queries, ThreadMemory& memory,
@@ -182,7 +299,7 @@ void Attention::attend_exact(const Item& item, const ExactTile& exact, const Que
     const int dim = side.format().head_dim;
     const uint8_t* rows[kBlockCells];
     for (int i = 0; i < n; i++) {
-      rows[i] = reinterpret_cast<const uint8_t*>(side.row_data(exact.rows[i]) + size_t(item.kv_head) * dim);
+      rows[i] = reinterpret_cast<const uint8_t*>(exact.rows[int(kind)][i] + size_t(item.kv_head) * dim);
     }
     kernels_->load_rows(kind, rows, n, dim, kind == Kind::key ? memory.k_tile.data() : memory.v_tile.data());
   }
@@ -203,10 +320,25 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
     softmax[i] = softmax_at(at, n_rows);
     std::fill_n(softmax[i].max, n_rows, kHidden);
   }
-  const int last_block = std::min(part.last_unit, n_blocks());
-  if (part.first_unit < last_block) attend_coded(item, part.first_unit, last_block, coded, memory, softmax[0]);
-  for (int unit = std::max(part.first_unit, n_blocks()); unit < part.last_unit; unit++) {
-    attend_exact(item, streams_[item.stream].exact[unit - n_blocks()], plain, memory, softmax[1]);
+  const int last_block = std::min(part.last_unit, block_units());
+  if (from_store()) {
+    for (int block = part.first_unit; block < last_block; block++) {
+      attend_stored(item, block, plain, memory, softmax[1]);
+    }
+  } else if (part.first_unit < last_block) {
+    attend_coded(item, part.first_unit, last_block, coded, memory, softmax[0]);
+  }
+  const std::vector<ExactTile>& exact = streams_[item.stream].exact;
+  for (int unit = std::max(part.first_unit, block_units()); unit < part.last_unit; unit++) {
+    const size_t at = unit - block_units();
+    if (at < exact.size()) {
+      attend_exact(item, exact[at], plain, memory, softmax[1]);
+      continue;
+    }
+    const std::vector<ExactTile>& retrieved = retrieved_[part.item].tiles;
+    if (at - exact.size() < retrieved.size()) {
+      attend_exact(item, retrieved[at - exact.size()], plain, memory, softmax[1]);
+    }
   }
 }
 

@@ -1,7 +1,14 @@
 // Attention of a batch of query tokens over one layer's cache: coded cells from their codes, the window and the batch
 // in flight from their exact rows, one softmax over both.
+//
+// With retrieval, few query tokens (decoding) attend exactly to the cells that matter to them most, too: all cells are
+// scored from their codes, and of those outside the window the `top` of greatest score are taken, for each stream and
+// KV head; the score of a cell is its greatest over the heads of the group and the query tokens, equal scores go to the
+// lower cell. The tail, all other cells, is attended to from codes, or dropped. Many query tokens (prefill) attend
+// exactly to all cells.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -31,6 +38,9 @@ struct AttentionProblem {
   float max_bias = 0;  // ALiBi: slopes as in Press et al. 2021 (arXiv 2108.12409); 0: none
   float softcap = 0;
   const float* sinks = nullptr;  // [n_heads]: a learned logit that takes a share of each softmax, or null
+
+  int top = 0;  // cells to retrieve; above 0 where the layer has an exact store
+  bool drop_tail = false;
 };
 
 /// Slope of a head under ALiBi, as ggml has it.
@@ -38,17 +48,21 @@ float alibi_slope(float max_bias, int n_heads, int head);
 
 /// Runs a problem on a team of threads:
 ///   one thread: attention.prepare(problem, n_threads)
-///   barrier; all: attention.attend(i); barrier; all: attention.combine(i)
+///   barrier; where attention.retrieves(): all: attention.score(i); barrier; all: attention.select(i); barrier
+///   all: attention.attend(i); barrier; all: attention.combine(i)
 /// The same inputs and n_threads give the same bits. An object may be used for one problem after another.
 class Attention {
 public:
   void prepare(const AttentionProblem& problem, int n_threads, const Kernels& kernels);
+  bool retrieves() const { return p_.top > 0 && !prefills(); }
+  void score(int thread);
+  void select(int thread);
   void attend(int thread);
   void combine(int thread);
 
 private:
   // Query tokens that are attended together, for one stream and KV head. Their cells come in units: the blocks of the
-  // stream, then its tiles of exact rows.
+  // stream, then its tiles of exact rows, then the tiles of retrieved rows.
   struct Item {
     int stream, kv_head, first_token, n_tokens;
     int n_units;
@@ -64,33 +78,55 @@ private:
   // Exact rows, in order of cells, 64 to a tile.
   struct ExactTile {
     int n_cells = 0;
-    int cells[kBlockCells];  // within the stream
-    Window::Row rows[kBlockCells];
+    int cells[kBlockCells];                // within the stream
+    const uint16_t* rows[2][kBlockCells];  // by Kind, all KV heads
     bool adjacent() const { return cells[n_cells - 1] - cells[0] == n_cells - 1; }
   };
   struct Stream {
     std::vector<uint64_t> hidden;  // by block: cells that are attended exactly, a bit each
     std::vector<ExactTile> exact;
   };
+  struct Retrieved {
+    std::vector<uint64_t> hidden;  // as Stream::hidden, the retrieved cells with it
+    std::vector<ExactTile> tiles;
+  };
+  struct Scored {
+    float score;
+    int cell;
+  };
   struct ThreadMemory {
     std::vector<float> q, q_coded, bias, slope, k_tile, v_tile;
     std::vector<float> sums, out, weights;  // of combine
     std::vector<uint16_t> exact_mask;
+    std::vector<float> block_tops;  // of select
+    std::vector<Scored> candidates;
+    std::vector<ExactTile> stored;  // of attend_stored
     Scratch scratch;
   };
 
   void prepare_streams();
   void prepare_parts();
+  bool prefills() const { return p_.n_tokens > kMaxCodeTokens; }
+  bool from_store() const { return p_.top > 0 && prefills(); }
   int n_blocks() const { return int((p_.n_cells + kBlockCells - 1) / kBlockCells); }
+  int block_units() const { return retrieves() && p_.drop_tail ? 0 : n_blocks(); }
+  int retrieved_units() const {
+    return retrieves() ? int((std::min<int64_t>(p_.top, p_.n_cells) + kBlockCells - 1) / kBlockCells) : 0;
+  }
   size_t softmax_size(int n_rows) const { return size_t(n_rows) * (2 + p_.value_dim); }
   Softmax softmax_at(float* at, int n_rows) const { return {p_.value_dim, at, at + n_rows, at + 2 * n_rows}; }
   Mask mask_of(const Item& item) const;
   uint64_t seen_by(const Item& item, const Mask& mask, int n_cells) const;
 
+  CodedCells coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const;
+  static void add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t* key, const uint16_t* value);
+  void choose(const float* scores, ThreadMemory& memory) const;
+
   void load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries& coded) const;
   void attend_part(const Part& part, ThreadMemory& memory);
   void attend_coded(const Item& item, int first_block, int last_block, const Queries& queries, ThreadMemory& memory,
                     Softmax& softmax) const;
+  void attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory, Softmax& softmax) const;
   void attend_exact(const Item& item, const ExactTile& exact, const Queries& queries, ThreadMemory& memory,
                     Softmax& softmax) const;
   void combine_token(const Item& item, int token, ThreadMemory& memory);
@@ -101,7 +137,9 @@ private:
   int group_ = 1;
   std::vector<Stream> streams_;
   std::vector<Item> items_;
-  std::vector<Part> parts_;  // in order of items and of their cells
+  std::vector<float> scores_;         // [item][block][64], where retrieves()
+  std::vector<Retrieved> retrieved_;  // by item, where retrieves()
+  std::vector<Part> parts_;           // in order of items and of their cells
   std::vector<float> results_;
   std::vector<ThreadMemory> memory_;
 };

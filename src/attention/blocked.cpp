@@ -192,6 +192,7 @@ void attend_decoded(const IsaOps& ops, const Queries& queries, const CodedCells&
 // The next blocks that some query token sees something of.
 struct Superblock {
   int n = 0;
+  int index[kSuperblock];
   const uint8_t* k[kSuperblock];
   const uint8_t* v[kSuperblock];
   uint64_t visible[kMaxCodeTokens][kSuperblock];
@@ -221,6 +222,7 @@ public:
         any |= s.visible[t][s.n];
       }
       if (!any) continue;
+      s.index[s.n] = next_;
       s.k[s.n] = cells_.k_blocks + next_ * cells_.keys->format.block_bytes();
       s.v[s.n] = cells_.v_blocks + next_ * cells_.values->format.block_bytes();
       s.n++;
@@ -255,6 +257,35 @@ int value_groups(const Format& f, ValueGroup* groups) {
   return n;
 }
 
+// Tables of all rows; their steps say how large the unit of a look-up is.
+void build_luts(const IsaOps& ops, const Queries& queries, const HeadCodec& keys, bool wide, float* room, uint8_t* luts,
+                size_t lut_bytes, float* steps) {
+  uint8_t widths[kMaxHeadDim / 2];
+  const int n_subspaces = keys.format.n_subspaces();
+  for (int m = 0; m < n_subspaces; m++) widths[m] = uint8_t(keys.format.width(m));
+  for (int row = 0; row < queries.n_rows; row++) {
+    float q[kMaxHeadDim], size = 0;
+    for (int m = 0, d = 0; m < n_subspaces; m++) {
+      for (const int end = d + widths[m]; d < end; d++) {
+        q[d] = queries.q[size_t(row) * queries.dim + d] * keys.codebook.scale[m];
+        size += std::fabs(q[d]);
+      }
+    }
+    steps[row] = ops.build_luts(q, keys.codebook.words.data(), widths, n_subspaces, wide, room, luts + row * lut_bytes);
+    if (!std::isfinite(size)) steps[row] = kNaN;
+  }
+}
+
+// Pairs of numbers are the format of 3 and 4 bits, whose own error is so small that look-ups and weights of 8 bits
+// would add to it.
+bool is_wide(const Format& format) {
+  return format.n_width2 > 0;
+}
+
+size_t lut_bytes_of(const Format& keys) {
+  return size_t(keys.n_subspaces()) * kCodewords * (is_wide(keys) ? 2 : 1);
+}
+
 // State of the running softmax of one row.
 struct Row {
   float max = kHidden, sum = 0;
@@ -267,11 +298,9 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   if (kf.f16 || vf.f16 || n_tokens > kMaxCodeTokens) {
     return attend_decoded(ops, queries, cells, mask, softmax, scratch);
   }
-  // Pairs of numbers are the format of 3 and 4 bits, whose own error is so small that look-ups and weights of 8 bits
-  // would add to it.
-  const bool wide_keys = kf.n_width2 > 0, wide_values = vf.n_width2 > 0;
+  const bool wide_keys = is_wide(kf), wide_values = is_wide(vf);
   const int k_subspaces = kf.n_subspaces();
-  const size_t lut_bytes = size_t(k_subspaces) * kCodewords * (wide_keys ? 2 : 1);
+  const size_t lut_bytes = lut_bytes_of(kf);
   ValueGroup groups[kMaxHeadDim / 2];
   const int n_groups = value_groups(vf, groups);
 
@@ -293,21 +322,8 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   };
   carve(scratch.room(carve(nullptr)));
 
-  uint8_t widths[kMaxHeadDim / 2];
-  for (int m = 0; m < k_subspaces; m++) widths[m] = uint8_t(kf.width(m));
-  for (int row = 0; row < n_rows; row++) {
-    float q[kMaxHeadDim], size = 0;
-    for (int m = 0, d = 0; m < k_subspaces; m++) {
-      for (const int end = d + widths[m]; d < end; d++) {
-        q[d] = queries.q[size_t(row) * queries.dim + d] * cells.keys->codebook.scale[m];
-        size += std::fabs(q[d]);
-      }
-    }
-    steps[row] = ops.build_luts(q, cells.keys->codebook.words.data(), widths, k_subspaces, wide_keys, lut_room,
-                                luts + row * lut_bytes);
-    if (!std::isfinite(size)) steps[row] = kNaN;
-    rows[row] = {};
-  }
+  build_luts(ops, queries, *cells.keys, wide_keys, lut_room, luts, lut_bytes, steps);
+  std::fill_n(rows, n_rows, Row{});
   std::fill_n(sums, size_t(n_rows) * n_groups * 16, 0.0f);
 
   const int chunks = (n_rows + kRowsAtOnce - 1) / kRowsAtOnce;
@@ -388,6 +404,59 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   }
 }
 
+// 64 scores, each raised to another row's where that is greater.
+void raise(float* best, const float* scores) {
+  for (int i = 0; i < kBlockCells; i++) {
+    const float score = scores[i] != scores[i] ? -kHidden : scores[i];
+    best[i] = score > best[i] ? score : best[i];
+  }
+}
+
+void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask, float* scores,
+                 Scratch& scratch) {
+  const Format& kf = cells.keys->format;
+  const int n_rows = queries.n_rows, n_subspaces = kf.n_subspaces();
+  const size_t lut_bytes = lut_bytes_of(kf);
+  uint8_t* luts;
+  float *room, *tile, *row_scores, *steps;
+  const auto carve = [&](uint8_t* memory) {
+    Carver carver(memory);
+    luts = carver.take<uint8_t>(n_rows * lut_bytes);
+    room = carver.take<float>(size_t(n_subspaces) * (kCodewords + 1));
+    tile = carver.take<float>(kf.f16 ? size_t(kBlockCells) * kf.head_dim : 0);
+    row_scores = carver.take<float>(kRowsAtOnce * kSuperblockCells);
+    steps = carver.take<float>(n_rows);
+    return carver.used();
+  };
+  carve(scratch.room(carve(nullptr)));
+  if (!kf.f16) build_luts(ops, queries, *cells.keys, is_wide(kf), room, luts, lut_bytes, steps);
+  std::fill(scores + cells.first_block * kBlockCells, scores + cells.last_block * kBlockCells, kHidden);
+  BlockReader reader(ops, cells, mask, n_rows / queries.group);
+  Superblock blocks;
+  for (reader.read(blocks); blocks.n > 0; reader.read(blocks)) {
+    for (int first = 0; first < n_rows; first += kRowsAtOnce) {
+      const int n = std::min(kRowsAtOnce, n_rows - first);
+      if (!kf.f16) {
+        ops.look_up(luts + first * lut_bytes, steps + first, n, n_subspaces, is_wide(kf), blocks.k, blocks.n, {},
+                    row_scores);
+      }
+      for (int b = 0; b < blocks.n && kf.f16; b++) {
+        decode_block(ops, *cells.keys, blocks.k[b], tile);
+        ops.multiply(queries.q + size_t(first) * queries.dim, queries.dim, tile, kBlockCells, n, queries.dim,
+                     kBlockCells, row_scores + b * kBlockCells, kSuperblockCells, false);
+      }
+      for (int i = 0; i < n; i++) {
+        const int row = first + i, token = row / queries.group;
+        float* s = row_scores + i * kSuperblockCells;
+        ops.finish_scores(s, blocks.n, blocks.visible[token], blocks.adds[token] ? blocks.masks[token] : nullptr,
+                          queries.bias ? queries.bias[row] : 0.0f, queries.slope ? queries.slope[row] : 1.0f,
+                          queries.softcap, nullptr, nullptr);
+        for (int b = 0; b < blocks.n; b++) raise(scores + blocks.index[b] * kBlockCells, s + b * kBlockCells);
+      }
+    }
+  }
+}
+
 template <const IsaOps* const& kOps>
 const Kernels& kernels_of() {
   static const Kernels table{
@@ -404,6 +473,9 @@ const Kernels& kernels_of() {
       },
       [](const Queries& q, const CodedCells& cells, const Mask& mask, Softmax& softmax, Scratch& scratch) {
         attend_codes(*kOps, q, cells, mask, softmax, scratch);
+      },
+      [](const Queries& q, const CodedCells& cells, const Mask& mask, float* scores, Scratch& scratch) {
+        score_codes(*kOps, q, cells, mask, scores, scratch);
       }};
   return table;
 }

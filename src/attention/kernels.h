@@ -93,6 +93,9 @@ struct Kernels {
   void (*attend_tile)(const Queries&, const Tile&, const Mask&, Softmax&, Scratch&);
   /// Attention straight from codes, for few query rows. The mask starts at the stream's cell 0.
   void (*attend_codes)(const Queries&, const CodedCells&, const Mask&, Softmax&, Scratch&);
+  /// The greatest score that any query row gives to each cell of the blocks, from its codes, into scores [cell of the
+  /// stream, whole blocks]; -inf for cells that are hidden or that no row sees, +inf where a score is NaN.
+  void (*score_codes)(const Queries&, const CodedCells&, const Mask&, float* scores, Scratch&);
 };
 
 const Kernels& scalar_kernels();

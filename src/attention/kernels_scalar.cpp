@@ -96,6 +96,38 @@ void attend_tile(const Queries& queries, const Tile& tile, const Mask& mask, Sof
 
 // One look-up table a row and subspace, lut[m][code] = q . codeword; a cell's score is its scale times the sum of the
 // look-ups of its codes (VecInfer, arXiv 2510.06175, section 4).
+class LookUp {
+public:
+  LookUp(const Queries& queries, const HeadCodec& keys)
+      : codes_(keys.format.codes_bytes()),
+        n_subspaces_(keys.format.n_subspaces()),
+        luts_(size_t(queries.n_rows) * n_subspaces_ * 256, 0.0f) {
+    for (int row = 0; row < queries.n_rows; row++) {
+      for (int m = 0; m < n_subspaces_; m++) {
+        float* lut = &luts_[(size_t(row) * n_subspaces_ + m) * 256];
+        for (int d = keys.format.offset(m); d < keys.format.offset(m) + keys.format.width(m); d++) {
+          const float q = queries.q[size_t(row) * queries.dim + d];
+          for (int c = 0; c < kCodewords; c++) lut[c] += q * keys.words[size_t(d) * kCodewords + c];
+        }
+        for (int c = 0; c < kCodewords; c++) lut[c | 0x80] = -lut[c];
+      }
+    }
+  }
+  float dot(int row, const uint8_t* k_block, int cell) const {
+    float sum = 0;
+    for (int m = 0; m < n_subspaces_; m++) {
+      sum += luts_[(size_t(row) * n_subspaces_ + m) * 256 + k_block[m * kBlockCells + key_position(cell)]];
+    }
+    const uint8_t* scale = k_block + codes_ + 2 * cell;
+    return half_to_float(uint16_t(scale[0] | scale[1] << 8)) * sum;
+  }
+
+private:
+  size_t codes_;
+  int n_subspaces_;
+  std::vector<float> luts_;
+};
+
 void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& mask, Softmax& softmax,
                   Scratch& scratch) {
   const Format& kf = cells.keys->format;
@@ -111,34 +143,18 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
     }
     return;
   }
-  const int n_subspaces = kf.n_subspaces();
-  std::vector<float> luts(size_t(queries.n_rows) * n_subspaces * 256, 0.0f);
-  for (int row = 0; row < queries.n_rows; row++) {
-    for (int m = 0; m < n_subspaces; m++) {
-      float* lut = &luts[(size_t(row) * n_subspaces + m) * 256];
-      for (int d = kf.offset(m); d < kf.offset(m) + kf.width(m); d++) {
-        const float q = queries.q[size_t(row) * queries.dim + d];
-        for (int c = 0; c < kCodewords; c++) lut[c] += q * cells.keys->words[size_t(d) * kCodewords + c];
-      }
-      for (int c = 0; c < kCodewords; c++) lut[c | 0x80] = -lut[c];
-    }
-  }
+  const LookUp look_up(queries, *cells.keys);
   for (int b = cells.first_block; b < cells.last_block; b++) {
     const uint8_t* k_block = cells.k_blocks + b * kf.block_bytes();
     const int n_cells = std::min(kBlockCells, cells.n_cells - b * kBlockCells);
     const uint64_t hidden = cells.hidden ? cells.hidden[b] : 0;
     const Mask block_mask = mask.at(ptrdiff_t(b) * kBlockCells);
-    const uint8_t* scale_bytes = k_block + kf.codes_bytes();
     decode_block(*cells.values, cells.v_blocks + b * cells.values->format.block_bytes(), v_tile.data());
     for (int row = 0; row < queries.n_rows; row++) {
       float scores[kBlockCells];
       for (int t = 0; t < n_cells; t++) {
-        float sum = 0;
-        for (int m = 0; m < n_subspaces; m++) {
-          sum += luts[(size_t(row) * n_subspaces + m) * 256 + k_block[m * kBlockCells + key_position(t)]];
-        }
-        const float scale = half_to_float(uint16_t(scale_bytes[2 * t] | scale_bytes[2 * t + 1] << 8));
-        scores[t] = hidden >> t & 1 ? kHidden : finish_score(queries, row, scale * sum, block_mask, t);
+        const float dot = look_up.dot(row, k_block, t);
+        scores[t] = hidden >> t & 1 ? kHidden : finish_score(queries, row, dot, block_mask, t);
       }
       accumulate(
           row, scores, n_cells, [&](int t) { return &v_tile[size_t(t) * softmax.dim]; }, softmax);
@@ -146,11 +162,34 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
   }
 }
 
+void score_codes(const Queries& queries, const CodedCells& cells, const Mask& mask, float* scores, Scratch&) {
+  const Format& kf = cells.keys->format;
+  const LookUp look_up(queries, *cells.keys);  // of nothing where keys are f16
+  std::vector<float> tile(kf.f16 ? size_t(kBlockCells) * kf.head_dim : 0);
+  for (int b = cells.first_block; b < cells.last_block; b++) {
+    const uint8_t* k_block = cells.k_blocks + b * kf.block_bytes();
+    if (kf.f16) decode_block(*cells.keys, k_block, tile.data());
+    for (int t = 0; t < kBlockCells; t++) {
+      float& best = scores[b * kBlockCells + t] = kHidden;
+      if (b * kBlockCells + t >= cells.n_cells || (cells.hidden && cells.hidden[b] >> t & 1)) continue;
+      for (int row = 0; row < queries.n_rows; row++) {
+        float dot = 0;
+        for (int d = 0; d < kf.head_dim && kf.f16; d++) {
+          dot += queries.q[size_t(row) * queries.dim + d] * tile[d * kBlockCells + t];
+        }
+        if (!kf.f16) dot = look_up.dot(row, k_block, t);
+        const float score = finish_score(queries, row, dot, mask.at(ptrdiff_t(b) * kBlockCells), t);
+        best = std::max(best, std::isnan(score) ? -kHidden : score);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static const Kernels table{"scalar",  encode_vector, kPlainTransformOps, decode_block,
-                             load_rows, visible,       attend_tile,        attend_codes};
+  static const Kernels table{"scalar", encode_vector, kPlainTransformOps, decode_block, load_rows,
+                             visible,  attend_tile,   attend_codes,       score_codes};
   return table;
 }
 
