@@ -21,10 +21,9 @@ void start_llama() {
   llama_backend_init();
 }
 
-ModelPtr load_model(const std::string& path, const std::string& device) {
+ModelPtr load_model(const std::string& path, const std::string& device, bool repack) {
   llama_model_params params = llama_model_default_params();
-  // Weights as they are in the file: results do not then depend on how this CPU would like them repacked.
-  params.use_extra_bufts = false;
+  params.use_extra_bufts = repack;
   ggml_backend_dev_t devices[2] = {nullptr, nullptr};
   if (device == "CPU") {
     params.n_gpu_layers = 0;

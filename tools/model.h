@@ -23,8 +23,9 @@ using ContextPtr = std::unique_ptr<llama_context, FreeContext>;
 void start_llama();
 
 /// `device` as ggml names it ("THIMBLE0", "CUDA0"); "CPU" keeps the model off every other device. Throws
-/// std::runtime_error where the file or the device is missing.
-ModelPtr load_model(const std::string& path, const std::string& device);
+/// std::runtime_error where the file or the device is missing. Without `repack` weights stay as they are in the file,
+/// so that results do not depend on how this CPU would like them.
+ModelPtr load_model(const std::string& path, const std::string& device, bool repack = false);
 
 ContextPtr make_context(llama_model* model, const llama_context_params& params);
 

@@ -1,0 +1,231 @@
+// `thimble bench`: speed of decoding and of reading a prompt at several depths, caches side by side. Every cache has a
+// context of its own on one thread pool's worth of threads; rounds go through all caches in turn, so that what else the
+// machine does hits all alike.
+#include <ggml-backend.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <thread>
+
+#include "commands.h"
+#include "model.h"
+#include "paths.h"
+#include "plugin/settings.h"
+
+namespace thimble {
+namespace {
+
+struct Options {
+  std::string model, profile, json, window = "8+128";
+  std::vector<int> depths = {0, 4096, 8000};
+  std::vector<std::string> caches = {"f16", "q8_0", "q4_0", "4", "2", "1"};
+  int n_decode = 16, n_prompt = 512, rounds = 5;
+  int n_threads = int(std::thread::hardware_concurrency());
+};
+
+using Clock = std::chrono::steady_clock;
+using json = nlohmann::json;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+double median(std::vector<double> x) {
+  std::sort(x.begin(), x.end());
+  return x.size() % 2 ? x[x.size() / 2] : (x[x.size() / 2 - 1] + x[x.size() / 2]) / 2;
+}
+
+// Bytes a second that all threads together read from memory: what a cache could be streamed at.
+double memory_bandwidth(int n_threads) {
+  const size_t n = size_t{64} << 20;  // numbers of 8 bytes: 512 MiB, past any cache that a core has to itself
+  std::vector<uint64_t> data(n, 1);
+  std::vector<double> rates;
+  for (int round = 0; round < 5; round++) {
+    std::vector<std::thread> team;
+    std::vector<uint64_t> sums(n_threads);
+    const auto start = Clock::now();
+    for (int t = 0; t < n_threads; t++) {
+      team.emplace_back([&, t] {
+        uint64_t sum = 0;
+        for (size_t i = n * t / n_threads; i < n * (t + 1) / n_threads; i++) sum += data[i];
+        sums[t] = sum;
+      });
+    }
+    for (std::thread& t : team) t.join();
+    rates.push_back(double(n) * 8 / seconds_since(start));
+    if (sums[0] == 0) throw std::logic_error("memory was not read");
+  }
+  return *std::max_element(rates.begin(), rates.end());
+}
+
+struct Cache {
+  std::string name;
+  ModelPtr model;
+  ContextPtr context;
+  double bytes = 0;  // of the whole cache, as ggml reports it
+  int depth = 0;     // cells filled
+};
+
+// Sums up "KV buffer size" of the log while a context is made.
+double logged_bytes = 0;
+void read_log(ggml_log_level level, const char* text, void*) {
+  if (const char* at = std::strstr(text, "KV buffer size =")) logged_bytes += std::atof(at + 16) * (1 << 20);
+  if (level == GGML_LOG_LEVEL_ERROR) std::fputs(text, stderr);
+}
+
+Cache make_cache(const Options& options, const std::string& name, int n_cells) {
+  Cache cache;
+  cache.name = name;
+  llama_context_params params = llama_context_default_params();
+  params.n_ctx = uint32_t((n_cells + 255) / 256 * 256);
+  params.n_batch = params.n_ubatch = 512;
+  params.n_threads = params.n_threads_batch = options.n_threads;
+  params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+  std::string device = "CPU";
+  const auto types = {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0};
+  const auto type = std::find_if(types.begin(), types.end(), [&](ggml_type t) { return name == ggml_type_name(t); });
+  if (type != types.end()) {
+    params.type_k = params.type_v = *type;
+  } else {
+    device = "THIMBLE0";
+    std::string settings = "window=" + options.window + ",small=0";
+    const size_t plus = name.find('+');
+    settings += ",bits=" + name.substr(0, plus);
+    if (plus != std::string::npos) settings += ",top=" + name.substr(plus + 1);
+    if (!options.profile.empty()) settings += ",profile=" + options.profile;
+    Settings::parse(settings);
+    setenv("THIMBLE_KV", settings.c_str(), 1);
+  }
+  cache.model = load_model(options.model, device, /*repack=*/true);
+  logged_bytes = 0;
+  cache.context = make_context(cache.model.get(), params);
+  cache.bytes = logged_bytes;
+  return cache;
+}
+
+void run(const Options& options) {
+  start_llama();
+  if (!ggml_backend_dev_by_name("THIMBLE0")) ggml_backend_load(plugin_path().c_str());
+  llama_log_set(read_log, nullptr);
+  const int deepest = *std::max_element(options.depths.begin(), options.depths.end());
+  const int n_cells = deepest + std::max(options.n_decode, options.n_prompt);
+  std::vector<Cache> caches;
+  for (const std::string& name : options.caches) caches.push_back(make_cache(options, name, n_cells));
+  std::mt19937 random(1);
+  const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(caches.front().model.get()));
+  std::vector<llama_token> tokens(n_cells);
+  for (llama_token& t : tokens) t = llama_token(random() % uint32_t(n_vocab));
+
+  const double bandwidth = memory_bandwidth(options.n_threads);
+  std::printf("memory reads at %.1f GB/s with %d threads; medians of %d rounds, lowest and highest in brackets\n",
+              bandwidth / 1e9, options.n_threads, options.rounds);
+  std::printf("%6s %-6s %10s %28s %28s %9s %9s %7s\n", "depth", "kv", "KV MiB", "decode tokens/s", "prompt tokens/s",
+              "x f16", "attention", "GB/s");
+  std::vector<int> depths = options.depths;
+  std::sort(depths.begin(), depths.end());
+  std::map<std::string, double> step_at_0;
+  json rows = json::array();
+  for (int depth : depths) {
+    std::map<std::string, std::vector<double>> decode, prompt;
+    for (Cache& cache : caches) {
+      if (depth > cache.depth)
+        decode_tokens(cache.context.get(), &tokens[cache.depth], depth - cache.depth, cache.depth, false);
+      cache.depth = depth;
+    }
+    for (int round = 0; round < options.rounds + 1; round++) {
+      for (Cache& cache : caches) {
+        const auto rewind = [&] { llama_memory_seq_rm(llama_get_memory(cache.context.get()), 0, depth, -1); };
+        auto start = Clock::now();
+        for (int i = 0; i < options.n_decode; i++) {
+          decode_tokens(cache.context.get(), &tokens[depth + i], 1, depth + i, true);
+          llama_synchronize(cache.context.get());
+        }
+        const double decoding = seconds_since(start);
+        rewind();
+        start = Clock::now();
+        decode_tokens(cache.context.get(), &tokens[depth], options.n_prompt, depth, true);
+        llama_synchronize(cache.context.get());
+        const double reading = seconds_since(start);
+        rewind();
+        if (round == 0) continue;  // warms up
+        decode[cache.name].push_back(options.n_decode / decoding);
+        prompt[cache.name].push_back(options.n_prompt / reading);
+      }
+    }
+    for (const Cache& cache : caches) {
+      const auto &d = decode[cache.name], &p = prompt[cache.name];
+      const auto [d_low, d_high] = std::minmax_element(d.begin(), d.end());
+      const auto [p_low, p_high] = std::minmax_element(p.begin(), p.end());
+      const double step = 1 / median(d);
+      if (depth == 0) step_at_0[cache.name] = step;
+      json row = {{"depth", depth},
+                  {"kv", cache.name},
+                  {"kv_bytes", cache.bytes},
+                  {"decode_tok_s", median(d)},
+                  {"decode_tok_s_range", {*d_low, *d_high}},
+                  {"prompt_tok_s", median(p)},
+                  {"prompt_tok_s_range", {*p_low, *p_high}}};
+      char ratio[32] = "", share[32] = "", rate[32] = "";
+      if (decode.count("f16")) {
+        // Of neighbours in time, round by round: what slows the machine for a while slows both.
+        std::vector<double> ratios;
+        for (size_t i = 0; i < d.size(); i++) ratios.push_back(d[i] / decode["f16"][i]);
+        row["decode_over_f16"] = median(ratios);
+        std::snprintf(ratio, sizeof(ratio), "%.2f", median(ratios));
+      }
+      if (depth > 0 && step_at_0.count(cache.name)) {
+        const double attention = std::max(0.0, step - step_at_0[cache.name]);
+        const double read = cache.bytes * depth / llama_n_ctx(cache.context.get());
+        row["attention_share"] = attention / step;
+        row["attention_bytes_per_s"] = attention > 0 ? read / attention : 0;
+        std::snprintf(share, sizeof(share), "%.0f %%", 100 * attention / step);
+        std::snprintf(rate, sizeof(rate), "%.1f", attention > 0 ? read / attention / 1e9 : 0);
+      }
+      std::printf("%6d %-6s %10.2f %9.1f [%6.1f, %7.1f] %9.1f [%6.1f, %7.1f] %9s %9s %7s\n", depth, cache.name.c_str(),
+                  cache.bytes / (1 << 20), median(d), *d_low, *d_high, median(p), *p_low, *p_high, ratio, share, rate);
+      rows.push_back(row);
+    }
+    std::fflush(stdout);
+  }
+  if (options.json.empty()) return;
+  const json out = {{"model", options.model.substr(options.model.find_last_of('/') + 1)},
+                    {"threads", options.n_threads},
+                    {"rounds", options.rounds},
+                    {"memory_bytes_per_s", bandwidth},
+                    {"device", ggml_backend_dev_description(ggml_backend_dev_by_name("THIMBLE0"))},
+                    {"rows", rows}};
+  std::ofstream(options.json) << out.dump(1) << "\n";
+}
+
+}  // namespace
+
+void add_bench_command(CLI::App& app) {
+  static Options options;
+  CLI::App* command =
+      app.add_subcommand("bench", "Measure decode and prompt speed at several depths, caches interleaved");
+  command->add_option("-m,--model", options.model, "Model, GGUF")->required();
+  command->add_option("--depths", options.depths, "Cells already in the cache")->delimiter(',')->capture_default_str();
+  command->add_option("--kv", options.caches, "Caches: f16, q8_0, q4_0, bits (2), bits and exact cells (2+64)")
+      ->delimiter(',')
+      ->capture_default_str();
+  command->add_option("--profile", options.profile,
+                      "Calibration of the model (default: <model>.thimble.gguf beside it)");
+  command->add_option("--window", options.window)->capture_default_str();
+  command->add_option("--decode", options.n_decode, "Tokens to decode in a round")->capture_default_str();
+  command->add_option("--prompt", options.n_prompt, "Tokens to read in a round")->capture_default_str();
+  command->add_option("--rounds", options.rounds)->capture_default_str();
+  command->add_option("-t,--threads", options.n_threads)->capture_default_str();
+  command->add_option("--json", options.json, "Write the rows here");
+  command->callback([] {
+    if (options.profile.empty()) options.profile = profile_beside(options.model);
+    run(options);
+  });
+}
+
+}  // namespace thimble
