@@ -132,9 +132,11 @@ void run(Options options) {
   if (options.context <= 0) options.context = llama_model_n_ctx_train(model.get());
   const bool sampled = options.text.empty();
   if (sampled) {
-    std::fprintf(stderr, "No text given (-f): the model writes its own, %d tokens with seed %llu.\n", options.n_tokens,
-                 (unsigned long long)options.fit.seed);
+    std::fprintf(stderr, "No text given (-f): the model writes its own, %d tokens with seed %llu.\n",
+                 options.n_tokens / 2, (unsigned long long)options.fit.seed);
   }
+  // Sampling is several times slower than reading, so the model's own text is shorter.
+  if (sampled) options.n_tokens /= 2;
   const std::vector<llama_token> tokens =
       sampled ? sample_text(model.get(), options.n_tokens, std::min(512, options.window), options)
               : spread(tokenize(model.get(), read_text(options.text)), options.n_tokens, options.window);

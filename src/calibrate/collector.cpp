@@ -98,8 +98,8 @@ bool Collector::callback(ggml_tensor* node, bool ask, void* user_data) {
   if (!self.error_.empty()) return !ask;
   int behind = -1;  // the layer whose output this is, as llama.cpp names it
   if (std::sscanf(node->name, "l_out-%d", &behind) == 1 && behind >= 0 && size_t(behind) < self.layers_.size()) {
-    if (ask) return true;
-    self.left(node, behind);
+    if (ask) return self.last_;
+    if (self.last_) self.left(node, behind);
     return true;
   }
   const bool stores = node->op == GGML_OP_SET_ROWS, attends = node->op == GGML_OP_FLASH_ATTN_EXT;
@@ -141,8 +141,8 @@ void Collector::left(const ggml_tensor* node, int layer) {
   const std::vector<float> x = fetch(node);
   for (int64_t t = 0; t < node->ne[1]; t++) {
     double square = 0;
-    for (int64_t i = 0; i < node->ne[0]; i++) square += double(x[t * node->ne[0] + i]) * x[t * node->ne[0] + i];
-    if (first_position_ > 0) layers_[layer]->add_residual(square);
+    for (int64_t i = 0; i < node->ne[0]; i++) square += std::pow(double(x[t * node->ne[0] + i]), 2);
+    layers_[layer]->add_residual(square);
   }
 }
 

@@ -11,9 +11,14 @@ struct Rope {
   bool neighbours = false;          // pairs are (2i, 2i+1); else (i, i + n_pairs)
   std::vector<double> frequencies;  // radians a position, for each pair; empty: positions do not matter
 
-  /// x [at least 2 * n_pairs] in place, by `positions`, which may be negative. Components beyond the pairs (partial
-  /// RoPE) stay.
-  void turn(float* x, double positions) const;
+  /// A turn by `positions`, which may be negative.
+  struct Turn {
+    std::vector<float> cosines, sines;  // for each pair
+  };
+  Turn by(double positions) const;
+
+  /// Turns x [at least 2 * n_pairs] in place. Components beyond the pairs (partial RoPE) stay.
+  void apply(const Turn& turn, float* x) const;
 };
 
 }  // namespace thimble

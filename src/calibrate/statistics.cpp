@@ -38,17 +38,17 @@ void LayerStatistics::add(const LayerActivations& in) {
   std::uniform_real_distribution<double> anywhere(0.0, double(options_.context));
   std::vector<float> keys(key_row);
   std::vector<Matrix> queries(shape_.n_kv_heads, Matrix(Eigen::Index(in.n_tokens) * group, key_dim));
-  double turn = 0;
+  Rope::Turn turn;
   for (int t = 0; t < in.n_tokens; t++) {
-    if (t % kStretch == 0) turn = anywhere(random_) - (in.first_position + t);
+    if (t % kStretch == 0) turn = rope_.by(anywhere(random_) - (in.first_position + t));
     for (int h = 0; h < shape_.n_heads; h++) {
       float* q = queries[h / group].row(Eigen::Index(t) * group + h % group).data();
       std::copy_n(in.queries + t * query_row + size_t(h) * key_dim, key_dim, q);
-      rope_.turn(q, turn);
+      rope_.apply(turn, q);
     }
     if (in.first_position + t < kSinks || n_seen_++ % stride_ != 0) continue;
     std::copy_n(in.keys + t * key_row, key_row, keys.data());
-    for (int h = 0; h < shape_.n_kv_heads; h++) rope_.turn(&keys[size_t(h) * key_dim], turn);
+    for (int h = 0; h < shape_.n_kv_heads; h++) rope_.apply(turn, &keys[size_t(h) * key_dim]);
     for (float v : keys) keys_.push_back(float_to_half(v));
     for (size_t i = 0; i < value_row; i++) values_.push_back(float_to_half(in.values[t * value_row + i]));
     n_samples_++;

@@ -78,27 +78,18 @@ std::vector<int16_t> deal_components(const std::vector<double>& variance, const 
   std::iota(by_variance.begin(), by_variance.end(), int16_t{0});
   std::stable_sort(by_variance.begin(), by_variance.end(), [&](int a, int b) { return variance[a] > variance[b]; });
 
-  std::vector<int16_t> order;
-  size_t next = 0;
-  for (int m = 0; m < format.n_subspaces();) {
-    // All subspaces of this width, dealt to together.
-    const int width = format.width(m);
-    int n = 0;
-    while (m + n < format.n_subspaces() && format.width(m + n) == width) n++;
-    std::vector<std::vector<int16_t>> hands(n);
-    std::vector<double> loads(n, 0.0);
-    for (int i = 0; i < n * width; i++) {
-      int poorest = -1;
-      for (int h = 0; h < n; h++) {
-        if (int(hands[h].size()) < width && (poorest < 0 || loads[h] < loads[poorest])) poorest = h;
-      }
-      const int16_t component = by_variance[next++];
-      hands[poorest].push_back(component);
-      loads[poorest] += bits[component];
+  std::vector<std::vector<int16_t>> hands(format.n_subspaces());
+  std::vector<double> loads(hands.size(), 0.0);
+  for (int16_t component : by_variance) {
+    int poorest = -1;
+    for (int m = 0; m < format.n_subspaces(); m++) {
+      if (int(hands[m].size()) < format.width(m) && (poorest < 0 || loads[m] < loads[poorest])) poorest = m;
     }
-    for (const auto& hand : hands) order.insert(order.end(), hand.begin(), hand.end());
-    m += n;
+    hands[poorest].push_back(component);
+    loads[poorest] += bits[component];
   }
+  std::vector<int16_t> order;
+  for (const auto& hand : hands) order.insert(order.end(), hand.begin(), hand.end());
   return order;
 }
 

@@ -34,8 +34,9 @@ FittedTransform fit_vecinfer(const Matrix& samples, Kind kind);
 /// How the components of y are dealt out to subspaces: component d of the coded vector is column order[d].
 ///
 /// At 8 bits a subspace, the bits that a component deserves follow from its variance by reverse water-filling (Cover
-/// and Thomas, Elements of Information Theory, 10.3.3). Narrow subspaces take the components that vary most; among
-/// subspaces of one width, components are dealt so that each gets an equal sum of bits.
+/// and Thomas, Elements of Information Theory, 10.3.3). Components are dealt from the most varying on, each to the
+/// subspace that has the fewest bits so far and room, so that all end with about the same; wide subspaces of a mixed
+/// format then hold most of the components that hardly vary.
 std::vector<int16_t> deal_components(const std::vector<double>& variance, const Format& format);
 
 /// Bits for each component, max(0, log2(variance / level) / 2), the level chosen so that they sum to `total`.

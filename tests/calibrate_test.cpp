@@ -1,0 +1,260 @@
+// Calibration: k-means up to sign, transforms, RoPE's turns, allotment, and what it is all for: attention from coded
+// keys, on synthetic keys with the outliers that break plain rotation.
+#include <gtest/gtest.h>
+
+#include <Eigen/QR>
+#include <cmath>
+#include <random>
+#include <set>
+
+#include "calibrate/allot.h"
+#include "calibrate/fit.h"
+#include "calibrate/kmeans.h"
+#include "calibrate/rope.h"
+#include "codec/head_codec.h"
+
+namespace thimble {
+namespace {
+
+Matrix gaussian(int rows, int columns, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  Matrix m(rows, columns);
+  for (Eigen::Index i = 0; i < m.size(); i++) m.data()[i] = normal(random);
+  return m;
+}
+
+TEST(Kmeans, FindsClustersUpToSign) {
+  // 100 directions, each point a little off one of them or its opposite.
+  const Matrix directions = gaussian(100, 4, 1), noise = gaussian(3200, 4, 2);
+  Points points{4, 3200, std::vector<float>(4 * 3200)};
+  for (int i = 0; i < 3200; i++) {
+    for (int j = 0; j < 4; j++) {
+      points.values[j * 3200 + i] = (i % 3 ? 1.0f : -1.0f) * directions(i % 100, j) + 0.01f * noise(i, j);
+    }
+  }
+  const Centres centres = kmeans(points, 30, 1);
+  std::vector<uint8_t> nearest(3200);
+  assign(points, centres, nearest.data());
+  double error = 0;
+  for (int i = 0; i < 3200; i++) {
+    double plus = 0, minus = 0;
+    for (int j = 0; j < 4; j++) {
+      const double x = points.row(j)[i], c = centres.values[size_t(j) * kCodewords + nearest[i]];
+      plus += (x - c) * (x - c);
+      minus += (x + c) * (x + c);
+    }
+    error += std::min(plus, minus) / 3200;
+  }
+  EXPECT_LT(error, 0.12);  // of 4; chance starts leave a few directions sharing a centre
+}
+
+TEST(Kmeans, AssignsTheNearest) {
+  Points points{2, 64, {}};
+  const Matrix x = gaussian(2, 64, 3), c = gaussian(2, kCodewords, 4);
+  points.values.assign(x.data(), x.data() + x.size());
+  const Centres centres{2, {c.data(), c.data() + c.size()}};
+  std::vector<uint8_t> nearest(64);
+  assign(points, centres, nearest.data());
+  const auto distance = [&](int i, int k) {
+    const Eigen::Vector2f p = x.col(i), q = c.col(k);
+    return std::min((p - q).squaredNorm(), (p + q).squaredNorm());
+  };
+  for (int i = 0; i < 64; i++) {
+    for (int k = 0; k < kCodewords; k++) EXPECT_LE(distance(i, nearest[i]), distance(i, k) + 1e-5);
+  }
+}
+
+TEST(Kmeans, SameSeedSameCentres) {
+  const Matrix x = gaussian(4, 640, 5);
+  const Points points{4, 640, {x.data(), x.data() + x.size()}};
+  EXPECT_EQ(kmeans(points, 5, 1).values, kmeans(points, 5, 1).values);
+  EXPECT_NE(kmeans(points, 5, 1).values, kmeans(points, 5, 2).values);
+  EXPECT_THROW(kmeans({4, 0, {}}, 5, 1), std::runtime_error);
+}
+
+TEST(Rope, TurnsAddUpAndKeepScores) {
+  for (bool neighbours : {false, true}) {
+    Rope rope{neighbours, {1.0, 0.1, 0.01}};  // partial: 6 of 8 components
+    const Matrix start = gaussian(2, 8, 6);
+    Matrix once = start, twice = start;
+    for (int i = 0; i < 2; i++) {
+      rope.apply(rope.by(1000.5), once.row(i).data());
+      rope.apply(rope.by(1500.5), twice.row(i).data());
+      rope.apply(rope.by(-500.0), twice.row(i).data());
+    }
+    EXPECT_LT((once - twice).norm(), 1e-5);
+    EXPECT_NEAR(once.row(0).dot(once.row(1)), start.row(0).dot(start.row(1)), 1e-4);
+    EXPECT_GT((once - start).norm(), 0.1);
+    EXPECT_EQ(once(0, 6), start(0, 6));
+    EXPECT_EQ(once(1, 7), start(1, 7));
+  }
+}
+
+TEST(Transforms, KltDecorrelatesInTheMetric) {
+  const Matrix mixing = gaussian(16, 16, 7), samples = gaussian(4000, 16, 8) * mixing;
+  const Matrix queries = gaussian(500, 16, 9) * gaussian(16, 16, 10);
+  const Eigen::MatrixXd metric = (queries.transpose() * queries).cast<double>() / 500;
+  const FittedTransform fit = fit_klt(samples, metric);
+  const Eigen::MatrixXd y = ((samples.rowwise() - fit.mean) * fit.matrix).cast<double>();
+  const Eigen::MatrixXd covariance = y.transpose() * y / double(y.rows());
+  for (int i = 0; i < 16; i++) {
+    EXPECT_NEAR(covariance(i, i) / fit.variance[i], 1, 1e-2);
+    if (i > 0) {
+      EXPECT_LE(fit.variance[i], fit.variance[i - 1]);
+    }
+    for (int j = 0; j < i; j++)
+      EXPECT_LT(std::fabs(covariance(i, j)), 1e-2 * std::sqrt(fit.variance[i] * fit.variance[j]));
+  }
+  // Distance in y is the cost e^T S e, but for the ridge.
+  const Eigen::RowVectorXf e = gaussian(1, 16, 11);
+  const double cost = (e.cast<double>() * metric * e.cast<double>().transpose())(0, 0);
+  EXPECT_NEAR((e * fit.matrix).squaredNorm() * fit.metric_scale / cost, 1, 0.02);
+}
+
+TEST(Transforms, DealsEveryComponentOnce) {
+  std::vector<double> variance;
+  for (int i = 0; i < 64; i++) variance.push_back(std::pow(0.8, i));
+  for (double bits : {4.0, 3.0, 2.0, 1.5, 1.25, 1.0}) {
+    const Format format = make_format(64, bits);
+    const auto order = deal_components(variance, format);
+    EXPECT_EQ(std::set<int>(order.begin(), order.end()).size(), 64u) << bits;
+  }
+}
+
+TEST(Transforms, WaterFillsToTheTotal) {
+  const auto bits = water_fill({100, 10, 1, 0.001}, 6);
+  EXPECT_NEAR(bits[0] + bits[1] + bits[2] + bits[3], 6, 1e-6);
+  EXPECT_NEAR(bits[0] - bits[1], 0.5 * std::log2(10), 1e-6);
+  EXPECT_EQ(bits[3], 0);
+}
+
+TEST(Allot, SpendsWhereItSavesMostAndNoMore) {
+  const std::vector<double> rates = {1, 2, 4};
+  const std::vector<SideCosts> sides = {{64, {100, 25, 2}}, {64, {1, 0.25, 0.02}}, {64, {1, 0.25, 0.02}}};
+  const auto chosen = allot(sides, rates, 2);
+  EXPECT_EQ(chosen, (std::vector<int>{2, 0, 0}));
+  EXPECT_EQ(allot(sides, rates, 1), (std::vector<int>{0, 0, 0}));
+  EXPECT_EQ(allot(sides, rates, 4), (std::vector<int>{2, 2, 2}));
+}
+
+// --- attention from coded keys ---
+
+struct Head {
+  Matrix keys, queries;
+};
+
+/// Keys of spread-out variances, and queries that weight channels unevenly; with `outliers`, three channels at 20, 50
+/// and 100 times the rest's size by a constant offset, as Qwen's keys have them.
+Head synthetic_head(bool outliers, unsigned seed) {
+  const int dim = 64, n = 8192;
+  Head head{gaussian(n, dim, seed), gaussian(64, dim, seed + 1)};
+  for (int d = 0; d < dim; d++) head.keys.col(d) *= std::pow(0.93f, float(d));
+  const Matrix turn = Eigen::HouseholderQR<Eigen::MatrixXf>(Eigen::MatrixXf(gaussian(dim, dim, 77))).householderQ();
+  head.keys = head.keys * turn;
+  head.queries *= 0.8f;
+  if (outliers) {
+    const float size[] = {20, 50, -100};
+    for (int i = 0; i < 3; i++) head.keys.col(7 + 19 * i).array() += size[i];
+  }
+  return head;
+}
+
+/// Mean KL divergence of the attention over all keys from what their codes give.
+double attention_divergence(const Head& head, const HeadCodec& codec) {
+  const Eigen::Index n = head.keys.rows(), dim = head.keys.cols();
+  Matrix decoded(n, dim);
+  std::vector<float> y(dim);
+  std::vector<uint8_t> codes(codec.format.n_subspaces());
+  for (Eigen::Index i = 0; i < n; i++) {
+    codec.transform.forward(head.keys.row(i).data(), y.data());
+    const uint16_t scale = encode_vector(codec, y.data(), codes.data());
+    decode_vector(codec, codes.data(), scale, y.data());
+    codec.transform.inverse(y.data(), decoded.row(i).data());
+  }
+  double divergence = 0;
+  for (Eigen::Index q = 0; q < head.queries.rows(); q++) {
+    const auto log_softmax = [&](const Matrix& keys) {
+      Eigen::VectorXd s = (keys * head.queries.row(q).transpose()).cast<double>();
+      s.array() -= s.maxCoeff();
+      s.array() -= std::log(s.array().exp().sum());
+      return s;
+    };
+    const Eigen::VectorXd p = log_softmax(head.keys), r = log_softmax(decoded);
+    divergence += (p.array().exp() * (p - r).array()).sum() / double(head.queries.rows());
+  }
+  return divergence;
+}
+
+HeadCodec calibrated(const Head& head, const std::string& transform, double bits) {
+  const Eigen::MatrixXd metric = (head.queries.transpose() * head.queries).cast<double>() / double(head.queries.rows());
+  FitOptions options;
+  options.transform = transform;
+  const FittedHead fitted = fit_head(head.keys, metric, Kind::key, {make_format(64, bits)}, options, 1);
+  HeadCodec codec;
+  codec.kind = Kind::key;
+  codec.format = fitted.rates[0].format;
+  codec.codebook = fitted.rates[0].codebook;
+  std::vector<float> a(64 * 64);
+  for (int i = 0; i < 64; i++) {
+    for (int j = 0; j < 64; j++) a[i * 64 + j] = fitted.transform.matrix(i, fitted.rates[0].order[j]);
+  }
+  codec.transform = Transform::dense({fitted.transform.mean.begin(), fitted.transform.mean.end()}, a);
+  codec.prepare();
+  return codec;
+}
+
+TEST(Outliers, KltHoldsWherePlainRotationCollapses) {
+  const Head plain = synthetic_head(false, 20), outliers = synthetic_head(true, 20);
+  const HeadCodec rotation = make_uncalibrated_codec(Kind::key, make_format(64, 2));
+  const double rotation_plain = attention_divergence(plain, rotation);
+  const double rotation_outliers = attention_divergence(outliers, rotation);
+  const double klt_plain = attention_divergence(plain, calibrated(plain, "klt", 2));
+  const double klt_outliers = attention_divergence(outliers, calibrated(outliers, "klt", 2));
+  RecordProperty("rotation", std::to_string(rotation_plain) + " " + std::to_string(rotation_outliers));
+  RecordProperty("klt", std::to_string(klt_plain) + " " + std::to_string(klt_outliers));
+  EXPECT_LT(klt_plain, rotation_plain);
+  EXPECT_LT(klt_outliers, 2 * klt_plain);
+  EXPECT_GT(rotation_outliers, 10 * rotation_plain);
+}
+
+TEST(Fit, MoreBitsCostLess) {
+  const Head head = synthetic_head(false, 30);
+  const Eigen::MatrixXd metric = Eigen::MatrixXd::Identity(64, 64);
+  std::vector<Format> formats;
+  for (double bits : {1.0, 1.25, 1.5, 2.0, 3.0, 4.0}) formats.push_back(make_format(64, bits));
+  const FittedHead fitted = fit_head(head.keys, metric, Kind::key, formats, {}, 1);
+  for (size_t i = 1; i < formats.size(); i++) EXPECT_LT(fitted.rates[i].distortion, fitted.rates[i - 1].distortion);
+}
+
+TEST(Fit, DoesNotDependOnThreads) {
+  const LayerShape shape = {2, 4, 16, 16};
+  StatisticsOptions options;
+  options.n_tokens = 512;
+  std::vector<LayerStatistics> layers;
+  layers.emplace_back(shape, Rope{false, {1.0, 0.1}}, 0.25f, options, 0);
+  const Matrix k = gaussian(512, 32, 1), v = gaussian(512, 32, 2), q = gaussian(512, 64, 3);
+  layers[0].add({0, 512, k.data(), v.data(), q.data()});
+  layers[0].add_attention(0, std::vector<float>(400, 1.0f));
+  EXPECT_NEAR(layers[0].density(), 0.95, 1e-3);  // even attention: what is outside the top 5 %
+  EXPECT_EQ(layers[0].n_samples(), 504u);        // all but the sinks
+
+  const auto fit = [&](int n_threads) {
+    FitOptions fit_options;
+    fit_options.bits = {2, 1};
+    fit_options.n_threads = n_threads;
+    return fit_profile({"test", {shape}, {}}, layers, {{{}, {}}}, fit_options, [](double) {});
+  };
+  const Profile one = fit(1), three = fit(3);
+  EXPECT_EQ(one.keys[0].matrix, three.keys[0].matrix);
+  for (double bits : {2.0, 1.0}) {
+    EXPECT_EQ(one.keys[0].by_bits.at(bits).words, three.keys[0].by_bits.at(bits).words);
+    EXPECT_EQ(one.values[0].by_bits.at(bits).words, three.values[0].by_bits.at(bits).words);
+  }
+  // The even average holds.
+  EXPECT_LE(one.format(0, Kind::key, 2).bits() + one.format(0, Kind::value, 2).bits(), 4.0);
+  EXPECT_NO_THROW(one.codec(0, 1, Kind::value, 2));
+}
+
+}  // namespace
+}  // namespace thimble
