@@ -617,8 +617,9 @@ inline void add_components(const uint8_t* const* blocks, const uint32_t used, co
 #pragma GCC unroll 1
   for (uint32_t left = used; left; left &= left - 1) {
     const int b = __builtin_ctz(left);
-    __m512i code = _mm512_loadu_si512(blocks[b] + code_row * kLine);
-    __mmask64 negative = _mm512_movepi8_mask(code);
+    // Often the same row twice: cheaper than a branch, around which GCC 12 copies the sums.
+    const __m512i code[2] = {_mm512_loadu_si512(blocks[b] + code_row * kLine),
+                             _mm512_loadu_si512(blocks[b] + code_row2 * kLine)};
     __m512i w[Rows], w_high[Rows];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; r++) {
@@ -627,11 +628,7 @@ inline void add_components(const uint8_t* const* blocks, const uint32_t used, co
     }
 #pragma GCC unroll 4
     for (int j = 0; j < Components; j++) {
-      if (j == 2 && code_row2 != code_row) {
-        code = _mm512_loadu_si512(blocks[b] + code_row2 * kLine);
-        negative = _mm512_movepi8_mask(code);
-      }
-      const __m512i word = look_up_64(tables[j], code, negative);
+      const __m512i word = look_up_64(tables[j], code[j / 2], _mm512_movepi8_mask(code[j / 2]));
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; r++) {
         add_products(low[r][j], w[r], word);
