@@ -15,7 +15,7 @@ namespace thimble {
 namespace {
 
 struct Launch {
-  std::string kv = "4", window = "8+128", profile;
+  std::string kv = "4", window = "8+128", profile, store;
 };
 
 bool has_flag(const std::vector<std::string>& args, std::initializer_list<const char*> flags) {
@@ -45,7 +45,10 @@ std::string value_of(const std::vector<std::string>& args, std::initializer_list
   if (options.kv == "f16") {
     if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", "none"});
   } else {
-    std::string settings = "bits=" + options.kv + ",window=" + options.window;
+    const size_t plus = options.kv.find('+');  // 2+64: 2 bits and the 64 best cells exactly
+    std::string settings = "bits=" + options.kv.substr(0, plus) + ",window=" + options.window;
+    if (plus != std::string::npos) settings += ",top=" + options.kv.substr(plus + 1);
+    if (!options.store.empty()) settings += ",store=file,path=" + options.store;
     std::string profile = options.profile;
     if (profile.empty()) profile = profile_beside(value_of(args, {"-m", "--model"}));
     if (!profile.empty()) settings += ",profile=" + profile;
@@ -72,10 +75,15 @@ std::string value_of(const std::vector<std::string>& args, std::initializer_list
 
 CLI::App* add(CLI::App& app, const char* name, const char* what, Launch& options) {
   CLI::App* command = app.add_subcommand(name, what);
-  command->add_option("--kv", options.kv, "Bits a number of the KV cache: f16, 4, 3, 2, 1.5, 1.25, 1, or K/V")
+  command
+      ->add_option(
+          "--kv", options.kv,
+          "Bits a number of the KV cache: f16, 4, 3, 2, 1.5, 1.25, 1, or K/V; 2+64 keeps all cells in f16 in RAM "
+          "besides and attends to the 64 that matter most exactly")
       ->capture_default_str();
   command->add_option("--window", options.window, "Cells of a sequence in full precision, first+last")
       ->capture_default_str();
+  command->add_option("--store", options.store, "Directory of a file for the f16 cells of 2+64, instead of RAM");
   command->add_option("--profile", options.profile,
                       "Calibration of the model (default: <model>.thimble.gguf beside it)");
   command->allow_extras();

@@ -226,11 +226,12 @@ void Attention::select(int thread) {
     Retrieved& retrieved = retrieved_[i];
     retrieved.hidden = streams_[item.stream].hidden;
     retrieved.tiles.clear();
-    for (const Scored& chosen : memory.candidates) {
-      retrieved.hidden[chosen.cell / kBlockCells] |= uint64_t{1} << (chosen.cell % kBlockCells);
-      for (const CacheSide* side : {&keys, &values}) side->store()->will_need(cell0 + chosen.cell, 1);
-      add_row(retrieved.tiles, chosen.cell, keys.store()->row(cell0 + chosen.cell),
-              values.store()->row(cell0 + chosen.cell));
+    for (const auto& [score, cell] : memory.candidates) {
+      const uint16_t *key = keys.store()->row(cell0 + cell), *value = values.store()->row(cell0 + cell);
+      if (!key || !value) continue;  // seen, but never written
+      for (const CacheSide* side : {&keys, &values}) side->store()->will_need(cell0 + cell, 1);
+      retrieved.hidden[cell / kBlockCells] |= uint64_t{1} << (cell % kBlockCells);
+      add_row(retrieved.tiles, cell, key, value);
     }
   }
 }
@@ -273,7 +274,8 @@ void Attention::attend_stored(const Item& item, int block, const Queries& querie
   tile.clear();
   for (uint64_t seen = seen_by(item, mask_of(item).at(first), n_cells); seen; seen &= seen - 1) {
     const int cell = first + std::countr_zero(seen);
-    add_row(tile, cell, keys.store()->row(cell0 + cell), values.store()->row(cell0 + cell));
+    const uint16_t *key = keys.store()->row(cell0 + cell), *value = values.store()->row(cell0 + cell);
+    if (key && value) add_row(tile, cell, key, value);
   }
   if (!tile.empty()) attend_exact(item, tile.front(), queries, memory, softmax);
 }

@@ -59,6 +59,12 @@ std::shared_ptr<const std::vector<HeadCodec>> CodecSource::codecs(int layer, Kin
   return all;
 }
 
+bool CodecSource::retrieves(int layer) const {
+  if (settings_.top == 0 || settings_.policy == Settings::Policy::none) return false;
+  if (settings_.policy == Settings::Policy::all || !profile_) return true;
+  return layer < 0 || size_t(layer) >= profile_->density.size() || !profile_->quantization_friendly(layer);
+}
+
 std::shared_ptr<const CodecSource> codec_source(const Settings& settings) {
   static std::mutex mutex;
   static std::map<std::string, std::weak_ptr<const CodecSource>> in_use;

@@ -21,6 +21,8 @@ public:
   /// Throws where the profile does not hold this layer, or holds other head sizes.
   Format format(int layer, Kind kind, int head_dim) const;
   std::shared_ptr<const std::vector<HeadCodec>> codecs(int layer, Kind kind, int head_dim, int n_kv_heads) const;
+  /// Whether a layer attends to its dominant cells exactly (Settings::top, policy).
+  bool retrieves(int layer) const;
   /// Names everything that saved codes depend on.
   uint64_t hash() const { return hash_; }
 

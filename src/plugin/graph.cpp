@@ -134,11 +134,13 @@ void CpuGraph::run_write(ggml_tensor*, int thread, int n_threads, void* data) {
         op.cells[i] = index->type == GGML_TYPE_I64 ? *reinterpret_cast<const int64_t*>(at)
                                                    : *reinterpret_cast<const int32_t*>(at);
       }
-      op.layer->cache->begin_write(op.kind, op.cells);
+      op.failed = op.graph->failed_;
+      if (!op.failed) op.layer->cache->begin_write(op.kind, op.cells);
       for (int64_t cell : op.cells) op.layer->refused[int(op.kind)].erase(cell);
     }
-  } catch (const std::exception&) {
-    op.failed = true;
+  } catch (const std::exception& error) {
+    GGML_LOG_ERROR("thimble: %s\n", error.what());
+    op.failed = op.graph->failed_ = true;
   }
   op.barrier.wait(n_threads);
   if (op.failed) return;
@@ -187,14 +189,27 @@ void CpuGraph::run_attend(ggml_tensor* dst, int thread, int n_threads, void* dat
       p.max_bias = max_bias;
       p.softcap = softcap;
       p.sinks = op.node->src[4] ? static_cast<const float*>(op.node->src[4]->data) : nullptr;
-      attention.prepare(p, n_threads, kernels());
-      op.failed = sees_refused_cell(op.node, *op.layer);
-    } catch (const std::exception&) {
-      op.failed = true;
+      p.top = op.layer->top;
+      p.drop_tail = op.layer->drop_tail;
+      if (sees_refused_cell(op.node, *op.layer)) {
+        throw std::runtime_error("layer " + std::to_string(op.layer->index) +
+                                 " cannot be attended to: its cells hold a state that was refused");
+      }
+      op.failed = op.graph->failed_;
+      if (!op.failed) attention.prepare(p, n_threads, kernels());
+    } catch (const std::exception& error) {
+      GGML_LOG_ERROR("thimble: %s\n", error.what());
+      op.failed = op.graph->failed_ = true;
     }
   }
   op.barrier.wait(n_threads);
   if (op.failed) return;
+  if (attention.retrieves()) {
+    attention.score(thread);
+    op.barrier.wait(n_threads);
+    attention.select(thread);
+    op.barrier.wait(n_threads);
+  }
   attention.attend(thread);
   op.barrier.wait(n_threads);
   attention.combine(thread);
@@ -217,6 +232,7 @@ ggml_status CpuGraph::compute(ggml_cgraph* graph) {
   ggml_tensor** nodes = ggml_graph_nodes(graph);
   ops_.clear();
   nodes_.clear();
+  failed_ = false;
   std::map<const ManagedLayer*, Op*> last_attention;
   std::vector<std::pair<int, ggml_tensor*>> replaced;
   // Layers are bound when llama.cpp asks whether we support their attention; ggml's Meta device does not ask.
@@ -261,12 +277,7 @@ ggml_status CpuGraph::compute(ggml_cgraph* graph) {
   for (auto& [layer, op] : last_attention) op->commits = true;
   if (status == GGML_STATUS_SUCCESS) status = run_segment(graph, begin, n_nodes);
   for (auto& [i, node] : replaced) nodes[i] = node;
-  for (const Op& op : ops_) {
-    if (!op.failed || status != GGML_STATUS_SUCCESS) continue;
-    GGML_LOG_ERROR("thimble: layer %d cannot be attended to: its cells hold a state of other cache settings\n",
-                   op.layer->index);
-    status = GGML_STATUS_FAILED;
-  }
+  if (failed_ && status == GGML_STATUS_SUCCESS) status = GGML_STATUS_FAILED;
   return status;
 }
 
@@ -293,9 +304,8 @@ ggml_status CpuGraph::shift(const ggml_tensor* node) {
     ggml_tensor* positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
     float* numbers = static_cast<float*>(x->data);
     for (int64_t i = 0; i < n; i++) {
-      const int slot = cache.window().find(cells[i]);
-      if (slot >= 0) {
-        ggml_fp16_to_fp32_row(keys.exact_row(slot), numbers + i * row_size, row_size);
+      if (const uint16_t* exact = cache.exact_row(Kind::key, cells[i])) {
+        ggml_fp16_to_fp32_row(exact, numbers + i * row_size, row_size);
       } else {
         keys.decode_row(cells[i], numbers + i * row_size);
       }
@@ -315,8 +325,9 @@ ggml_status CpuGraph::shift(const ggml_tensor* node) {
     for (int64_t i = 0; i < n && status == GGML_STATUS_SUCCESS; i++) {
       ggml_fp32_to_fp16_row(numbers + i * row_size, row.data(), row_size);
       keys.encode_row(row.data(), cells[i]);
-      const int slot = cache.window().find(cells[i]);
-      if (slot >= 0) std::memcpy(keys.exact_row(slot), row.data(), row_size * sizeof(uint16_t));
+      if (uint16_t* exact = cache.exact_row(Kind::key, cells[i])) {
+        std::memcpy(exact, row.data(), row_size * sizeof(uint16_t));
+      }
     }
     ggml_free(ctx);
     cells.clear();

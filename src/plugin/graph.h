@@ -7,6 +7,7 @@
 // Any other node on a cache is refused.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <string>
 #include <vector>
@@ -51,8 +52,9 @@ private:
 
   ggml_backend_t inner_;
   Attention attention_;
-  std::deque<Op> ops_;             // of the graph being computed
-  std::deque<ggml_tensor> nodes_;  // the custom ops that stand in for its nodes
+  std::atomic<bool> failed_ = false;  // some op of the graph being computed: what follows is not worth running
+  std::deque<Op> ops_;                // of the graph being computed
+  std::deque<ggml_tensor> nodes_;     // the custom ops that stand in for its nodes
 };
 
 }  // namespace thimble

@@ -27,6 +27,7 @@ KvBuffer& context_of(ggml_backend_buffer_t buffer) {
   return *static_cast<KvBuffer*>(buffer->context);
 }
 
+// Of a layer without an exact store.
 int window_slots(const Settings& settings, int64_t n_streams) {
   return settings.passthrough() ? 0 : settings.window.total() * int(n_streams);
 }
@@ -39,7 +40,8 @@ size_t reserved_bytes(const ggml_tensor* tensor, const CacheName& name, const Se
   const int head_dim = std::clamp(source.head_dim(name.layer, name.kind).value_or(assumed), 2, kMaxHeadDim);
   const Format format = source.format(name.layer, name.kind, head_dim);
   const CacheShape shape{int(width / format.head_dim), tensor->ne[1], int(tensor->ne[2])};
-  return CacheSide::memory_bytes(shape, format, window_slots(settings, shape.n_streams));
+  return CacheSide::memory_bytes(shape, format,
+                                 source.retrieves(name.layer) ? 0 : window_slots(settings, shape.n_streams));
 }
 
 // ---- buffer
@@ -245,7 +247,13 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
                                " are too small to code; use bits=16 or run without the THIMBLE device");
     }
     auto codecs = source_->codecs(layer.index, kind, dim, n_kv_heads);
-    const int n_slots = window_slots(settings_, shape.n_streams);
+    std::unique_ptr<ExactStore> store;
+    if (source_->retrieves(layer.index)) {
+      store = settings_.store_in_file ? ExactStore::file(settings_.path, shape.n_cells(), tensor->ne[0])
+                                      : ExactStore::ram(shape.n_cells(), tensor->ne[0]);
+      store_bytes_ += store->total_bytes();
+    }
+    const int n_slots = store ? 0 : window_slots(settings_, shape.n_streams);
     const size_t bytes = CacheSide::memory_bytes(shape, format, n_slots);
     uint8_t* memory = static_cast<uint8_t*>(tensor->data);
     if (bytes > reserved_bytes(tensor, {kind, layer.index}, settings_, *source_)) {
@@ -253,9 +261,11 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
       memory = layer.own_memory[int(kind)].data();
     }
     bound_bytes_ += bytes;
-    return CacheSide(shape, std::move(codecs), n_slots, memory);
+    return CacheSide(shape, std::move(codecs), n_slots, memory, std::move(store));
   };
   CacheSide keys = make_side(Kind::key), values = make_side(Kind::value);
+  layer.top = keys.store() ? settings_.top : 0;
+  layer.drop_tail = settings_.drop_tail;
   const int n_streams = keys.shape().n_streams;
   const int64_t cells = keys.shape().cells_per_stream;
   const int sequences = n_streams > 1 ? n_streams : settings_.sequences;
@@ -275,6 +285,12 @@ void KvBuffer::use(const char* kernels) {
   GGML_LOG_INFO("thimble: KV cache of %zu layers: %.2f MiB, %.2f MiB as f16; %s; %s kernels\n", layers_.size(),
                 double(bound_bytes_) / (1 << 20), double(f16_bytes) / (1 << 20), settings_.to_string().c_str(),
                 kernels);
+  if (store_bytes_ > 0) {
+    const auto n =
+        std::count_if(layers_.begin(), layers_.end(), [](const auto& layer) { return layer.second.top > 0; });
+    GGML_LOG_INFO("thimble: exact store of %d layers: up to %.2f MiB in %s\n", int(n), double(store_bytes_) / (1 << 20),
+                  settings_.store_in_file ? settings_.path.c_str() : "RAM");
+  }
 }
 
 void KvBuffer::clear(uint8_t value) {
@@ -340,8 +356,12 @@ bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
   const CacheShape& shape = layer->cache->keys().shape();
   const Rows source = rows_of(from, 0, ggml_nbytes(from)), target = rows_of(to, 0, ggml_nbytes(to));
   if (source.count != shape.cells_per_stream || target.count != source.count) return false;
-  layer->cache->copy_stream(kind, int(source.first / shape.cells_per_stream),
-                            int(target.first / shape.cells_per_stream));
+  try {
+    layer->cache->copy_stream(kind, int(source.first / shape.cells_per_stream),
+                              int(target.first / shape.cells_per_stream));
+  } catch (const std::runtime_error&) {
+    return false;  // the exact store is full, which `load` says and lives with
+  }
   auto& refused = layer->refused[int(kind)];
   std::erase_if(refused, [&](const auto& entry) {
     return entry.first >= target.first && entry.first < target.first + target.count;

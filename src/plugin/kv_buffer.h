@@ -37,7 +37,9 @@ struct ManagedLayer {
   int index = 0;
   ggml_tensor* tensors[2] = {nullptr, nullptr};  // by Kind; set by init_tensor
   std::unique_ptr<CacheLayer> cache;             // once bound
-  std::vector<uint8_t> own_memory[2];            // where the reserved memory is too small (heads under kAssumedHeadDim)
+  int top = 0;                                   // cells to retrieve; above 0, the cache has exact stores
+  bool drop_tail = false;
+  std::vector<uint8_t> own_memory[2];  // where the reserved memory is too small (heads under kAssumedHeadDim)
   // By Kind: cells last loaded from a state of other settings, and the rows as they came, which is how they are saved.
   std::map<int64_t, std::vector<uint8_t>> refused[2];
 };
@@ -83,7 +85,7 @@ private:
   Settings settings_;
   std::shared_ptr<const CodecSource> source_;
   std::map<int, ManagedLayer> layers_;
-  size_t bound_bytes_ = 0;
+  size_t bound_bytes_ = 0, store_bytes_ = 0;
   bool in_use_ = false;
   bool said_refusal_ = false;  // since the last graph
 };

@@ -31,6 +31,18 @@ double parse_bits(const std::string& text) {
   fail("bits=" + text + " is not one of 16, 4, 3, 2, 1.5, 1.25, 1");
 }
 
+constexpr std::initializer_list<const char*> kPolicies = {"auto", "all", "none"};
+
+// Which of some words a value is.
+int choose(const std::string& key, const std::string& value, std::initializer_list<const char*> words) {
+  std::string known;
+  for (const char* const* word = words.begin(); word != words.end(); word++) {
+    if (value == *word) return int(word - words.begin());
+    known += std::string(known.empty() ? "" : ", ") + *word;
+  }
+  fail(key + "=" + value + " is not one of " + known);
+}
+
 std::string number(double value) {
   std::string text = std::to_string(value);
   text.erase(text.find_last_not_of('0') + 1);
@@ -71,10 +83,30 @@ Settings Settings::parse(const std::string& text) {
     } else if (key == "device") {
       if (value.empty()) fail("device= needs the name of a ggml device, such as CPU");
       s.device = value;
+    } else if (key == "top") {
+      s.top = parse_int(key, value, 0, 65536);
+    } else if (key == "store") {
+      s.store_in_file = choose(key, value, {"ram", "file"}) == 1;
+    } else if (key == "path") {
+      if (value.empty()) fail("path= needs a directory");
+      s.path = value;
+    } else if (key == "tail") {
+      s.drop_tail = choose(key, value, {"quantized", "drop"}) == 1;
+    } else if (key == "policy") {
+      s.policy = Settings::Policy(choose(key, value, kPolicies));
     } else {
-      fail("unknown key '" + key + "'; known are bits, window, sequences, small, profile, device");
+      fail("unknown key '" + key +
+           "'; known are bits, window, sequences, small, profile, device, top, store, path, tail, policy");
     }
   }
+  if (s.top == 0) {
+    for (const char* key : {"store", "path", "tail", "policy"}) {
+      if (given.count(key)) fail(std::string(key) + "= has no meaning without top=");
+    }
+  }
+  if (s.top > 0 && s.passthrough()) fail("top=" + std::to_string(s.top) + " has no meaning with bits=16: all is exact");
+  if (s.store_in_file && s.path.empty()) fail("store=file needs path=DIR, a directory on a disk with room");
+  if (!s.store_in_file && !s.path.empty()) fail("path= has no meaning without store=file");
   return s;
 }
 
@@ -90,6 +122,10 @@ std::string Settings::to_string() const {
   text += ",sequences=" + std::to_string(sequences) + ",small=" + std::to_string(small_cells);
   if (!profile.empty()) text += ",profile=" + profile;
   if (!device.empty()) text += ",device=" + device;
+  if (top > 0) {
+    text += ",top=" + std::to_string(top) + ",store=" + (store_in_file ? "file,path=" + path : "ram");
+    text += std::string(",tail=") + (drop_tail ? "drop" : "quantized") + ",policy=" + kPolicies.begin()[int(policy)];
+  }
   return text;
 }
 

@@ -1,10 +1,21 @@
 // What the environment variable THIMBLE_KV says, e.g. "bits=2,window=8+128".
 //
-//   bits=4        bits a number: 16 (f16, nothing coded), 4, 3, 2, 1.5, 1.25 or 1; bits=K/V gives keys and values their
-//   own window=8+128  cells of each sequence kept in full precision: the first and the last written sequences=4
-//   sequences of a unified cache that get a window each (a cache of one stream per sequence needs no number) small=1024
-//   caches of at most this many cells (sliding windows) stay f16; 0 codes all profile=PATH  calibration of the model;
-//   without it the uncalibrated codec is used device=NAME   ggml device to run on (CPU); read when the plugin is loaded
+//   - bits=4: bits a number: 16 (f16, nothing coded), 4, 3, 2, 1.5, 1.25 or 1; bits=K/V gives keys and values their
+//   own.
+//   - window=8+128: cells of each sequence kept in full precision, the first and the last written.
+//   - sequences=4: sequences of a unified cache that get a window each (a cache of one stream per sequence needs no
+//     number).
+//   - small=1024: caches of at most this many cells (sliding windows) stay f16; 0 codes all.
+//   - profile=PATH: calibration of the model; without it the uncalibrated codec is used.
+//   - device=NAME: ggml device to run on (CPU); read when the plugin is loaded.
+//   - top=64: cells that each KV head attends to exactly when decoding, chosen at every step from an exact store of all
+//     cells; 0, the default, keeps no store.
+//   - store=ram: where the exact store is, RAM or a file (store=file) in the directory path=DIR.
+//   - tail=quantized: what becomes of the cells that are neither retrieved nor in the window: attended to from their
+//     codes, or dropped (tail=drop).
+//   - policy=auto: which layers retrieve: those that the profile calls sparse, all where there is no profile (auto),
+//   all
+//     or none.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +33,11 @@ struct Settings {
   int small_cells = 1024;
   std::string profile;
   std::string device;
+  int top = 0;
+  bool store_in_file = false;
+  std::string path;
+  bool drop_tail = false;
+  enum class Policy { automatic, all, none } policy = Policy::automatic;
 
   /// Throws std::invalid_argument that names the key or value which is wrong.
   static Settings parse(const std::string& text);
