@@ -3,8 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
+#include <set>
 #include <thread>
 
 #include "codec/half.h"
@@ -20,6 +22,8 @@ struct Case {
   bool sinks = false, mask = true;
   int threads = 1;
   bool dense_transform = false;
+  int top = 0;  // cells to retrieve; above 0 with an exact store
+  bool drop_tail = false;
 };
 
 HeadCodec codec_for(const Case& c, Kind kind, unsigned seed) {
@@ -38,6 +42,52 @@ HeadCodec codec_for(const Case& c, Kind kind, unsigned seed) {
   return codec;
 }
 
+// The cells that each stream and KV head retrieves by the kernel's own scores (a kernel may tell near equal ones apart
+// differently): the `top` greatest, the lower cell among equals.
+std::vector<std::set<int>> retrieved(const Case& c, const Kernels& kernels, const CacheLayer& layer,
+                                     const AttentionProblem& p) {
+  std::vector<std::set<int>> chosen;
+  const int n_blocks = (c.n_cells + kBlockCells - 1) / kBlockCells, n_rows = c.n_tokens * c.group;
+  for (int s = 0; s < c.n_streams; s++) {
+    std::vector<uint64_t> hidden(n_blocks, 0);
+    for (const auto& row : layer.window().rows()) {
+      const int cell = row.cell % c.cells;
+      if (row.cell / c.cells == s && cell < c.n_cells) hidden[cell / 64] |= uint64_t{1} << cell % 64;
+    }
+    for (int h = 0; h < c.n_kv_heads; h++) {
+      const HeadCodec &k = layer.keys().codec(h), &v = layer.values().codec(h);
+      std::vector<float> q(size_t(n_rows) * c.k_dim), coded(q.size()), bias(n_rows), slope(n_rows);
+      for (int r = 0; r < n_rows; r++) {
+        const int head = h * c.group + r % c.group;
+        float* row = &q[size_t(r) * c.k_dim];
+        for (int d = 0; d < c.k_dim; d++) {
+          row[d] = p.scale * p.q[s * p.q_stream + head * p.q_head + r / c.group * p.q_token + d];
+        }
+        bias[r] = k.transform.query_bias(row);
+        slope[r] = alibi_slope(c.max_bias, p.n_heads, head);
+      }
+      k.transform.query(q.data(), coded.data(), n_rows, kernels.transform);
+      const int64_t cell0 = int64_t(s) * c.cells;
+      const CodedCells cells{
+          &k, &v, layer.keys().block(h, cell0), layer.values().block(h, cell0), hidden.data(), 0, n_blocks, c.n_cells};
+      std::vector<float> scores(size_t(n_blocks) * kBlockCells, NAN);
+      Scratch scratch;
+      kernels.score_codes({n_rows, c.group, c.k_dim, coded.data(), bias.data(), slope.data(), c.softcap}, cells,
+                          {p.mask ? p.mask + s * p.mask_stream : nullptr, ptrdiff_t(p.mask_token)}, scores.data(),
+                          scratch);
+      std::vector<int> order;
+      for (int i = 0; i < c.n_cells; i++) {
+        if (std::isinf(scores[i])) continue;
+        order.push_back(i);
+      }
+      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return scores[a] > scores[b]; });
+      order.resize(std::min(order.size(), size_t(c.top)));
+      chosen.emplace_back(order.begin(), order.end());
+    }
+  }
+  return chosen;
+}
+
 // Runs a case and returns the normalized squared error against the dense computation.
 double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
   std::mt19937 random(seed);
@@ -48,6 +98,11 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
   const auto make_side = [&](Kind kind) {
     auto codecs = std::make_shared<std::vector<HeadCodec>>();
     for (int h = 0; h < c.n_kv_heads; h++) codecs->push_back(codec_for(c, kind, 10 * h + int(kind)));
+    if (c.top > 0) {
+      memory.emplace_back(CacheSide::memory_bytes(shape, codecs->front().format, 0));
+      return CacheSide(shape, codecs, 0, memory.back().data(),
+                       ExactStore::ram(shape.n_cells(), size_t(c.n_kv_heads) * codecs->front().format.head_dim));
+    }
     memory.emplace_back(CacheSide::memory_bytes(shape, codecs->front().format, n_slots));
     return CacheSide(shape, codecs, n_slots, memory.back().data());
   };
@@ -125,25 +180,45 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
   p.max_bias = c.max_bias;
   p.softcap = c.softcap;
   p.sinks = c.sinks ? sinks.data() : nullptr;
+  p.top = c.top;
+  p.drop_tail = c.drop_tail;
   Attention attention;
   attention.prepare(p, c.threads, kernels);
-  std::vector<std::thread> team;
-  for (int i = 0; i < c.threads; i++) team.emplace_back([&, i] { attention.attend(i); });
-  for (auto& t : team) t.join();
-  for (int i = 0; i < c.threads; i++) attention.combine(i);
+  const auto all = [&](auto work) {
+    std::vector<std::thread> team;
+    for (int i = 0; i < c.threads; i++) team.emplace_back([&, i] { (attention.*work)(i); });
+    for (auto& t : team) t.join();
+  };
+  if (attention.retrieves()) {
+    all(&Attention::score);
+    all(&Attention::select);
+  }
+  all(&Attention::attend);
+  all(&Attention::combine);
+  const bool from_store = c.top > 0 && c.n_tokens > kMaxCodeTokens;
+  std::vector<std::set<int>> chosen;
+  if (attention.retrieves()) chosen = retrieved(c, kernels, layer, p);
 
   double error = 0, size = 0;
   std::vector<float> k_row(layer.keys().row_size()), v_row(layer.values().row_size());
   for (int s = 0; s < c.n_streams; s++) {
     std::vector<std::vector<float>> ks, vs;
+    std::vector<char> in_window(c.n_cells, 0);
     for (int i = 0; i < c.n_cells; i++) {
       const int64_t cell = int64_t(s) * c.cells + i;
       layer.keys().decode_row(cell, k_row.data());
       layer.values().decode_row(cell, v_row.data());
       for (const auto& row : layer.window().rows()) {
         if (row.cell != cell) continue;
+        in_window[i] = 1;
         for (size_t d = 0; d < k_row.size(); d++) k_row[d] = half_to_float(layer.keys().row_data(row)[d]);
         for (size_t d = 0; d < v_row.size(); d++) v_row[d] = half_to_float(layer.values().row_data(row)[d]);
+      }
+      for (int h = 0; h < c.n_kv_heads && c.top > 0; h++) {
+        if (!from_store && !chosen[s * c.n_kv_heads + h].count(i)) continue;
+        const int k0 = h * c.k_dim, v0 = h * c.v_dim;
+        for (int d = k0; d < k0 + c.k_dim; d++) k_row[d] = half_to_float(layer.exact_row(Kind::key, cell)[d]);
+        for (int d = v0; d < v0 + c.v_dim; d++) v_row[d] = half_to_float(layer.exact_row(Kind::value, cell)[d]);
       }
       ks.push_back(k_row);
       vs.push_back(v_row);
@@ -163,6 +238,9 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
           if (c.mask) {
             const float m = half_to_float(mask[(size_t(s) * c.n_tokens + t) * c.n_cells + i]);
             dot += std::isinf(m) ? m : alibi_slope(c.max_bias, n_heads, h) * m;
+          }
+          if (c.drop_tail && !in_window[i] && !chosen.empty() && !chosen[s * c.n_kv_heads + h / c.group].count(i)) {
+            dot = -INFINITY;
           }
           scores[i] = dot;
           top = std::max(top, dot);
@@ -261,6 +339,64 @@ TEST_P(AttentionOn, SoftcapAlibiSinksAndTransforms) {
       expect(c);
     }
   }
+}
+
+TEST_P(AttentionOn, Retrieval) {
+  for (double bits : {4.0, 2.0, 1.25}) {
+    for (int top : {1, 5, 64, 100, 1000}) {
+      for (bool drop_tail : {false, true}) {
+        Case c;
+        c.cells = c.n_cells = 2000;
+        c.bits = bits;
+        c.top = top;
+        c.drop_tail = drop_tail;
+        SCOPED_TRACE(testing::Message() << bits << " bits, top " << top << (drop_tail ? ", tail dropped" : ""));
+        expect(c);
+        c.n_cells = 77;
+        expect(c);
+      }
+    }
+  }
+}
+
+TEST_P(AttentionOn, RetrievalByGroupsTokensStreamsAndThreads) {
+  for (int group : {1, 3, 8}) {
+    for (int n_tokens : {1, 3, 8, 9, 70}) {
+      for (int threads : {1, 3, 7}) {
+        Case c;
+        c.top = 20;
+        c.cells = 500;
+        c.n_cells = 333;
+        c.group = group;
+        c.n_tokens = n_tokens;
+        c.threads = threads;
+        c.n_streams = threads == 3 ? 3 : 1;
+        SCOPED_TRACE(testing::Message() << "group " << group << " tokens " << n_tokens << " threads " << threads);
+        expect(c);
+        c.softcap = 5;
+        c.sinks = true;
+        c.max_bias = 8;
+        c.dense_transform = true;
+        expect(c);
+        c.softcap = 0;
+        c.k_dim = 96;
+        c.mask = false;
+        c.max_bias = 0;
+        c.drop_tail = true;
+        expect(c);
+      }
+    }
+  }
+}
+
+TEST_P(AttentionOn, RetrievalWithoutAWindowOrWithF16Keys) {
+  Case c;
+  c.top = 30;
+  c.cells = c.n_cells = 400;
+  c.window = {0, 0};
+  expect(c);
+  c.bits = 16;
+  expect(c);
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, AttentionOn, testing::ValuesIn(available_kernels()),
