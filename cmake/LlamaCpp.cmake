@@ -5,7 +5,7 @@
 #
 # In this order:
 #   -DTHIMBLE_LLAMA_CPP=<dir>  a source tree (built with this project), or a build or install tree, whose source is then
-#                              -DTHIMBLE_LLAMA_CPP_SOURCE=<dir>
+#                              -DTHIMBLE_LLAMA_CPP_SOURCE=<dir> (a build tree says it itself)
 #   -DTHIMBLE_LLAMA_CPP_TAG=<release>   FetchContent of that release, where the network has it
 #   the source that the PyPI package llama-cpp-python vendors (scripts/fetch-llama-cpp)
 set(THIMBLE_LLAMA_CPP "" CACHE PATH "llama.cpp: source, build or install directory")
@@ -18,6 +18,10 @@ if(THIMBLE_LLAMA_CPP AND EXISTS ${THIMBLE_LLAMA_CPP}/ggml/CMakeLists.txt)
   set(source ${THIMBLE_LLAMA_CPP})
 elseif(THIMBLE_LLAMA_CPP)
   set(prebuilt ${THIMBLE_LLAMA_CPP})
+  if(NOT source AND EXISTS ${prebuilt}/CMakeCache.txt)
+    load_cache(${prebuilt} READ_WITH_PREFIX prebuilt_ llama.cpp_SOURCE_DIR)
+    set(source ${prebuilt_llama.cpp_SOURCE_DIR})
+  endif()
   if(NOT EXISTS "${source}/ggml/src/ggml-backend-impl.h")
     message(FATAL_ERROR "${prebuilt} is no source tree: say where its source is with -DTHIMBLE_LLAMA_CPP_SOURCE=<dir>")
   endif()
