@@ -27,6 +27,7 @@ struct Options {
   int context = 8192, n_decode = 512, n_chunks = 1, n_batch = 512;
   int first = 8, last = 128;  // the exact window
   int n_threads = int(std::thread::hardware_concurrency());
+  std::string policy = "all";
   uint64_t seed = 1;
   bool reference = false;
 };
@@ -37,6 +38,8 @@ struct Cache {
   ggml_type type = GGML_TYPE_F16;
   bool ours = false;
   double key_bits = 16, value_bits = 16;
+  int top = 0;  // cells retrieved exactly
+  bool drop_tail = false;
 };
 
 Cache parse_cache(const std::string& name) {
@@ -53,9 +56,15 @@ Cache parse_cache(const std::string& name) {
   cache.ours = true;
   cache.key_bits = cache.value_bits = std::strtod(name.c_str(), &end);
   if (*end == '/') cache.value_bits = std::strtod(end + 1, &end);
+  if (*end == '+') cache.top = int(std::strtol(end + 1, &end, 10));
+  if (cache.top > 0 && std::string(end) == "drop") {
+    cache.drop_tail = true;
+    end += 4;
+  }
   if (end == name.c_str() || *end) {
     throw std::runtime_error("no cache called " + name +
-                             ": f16, q8_0, q4_0, bits like 2, or bits of keys/values like 3/1");
+                             ": f16, q8_0, q4_0, bits like 2, bits of keys/values like 3/1, or bits and retrieved "
+                             "cells like 2+64 (2+64drop drops the other cells)");
   }
   return cache;
 }
@@ -70,7 +79,10 @@ public:
       char text[64];
       std::snprintf(text, sizeof text, "bits=%g/%g,window=%d+%d", cache.key_bits, cache.value_bits, options.first,
                     options.last);
-      setenv("THIMBLE_KV", (text + (profile ? ",profile=" + options.profile : std::string())).c_str(), 1);
+      std::string retrieval;
+      if (cache.top > 0) retrieval = ",top=" + std::to_string(cache.top) + ",policy=" + options.policy;
+      if (cache.drop_tail) retrieval += ",tail=drop";
+      setenv("THIMBLE_KV", (text + retrieval + (profile ? ",profile=" + options.profile : std::string())).c_str(), 1);
     }
     model_ = load_model(options.model, plugin ? "THIMBLE0" : options.device);
     llama_context_params params = llama_context_default_params();
@@ -237,6 +249,8 @@ void run(Options options) {
   std::erase_if(caches, [](const Cache& c) { return c.name == "f16"; });
   caches.insert(caches.begin(), parse_cache("f16"));
   const bool ours = std::any_of(caches.begin(), caches.end(), [](const Cache& c) { return c.ours; });
+  const bool retrieval = std::any_of(caches.begin(), caches.end(), [](const Cache& c) { return c.top > 0; });
+  if (retrieval && options.reference) throw std::runtime_error("--reference does not retrieve");
   if (ours && !options.reference && !ggml_backend_dev_by_name("THIMBLE0")) {
     if (!options.plugin.empty()) ggml_backend_load(options.plugin.c_str());
     if (!ggml_backend_dev_by_name("THIMBLE0")) {
@@ -271,7 +285,14 @@ void add_eval_command(CLI::App& app) {
   command->add_option("-c,--context", options->context)->capture_default_str();
   command->add_option("--decode", options->n_decode, "Tokens to decode one by one")->capture_default_str();
   command->add_option("--chunks", options->n_chunks, "Stretches of text to measure")->capture_default_str();
-  command->add_option("--kv", options->caches, "Caches: f16, q8_0, q4_0, bits (2), bits of keys/values (3/1)")
+  command
+      ->add_option("--policy", options->policy, "Layers that retrieve: all, or auto (those the profile calls sparse)")
+      ->capture_default_str();
+  command
+      ->add_option(
+          "--kv", options->caches,
+          "Caches: f16, q8_0, q4_0, bits (2), bits of keys/values (3/1), bits and cells retrieved exactly (2+64, "
+          "2+64drop)")
       ->delimiter(',')
       ->capture_default_str();
   command->add_option("--first", options->first, "Exact cells at the start")->capture_default_str();
