@@ -26,6 +26,12 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLog2e = 1.44269504f;
 constexpr uint16_t kHiddenHalf = 0xfc00;
 
+struct IsaOps {
+  const char* name;
+  const TileOps& tiles;
+  const CodeOps& codes;
+};
+
 // Deals out a Scratch.
 class Carver {
 public:
@@ -54,8 +60,8 @@ uint16_t encode(const IsaOps& ops, const HeadCodec& codec, const float* y, uint8
   int m = 0, d = 0;
   for (const auto& [width, n] : {std::pair{2, f.n_width2}, {4, f.n_width4}, {8, f.n_width8}}) {
     if (n == 0) continue;
-    ops.nearest(y + d, inverse_rms, &codec.words[size_t(d) * kCodewords], &codec.half_norms[size_t(m) * kCodewords],
-                width, n, codes + m);
+    ops.tiles.nearest(y + d, inverse_rms, &codec.words[size_t(d) * kCodewords],
+                      &codec.half_norms[size_t(m) * kCodewords], width, n, codes + m);
     m += n;
     d += n * width;
   }
@@ -73,7 +79,7 @@ uint16_t encode(const IsaOps& ops, const HeadCodec& codec, const float* y, uint8
 }
 
 void load_rows(const IsaOps& ops, Kind kind, const uint8_t* const* rows, int n, int dim, float* tile) {
-  (kind == Kind::key ? ops.load_keys : ops.load_values)(rows, n, dim, tile);
+  (kind == Kind::key ? ops.tiles.load_keys : ops.tiles.load_values)(rows, n, dim, tile);
 }
 
 void decode_block(const IsaOps& ops, const HeadCodec& codec, const uint8_t* block, float* tile) {
@@ -91,7 +97,7 @@ void decode_block(const IsaOps& ops, const HeadCodec& codec, const uint8_t* bloc
       scale[d] = codec.codebook.scale[m];
     }
   }
-  const auto decode = codec.kind == Kind::key ? ops.decode_keys : ops.decode_values;
+  const auto decode = codec.kind == Kind::key ? ops.tiles.decode_keys : ops.tiles.decode_values;
   decode(block, block + f.codes_bytes(), codec.codebook.words.data(), code_row, scale, f.head_dim, tile);
 }
 
@@ -111,7 +117,7 @@ uint64_t first_bits(int n) {
 
 uint64_t visible(const IsaOps& ops, const uint16_t* mask, int n_cells) {
   uint16_t room[kBlockCells];
-  return ops.mask_bits(padded(mask, n_cells, room)).visible & first_bits(n_cells);
+  return ops.tiles.mask_bits(padded(mask, n_cells, room)).visible & first_bits(n_cells);
 }
 
 // -- dense --
@@ -127,22 +133,22 @@ void attend_tile(const IsaOps& ops, const Queries& queries, const Tile& tile, co
   const uint16_t* token_mask = nullptr;
   for (int begin = 0; begin < queries.n_rows; begin += kRows) {
     const int n_rows = std::min(kRows, queries.n_rows - begin);
-    ops.multiply(queries.q + size_t(begin) * queries.dim, queries.dim, tile.k, kBlockCells, n_rows, queries.dim,
-                 kBlockCells, scores, kBlockCells, false);
+    ops.tiles.multiply(queries.q + size_t(begin) * queries.dim, queries.dim, tile.k, kBlockCells, n_rows, queries.dim,
+                       kBlockCells, scores, kBlockCells, false);
     for (int i = 0; i < n_rows; i++) {
       const int row = begin + i;
       if (mask.data && row / queries.group != token) {
         token = row / queries.group;
         const uint16_t* whole = padded(mask.data + token * mask.stride, tile.n_cells, room);
-        const MaskBits bits = ops.mask_bits(whole);
+        const MaskBits bits = ops.tiles.mask_bits(whole);
         seen = bits.visible & present;
         token_mask = bits.adds ? whole : nullptr;
       }
       float* s = scores + i * kBlockCells;
       const float top =
-          seen ? ops.finish_scores(s, 1, &seen, token_mask ? &token_mask : nullptr,
-                                   queries.bias ? queries.bias[row] : 0.0f, queries.slope ? queries.slope[row] : 1.0f,
-                                   queries.softcap, nullptr, nullptr)
+          seen ? ops.tiles.finish_scores(s, 1, &seen, token_mask ? &token_mask : nullptr,
+                                         queries.bias ? queries.bias[row] : 0.0f,
+                                         queries.slope ? queries.slope[row] : 1.0f, queries.softcap, nullptr, nullptr)
                : kHidden;
       if (top == kHidden) {
         std::fill_n(s, kBlockCells, 0.0f);
@@ -155,10 +161,10 @@ void attend_tile(const IsaOps& ops, const Queries& queries, const Tile& tile, co
         softmax.sum[row] *= shrink;
         softmax.max[row] = top;
       }
-      softmax.sum[row] += ops.exponentiate(s, kBlockCells, softmax.max[row]);
+      softmax.sum[row] += ops.tiles.exponentiate(s, kBlockCells, softmax.max[row]);
     }
-    ops.multiply(scores, kBlockCells, tile.v, softmax.dim, n_rows, tile.n_cells, softmax.dim,
-                 softmax.acc + size_t(begin) * softmax.dim, softmax.dim, true);
+    ops.tiles.multiply(scores, kBlockCells, tile.v, softmax.dim, n_rows, tile.n_cells, softmax.dim,
+                       softmax.acc + size_t(begin) * softmax.dim, softmax.dim, true);
   }
 }
 
@@ -216,7 +222,7 @@ public:
         s.visible[t][s.n] = present;
         if (!mask_.data) continue;
         s.masks[t][s.n] = padded(mask_.at(ptrdiff_t(next_) * kBlockCells).data + t * mask_.stride, n_cells, room_[t]);
-        const MaskBits bits = ops_.mask_bits(s.masks[t][s.n]);
+        const MaskBits bits = ops_.tiles.mask_bits(s.masks[t][s.n]);
         s.visible[t][s.n] &= bits.visible;
         s.adds[t] |= bits.adds;
         any |= s.visible[t][s.n];
@@ -271,7 +277,8 @@ void build_luts(const IsaOps& ops, const Queries& queries, const HeadCodec& keys
         size += std::fabs(q[d]);
       }
     }
-    steps[row] = ops.build_luts(q, keys.codebook.words.data(), widths, n_subspaces, wide, room, luts + row * lut_bytes);
+    steps[row] =
+        ops.codes.build_luts(q, keys.codebook.words.data(), widths, n_subspaces, wide, room, luts + row * lut_bytes);
     if (!std::isfinite(size)) steps[row] = kNaN;
   }
 }
@@ -336,10 +343,10 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
     for (int chunk = 0; chunk < chunks; chunk++) {
       const int first = n_rows * chunk / chunks, n = n_rows * (chunk + 1) / chunks - first;
       const Prefetch values_now{now->v, chunk == 0 ? now->n : 0, v_lines};
-      ops.look_up(luts + first * lut_bytes, steps + first, n, k_subspaces, wide_keys, now->k, now->n, values_now,
-                  scores);
+      ops.codes.look_up(luts + first * lut_bytes, steps + first, n, k_subspaces, wide_keys, now->k, now->n, values_now,
+                        scores);
       if (chunk == 0) {
-        ops.value_scales(now->v, now->n, int(vf.codes_bytes()), scales, log_scales, bad);
+        ops.codes.value_scales(now->v, now->n, int(vf.codes_bytes()), scales, log_scales, bad);
       }
       float shrink[kRowsAtOnce], factor[kRowsAtOnce];
       uint32_t used = 0;
@@ -351,20 +358,20 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
         factor[i] = 0;
         float max_log;
         const float top =
-            ops.finish_scores(s, now->n, now->visible[token], now->adds[token] ? now->masks[token] : nullptr,
-                              queries.bias ? queries.bias[row] : 0.0f, queries.slope ? queries.slope[row] : 1.0f,
-                              queries.softcap, log_scales, &max_log);
+            ops.tiles.finish_scores(s, now->n, now->visible[token], now->adds[token] ? now->masks[token] : nullptr,
+                                    queries.bias ? queries.bias[row] : 0.0f, queries.slope ? queries.slope[row] : 1.0f,
+                                    queries.softcap, log_scales, &max_log);
         for (int b = 0; b < now->n; b++) {
           if (bad[b] & now->visible[token][b]) rows[row].sum = kNaN;
         }
         uint32_t row_used;
         if (top == kHidden) {
-          ops.code_weights(s, now->n, 0, scales, wide_values, i, weights, &row_used);  // all 0
+          ops.codes.code_weights(s, now->n, 0, scales, wide_values, i, weights, &row_used);  // all 0
           continue;
         }
         // Weights are exp2(score log2(e) - offset) * scale: as large as their bits take, and no sum overflows.
-        const float offset = std::max(max_log - ops.weight_bits[wide_values], top * kLog2e - 100.0f);
-        const float sum = ops.code_weights(s, now->n, offset, scales, wide_values, i, weights, &row_used);
+        const float offset = std::max(max_log - ops.codes.weight_bits[wide_values], top * kLog2e - 100.0f);
+        const float sum = ops.codes.code_weights(s, now->n, offset, scales, wide_values, i, weights, &row_used);
         factor[i] = std::exp2(offset - top * kLog2e);
         if (top > rows[row].max) {
           shrink[i] = std::exp(rows[row].max - top);  // 0 at first
@@ -380,8 +387,8 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
       const bool last = chunk == chunks - 1;
       if (used || shrinks || last) {
         const Prefetch keys_next{next->k, last ? next->n : 0, k_lines};
-        ops.add_values(now->v, now->n, used, cells.values->codebook.words.data(), groups, n_groups, weights,
-                       wide_values, n, shrink, factor, keys_next, sums + size_t(first) * n_groups * 16);
+        ops.codes.add_values(now->v, now->n, used, cells.values->codebook.words.data(), groups, n_groups, weights,
+                             wide_values, n, shrink, factor, keys_next, sums + size_t(first) * n_groups * 16);
       }
     }
   }
@@ -437,45 +444,45 @@ void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& ce
     for (int first = 0; first < n_rows; first += kRowsAtOnce) {
       const int n = std::min(kRowsAtOnce, n_rows - first);
       if (!kf.f16) {
-        ops.look_up(luts + first * lut_bytes, steps + first, n, n_subspaces, is_wide(kf), blocks.k, blocks.n, {},
-                    row_scores);
+        ops.codes.look_up(luts + first * lut_bytes, steps + first, n, n_subspaces, is_wide(kf), blocks.k, blocks.n, {},
+                          row_scores);
       }
       for (int b = 0; b < blocks.n && kf.f16; b++) {
         decode_block(ops, *cells.keys, blocks.k[b], tile);
-        ops.multiply(queries.q + size_t(first) * queries.dim, queries.dim, tile, kBlockCells, n, queries.dim,
-                     kBlockCells, row_scores + b * kBlockCells, kSuperblockCells, false);
+        ops.tiles.multiply(queries.q + size_t(first) * queries.dim, queries.dim, tile, kBlockCells, n, queries.dim,
+                           kBlockCells, row_scores + b * kBlockCells, kSuperblockCells, false);
       }
       for (int i = 0; i < n; i++) {
         const int row = first + i, token = row / queries.group;
         float* s = row_scores + i * kSuperblockCells;
-        ops.finish_scores(s, blocks.n, blocks.visible[token], blocks.adds[token] ? blocks.masks[token] : nullptr,
-                          queries.bias ? queries.bias[row] : 0.0f, queries.slope ? queries.slope[row] : 1.0f,
-                          queries.softcap, nullptr, nullptr);
+        ops.tiles.finish_scores(s, blocks.n, blocks.visible[token], blocks.adds[token] ? blocks.masks[token] : nullptr,
+                                queries.bias ? queries.bias[row] : 0.0f, queries.slope ? queries.slope[row] : 1.0f,
+                                queries.softcap, nullptr, nullptr);
         for (int b = 0; b < blocks.n; b++) raise(scores + blocks.index[b] * kBlockCells, s + b * kBlockCells);
       }
     }
   }
 }
 
-template <const IsaOps* const& kOps>
+template <const IsaOps& kOps>
 const Kernels& kernels_of() {
   static const Kernels table{
-      kOps->name,
-      [](const HeadCodec& codec, const float* y, uint8_t* codes) { return encode(*kOps, codec, y, codes); },
-      {kOps->times_matrix, kOps->hadamard},
-      [](const HeadCodec& codec, const uint8_t* block, float* tile) { decode_block(*kOps, codec, block, tile); },
+      kOps.name,
+      [](const HeadCodec& codec, const float* y, uint8_t* codes) { return encode(kOps, codec, y, codes); },
+      {kOps.tiles.times_matrix, kOps.tiles.hadamard},
+      [](const HeadCodec& codec, const uint8_t* block, float* tile) { decode_block(kOps, codec, block, tile); },
       [](Kind kind, const uint8_t* const* rows, int n, int dim, float* tile) {
-        load_rows(*kOps, kind, rows, n, dim, tile);
+        load_rows(kOps, kind, rows, n, dim, tile);
       },
-      [](const uint16_t* mask, int n_cells) { return visible(*kOps, mask, n_cells); },
+      [](const uint16_t* mask, int n_cells) { return visible(kOps, mask, n_cells); },
       [](const Queries& q, const Tile& tile, const Mask& mask, Softmax& softmax, Scratch& scratch) {
-        attend_tile(*kOps, q, tile, mask, softmax, scratch);
+        attend_tile(kOps, q, tile, mask, softmax, scratch);
       },
       [](const Queries& q, const CodedCells& cells, const Mask& mask, Softmax& softmax, Scratch& scratch) {
-        attend_codes(*kOps, q, cells, mask, softmax, scratch);
+        attend_codes(kOps, q, cells, mask, softmax, scratch);
       },
       [](const Queries& q, const CodedCells& cells, const Mask& mask, float* scores, Scratch& scratch) {
-        score_codes(*kOps, q, cells, mask, scores, scratch);
+        score_codes(kOps, q, cells, mask, scores, scratch);
       }};
   return table;
 }
@@ -484,17 +491,20 @@ const Kernels& kernels_of() {
 
 #ifdef THIMBLE_AVX512
 const Kernels& avx512_kernels() {
-  return kernels_of<kAvx512Ops>();
+  static constexpr IsaOps kOps{"avx512", kAvx512TileOps, kAvx512CodeOps};
+  return kernels_of<kOps>();
 }
 #endif
 #ifdef THIMBLE_AVX2
 const Kernels& avx2_kernels() {
-  return kernels_of<kAvx2Ops>();
+  static constexpr IsaOps kOps{"avx2", kAvx2TileOps, kAvx2CodeOps};
+  return kernels_of<kOps>();
 }
 #endif
 #ifdef THIMBLE_NEON
 const Kernels& neon_kernels() {
-  return kernels_of<kNeonOps>();
+  static constexpr IsaOps kOps{"neon", kNeonTileOps, kNeonCodeOps};
+  return kernels_of<kOps>();
 }
 #endif
 

@@ -34,10 +34,22 @@ struct MaskBits {
   bool adds;         // some visible cell has a mask that is not 0
 };
 
-struct IsaOps {
-  const char* name;
-  float weight_bits[2];  // log2 of the largest weight that code_weights takes: narrow, wide
+/// Thresholds between -1/2 and 1/2 that weights are rounded with, evenly spread over any stretch of cells (bit-reversed
+/// numbers).
+struct Dither {
+  alignas(64) float at[64];
+  constexpr Dither() : at() {
+    for (int cell = 0; cell < 64; cell++) {
+      int reversed = 0;
+      for (int bit = 0; bit < 6; bit++) reversed |= (cell >> bit & 1) << (5 - bit);
+      at[cell] = (float(reversed) + 0.5f) / 64 - 0.5f;
+    }
+  }
+};
+inline constexpr Dither kDither;
 
+/// Encoding, decoding and dense attention.
+struct TileOps {
   // -- codec: bit-exact, a multiply and an add for every product, in index order --
 
   /// The codes of `n_subspaces` subspaces of one width; arguments as in encode_vector.
@@ -74,8 +86,11 @@ struct IsaOps {
                          float slope, float softcap, const float* log_weight, float* max_log);
   /// Scores become exp(score - max), in place; returns their sum.
   float (*exponentiate)(float* scores, int n_cells, float max);
+};
 
-  // -- attention from codes: up to kRowsAtOnce rows; scores and weights have a stride of kSuperblockCells --
+/// Attention from codes: up to kRowsAtOnce rows; scores and weights have a stride of kSuperblockCells.
+struct CodeOps {
+  float weight_bits[2];  // log2 of the largest weight that code_weights takes: narrow, wide
 
   /// Tables of one row: luts[n_subspaces][128] bytes that hold 128 + q.codeword / step, and, where `wide`, another
   /// n_subspaces of them with the high byte of a 16-bit value. `q` [dim] has the subspaces' scales applied. `room` is
@@ -101,9 +116,8 @@ struct IsaOps {
                      const float* shrink, const float* factor, const Prefetch& prefetch, float* sums);
 };
 
-// Null where the unit is not in this build; what the machine has is dispatch.cpp's business.
-extern const IsaOps* const kAvx512Ops;
-extern const IsaOps* const kAvx2Ops;
-extern const IsaOps* const kNeonOps;
+// Those of them exist whose units are in this build; what the machine has is dispatch.cpp's business.
+extern const TileOps kAvx512TileOps, kAvx2TileOps, kNeonTileOps;
+extern const CodeOps kAvx512CodeOps, kAvx2CodeOps, kNeonCodeOps;
 
 }  // namespace thimble

@@ -1,0 +1,94 @@
+// What the AVX2 units share; they use FMA and F16C too. A table of 128 bytes is eight shuffles of 16 entries; the
+// indices that make a shuffle yield 0 outside its sixteenth of the table are worked out once for all tables that a row
+// of codes is looked up in.
+#pragma once
+
+#include <immintrin.h>
+
+#include "attention/isa.h"
+
+namespace thimble {
+namespace {  // a copy to each unit, compiled with its flags
+
+constexpr float kLog2e = 1.44269504f;
+constexpr float kHidden = -__builtin_inff();
+constexpr int kLine = 64;  // cells to a block
+
+inline __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline __m256i lanes_of_bits(unsigned bits) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
+}
+
+// 2^x for x >= -126 (below, 2^-126), relative error 3e-6. NaN stays NaN: max returns its second operand then.
+inline __m256 exp2_of(__m256 x) {
+  x = _mm256_max_ps(_mm256_set1_ps(-126.0f), x);
+  const __m256 magic = _mm256_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in low bits
+  const __m256 shifted = _mm256_add_ps(x, magic);
+  const __m256 f = _mm256_sub_ps(x, _mm256_sub_ps(shifted, magic));
+  __m256 p = _mm256_fmadd_ps(f, _mm256_set1_ps(0.0095701023f), _mm256_set1_ps(0.055917859f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.24024744f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.69312179f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.99999928f));
+  return _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+}
+
+inline __m256 load_half(const void* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+
+inline __m256i load_bytes(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+
+inline float max_of(__m256 x) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+inline float sum_of(__m256 x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline __m256 magnitude(__m256 x) {
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+}
+
+// What 32 codes need to be looked up in any table.
+struct Indices {
+  __m256i sixteenth[8];  // shuffle controls: entry number, or top bit set where the code lies in another sixteenth
+  __m256i negative;      // all ones where the entry counts negated
+};
+
+inline Indices indices_of(__m256i codes) {
+  Indices x;
+  const __m256i entry = _mm256_and_si256(codes, _mm256_set1_epi8(0x7f));
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    x.sixteenth[i] = _mm256_adds_epu8(_mm256_xor_si256(entry, _mm256_set1_epi8(char(16 * i))), _mm256_set1_epi8(0x70));
+  }
+  x.negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), codes);
+  return x;
+}
+
+inline __m256i look_up_32(const void* table, const Indices& x) {
+  const __m128i* sixteenths = static_cast<const __m128i*>(table);
+  __m256i found[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    found[i] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(sixteenths + i)), x.sixteenth[i]);
+  }
+  const __m256i a = _mm256_or_si256(_mm256_or_si256(found[0], found[1]), _mm256_or_si256(found[2], found[3]));
+  const __m256i b = _mm256_or_si256(_mm256_or_si256(found[4], found[5]), _mm256_or_si256(found[6], found[7]));
+  return _mm256_sub_epi8(_mm256_xor_si256(_mm256_or_si256(a, b), x.negative), x.negative);
+}
+
+}  // namespace
+}  // namespace thimble
