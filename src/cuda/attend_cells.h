@@ -58,23 +58,33 @@ struct AttendCells {
     return l;
   }
 
-  /// This lane's query row.
+  /// This lane's query row. What scores are multiplied with stands in shared memory, registers being scarce.
   struct Row {
-    const float* factor;  // from products of table entries to logits, in units of log2 e; in shared memory
-    float slope;          // on the mask, in the same units
-    uint32_t mask;        // element of a.mask where its token's begins
+    int place;      // of the factor: 4 * parity of the item + t
+    uint32_t mask;  // element of a.mask where the mask of its token begins
+
+    /// From products of table entries to logits, in units of log2 e.
+    SIMT float factor() const { return reinterpret_cast<const float*>(simt::shared() + S::kFactors)[place]; }
+    /// On the mask, in the same units.
+    SIMT float slope() const { return reinterpret_cast<const float*>(simt::shared() + S::kSlopes)[place % S::kRows]; }
   };
 
-  SIMT static Row make_row(const AttendArgs& a, int stream, int place, int t) {
-    const int kv_head = simt::block_y() / a.row_groups, row = simt::block_y() % a.row_groups * S::kRows + t;
-    const int token = row / a.group, head = kv_head * a.group + row % a.group;
-    Row r;
-    r.factor = reinterpret_cast<const float*>(simt::shared() + S::kFactors) + place * S::kRows + t;
-    r.slope = a.slopes ? a.slopes[head] * kLog2e : kLog2e;
+  SIMT static Row make_row(const AttendArgs& a, int stream, int parity, int t) {
     // Rows that only pad the group follow the last token; nobody reads their results.
+    const int token = (simt::block_y() % a.row_groups * S::kRows + t) / a.group;
+    Row r;
+    r.place = parity * S::kRows + t;
     r.mask =
         uint32_t(stream * a.mask_stream_stride + (token < a.n_tokens ? token : a.n_tokens - 1) * a.mask_token_stride);
     return r;
+  }
+
+  SIMT static void store_slopes(const AttendArgs& a) {
+    const int t = simt::thread(), head = simt::block_y() / a.row_groups;
+    if (t >= S::kRows) return;
+    const int row = simt::block_y() % a.row_groups * S::kRows + t;
+    reinterpret_cast<float*>(simt::shared() + S::kSlopes)[t] =
+        a.slopes ? a.slopes[head * a.group + row % a.group] * kLog2e : kLog2e;
   }
 
   // ---- one block of 64 cells
@@ -95,7 +105,8 @@ struct AttendCells {
   }
 
   /// Sums of score table entries of this lane's 8 cells.
-  SIMT static void table_scores(const Lane& l, const uint4 (&codes)[kKeyLoads], float (&score)[8]) {
+  template <typename Refill>
+  SIMT static void table_scores(const Lane& l, const uint4 (&codes)[kKeyLoads], float (&score)[8], Refill refill) {
     SIMT_UNROLL
     for (int j = 0; j < 8; j++) {
       float d[4] = {0, 0, 0, 0};
@@ -105,6 +116,7 @@ struct AttendCells {
         const uint32_t word = word_of(codes[n / 16], n % 16 / 4);
         const uint2 x = score_entry(l, word, n % 4, step), y = score_entry(l, word, n % 4 + 1, step + 1);
         simt::mma_f16(d, x.x, x.y, y.x, y.y, l.select, l.select);
+        if ((n + 2) % 16 == 0) refill(n / 16);
       }
       score[j] = l.t / 2 ? d[2] : d[0];
     }
@@ -116,7 +128,7 @@ struct AttendCells {
 
   /// Softcap, mask and hidden cells. Returns the factor that is left to turn x into logits.
   SIMT static float adjust(const AttendArgs& a, const Row& row, float (&x)[8], const uint4& mask, uint32_t skip) {
-    float unit = *row.factor;
+    float unit = row.factor();
     if (a.softcap != 0) {
       SIMT_UNROLL
       for (int j = 0; j < 8; j++) x[j] = capped(x[j] * unit, a.softcap);
@@ -126,8 +138,8 @@ struct AttendCells {
       SIMT_UNROLL
       for (int i = 0; i < 4; i++) {
         const float2 pair = simt::unpack_half2(word_of(mask, i));
-        x[2 * i] = x[2 * i] * unit + pair.x * row.slope;
-        x[2 * i + 1] = x[2 * i + 1] * unit + pair.y * row.slope;
+        x[2 * i] = x[2 * i] * unit + pair.x * row.slope();
+        x[2 * i + 1] = x[2 * i + 1] * unit + pair.y * row.slope();
       }
       unit = 1;
     }
@@ -244,8 +256,9 @@ struct AttendCells {
     }
   }
 
+  template <typename Refill>
   SIMT static void add_values(const Lane& l, Running& run, const uint4 (&codes)[kValueLoads], const uint32_t (&b)[2][2],
-                              float unit) {
+                              float unit, Refill refill) {
     constexpr int W = S::kValueWidth;
     SIMT_UNROLL
     for (int u = 0; u < kValueLoads; u++) {
@@ -261,6 +274,7 @@ struct AttendCells {
                        b[chunk][1]);
         }
       }
+      refill(u);
       const float scale = unit * reinterpret_cast<const float*>(simt::shared() + S::kScales)[l.g + 8 * u];
       SIMT_UNROLL
       for (int h = 0; h < W / 2; h++) {
@@ -294,9 +308,9 @@ struct AttendCells {
         value[k] = *reinterpret_cast<const uint32_t*>(exact.values + at + d);
         dot += query[l.g * W + d] * key.x + query[l.g * W + d + 1] * key.y;
       }
-      float x = over_g(dot, Add()) * *row.factor;
+      float x = over_g(dot, Add()) * row.factor();
       if (a.softcap != 0) x = capped(x, a.softcap);
-      if (a.mask) x += simt::half_to_float(a.mask[row.mask + cell]) * row.slope;
+      if (a.mask) x += simt::half_to_float(a.mask[row.mask + cell]) * row.slope();
       if (simt::any(x > run.maximum + 8)) raise(run, fmaxf(run.maximum, x));
       const float p = simt::exp2_fast(x - run.maximum);
       run.weight += l.g == 0 ? p : 0.0f;

@@ -72,16 +72,34 @@ struct AttendCombine {
       return a.output + at * D;
     };
     if (a.value_codec.undo) {
+      // Threads share each component's sum, so that few loads wait for one another.
+      constexpr int kParts = S::kThreads / D, kTerms = D / kParts;
       const float* mean = a.value_codec.mean + head * D;
       const float* matrix = a.value_codec.undo + size_t(head) * D * D;
-      for (int d = simt::thread() % D, r0 = simt::thread() / D; r0 < S::kRows; r0 += S::kThreads / D) {
-        float* out = target(r0);
-        if (!out) continue;
-        float sum = 0;
-        SIMT_UNROLL_SOME
-        for (int i = 0; i < D; i++) sum += rows[r0 * D + i] * matrix[i * D + d];
-        out[d] = sum + weights[r0] * mean[d];
+      float* partial = reinterpret_cast<float*>(simt::shared() + S::kSums);  // [kParts][4][D]
+      static_assert(kParts >= 1 && kParts * S::kRows * D * 4 <= S::kSumsBytes);
+      const int d = simt::thread() % D, part = simt::thread() / D;
+      float sum[S::kRows] = {};
+      SIMT_UNROLL_SOME
+      for (int k = 0; k < kTerms; k++) {
+        const int i = part * kTerms + k;
+        const float m = simt::load_constant(matrix + i * D + d);
+        SIMT_UNROLL
+        for (int r = 0; r < S::kRows; r++) sum[r] += rows[r * D + i] * m;
       }
+      SIMT_UNROLL
+      for (int r = 0; r < S::kRows; r++) partial[(part * S::kRows + r) * D + d] = sum[r];
+      simt::sync();
+      for (int o = simt::thread(); o < S::kRows * D; o += S::kThreads) {
+        const int r = o / D;
+        float* out = target(r);
+        if (!out) continue;
+        float total = weights[r] * mean[o % D];
+        SIMT_UNROLL
+        for (int i = 0; i < kParts; i++) total += partial[i * S::kRows * D + o];
+        out[o % D] = total;
+      }
+      simt::sync();  // the next score table takes this place
     } else {
       const int r = simt::thread() / 32, lane = simt::thread() % 32;
       if (r >= S::kRows) return;

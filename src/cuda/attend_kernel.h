@@ -47,18 +47,25 @@ struct AttendKernel {
   SIMT static void run(const AttendArgs& a) {
     simt::launch_dependents();
     const Lane l = Cells::make_lane();
+    // Where each warp goes on lives in shared memory, not in registers that the inner loop needs.
+    Blocks* const place_of_next = reinterpret_cast<Blocks*>(simt::shared() + S::kAfter) + l.warp;
     Blocks next = {};
     next.item = simt::block_x();
     find(a, l.warp, next);
-    const auto prefetch = [&](int n) {  // of the blocks from `next` on, the n-th
-      simt::prefetch_l2(next.keys + n * S::kWarps * a.keys.block_stride, S::kKeyBlock, l.lane);
-      simt::prefetch_l2(next.values + n * S::kWarps * a.values.block_stride, S::kValueBlock, l.lane);
+    if (l.lane == 0) *place_of_next = next;
+    simt::sync_warp();
+    const uint8_t *keys = next.keys, *values = next.values;  // of the block whose loads are under way
+    const auto prefetch = [&](int n) {                       // of the n-th block after that
+      simt::prefetch_l2<S::kKeyBlock>(keys + n * S::kWarps * a.keys.block_stride, l.lane);
+      simt::prefetch_l2<S::kValueBlock>(values + n * S::kWarps * a.values.block_stride, l.lane);
     };
     for (int n = 0; n < 2 && n < next.left; n++) prefetch(n);
-    simt::prefetch_l2(reinterpret_cast<const uint8_t*>(a.key_codec.packed) +
-                          (simt::block_y() / a.row_groups * S::kWarps + l.warp) * (kCodewords * D / S::kWarps),
-                      kCodewords * D / S::kWarps, l.lane);
+    constexpr int kShare = kCodewords * D / S::kWarps;  // of the head's codewords, for the score table
+    simt::prefetch_l2<kShare>(reinterpret_cast<const uint8_t*>(a.key_codec.packed) +
+                                  (simt::block_y() / a.row_groups * S::kWarps + l.warp) * kShare,
+                              l.lane);
     Tables::copy_scales(a);
+    Cells::store_slopes(a);
     typename Tables::ValueWords value_words;
     Tables::load_value_words(a, value_words);
     simt::wait_for_previous_grid();
@@ -67,8 +74,8 @@ struct AttendKernel {
     uint4 key_codes[kKeyLoads], value_codes[kValueLoads], key_scales, value_scales;
     const auto load_keys = [&] {
       SIMT_UNROLL
-      for (int i = 0; i < kKeyLoads; i++) key_codes[i] = simt::load_stream(next.keys + i * 512 + l.lane * 16);
-      key_scales = simt::load_stream(next.keys + MK * kBlockCells + l.g * 16);
+      for (int i = 0; i < kKeyLoads; i++) key_codes[i] = simt::load_stream(keys + i * 512 + l.lane * 16);
+      key_scales = simt::load_stream(keys + MK * kBlockCells + l.g * 16);
     };
     const auto load_values = [&](const uint8_t* p) {
       SIMT_UNROLL
@@ -76,8 +83,8 @@ struct AttendKernel {
     };
     if (next.left > 0) {
       load_keys();
-      if constexpr (S::kDeep) load_values(next.values);
-      value_scales = simt::load_stream(next.values + MV * kBlockCells + l.g * 16);
+      if constexpr (S::kDeep) load_values(values);
+      value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
     }
     Tables::fill_value_table(value_words);
     simt::wait_for_copies();
@@ -100,49 +107,77 @@ struct AttendKernel {
       simt::sync();
       Tables::fetch_queries(a, item + simt::blocks_x(), place ^ 1);
 
-      const uint8_t* hidden = reinterpret_cast<const uint8_t*>(
-          a.hidden ? a.hidden + stream * a.hidden_stream_stride + head * a.hidden_head_stride : nullptr);
-      // Where the warp goes on after this item is worked out here and kept in shared memory: divisions in the loop
-      // would wait for the loads in flight there.
-      Blocks* after = reinterpret_cast<Blocks*>(simt::shared() + S::kAfter) + l.warp;
-      const bool mine = next.item == item;
+      // Where the warp goes on after this item is worked out here: divisions in the loop would wait for the loads in
+      // flight there.
+      const Blocks now = *place_of_next;
+      simt::sync_warp();
+      const bool mine = now.item == item;
       if (mine) {
-        Blocks b = next;
+        Blocks b = now;
         b.item += simt::blocks_x();
         find(a, l.warp, b);
-        if (l.lane == 0) *after = b;
+        if (l.lane == 0) *place_of_next = b;
       }
       simt::sync_warp();
-      int index = next.index;
-      for (int left = mine ? next.left : 0; left > 0; left--, index += S::kWarps) {
-        const uint8_t* values = next.values;  // this block's; `next` moves on
-        // After the last block of all it stays, and is read once more in vain.
-        next.keys = left > 1 ? next.keys + S::kWarps * a.keys.block_stride : after->keys;
-        next.values = left > 1 ? next.values + S::kWarps * a.values.block_stride : after->values;
+      uint32_t mask_at = row.mask + now.index * kBlockCells + l.g * 8;
+      uint32_t hidden_at =
+          uint32_t(stream * a.hidden_stream_stride + head * a.hidden_head_stride) + now.index * 2 + l.g / 4;
+      for (int left = mine ? now.left : 0; left > 0;
+           left--, mask_at += S::kWarps * kBlockCells, hidden_at += S::kWarps * 2) {
+        const uint8_t* these_values = values;
+        // After the last block of all the pointers stay, and it is read once more in vain.
+        keys = left > 1 ? keys + S::kWarps * a.keys.block_stride : place_of_next->keys;
+        values = left > 1 ? values + S::kWarps * a.values.block_stride : place_of_next->values;
         if (left > 2) prefetch(1);
-        // The order of what follows is that of waiting: whatever is used up before a load is issued cannot be held up
-        // by it, though the hardware has fewer counters for loads in flight than there are kinds of them here.
+        uint4* const staged_mask = reinterpret_cast<uint4*>(simt::shared() + S::kMasks) + simt::thread();
+        uint32_t* const staged_hidden = reinterpret_cast<uint32_t*>(simt::shared() + S::kHidden) + simt::thread();
         uint4 mask = make_uint4(0, 0, 0, 0);
-        if (a.mask) mask = simt::load_vector(a.mask + row.mask + index * kBlockCells + l.g * 8);
-        const uint32_t skip = hidden ? hidden[index * 8 + l.g] : 0;
+        uint32_t skip = 0;
+        if constexpr (S::kStaged) {
+          // By way of shared memory: a register that waits for memory would share its counter with codes that are
+          // asked for later, and wait for those as well.
+          if (a.mask) simt::copy_async<16>(staged_mask, a.mask + mask_at);
+          if (a.hidden) simt::copy_async<4>(staged_hidden, a.hidden + hidden_at);
+        } else {
+          if (a.mask) mask = simt::load_vector(a.mask + mask_at);
+          if (a.hidden) skip = a.hidden[hidden_at];
+        }
         float x[8];
-        Cells::table_scores(l, key_codes, x);
-        if constexpr (!S::kDeep) load_values(values);
+        Cells::table_scores(l, key_codes, x, [&](int i) {
+          if constexpr (!S::kDeep) {
+            SIMT_UNROLL
+            for (int k = i * kValueLoads / kKeyLoads; k < (i + 1) * kValueLoads / kKeyLoads; k++) {
+              value_codes[k] = simt::load_stream(these_values + k * 512 + l.lane * 16);
+            }
+          }
+        });
         SIMT_UNROLL
         for (int i = 0; i < 4; i++) {
           const float2 scale = simt::unpack_half2(Cells::word_of(key_scales, i));
           x[2 * i] *= scale.x;
           x[2 * i + 1] *= scale.y;
         }
-        const float unit = Cells::adjust(a, row, x, mask, skip);
-        load_keys();
+        if constexpr (S::kStaged) {
+          if (a.mask || a.hidden) simt::wait_for_copies();
+          if (a.mask) mask = *staged_mask;
+          if (a.hidden) skip = *staged_hidden;
+        }
+        const float unit = Cells::adjust(a, row, x, mask, skip >> l.g % 4 * 8 & 255);
+        if constexpr (S::kDeep) load_keys();
         uint32_t b[2][2];
         const float sum_unit = Cells::weigh(l, run, x, unit, value_scales, b);
-        Cells::add_values(l, run, value_codes, b, sum_unit);
-        if constexpr (S::kDeep) load_values(next.values);
-        value_scales = simt::load_stream(next.values + MV * kBlockCells + l.g * 16);
+        Cells::add_values(l, run, value_codes, b, sum_unit, [&](int i) {
+          if constexpr (!S::kDeep) {
+            SIMT_UNROLL
+            for (int k = i * kKeyLoads / kValueLoads; k < (i + 1) * kKeyLoads / kValueLoads; k++) {
+              key_codes[k] = simt::load_stream(keys + k * 512 + l.lane * 16);
+            }
+          }
+        });
+        if constexpr (!S::kDeep) key_scales = simt::load_stream(keys + MK * kBlockCells + l.g * 16);
+        if constexpr (S::kDeep) load_values(values);
+        value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
       }
-      if (mine) next = *after;
       simt::wait_for_copies();
       AttendCombine<S>::finish_item(a, l, run, item);
     }
@@ -156,6 +191,7 @@ struct AttendKernel {
     simt::launch_dependents();
     const Lane l = Cells::make_lane();
     Tables::copy_scales(a);
+    Cells::store_slopes(a);
     simt::wait_for_previous_grid();
     for (int item = simt::block_x(); item < Items::n_items(a); item += simt::blocks_x()) {
       const int stream = Items::stream_of(a, item), head = simt::block_y(), split = item - stream * a.n_splits;
@@ -180,7 +216,7 @@ struct AttendKernel {
         uint4 mask = make_uint4(0, 0, 0, 0);
         if (a.mask) mask = simt::load_vector(a.mask + row.mask + index * kBlockCells + l.g * 8);
         float x[8];
-        Cells::table_scores(l, codes, x);
+        Cells::table_scores(l, codes, x, [](int) {});
         SIMT_UNROLL
         for (int i = 0; i < 4; i++) {
           const float2 scale = simt::unpack_half2(Cells::word_of(scales, i));

@@ -62,17 +62,24 @@ struct AttendShape {
   static constexpr int kKeyScales = kScales + kValueSubspaces * 4;  // float [kKeySubspaces]
   static constexpr int kAfter = kKeyScales + kKeySubspaces * 4;     // AttendKernel::Blocks [kWarps]
   static constexpr int kFactors = kAfter + kWarps * 32;             // float [2][4]: this item's, the next one's
-  static constexpr int kWeights = kFactors + 2 * kRows * 4;         // float [4]
+  static constexpr int kSlopes = kFactors + 2 * kRows * 4;          // float [4], on the mask, in units of log2 e
+  static constexpr int kWeights = kSlopes + kRows * 4;              // float [4]
   static constexpr int kLast = kWeights + kRows * 4;                // int
-  static constexpr int kEnd = kLast + 16;
+  // What a lane needs of the mask and of the hidden cells' bits on the way from memory, where there is room for that:
+  // uint4 [kWarps][32], uint32_t [kWarps][32].
+  static constexpr bool kStaged = Large;
+  static constexpr int kMasks = kLast + 16;
+  static constexpr int kHidden = kMasks + (kStaged ? kWarps * 32 * 16 : 0);
+  static constexpr int kEnd = kHidden + (kStaged ? kWarps * 32 * 4 : 0);
   // Float [4][HeadDim]. Where memory is short, behind the sums: then the next score table must wait for its readers.
   static constexpr bool kOwnOutputs = Large;
   static constexpr int kOutputs = kOwnOutputs ? kEnd : kSumsBytes;
   static constexpr size_t kSharedBytes = kEnd + (kOwnOutputs ? kRows * HeadDim * 4 : 0);
   static_assert(kOwnOutputs || kSumsBytes + kRows * HeadDim * 4 <= kValueTable);
 
-  /// Codes are fetched a whole block ahead where registers allow it, else half a block.
-  static constexpr bool kDeep = kKeySubspaces + kValueSubspaces <= (kWarps == 8 ? 128 : 64);
+  /// Codes are fetched a whole block ahead where registers allow it; else values while the same block's keys are used
+  /// up, and keys while the values before them are. They are in L2 by then.
+  static constexpr bool kDeep = kWarps == 8 && kKeySubspaces + kValueSubspaces <= 128;
 
   static constexpr int kPartialFloats = kRows * HeadDim + 2 * kRows;
 

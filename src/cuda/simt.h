@@ -13,7 +13,7 @@
 
 #define SIMT __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
-#define SIMT_UNROLL_SOME _Pragma("unroll 8")
+#define SIMT_UNROLL_SOME _Pragma("unroll 32")
 
 namespace thimble::cuda::simt {
 
@@ -160,13 +160,13 @@ SIMT uint4 load_vector(const void* p) {
   asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
   return r;
 }
-/// Asks for memory to come to L2. All lanes of a warp call it; `bytes` is a multiple of 16.
-SIMT void prefetch_l2(const uint8_t* p, int bytes, int lane) {
-#if __CUDA_ARCH__ >= 900
-  if (lane == 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(p), "r"(bytes));
-#else
-  for (int i = lane * 128; i < bytes; i += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i));
-#endif
+/// Asks for memory to come to L2, a line a lane. All lanes of a warp call it.
+template <int Bytes>
+SIMT void prefetch_l2(const uint8_t* p, int lane) {
+  SIMT_UNROLL
+  for (int first = 0; first < Bytes; first += 32 * 128) {
+    if (first + lane * 128 < Bytes) asm volatile("prefetch.global.L2 [%0];" ::"l"(p + first + lane * 128));
+  }
 }
 /// 4 or 16 bytes from global to shared memory, without a register in between; there after wait_for_copies and a
 /// barrier.

@@ -298,7 +298,8 @@ inline uint4 load_vector(const void* p) {
   std::memcpy(&r, p, 16);
   return r;
 }
-inline void prefetch_l2(const uint8_t*, int, int) {}
+template <int Bytes>
+void prefetch_l2(const uint8_t*, int) {}
 template <int Bytes>
 void copy_async(void* shared_to, const void* from) {
   std::memcpy(shared_to, from, Bytes);
