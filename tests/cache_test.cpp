@@ -11,13 +11,15 @@ namespace thimble {
 namespace {
 
 struct TestLayer {
-  explicit TestLayer(double bits, int n_streams = 1, int64_t cells = 100, WindowSize window = {2, 6}) {
+  explicit TestLayer(double bits, int n_streams = 1, int64_t cells = 100, WindowSize window = {2, 6},
+                     bool with_store = false) {
     const CacheShape shape{2, cells, n_streams};
     const int n_slots = window.total() * n_streams;
     const auto make = [&](Kind kind, std::vector<uint8_t>& memory) {
       const Format format = make_format(64, bits);
       auto codecs = std::make_shared<std::vector<HeadCodec>>(2, make_uncalibrated_codec(kind, format));
-      memory.resize(CacheSide::memory_bytes(shape, format, n_slots));
+      memory.resize(CacheSide::memory_bytes(shape, format, with_store ? 0 : n_slots));
+      if (with_store) return CacheSide(shape, codecs, 0, memory.data(), ExactStore::ram(shape.n_cells(), 128));
       return CacheSide(shape, codecs, n_slots, memory.data());
     };
     CacheSide k = make(Kind::key, k_memory), v = make(Kind::value, v_memory);
@@ -117,6 +119,84 @@ TEST(Streams, CopyTakesCodesAndWindow) {
   const auto before = a.save(100, 60);
   a.fill(5, 2, 9);
   EXPECT_EQ(a.save(100, 60), before);
+}
+
+// What `fill` wrote, as a state.
+std::vector<uint8_t> written(int n, unsigned seed = 1) {
+  TestLayer plain(16);
+  plain.fill(n, 0, seed);
+  return plain.save(0, n);
+}
+
+TEST(Store, StatesAreTheRowsAsWritten) {
+  for (double bits : {4.0, 2.0, 1.0}) {
+    TestLayer a(bits, 1, 100, {2, 6}, true), b(bits, 1, 100, {2, 6}, true), without(bits);
+    a.fill(50);
+    const auto state = a.save(0, 50);
+    EXPECT_EQ(state, written(50));
+    b.load(state, 37, 50);
+    EXPECT_EQ(b.save(37, 50), state);
+    // The codes are those of the same rows, too.
+    b.load(state, 0, 50);
+    EXPECT_EQ(b.k_memory, [&] {
+      TestLayer again(bits, 1, 100, {2, 6}, true);
+      again.load(state, 37, 50);
+      again.load(state, 0, 50);
+      return again.k_memory;
+    }());
+    without.load(state, 0, 50);  // a state from a store loads where there is none
+    std::vector<float> x(128), y(128);
+    for (int cell = 0; cell < 50; cell++) {
+      for (Kind kind : {Kind::key, Kind::value}) {
+        a.layer->side(kind).decode_row(cell, x.data());
+        without.layer->side(kind).decode_row(cell, y.data());
+        EXPECT_EQ(x, y) << cell;
+      }
+    }
+  }
+}
+
+TEST(Store, StatesOfCodesLoadAsWhatTheyStandFor) {
+  TestLayer a(2), b(2, 1, 100, {2, 6}, true);
+  a.fill(50);
+  b.load(a.save(0, 50), 0, 50);
+  std::vector<float> row(128);
+  for (int cell : {0, 20, 49}) {
+    const bool in_window = a.layer->window().find(cell) >= 0;
+    a.layer->keys().decode_row(cell, row.data());
+    for (int d = 0; d < 128; d++) {
+      const uint16_t expected = in_window ? a.layer->exact_row(Kind::key, cell)[d] : float_to_half(row[d]);
+      EXPECT_EQ(b.layer->exact_row(Kind::key, cell)[d], expected) << cell << " " << d;
+    }
+  }
+}
+
+TEST(Store, CopyTakesRowsCodesAndWindow) {
+  TestLayer a(2, 3, 100, {2, 6}, true);
+  a.fill(60, 1, 7);
+  a.fill(20, 2, 8);
+  for (Kind kind : {Kind::key, Kind::value}) a.layer->copy_stream(kind, 1, 2);
+  EXPECT_EQ(a.save(200, 60), written(60, 7));
+  for (const int64_t cell : {0, 1, 54, 59}) EXPECT_GE(a.layer->window().find(200 + cell), 0) << cell;
+  EXPECT_LT(a.layer->window().find(230), 0);
+  std::vector<float> x(128), y(128);
+  a.layer->keys().decode_row(130, x.data());
+  a.layer->keys().decode_row(230, y.data());
+  EXPECT_EQ(x, y);
+  a.fill(5, 2, 9);
+  EXPECT_EQ(a.save(100, 60), written(60, 7));
+}
+
+TEST(Store, OverwrittenAndClearedCells) {
+  TestLayer a(2, 1, 100, {2, 6}, true);
+  a.fill(50, 0, 1);
+  a.fill(30, 0, 2);
+  EXPECT_EQ(a.save(0, 30), written(30, 2));
+  a.layer->clear();
+  EXPECT_EQ(a.layer->exact_row(Kind::key, 3), nullptr);
+  EXPECT_EQ(a.layer->keys().store()->reserved_bytes(), 0u);
+  a.fill(10, 0, 3);
+  EXPECT_EQ(a.save(0, 10), written(10, 3));
 }
 
 TEST(Layer, KeysAndValuesInEitherOrderMakeOneBatch) {

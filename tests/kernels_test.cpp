@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -300,6 +301,61 @@ TEST_P(KernelsOn, AttentionFromCodesEqualsTheSpecification) {
       }
     }
   }
+}
+
+// Scores of all cells against the specification's, and the specification's against attention from those very codes.
+TEST_P(KernelsOn, ScoresFromCodes) {
+  const auto scores_of = [](const Kernels& kernels, const Problem& p, int first, int last) {
+    const CodedCells cells{&p.keys,
+                           &p.values,
+                           p.k_memory.data() + p.misalign,
+                           p.v_memory.data() + p.misalign,
+                           p.hide ? p.hidden.data() : nullptr,
+                           first,
+                           last,
+                           p.n_cells};
+    std::vector<float> scores(size_t(p.n_blocks()) * kBlockCells, 1234.0f);
+    Scratch scratch;
+    kernels.score_codes(p.queries(), cells, p.mask_view(), scores.data(), scratch);
+    return scores;
+  };
+  for (double bits : {16.0, 4.0, 3.0, 2.0, 1.25, 1.0}) {
+    for (int n_cells : {1, 64, 130, 1500}) {
+      for (int n_tokens : {1, 3, 8}) {
+        Problem p;
+        p.bits = bits;
+        p.n_cells = n_cells;
+        p.n_tokens = n_tokens;
+        p.softcap = n_tokens == 3 ? 5.0f : 0.0f;
+        p.hide = n_tokens != 8;
+        p.fill();
+        SCOPED_TRACE(testing::Message() << bits << " bits, cells " << n_cells << ", tokens " << n_tokens);
+        const auto scores = scores_of(k(), p, 0, p.n_blocks()), expected = scores_of(spec(), p, 0, p.n_blocks());
+        double error = 0, size = 1e-30;
+        float top = -kInfinity;
+        for (size_t i = 0; i < scores.size(); i++) {
+          ASSERT_EQ(std::isinf(scores[i]), std::isinf(expected[i])) << i;
+          top = std::max(top, expected[i]);
+          if (std::isinf(scores[i])) continue;
+          error += std::pow(double(scores[i]) - expected[i], 2);
+          size += std::pow(double(expected[i]), 2);
+        }
+        EXPECT_LT(error / size, is_spec() ? 1e-30 : codes_bound(p));
+        if (is_spec()) {
+          const Result result = attend_codes(k(), p);
+          EXPECT_FLOAT_EQ(top, *std::max_element(result.max.begin(), result.max.end()));
+        }
+        if (p.n_blocks() > 2) {  // a part of the blocks leaves the rest alone and yields the same bits
+          const auto part = scores_of(k(), p, 1, 2);
+          for (size_t i = 0; i < part.size(); i++) EXPECT_EQ(part[i], i / kBlockCells == 1 ? scores[i] : 1234.0f) << i;
+        }
+      }
+    }
+  }
+  Problem p;
+  p.fill();
+  p.q[0] = kNaN;
+  for (float score : scores_of(k(), p, 0, p.n_blocks())) EXPECT_TRUE(std::isinf(score));
 }
 
 TEST_P(KernelsOn, HugeAndTinyLogits) {

@@ -27,6 +27,21 @@ TEST(Settings, DefaultsAndWhatIsSaid) {
   EXPECT_EQ(Settings::parse("bits=1.25").key_bits, 1.25);
 }
 
+TEST(Settings, Retrieval) {
+  EXPECT_EQ(Settings::parse("bits=2").top, 0);
+  const Settings ram = Settings::parse("bits=2,top=64");
+  EXPECT_EQ(ram.top, 64);
+  EXPECT_FALSE(ram.store_in_file);
+  EXPECT_FALSE(ram.drop_tail);
+  EXPECT_EQ(ram.policy, Settings::Policy::automatic);
+  const Settings file = Settings::parse("top=128,store=file,path=/var/tmp,tail=drop,policy=all");
+  EXPECT_TRUE(file.store_in_file);
+  EXPECT_EQ(file.path, "/var/tmp");
+  EXPECT_TRUE(file.drop_tail);
+  EXPECT_EQ(file.policy, Settings::Policy::all);
+  EXPECT_EQ(Settings::parse("bits=2,top=64").hash(), Settings::parse("bits=2").hash());
+}
+
 TEST(Settings, PassThroughIsBothSidesAt16) {
   EXPECT_TRUE(Settings::parse("bits=16").passthrough());
   EXPECT_TRUE(Settings::parse("bits=f16").passthrough());
@@ -34,7 +49,8 @@ TEST(Settings, PassThroughIsBothSidesAt16) {
 }
 
 TEST(Settings, PrintedTheyReadTheSame) {
-  for (const char* text : {"", "bits=2", "bits=4/1.5,window=0+0,sequences=1,small=7", "profile=p,device=CPU"}) {
+  for (const char* text : {"", "bits=2", "bits=4/1.5,window=0+0,sequences=1,small=7", "profile=p,device=CPU",
+                           "top=9,policy=none", "top=64,store=file,path=/p,tail=drop,policy=all"}) {
     const Settings s = Settings::parse(text);
     EXPECT_EQ(Settings::parse(s.to_string()).to_string(), s.to_string()) << text;
   }
@@ -74,7 +90,12 @@ INSTANTIATE_TEST_SUITE_P(
                     Wrong{"window=8+-1", "window=-1"}, Wrong{"window=8+12x", "window=12x"},
                     Wrong{"window=8+99999999999", "window=99999999999"}, Wrong{"sequences=0", "sequences=0"},
                     Wrong{"sequences=1e3", "sequences=1e3"}, Wrong{"small=-1", "small=-1"}, Wrong{"small=", "small="},
-                    Wrong{"profile=", "profile="}, Wrong{"device=", "device="}));
+                    Wrong{"profile=", "profile="}, Wrong{"device=", "device="}, Wrong{"top=-1", "top=-1"},
+                    Wrong{"top=", "top="}, Wrong{"store=ram", "store="}, Wrong{"top=64,store=disk", "store=disk"},
+                    Wrong{"top=64,store=file", "path="}, Wrong{"top=64,path=/tmp", "path="},
+                    Wrong{"top=64,store=file,path=", "path="}, Wrong{"top=64,tail=", "tail="},
+                    Wrong{"tail=drop", "tail="}, Wrong{"top=64,policy=some", "auto, all, none"},
+                    Wrong{"bits=16,top=64", "bits=16"}));
 
 }  // namespace
 }  // namespace thimble

@@ -1,0 +1,191 @@
+// The exact store: rows in, rows out, what is left behind, and full disks.
+#include <gtest/gtest.h>
+#include <sched.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <stdexcept>
+#include <vector>
+
+#include "store/exact_store.h"
+
+namespace thimble {
+namespace {
+
+namespace fs = std::filesystem;
+
+class Directory {
+public:
+  Directory() {
+    std::string name = (fs::temp_directory_path() / "thimble-store-XXXXXX").string();
+    path_ = mkdtemp(name.data());
+  }
+  ~Directory() { fs::remove_all(path_); }
+  std::string path() const { return path_.string(); }
+  bool empty() const { return fs::is_empty(path_); }
+
+private:
+  fs::path path_;
+};
+
+std::vector<uint16_t> pattern(int64_t row, size_t size) {
+  std::vector<uint16_t> x(size);
+  for (size_t i = 0; i < size; i++) x[i] = uint16_t(row * 131 + int64_t(i) * 7 + 1);
+  return x;
+}
+
+void put(ExactStore& store, int64_t row, const std::vector<uint16_t>& x) {
+  store.reserve(row);
+  std::memcpy(store.row(row), x.data(), x.size() * 2);
+}
+
+std::vector<uint16_t> get(const ExactStore& store, int64_t row, size_t size) {
+  return {store.row(row), store.row(row) + size};
+}
+
+void use(ExactStore& store, int64_t n_rows, size_t size) {
+  const std::vector<int64_t> rows = {0, 1, n_rows / 2, n_rows - 1};
+  EXPECT_EQ(store.reserved_bytes(), 0u);
+  for (int64_t row : rows) EXPECT_EQ(store.row(row), nullptr);
+  for (int64_t row : rows) put(store, row, pattern(row, size));
+  for (int64_t row : rows) {
+    store.will_need(row, 1);
+    EXPECT_EQ(get(store, row, size), pattern(row, size));
+  }
+  EXPECT_GT(store.reserved_bytes(), 0u);
+  EXPECT_LE(store.reserved_bytes(), store.total_bytes());
+  EXPECT_EQ(store.total_bytes(), size_t(n_rows) * size * 2);
+  store.will_need(0, n_rows);
+
+  store.copy(0, n_rows / 2, n_rows / 4);
+  EXPECT_EQ(get(store, n_rows / 2, size), pattern(0, size));
+  EXPECT_EQ(get(store, n_rows / 2 + 1, size), pattern(1, size));
+  EXPECT_EQ(get(store, n_rows - 1, size), pattern(n_rows - 1, size));
+
+  store.clear();
+  EXPECT_EQ(store.reserved_bytes(), 0u);
+  for (int64_t row : rows) EXPECT_EQ(store.row(row), nullptr);
+  put(store, 1, pattern(9, size));
+  EXPECT_EQ(get(store, 1, size), pattern(9, size));
+}
+
+TEST(ExactStore, RowsInRam) {
+  for (const auto& [n_rows, size] : {std::pair<int64_t, size_t>{8, 64}, {5000, 192}, {40000, 1024}, {8, 1 << 20}}) {
+    use(*ExactStore::ram(n_rows, size), n_rows, size);
+  }
+}
+
+TEST(ExactStore, RowsInAFile) {
+  Directory directory;
+  for (const auto& [n_rows, size] : {std::pair<int64_t, size_t>{8, 64}, {5000, 192}, {40000, 1024}, {8, 1 << 20}}) {
+    use(*ExactStore::file(directory.path(), n_rows, size), n_rows, size);
+    EXPECT_TRUE(directory.empty());
+  }
+}
+
+TEST(ExactStore, AFileIsAsLargeAsWhatWasReserved) {
+  Directory directory;
+  const auto free_bytes = [&] { return fs::space(directory.path()).free; };
+  const auto store = ExactStore::file(directory.path(), 1 << 24, 1024);  // 32 GiB of rows
+  const auto before = free_bytes();
+  put(*store, 12345678, pattern(1, 1024));
+  EXPECT_LE(store->reserved_bytes(), size_t{2} << 20);
+  // Others may use the disk at the same time, but hardly this much of it.
+  EXPECT_LT(int64_t(before) - int64_t(free_bytes()), int64_t{8} << 30);
+}
+
+TEST(ExactStore, HasNoNameWhileItIsInUse) {
+  Directory directory;
+  const auto store = ExactStore::file(directory.path(), 1000, 128);
+  put(*store, 3, pattern(3, 128));
+  EXPECT_TRUE(directory.empty());
+}
+
+// Runs in a process of its own; returns its wait status.
+int in_child(const std::function<int()>& work) {
+  const pid_t child = fork();
+  if (child == 0) _exit(work());
+  int status = 0;
+  waitpid(child, &status, 0);
+  return status;
+}
+
+TEST(ExactStore, NothingIsLeftBehindByKill9) {
+  Directory directory;
+  const int status = in_child([&] {
+    const auto store = ExactStore::file(directory.path(), 1000, 128);
+    for (int row = 0; row < 500; row++) put(*store, row, pattern(row, 128));
+    raise(SIGKILL);
+    return 0;
+  });
+  EXPECT_TRUE(WIFSIGNALED(status));
+  EXPECT_TRUE(directory.empty());
+}
+
+TEST(ExactStore, AMissingDirectoryIsNamed) {
+  try {
+    ExactStore::file("/nowhere/at/all", 10, 10);
+    FAIL() << "made";
+  } catch (const std::runtime_error& error) {
+    EXPECT_NE(std::string(error.what()).find("/nowhere/at/all"), std::string::npos) << error.what();
+  }
+}
+
+TEST(ExactStore, AFileThatIsNotAllowedToBeSoLargeIsRefused) {
+  Directory directory;
+  const int status = in_child([&] {
+    const rlimit limit{1 << 20, 1 << 20};
+    setrlimit(RLIMIT_FSIZE, &limit);
+    try {
+      ExactStore::file(directory.path(), 1000, 1024);
+    } catch (const std::runtime_error& error) {
+      return std::strstr(error.what(), "full") ? 0 : 1;
+    }
+    return 2;
+  });
+  EXPECT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+  EXPECT_TRUE(directory.empty());
+}
+
+// On a disk of 4 MiB: what fits is written, what does not is refused, and the rows before stay as they were.
+TEST(ExactStore, AFullDiskIsAnException) {
+  Directory directory;
+  constexpr int kCannotMount = 77;
+  const int status = in_child([&] {
+    const std::string path = directory.path();
+    const bool alone = unshare(CLONE_NEWNS) == 0 || unshare(CLONE_NEWUSER | CLONE_NEWNS) == 0;
+    if (!alone || mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
+        mount("tmpfs", path.c_str(), "tmpfs", 0, "size=4m") != 0) {
+      return kCannotMount;
+    }
+    const auto store = ExactStore::file(path, 100000, 128);
+    int64_t row = 0;
+    try {
+      for (; row < 100000; row++) put(*store, row, pattern(row, 128));
+      return 1;
+    } catch (const std::runtime_error& error) {
+      if (!std::strstr(error.what(), "full") || !std::strstr(error.what(), path.c_str())) return 2;
+    }
+    if (row < 8000) return 3;
+    if (store->row(row)) return 4;
+    for (int64_t i = 0; i < row; i++) {
+      if (get(*store, i, 128) != pattern(i, 128)) return 5;
+    }
+    store->clear();  // there is room again
+    put(*store, row, pattern(row, 128));
+    return get(*store, row, 128) == pattern(row, 128) ? 0 : 6;
+  });
+  ASSERT_TRUE(WIFEXITED(status)) << "signal " << WTERMSIG(status);
+  if (WEXITSTATUS(status) == kCannotMount) GTEST_SKIP() << "no file system can be mounted here";
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+}
+
+}  // namespace
+}  // namespace thimble
