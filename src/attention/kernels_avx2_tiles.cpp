@@ -99,18 +99,16 @@ void multiply_rows(const float* a, int a_stride, const float* b, int b_stride, i
   }
 }
 
+// Six rows fill the registers; the last one to six go in one pass, too.
 template <bool Fused>
 void multiply_all(const float* a, int a_stride, const float* b, int b_stride, int rows, int k, int n, float* c,
                   int c_stride, bool add) {
-  int r = 0;
-  for (; rows - r >= 6; r += 6) {
-    multiply_rows<6, Fused>(a + r * a_stride, a_stride, b, b_stride, k, n, c + r * c_stride, c_stride, add);
-  }
-  for (; rows - r >= 3; r += 3) {
-    multiply_rows<3, Fused>(a + r * a_stride, a_stride, b, b_stride, k, n, c + r * c_stride, c_stride, add);
-  }
-  for (; r < rows; r++) {
-    multiply_rows<1, Fused>(a + r * a_stride, a_stride, b, b_stride, k, n, c + r * c_stride, c_stride, add);
+  using Multiply = void (*)(const float*, int, const float*, int, int, int, float*, int, bool);
+  static constexpr Multiply kMultiply[6] = {multiply_rows<1, Fused>, multiply_rows<2, Fused>, multiply_rows<3, Fused>,
+                                            multiply_rows<4, Fused>, multiply_rows<5, Fused>, multiply_rows<6, Fused>};
+  for (int r = 0; r < rows; r += 6) {
+    const int at_once = rows - r < 6 ? rows - r : 6;
+    kMultiply[at_once - 1](a + r * a_stride, a_stride, b, b_stride, k, n, c + r * c_stride, c_stride, add);
   }
 }
 

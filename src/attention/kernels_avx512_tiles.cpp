@@ -46,7 +46,7 @@ inline void multiply_tile(const float* a, int a_stride, const float* b, int b_st
   for (int r = 0; r < Rows; r++) {
 #pragma GCC unroll 4
     for (int j = 0; j < Columns; j++) {
-      const __mmask16 lanes = j == Columns - 1 ? last : __mmask16(0xffff);
+      const __mmask16 lanes = Columns == 1 ? last : __mmask16(0xffff);
       sums[r][j] = add ? _mm512_maskz_loadu_ps(lanes, c + r * c_stride + 16 * j) : _mm512_setzero_ps();
     }
   }
@@ -54,8 +54,8 @@ inline void multiply_tile(const float* a, int a_stride, const float* b, int b_st
     __m512 row[Columns];
 #pragma GCC unroll 4
     for (int j = 0; j < Columns; j++) {
-      row[j] = j == Columns - 1 ? _mm512_maskz_loadu_ps(last, b + i * b_stride + 16 * j)
-                                : _mm512_loadu_ps(b + i * b_stride + 16 * j);
+      row[j] = Columns == 1 ? _mm512_maskz_loadu_ps(last, b + i * b_stride + 16 * j)
+                            : _mm512_loadu_ps(b + i * b_stride + 16 * j);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; r++) {
@@ -71,7 +71,7 @@ inline void multiply_tile(const float* a, int a_stride, const float* b, int b_st
   for (int r = 0; r < Rows; r++) {
 #pragma GCC unroll 4
     for (int j = 0; j < Columns; j++) {
-      _mm512_mask_storeu_ps(c + r * c_stride + 16 * j, j == Columns - 1 ? last : __mmask16(0xffff), sums[r][j]);
+      _mm512_mask_storeu_ps(c + r * c_stride + 16 * j, Columns == 1 ? last : __mmask16(0xffff), sums[r][j]);
     }
   }
 }
@@ -88,18 +88,16 @@ void multiply_rows(const float* a, int a_stride, const float* b, int b_stride, i
   }
 }
 
+// Six rows fill the registers; the last one to six go in one pass, too.
 template <bool Fused>
 void multiply_all(const float* a, int a_stride, const float* b, int b_stride, int rows, int k, int n, float* c,
                   int c_stride, bool add) {
-  int r = 0;
-  for (; rows - r >= 6; r += 6) {
-    multiply_rows<6, Fused>(a + r * a_stride, a_stride, b, b_stride, k, n, c + r * c_stride, c_stride, add);
-  }
-  for (; rows - r >= 3; r += 3) {
-    multiply_rows<3, Fused>(a + r * a_stride, a_stride, b, b_stride, k, n, c + r * c_stride, c_stride, add);
-  }
-  for (; r < rows; r++) {
-    multiply_rows<1, Fused>(a + r * a_stride, a_stride, b, b_stride, k, n, c + r * c_stride, c_stride, add);
+  using Multiply = void (*)(const float*, int, const float*, int, int, int, float*, int, bool);
+  static constexpr Multiply kMultiply[6] = {multiply_rows<1, Fused>, multiply_rows<2, Fused>, multiply_rows<3, Fused>,
+                                            multiply_rows<4, Fused>, multiply_rows<5, Fused>, multiply_rows<6, Fused>};
+  for (int r = 0; r < rows; r += 6) {
+    const int at_once = rows - r < 6 ? rows - r : 6;
+    kMultiply[at_once - 1](a + r * a_stride, a_stride, b, b_stride, k, n, c + r * c_stride, c_stride, add);
   }
 }
 
