@@ -75,10 +75,10 @@ public:
   Runner(const Options& options, const Profile* profile, const Cache& cache, int n_cells) : options_(options) {
     const bool plugin = cache.ours && !options.reference;
     if (plugin) {
-      // The plugin reads its settings when a context's cache is allocated.
+      // small=0: short contexts are coded too. The plugin reads its settings when a context's cache is allocated.
       char text[64];
-      std::snprintf(text, sizeof text, "bits=%g/%g,window=%d+%d", cache.key_bits, cache.value_bits, options.first,
-                    options.last);
+      std::snprintf(text, sizeof text, "bits=%g/%g,window=%d+%d,small=0", cache.key_bits, cache.value_bits,
+                    options.first, options.last);
       std::string retrieval;
       if (cache.top > 0) retrieval = ",top=" + std::to_string(cache.top) + ",policy=" + options.policy;
       if (cache.drop_tail) retrieval += ",tail=drop";
