@@ -70,10 +70,6 @@ else()
     target_compile_options(ggml-cpu PRIVATE -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
   endif()
   set(THIMBLE_LLAMA_CPP_BIN ${CMAKE_BINARY_DIR}/bin)
-  # Its programs that are started by name, and so are nobody's dependency.
+  # Programs that `thimble` starts by name, and so are nobody's dependency.
   add_custom_target(llama_programs ALL DEPENDS llama-cli llama-completion llama-server)
-  if(THIMBLE_TESTS)
-    add_dependencies(llama_programs test-backend-ops test-llama-archs test-save-load-state
-                     test-state-restore-fragmented test-thread-safety)
-  endif()
 endif()
