@@ -21,14 +21,12 @@ namespace thimble {
 namespace {
 
 struct Options {
-  std::string model, text, profile, json, plugin, task = "ppl", device = "CPU";
+  std::string model, text, profile, json, plugin, device = "CPU";
   std::vector<std::string> caches = {"f16", "q8_0", "q4_0", "4", "2", "1"};
-  std::vector<double> depths = {0.1, 0.3, 0.5, 0.7, 0.9};
   int context = 8192, n_decode = 512, n_chunks = 1, n_batch = 512;
   int first = 8, last = 128;  // the exact window
   int n_threads = int(std::thread::hardware_concurrency());
   std::string policy = "all";
-  uint64_t seed = 1;
   bool reference = false;
 };
 
@@ -161,10 +159,6 @@ ModelShape shape_of(const llama_model* model, const Profile* profile) {
 
 using json = nlohmann::json;
 
-struct Distribution {
-  std::vector<float> log_probability;
-};
-
 double quantile(std::vector<double> values, double share) {
   std::sort(values.begin(), values.end());
   return values[std::min(values.size() - 1, size_t(share * double(values.size())))];
@@ -261,8 +255,7 @@ void run(Options options) {
   if (!options.profile.empty()) profile = read_profile(options.profile);
   const json rows = measure_text(options, profile ? &*profile : nullptr, caches);
   if (options.json.empty()) return;
-  const json out = {{"task", options.task},
-                    {"model", options.model.substr(options.model.find_last_of('/') + 1)},
+  const json out = {{"model", options.model.substr(options.model.find_last_of('/') + 1)},
                     {"text", options.text.substr(options.text.find_last_of('/') + 1)},
                     {"context", options.context},
                     {"decode", options.n_decode},
@@ -280,7 +273,7 @@ void add_eval_command(CLI::App& app) {
   auto* command = app.add_subcommand("eval", "Measure what a quantized cache costs in quality");
   auto options = std::make_shared<Options>();
   command->add_option("-m,--model", options->model, "Model, GGUF")->required();
-  command->add_option("-f,--file", options->text, "Text to measure on");
+  command->add_option("-f,--file", options->text, "Text to measure on")->required();
   command->add_option("-p,--profile", options->profile, "Calibrated profile; without it the uncalibrated codec");
   command->add_option("-c,--context", options->context)->capture_default_str();
   command->add_option("--decode", options->n_decode, "Tokens to decode one by one")->capture_default_str();
