@@ -69,7 +69,7 @@ void Attention::prepare_parts() {
   items_.clear();
   int64_t total = 0;
   for (int stream = 0; stream < p_.n_streams; stream++) {
-    const int n_units = block_units() + int(streams_[stream].exact.size()) + retrieved_units();
+    const int n_units = block_units() + units_of_tile() * (int(streams_[stream].exact.size()) + retrieved_tiles());
     for (int head = 0; head < n_kv_heads; head++) {
       for (int t = 0; t < p_.n_tokens; t += tokens_per_item) {
         items_.push_back({stream, head, t, std::min(tokens_per_item, p_.n_tokens - t), n_units, 0, 0});
@@ -332,7 +332,9 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   }
   const std::vector<ExactTile>& exact = streams_[item.stream].exact;
   for (int unit = std::max(part.first_unit, block_units()); unit < part.last_unit; unit++) {
-    const size_t at = unit - block_units();
+    // A tile belongs to the part that its first unit is in.
+    if ((unit - block_units()) % units_of_tile() != 0) continue;
+    const size_t at = (unit - block_units()) / units_of_tile();
     if (at < exact.size()) {
       attend_exact(item, exact[at], plain, memory, softmax[1]);
       continue;

@@ -61,8 +61,8 @@ public:
   void combine(int thread);
 
 private:
-  // Query tokens that are attended together, for one stream and KV head. Their cells come in units: the blocks of the
-  // stream, then its tiles of exact rows, then the tiles of retrieved rows.
+  // Query tokens that are attended together, for one stream and KV head. Their cells come in units of equal work,
+  // about: the blocks of the stream, then its tiles of exact rows, then the tiles of retrieved rows.
   struct Item {
     int stream, kv_head, first_token, n_tokens;
     int n_units;
@@ -110,7 +110,8 @@ private:
   bool from_store() const { return p_.top > 0 && prefills(); }
   int n_blocks() const { return int((p_.n_cells + kBlockCells - 1) / kBlockCells); }
   int block_units() const { return retrieves() && p_.drop_tail ? 0 : n_blocks(); }
-  int retrieved_units() const {
+  int units_of_tile() const { return prefills() ? 1 : 4; }  // 64 exact rows take as long as four blocks of codes
+  int retrieved_tiles() const {
     return retrieves() ? int((std::min<int64_t>(p_.top, p_.n_cells) + kBlockCells - 1) / kBlockCells) : 0;
   }
   size_t softmax_size(int n_rows) const { return size_t(n_rows) * (2 + p_.value_dim); }
