@@ -41,7 +41,8 @@ grep '^none' "$out/check.txt" || true
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     echo "== compute-sanitizer $tool"
-    timeout 150 compute-sanitizer --tool $tool "$out/cuda_check" --quick 2>&1 | tee "$out/$tool.txt" | tail -2
+    timeout 150 compute-sanitizer --tool $tool "$out/cuda_check" --quick > "$out/$tool.txt" 2>&1 || echo "exit status $?"
+    tail -2 "$out/$tool.txt"
   done
 fi
 
@@ -62,5 +63,5 @@ if command -v ncu > /dev/null; then
   metrics+=,smsp__average_warps_issue_stalled_short_scoreboard_per_issue_active.ratio
   metrics+=,smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio
   timeout 100 ncu --clock-control none --metrics $metrics "$out/cuda_bench" --once 2>&1 |
-    grep -E '^ +[a-z_:]+.*\(|duration|throughput|wavefronts|pipe_alu|issue' | tee "$out/ncu.txt"
+    grep -E 'Context|duration|throughput|wavefronts|pipe_alu|issue' | tee "$out/ncu.txt" || true
 fi

@@ -2,7 +2,10 @@
 #define THIMBLE_SIMT_HOST
 #include <gtest/gtest.h>
 
+#include <set>
+
 #include "cuda/prepare_kernel.h"
+#include "cuda/window_kernel.h"
 #include "cuda_fixture.h"
 
 namespace thimble::cuda {
@@ -122,6 +125,65 @@ TEST(CudaPrepare, EqualsTheCodecBitForBit) {
   check<128>(2, 2, false, 11, 8);
   check<128>(1, 4, true, 3, 2);
   check<256>(2, 1, false, 2, 1);
+}
+
+// Batches of all sizes, with cells that are written again: the window holds the first cells and the last ones written.
+TEST(CudaWindow, HoldsTheFirstAndTheLastCells) {
+  constexpr int kStreams = 2, kCells = 128, kFirst = 3, kRing = 10, kCapacity = kFirst + kRing;
+  Random random(8);
+  std::vector<int32_t> written(kStreams), window(kStreams * kCapacity, -1);
+  std::vector<uint32_t> hidden(kStreams * kCells / 32);
+  std::vector<std::vector<int>> order(kStreams);  // ring cells, the last written at the end; one entry a write
+  for (int batch = 0; batch < 40; batch++) {
+    const int n = batch % 5 == 4 ? 33 : 1 + random.below(4);
+    std::vector<int64_t> cells;
+    while (int(cells.size()) < n) {
+      const int64_t cell = random.below(kStreams * kCells);
+      if (std::find(cells.begin(), cells.end(), cell) == cells.end()) cells.push_back(cell);
+    }
+    std::vector<int32_t> slots(n, 99);
+    WindowArgs a;
+    a.n_streams = kStreams;
+    a.n_tokens = n;
+    a.cells = cells.data();
+    a.cells_per_stream = kCells;
+    a.capacity = kCapacity;
+    a.n_first = kFirst;
+    a.written = written.data();
+    a.window_cells = window.data();
+    a.slots = slots.data();
+    a.hidden = hidden.data();
+    a.hidden_stream_stride = kCells / 32;
+    simt::Machine::launch(1, kStreams, WindowKernel::kThreads, 0, [&] { WindowKernel::run(a); });
+
+    for (int64_t cell : cells) {
+      std::vector<int>& o = order[cell / kCells];
+      std::replace(o.begin(), o.end(), int(cell % kCells), -1);  // its old row is given up, not taken over
+      if (cell % kCells >= kFirst) o.push_back(int(cell % kCells));
+    }
+    for (int s = 0; s < kStreams; s++) {
+      std::set<int> expected, got;
+      const std::vector<int>& o = order[s];
+      for (size_t i = o.size() > kRing ? o.size() - kRing : 0; i < o.size(); i++) {
+        if (o[i] >= 0) expected.insert(o[i]);
+      }
+      for (int i = 0; i < kCapacity; i++) {
+        const int cell = window[s * kCapacity + i];
+        if (cell < 0) continue;
+        EXPECT_TRUE(got.insert(cell).second);
+        if (i < kFirst) expected.insert(i);
+      }
+      EXPECT_EQ(got, expected) << batch;
+      for (int c = 0; c < kCells; c++) {
+        EXPECT_EQ(hidden[(s * kCells + c) / 32] >> c % 32 & 1, got.count(c)) << batch;
+      }
+    }
+    for (int i = 0; i < n; i++) {
+      if (slots[i] >= 0) {
+        EXPECT_EQ(window[cells[i] / kCells * kCapacity + slots[i]], cells[i] % kCells);
+      }
+    }
+  }
 }
 
 }  // namespace

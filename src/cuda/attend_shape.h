@@ -53,12 +53,13 @@ struct AttendShape {
   static constexpr int kSumStride = HeadDim + 8;  // floats; keeps warps' rows in different banks
   static constexpr int kSums = 0;                 // float [kWarps][4][kSumStride]
   static constexpr int kSumsBytes = kWarps * kRows * kSumStride * 4;
-  static constexpr int kValueTable = kKeyTableBytes > kSumsBytes + kRows* HeadDim * 4
-                                         ? kKeyTableBytes
-                                         : (kSumsBytes + kRows * HeadDim * 4 + 1023) / 1024 * 1024;
+  static constexpr int kStates = kSums + kSumsBytes;                       // float [kWarps][8]: maxima, then weights
+  static constexpr int kSharedOutputs = kStates + kWarps * 2 * kRows * 4;  // see kOutputs
+  static constexpr int kCombineBytes = kSharedOutputs + (Large ? 0 : kRows * HeadDim * 4);
+  static constexpr int kValueTable = kKeyTableBytes > kCombineBytes ? kKeyTableBytes
+                                                                    : (kCombineBytes + 1023) / 1024 * 1024;
   static constexpr int kQueries = kValueTable + kValueTableBytes;   // float [4][HeadDim]
-  static constexpr int kStates = kQueries + kRows * HeadDim * 4;    // float [kWarps][8]: maxima, then weights
-  static constexpr int kScales = kStates + kWarps * 2 * kRows * 4;  // float [kValueSubspaces]
+  static constexpr int kScales = kQueries + kRows * HeadDim * 4;    // float [kValueSubspaces]
   static constexpr int kKeyScales = kScales + kValueSubspaces * 4;  // float [kKeySubspaces]
   static constexpr int kAfter = kKeyScales + kKeySubspaces * 4;     // AttendKernel::Blocks [kWarps]
   static constexpr int kFactors = kAfter + kWarps * 32;             // float [2][4]: this item's, the next one's
@@ -73,9 +74,9 @@ struct AttendShape {
   static constexpr int kEnd = kHidden + (kStaged ? kWarps * 32 * 4 : 0);
   // Float [4][HeadDim]. Where memory is short, behind the sums: then the next score table must wait for its readers.
   static constexpr bool kOwnOutputs = Large;
-  static constexpr int kOutputs = kOwnOutputs ? kEnd : kSumsBytes;
+  static constexpr int kOutputs = kOwnOutputs ? kEnd : kSharedOutputs;
   static constexpr size_t kSharedBytes = kEnd + (kOwnOutputs ? kRows * HeadDim * 4 : 0);
-  static_assert(kOwnOutputs || kSumsBytes + kRows * HeadDim * 4 <= kValueTable);
+  static_assert(Large || HeadDim == 256 || kSharedBytes <= 99 * 1024);
 
   /// Codes are fetched a whole block ahead where registers allow it; else values while the same block's keys are used
   /// up, and keys while the values before them are. They are in L2 by then.

@@ -4,6 +4,7 @@
 #include "cuda/launch.h"
 #include "cuda/prepare.h"
 #include "cuda/prepare_kernel.h"
+#include "cuda/window_kernel.h"
 
 namespace thimble::cuda {
 namespace {
@@ -17,6 +18,10 @@ __global__ void __launch_bounds__(PrepareKernel<HeadDim>::kThreads)
 template <int HeadDim, int Width>
 __global__ void __launch_bounds__(256) decode_kernel(const __grid_constant__ DecodeArgs a) {
   DecodeKernel<HeadDim, Width>::run(a);
+}
+
+__global__ void __launch_bounds__(WindowKernel::kThreads) window_kernel(const __grid_constant__ WindowArgs a) {
+  WindowKernel::run(a);
 }
 
 template <int HeadDim>
@@ -81,6 +86,18 @@ Status prepare(const DeviceInfo& device, PrepareArgs args, cudaStream_t stream) 
     default:
       return Status::unsupported("head size must be 64, 128 or 256");
   }
+}
+
+Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream) {
+  if (args.n_streams < 1 || args.n_tokens < 0 || args.cells_per_stream < 1 || args.n_first < 0 ||
+      args.capacity <= args.n_first) {
+    return Status::invalid("a count is out of range");
+  }
+  if (args.n_tokens == 0) return {};
+  if (!args.cells || !args.written || !args.window_cells || !args.slots || !args.hidden) {
+    return Status::invalid("an array is missing");
+  }
+  return launch(device, window_kernel, args, dim3(1, args.n_streams), WindowKernel::kThreads, 0, stream);
 }
 
 Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream) {

@@ -18,6 +18,10 @@ inline size_t query_rows(int n_streams, int n_tokens, int n_kv_heads, int group)
 /// tokens of a call may go to the same cell.
 Status prepare(const DeviceInfo& device, PrepareArgs args, cudaStream_t stream);
 
+/// Enqueues one kernel that takes new tokens' cells into the window and drops what they displace. Once a batch, before
+/// `prepare` of any layer. Cells that are written again leave their old row.
+Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream);
+
 /// Enqueues one kernel that decodes all cells to f16 rows.
 Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream);
 

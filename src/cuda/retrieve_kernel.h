@@ -81,8 +81,8 @@ struct RetrieveKernel {
       classes(first, c);
       SIMT_UNROLL
       for (int k = 0; k < kBatch; k++) {
-        before[0] += popcount(simt::ballot(c[k] == 1));
-        before[1] += popcount(simt::ballot(c[k] == 2));
+        before[0] += simt::popcount(simt::ballot(c[k] == 1));
+        before[1] += simt::popcount(simt::ballot(c[k] == 2));
       }
     }
     if (lane == 0) {
@@ -104,10 +104,11 @@ struct RetrieveKernel {
         if (!simt::any(c[k] != 0)) continue;
         const uint32_t ones = simt::ballot(c[k] == 1), twos = simt::ballot(c[k] == 2), lower = (1u << lane) - 1;
         if (c[k] != 0) {
-          take(first + k * 32 + lane, before[0] + popcount(ones & lower), before[1] + popcount(twos & lower));
+          take(first + k * 32 + lane, before[0] + simt::popcount(ones & lower),
+               before[1] + simt::popcount(twos & lower));
         }
-        before[0] += popcount(ones);
-        before[1] += popcount(twos);
+        before[0] += simt::popcount(ones);
+        before[1] += simt::popcount(twos);
       }
     }
     simt::sync();
@@ -171,12 +172,6 @@ struct RetrieveKernel {
     } else {  // many equals
       pick(a.n_cells, [](int i) { return i; });
     }
-  }
-
-  SIMT static int popcount(uint32_t x) {
-    x = x - (x >> 1 & 0x55555555u);
-    x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
-    return int(((x + (x >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
   }
 
   /// Fetches the chosen rows, 16 bytes a thread; from pinned host memory, straight over the bus. Grid [pairs][blocks].

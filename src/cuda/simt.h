@@ -51,6 +51,9 @@ SIMT bool any(bool x) {
 SIMT uint32_t ballot(bool x) {
   return __ballot_sync(~0u, x);
 }
+SIMT int popcount(uint32_t x) {
+  return __popc(x);
+}
 template <typename T>
 SIMT T shuffle(T x, int lane) {
   return __shfl_sync(~0u, x, lane);

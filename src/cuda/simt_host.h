@@ -216,6 +216,9 @@ inline uint32_t ballot(bool x) {
 inline bool any(bool x) {
   return ballot(x) != 0;
 }
+inline int popcount(uint32_t x) {
+  return std::popcount(x);
+}
 inline void sync_warp() {
   ballot(false);
 }

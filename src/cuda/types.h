@@ -54,6 +54,20 @@ struct WindowRows {
   int capacity = 0;
 };
 
+/// Which cells the window holds, the same for all layers: the first `n_first` cells of each stream for good, and the
+/// last ones written in a ring. All arrays start as: written 0, window_cells -1, hidden 0.
+struct WindowArgs {
+  int n_streams = 1, n_tokens = 0;
+  const int64_t* cells = nullptr;  // [n_tokens], as in PrepareArgs
+  int cells_per_stream = 0;
+  int capacity = 0, n_first = 0;    // rows; those that the first cells have
+  int32_t* written = nullptr;       // [n_streams]: tokens that went through the ring, modulo its size
+  int32_t* window_cells = nullptr;  // [n_streams][capacity], for ExactRows
+  int32_t* slots = nullptr;         // [n_tokens], for WindowRows
+  uint32_t* hidden = nullptr;       // for AttendArgs; words of a stream: hidden_stream_stride
+  size_t hidden_stream_stride = 0;
+};
+
 /// One layer's new keys and values to code, and queries to transform.
 struct PrepareArgs {
   int n_kv_heads = 1, group = 1, head_dim = 128;
