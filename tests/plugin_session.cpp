@@ -58,7 +58,8 @@ std::string number(double value) {
 }  // namespace
 
 std::string Options::kv() const {
-  return "bits=" + number(bits) + ",window=" + std::to_string(first) + "+" + std::to_string(last) + ",small=0";
+  return "bits=" + number(bits) + ",window=" + std::to_string(first) + "+" + std::to_string(last) + ",small=0" +
+         (retrieval.empty() ? "" : "," + retrieval);
 }
 
 Options Options::with_bits(double other) const {
@@ -130,7 +131,8 @@ Session::Session(const Options& options) : options_(options), model_(load_model(
   if (std::regex_search(log, found, std::regex("THIMBLE0 KV buffer size = *([0-9.]+) MiB"))) {
     cache_mib_ = std::stod(found[1]);
   }
-  // A head of 64 numbers has a scale of 16 bits with its codes; cells of the window are f16 rows besides.
+  // A head of 64 numbers has a scale of 16 bits with its codes; cells of the window are f16 rows besides,
+  // where no exact store has them.
   const int n_head_kv = llama_model_n_head_kv(model_.get());
   const int head_dim = llama_model_n_embd(model_.get()) / llama_model_n_head(model_.get());
   const double n_cells = llama_n_ctx(context()), n_windows = options.unified ? 1 : options.n_seq;
@@ -138,7 +140,9 @@ Session::Session(const Options& options) : options_(options), model_(load_model(
   double share = 0;
   if (options.bits == 16) share = 1;
   if (options.coded() && options.bits < 16) {
-    share = (options.bits + 16.0 / head_dim) / 16 + (options.first + options.last) * n_windows / n_cells;
+    const bool store = options.retrieval.starts_with("top=") && !options.retrieval.ends_with("policy=none");
+    share = (options.bits + 16.0 / head_dim) / 16;
+    if (!store) share += (options.first + options.last) * n_windows / n_cells;
   }
   if (std::abs(cache_mib_ / f16_mib - share) > 0.01) {
     throw std::runtime_error("the cache takes " + number(cache_mib_) + " MiB on THIMBLE0 instead of " +

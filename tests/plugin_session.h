@@ -20,6 +20,7 @@ struct Options {
   double bits = 0;  // of the coded cache; 0: plain CPU, no Thimble
   int first = 4;    // the exact window, small so that codes matter
   int last = 16;
+  std::string retrieval;  // more of THIMBLE_KV, such as "top=64"
   uint32_t n_ctx = 1024;
   uint32_t n_ubatch = 64;
   uint32_t n_seq = 1;

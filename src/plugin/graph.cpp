@@ -192,8 +192,10 @@ void CpuGraph::run_attend(ggml_tensor* dst, int thread, int n_threads, void* dat
       p.top = op.layer->top;
       p.drop_tail = op.layer->drop_tail;
       if (sees_refused_cell(op.node, *op.layer)) {
-        throw std::runtime_error("layer " + std::to_string(op.layer->index) +
-                                 " cannot be attended to: its cells hold a state that was refused");
+        throw std::runtime_error(
+            "layer " + std::to_string(op.layer->index) +
+            " cannot be attended to: its cells hold a state of other cache settings, or one that its "
+            "exact store had no room for");
       }
       op.failed = op.graph->failed_;
       if (!op.failed) attention.prepare(p, n_threads, kernels());
