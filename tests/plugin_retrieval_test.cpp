@@ -45,75 +45,74 @@ TEST_F(PluginRetrieval, IsCloserToF16ThanCodesAlone) {
 }
 
 TEST_F(PluginRetrieval, PrefillIsExact) {
-  const auto prefill =
-      [](Session& s) {
-        s.feed(text(0, 192), 0, 60);  // three batches, too large to retrieve };
-        EXPECT_LT(compare(run(with("", 16), prefill), run(with("top=16"), prefill)).nmse, 1e-6);
-      }
+  // Three batches, too large to retrieve.
+  const auto prefill = [](Session& session) { session.feed(text(0, 192), 0, 60); };
+  EXPECT_LT(compare(run(with("", 16), prefill), run(with("top=16"), prefill)).nmse, 1e-6);
+}
 
-  TEST_F(PluginRetrieval, AFileIsLikeRam) {
-    const auto directory = std::filesystem::temp_directory_path() / ("thimble-retrieval-" + std::to_string(getpid()));
-    std::filesystem::create_directory(directory);
-    const auto file = run(with("top=32,store=file,path=" + directory.string()), [&](Session& s) {
-      decode_some(s);
-      EXPECT_TRUE(std::filesystem::is_empty(directory));
-    });
-    EXPECT_TRUE(file == run(with("top=32"), decode_some));
-    std::filesystem::remove_all(directory);
-  }
+TEST_F(PluginRetrieval, AFileIsLikeRam) {
+  const auto directory = std::filesystem::temp_directory_path() / ("thimble-retrieval-" + std::to_string(getpid()));
+  std::filesystem::create_directory(directory);
+  const auto file = run(with("top=32,store=file,path=" + directory.string()), [&](Session& s) {
+    decode_some(s);
+    EXPECT_TRUE(std::filesystem::is_empty(directory));
+  });
+  EXPECT_TRUE(file == run(with("top=32"), decode_some));
+  std::filesystem::remove_all(directory);
+}
 
-  TEST_F(PluginRetrieval, ThreadsAndPolicyChangeNothingOrEverything) {
-    Options threads = with("top=32");
-    threads.n_threads = 2;
-    EXPECT_LT(compare(run(with("top=32"), decode_some), run(threads, decode_some)).nmse, 1e-5);
-    EXPECT_TRUE(run(with("top=32,policy=none"), decode_some) == run(with(""), decode_some));
-  }
+TEST_F(PluginRetrieval, ThreadsAndPolicyChangeNothingOrEverything) {
+  Options threads = with("top=32");
+  threads.n_threads = 2;
+  EXPECT_LT(compare(run(with("top=32"), decode_some), run(threads, decode_some)).nmse, 1e-5);
+  EXPECT_TRUE(run(with("top=32,policy=none"), decode_some) == run(with(""), decode_some));
+}
 
-  // The exact rows move and turn with the cells.
-  TEST_F(PluginRetrieval, AfterAContextShift) {
-    const auto shift = [](Session& s) {
-      s.feed(text(0, 300), 0, 1);
-      llama_memory_seq_rm(s.memory(), 0, 10, 110);
-      llama_memory_seq_add(s.memory(), 0, 110, -1, -100);
-      s.logits.clear();
-      for (int i = 0; i < 16; i++) s.feed(text(300 + i, 1));
-    };
-    const auto exact = run(with("", 16), shift);
-    EXPECT_LT(compare(exact, run(with("top=1000"), shift)).mean_kl, 1e-3);
-    EXPECT_LT(compare(exact, run(with("top=64"), shift)).mean_kl, 0.4 * compare(exact, run(with(""), shift)).mean_kl);
-  }
+// The exact rows move and turn with the cells.
+TEST_F(PluginRetrieval, AfterAContextShift) {
+  const auto shift = [](Session& s) {
+    s.feed(text(0, 300), 0, 1);
+    llama_memory_seq_rm(s.memory(), 0, 10, 110);
+    llama_memory_seq_add(s.memory(), 0, 110, -1, -100);
+    s.logits.clear();
+    for (int i = 0; i < 16; i++) s.feed(text(300 + i, 1));
+  };
+  const auto exact = run(with("", 16), shift);
+  EXPECT_LT(compare(exact, run(with("top=1000"), shift)).mean_kl, 1e-3);
+  EXPECT_LT(compare(exact, run(with("top=64"), shift)).mean_kl, 0.4 * compare(exact, run(with(""), shift)).mean_kl);
+}
 
-  TEST_F(PluginRetrieval, StatesAreExact) {
-    const auto save = [](Session& s) {
-      std::vector<uint8_t> state(llama_state_seq_get_size(s.context(), 0));
-      state.resize(llama_state_seq_get_data(s.context(), state.data(), state.size(), 0));
-      return state;
-    };
-    const auto load = [](Session& s, const std::vector<uint8_t>& state) {
-      return llama_state_seq_set_data(s.context(), state.data(), state.size(), 0) == state.size();
-    };
-    Session original(with("top=64")), restored(with("top=64")), exact(with("", 16));
-    original.feed(text(0, 400), 0, 1);
-    const auto state = save(original);
-    ASSERT_TRUE(load(restored, state));
-    EXPECT_TRUE(save(restored) == state);
-    ASSERT_TRUE(load(exact, state)) << "as f16";
-    EXPECT_TRUE(save(exact) == state);
-    for (Session* s : {&original, &restored, &exact}) {
-      s->logits.clear();
-      for (int i = 0; i < 8; i++) s->feed(text(400 + i, 1));
-    }
-    EXPECT_LT(compare(exact.logits, restored.logits).mean_kl, 2 * compare(exact.logits, original.logits).mean_kl);
+TEST_F(PluginRetrieval, StatesAreExact) {
+  const auto save = [](Session& s) {
+    std::vector<uint8_t> state(llama_state_seq_get_size(s.context(), 0));
+    state.resize(llama_state_seq_get_data(s.context(), state.data(), state.size(), 0));
+    return state;
+  };
+  const auto load = [](Session& s, const std::vector<uint8_t>& state) {
+    return llama_state_seq_set_data(s.context(), state.data(), state.size(), 0) == state.size();
+  };
+  Session original(with("top=64")), restored(with("top=64")), exact(with("", 16));
+  original.feed(text(0, 400), 0, 1);
+  const auto state = save(original);
+  ASSERT_TRUE(load(restored, state));
+  EXPECT_TRUE(save(restored) == state);
+  ASSERT_TRUE(load(exact, state)) << "as f16";
+  EXPECT_TRUE(save(exact) == state);
+  for (Session* s : {&original, &restored, &exact}) {
+    s->logits.clear();
+    for (int i = 0; i < 8; i++) s->feed(text(400 + i, 1));
   }
+  EXPECT_LT(compare(exact.logits, restored.logits).mean_kl, 2 * compare(exact.logits, original.logits).mean_kl);
+}
 
-  TEST_F(PluginRetrieval, AStoreThatCannotBeMadeMakesNoContext) {
-    try {
-      Session session(with("top=64,store=file,path=/nowhere/at/all"));
-      FAIL() << "made";
-    } catch (const std::runtime_error& error) {
-      EXPECT_NE(std::string(error.what()).find("exact store in /nowhere/at/all"), std::string::npos) << error.what();
-    }
+TEST_F(PluginRetrieval, AStoreThatCannotBeMadeMakesNoContext) {
+  try {
+    Session session(with("top=64,store=file,path=/nowhere/at/all"));
+    FAIL() << "made";
+  } catch (const std::runtime_error& error) {
+    EXPECT_NE(std::string(error.what()).find("exact store in /nowhere/at/all"), std::string::npos) << error.what();
   }
+}
 
 }  // namespace
 }  // namespace thimble::test
