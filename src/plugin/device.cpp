@@ -191,10 +191,10 @@ void make_devices(ggml_backend_reg_t registry) {
   if (ggml_backend_dev_type(inner) != GGML_BACKEND_DEVICE_TYPE_CPU) {
     throw std::runtime_error("device=" + settings.device + ": only CPU devices can be wrapped so far");
   }
-  auto* context = new DeviceContext{
+  static DeviceContext context{
       inner, "THIMBLE0",
       std::string("coded KV cache on ") + ggml_backend_dev_description(inner) + " (" + kernels().name + " kernels)"};
-  devices().push_back(std::make_unique<ggml_backend_device>(ggml_backend_device{kDeviceInterface, registry, context}));
+  devices().push_back(std::make_unique<ggml_backend_device>(ggml_backend_device{kDeviceInterface, registry, &context}));
 }
 
 size_t device_count() {

@@ -374,13 +374,14 @@ bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
 
 ggml_backend_buffer_type_t kv_buffer_type(ggml_backend_dev_t device, ggml_backend_dev_t inner) {
   static std::mutex mutex;
+  static std::map<ggml_backend_dev_t, BufferTypeContext> contexts;
   static std::map<ggml_backend_dev_t, ggml_backend_buffer_type> types;
   const std::lock_guard lock(mutex);
   auto [it, is_new] = types.try_emplace(device);
   if (is_new) {
-    it->second = {{type_name, type_alloc, type_alignment, type_max_size, type_alloc_size, nullptr},
-                  device,
-                  new BufferTypeContext{ggml_backend_dev_buffer_type(inner), ggml_backend_dev_name(device)}};
+    contexts[device] = {ggml_backend_dev_buffer_type(inner), ggml_backend_dev_name(device)};
+    it->second = {
+        {type_name, type_alloc, type_alignment, type_max_size, type_alloc_size, nullptr}, device, &contexts[device]};
   }
   return &it->second;
 }
