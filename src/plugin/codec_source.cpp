@@ -1,8 +1,8 @@
 #include "plugin/codec_source.h"
 
+#include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <map>
 #include <mutex>
 #include <stdexcept>
 
@@ -67,12 +67,18 @@ bool CodecSource::retrieves(int layer) const {
 
 std::shared_ptr<const CodecSource> codec_source(const Settings& settings) {
   static std::mutex mutex;
-  static std::map<std::string, std::weak_ptr<const CodecSource>> in_use;
+  static std::string latest_key;
+  static std::shared_ptr<const CodecSource> latest;
+  std::string key = settings.to_string();
+  std::error_code none;
+  const auto written = std::filesystem::last_write_time(settings.profile, none);
+  if (!none) key += "@" + std::to_string(written.time_since_epoch().count());
   const std::lock_guard lock(mutex);
-  auto& entry = in_use[settings.to_string()];
-  auto source = entry.lock();
-  if (!source) entry = source = std::make_shared<const CodecSource>(settings);
-  return source;
+  if (!latest || key != latest_key) {
+    latest = std::make_shared<const CodecSource>(settings);
+    latest_key = std::move(key);
+  }
+  return latest;
 }
 
 }  // namespace thimble

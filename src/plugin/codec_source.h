@@ -35,7 +35,8 @@ private:
   uint64_t hash_;
 };
 
-/// The source for these settings; the same profile file is read once while it stays in use.
+/// The source for these settings. The latest is kept: a cache's buffer asks once for each tensor, and caches of one
+/// process mostly share a profile.
 std::shared_ptr<const CodecSource> codec_source(const Settings& settings);
 
 }  // namespace thimble
