@@ -41,7 +41,7 @@ void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, 
   }
 }
 
-void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row) {
+void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row, bool in_window) {
   CacheSide& side = layer.side(kind);
   const Format& format = side.format();
   const bool coded = std::memcmp(row, kTag, sizeof(kTag)) == 0;
@@ -71,7 +71,7 @@ void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const 
   std::memcpy(exact.data(), row, exact.size() * 2);
   side.encode_row(exact.data(), cell);
   if (format.f16 && !side.store()) return;
-  if (kind == Kind::key) layer.window().place(cell);
+  if (kind == Kind::key && in_window) layer.window().place(cell);
   if (uint16_t* kept = layer.exact_row(kind, cell)) std::memcpy(kept, exact.data(), exact.size() * 2);
 }
 

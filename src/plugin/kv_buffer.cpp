@@ -338,8 +338,11 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
     const uint8_t* row = data + i * row_bytes;
     const int64_t cell = rows.first + i;
     auto& refused = rows.layer->refused[int(rows.kind)];
+    // llama.cpp loads the cells of a sequence in one go where they are adjacent: these were its window.
+    const bool in_window =
+        rows.layer->top == 0 || i < settings_.window.first || i >= rows.count - settings_.window.last;
     try {
-      load_cell(*rows.layer->cache, rows.kind, cell, source_->hash(), row);
+      load_cell(*rows.layer->cache, rows.kind, cell, source_->hash(), row, in_window);
       refused.erase(cell);
     } catch (const std::runtime_error& error) {
       refused[cell].assign(row, row + row_bytes);
