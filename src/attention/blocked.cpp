@@ -116,7 +116,7 @@ uint64_t first_bits(int n) {
 }
 
 uint64_t visible(const IsaOps& ops, const uint16_t* mask, int n_cells) {
-  uint16_t room[kBlockCells];
+  uint16_t room[kBlockCells] = {};
   return ops.tiles.mask_bits(padded(mask, n_cells, room)).visible & first_bits(n_cells);
 }
 
