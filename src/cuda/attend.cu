@@ -57,7 +57,10 @@ Status check(const AttendArgs& args) {
   if (args.group < 1 || args.group > 64) return Status::invalid("group must be 1 to 64");
   if (args.n_cells < 0 || args.n_cells % kBlockCells != 0 || args.n_cells > (1 << 28))
     return Status::invalid("cells must be a multiple of 64, at most 2^28");
-  if (!args.queries || !args.query_factors || !args.output) return Status::invalid("queries or output are missing");
+  if (!args.output) return Status::invalid("output is missing");
+  if (!args.queries || !args.query_factors || !aligned(args.queries, 16) || !aligned(args.query_factors, 16)) {
+    return Status::invalid("queries are missing or not aligned to 16 bytes");
+  }
   if (args.softcap < 0) return Status::invalid("softcap must not be negative");
   if (args.mask && (!aligned(args.mask, 16) || (args.mask_token_stride | args.mask_stream_stride) % 8 != 0)) {
     return Status::invalid("mask is not aligned to 16 bytes");
@@ -123,7 +126,10 @@ Status score_cells(const DeviceInfo& device, AttendArgs args, float* scores, cud
     return Status::unsupported("scores are for 1 to 4 query rows a KV head");
   }
   if (args.n_cells < 64 || args.n_cells % kBlockCells != 0) return Status::invalid("cells must be a multiple of 64");
-  if (!args.queries || !args.query_factors || !scores) return Status::invalid("queries or scores are missing");
+  if (!args.queries || !args.query_factors || !aligned(args.queries, 16) || !aligned(args.query_factors, 16) ||
+      !scores) {
+    return Status::invalid("queries or scores are missing, or queries not aligned to 16 bytes");
+  }
   if (Status s = check_cache(args.keys, args.key_codec, args); !s.ok()) return s;
   args.value_codec = args.key_codec;  // kernels come in pairs of widths; this one's values are not looked at
   args.exact[0] = args.exact[1] = {};

@@ -76,6 +76,7 @@ struct AttendShape {
   static constexpr bool kOwnOutputs = Large;
   static constexpr int kOutputs = kOwnOutputs ? kEnd : kSharedOutputs;
   static constexpr size_t kSharedBytes = kEnd + (kOwnOutputs ? kRows * HeadDim * 4 : 0);
+  static_assert(kAfter % 32 == 0 && kFactors % 16 == 0 && kMasks % 16 == 0 && kOutputs % 16 == 0);
   static_assert(Large || HeadDim == 256 || kSharedBytes <= 99 * 1024);
 
   /// Codes are fetched a whole block ahead where registers allow it; else values while the same block's keys are used

@@ -108,9 +108,8 @@ struct AttendTables {
     for (int i = simt::thread(); i < S::kRows * D / 4; i += S::kThreads) {
       simt::copy_async<16>(to + i * 16, a.queries + row * D + i * 4);
     }
-    if (simt::thread() < S::kRows) {
-      simt::copy_async<4>(simt::shared() + S::kFactors + (place * S::kRows + simt::thread()) * 4,
-                          a.query_factors + row + simt::thread());
+    if (simt::thread() == 0) {
+      simt::copy_async<16>(simt::shared() + S::kFactors + place * S::kRows * 4, a.query_factors + row);
     }
   }
 

@@ -172,12 +172,16 @@ SIMT void prefetch_l2(const uint8_t* p, int lane) {
   }
 }
 /// 4 or 16 bytes from global to shared memory, without a register in between; there after wait_for_copies and a
-/// barrier.
+/// barrier. 16 bytes come straight from L2: L1 may hold what was there before an overlapping grid wrote.
 template <int Bytes>
 SIMT void copy_async(void* shared_to, const void* from) {
   static_assert(Bytes == 4 || Bytes == 16);
   const uint32_t to = uint32_t(__cvta_generic_to_shared(shared_to));
-  asm volatile("cp.async.ca.shared.global [%0],[%1],%2;" ::"r"(to), "l"(from), "n"(Bytes) : "memory");
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(to), "l"(from) : "memory");
+  }
 }
 SIMT void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
