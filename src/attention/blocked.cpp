@@ -439,26 +439,28 @@ void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& ce
   if (!kf.f16) build_luts(ops, queries, *cells.keys, is_wide(kf), room, luts, lut_bytes, steps);
   std::fill(scores + cells.first_block * kBlockCells, scores + cells.last_block * kBlockCells, kHidden);
   BlockReader reader(ops, cells, mask, n_rows / queries.group);
-  Superblock blocks;
-  for (reader.read(blocks); blocks.n > 0; reader.read(blocks)) {
+  const int k_lines = int(kf.block_bytes() / 64);
+  Superblock pair[2], *now = &pair[0], *next = &pair[1];
+  for (reader.read(*now); now->n > 0; std::swap(now, next)) {
+    reader.read(*next);
     for (int first = 0; first < n_rows; first += kRowsAtOnce) {
       const int n = std::min(kRowsAtOnce, n_rows - first);
       if (!kf.f16) {
-        ops.codes.look_up(luts + first * lut_bytes, steps + first, n, n_subspaces, is_wide(kf), blocks.k, blocks.n, {},
-                          row_scores);
+        ops.codes.look_up(luts + first * lut_bytes, steps + first, n, n_subspaces, is_wide(kf), now->k, now->n,
+                          {next->k, first == 0 ? next->n : 0, k_lines}, row_scores);
       }
-      for (int b = 0; b < blocks.n && kf.f16; b++) {
-        decode_block(ops, *cells.keys, blocks.k[b], tile);
+      for (int b = 0; b < now->n && kf.f16; b++) {
+        decode_block(ops, *cells.keys, now->k[b], tile);
         ops.tiles.multiply(queries.q + size_t(first) * queries.dim, queries.dim, tile, kBlockCells, n, queries.dim,
                            kBlockCells, row_scores + b * kBlockCells, kSuperblockCells, false);
       }
       for (int i = 0; i < n; i++) {
         const int row = first + i, token = row / queries.group;
         float* s = row_scores + i * kSuperblockCells;
-        ops.tiles.finish_scores(s, blocks.n, blocks.visible[token], blocks.adds[token] ? blocks.masks[token] : nullptr,
+        ops.tiles.finish_scores(s, now->n, now->visible[token], now->adds[token] ? now->masks[token] : nullptr,
                                 queries.bias ? queries.bias[row] : 0.0f, queries.slope ? queries.slope[row] : 1.0f,
                                 queries.softcap, nullptr, nullptr);
-        for (int b = 0; b < blocks.n; b++) raise(scores + blocks.index[b] * kBlockCells, s + b * kBlockCells);
+        for (int b = 0; b < now->n; b++) raise(scores + now->index[b] * kBlockCells, s + b * kBlockCells);
       }
     }
   }
