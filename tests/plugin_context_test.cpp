@@ -161,6 +161,7 @@ TEST_F(PluginRefuses, OtherCacheTypes) {
 }
 
 TEST_F(PluginRefuses, WrongSettings) {
+  load_model(true);  // the plugin itself would refuse to load with such settings
   const llama_context_params params = context_params(Options{}.with_bits(4));
   for (const auto& [text, named] : {std::pair{"bits=5", "bits=5 is not one of"},
                                     {"bit=4", "unknown key 'bit'"},
@@ -172,6 +173,7 @@ TEST_F(PluginRefuses, WrongSettings) {
 }
 
 TEST_F(PluginRefuses, AProfileThatIsNotThere) {
+  load_model(true);
   const llama_context_params params = context_params(Options{}.with_bits(4));
   setenv("THIMBLE_KV", "bits=4,small=0,profile=/no/such/file.thimble.gguf", 1);
   expect_refused(params, "/no/such/file.thimble.gguf");
