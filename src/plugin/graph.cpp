@@ -15,6 +15,10 @@ bool is_view_op(ggml_op op) {
          op == GGML_OP_TRANSPOSE;
 }
 
+constexpr const char* kFlashAttentionOff =
+    "flash attention is off, which a coded cache needs: start with --flash-attn on, or run a model that cannot have it "
+    "without the THIMBLE device";
+
 struct AttentionParameters {
   float scale, max_bias, softcap;
 };
@@ -92,10 +96,7 @@ NodeKind classify(const ggml_tensor* node, std::string* why) {
   if (node->op == GGML_OP_SET_ROWS && writes) {
     const ggml_tensor* rows = node->src[0];
     if (node->ne[0] != root_of(node)->ne[0]) {
-      if (why)
-        *why =
-            "flash attention is off, which a coded cache needs: start with --flash-attn on, or run a model that cannot "
-            "have it without the THIMBLE device";
+      if (why) *why = kFlashAttentionOff;
       return NodeKind::refused;
     }
     if ((rows->type != GGML_TYPE_F32 && rows->type != GGML_TYPE_F16) || rows->ne[2] != 1 || rows->ne[3] != 1 ||
@@ -109,10 +110,7 @@ NodeKind classify(const ggml_tensor* node, std::string* why) {
     return NodeKind::shift;
   }
   if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_SOFT_MAX || node->op == GGML_OP_CONT) {
-    if (why)
-      *why =
-          "flash attention is off, which a coded cache needs: start with --flash-attn on, or run a model that cannot "
-          "have it without the THIMBLE device";
+    if (why) *why = kFlashAttentionOff;
     return NodeKind::refused;
   }
   return refuse("the node is unknown");

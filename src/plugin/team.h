@@ -24,7 +24,7 @@ public:
   }
 
 private:
-  static constexpr int kSpins = 20000;  // some tens of microseconds
+  static constexpr int kSpins = 1000000;  // about a millisecond: waking a sleeper costs more than most phases of an op
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> phase_{0};
 };
