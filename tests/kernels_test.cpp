@@ -12,6 +12,10 @@
 
 #include "codec/half.h"
 
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
 namespace thimble {
 namespace {
 
@@ -497,6 +501,28 @@ TEST_P(KernelsOn, DenseTilesEqualTheSpecification) {
     }
   }
 }
+
+#ifdef __SSE__
+// A denormal operand costs a hundred cycles: hidden cells and those far below the greatest must weigh nothing at all.
+TEST_P(KernelsOn, DenseTilesStayClearOfDenormals) {
+  constexpr int kDim = 64, kRows = 8;
+  std::vector<float> keys(kDim * kBlockCells, 0.0f), values(kBlockCells * kDim, 1e-3f), q(kRows * kDim, 1.0f);
+  for (int cell = 0; cell < kBlockCells; cell++) keys[cell] = -1.5f * float(cell);
+  std::vector<uint16_t> mask(kRows * kBlockCells, 0);
+  for (int row = 0; row < kRows; row++) {
+    for (int cell = 40 + row; cell < kBlockCells; cell++) mask[row * kBlockCells + cell] = 0xfc00;
+  }
+  std::vector<float> max(kRows, -INFINITY), sum(kRows, 0.0f), acc(kRows * kDim, 0.0f);
+  Softmax softmax{kDim, max.data(), sum.data(), acc.data()};
+  Scratch scratch;
+  constexpr unsigned kDenormalOperand = 2;
+  _mm_setcsr(_mm_getcsr() & ~kDenormalOperand);
+  k().attend_tile({kRows, 1, kDim, q.data()}, {kBlockCells, keys.data(), values.data(), 0}, {mask.data(), kBlockCells},
+                  softmax, scratch);
+  EXPECT_FALSE(_mm_getcsr() & kDenormalOperand);
+  for (int row = 0; row < kRows; row++) EXPECT_FLOAT_EQ(acc[row * kDim] / sum[row], 1e-3f);
+}
+#endif
 
 // What a kernel adds by its arithmetic has to drown in what the codec costs: less than a tenth of it, for scores (read
 // off as the maximum over one visible cell) and for outputs.

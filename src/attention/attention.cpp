@@ -388,7 +388,7 @@ void Attention::combine_token(const Item& item, int token, ThreadMemory& memory)
     if (top == kHidden) continue;  // nothing visible: zeros, as ggml gives
     for_each([&](const Softmax& part, bool exact) {
       if (part.max[row] == kHidden && !std::isnan(part.sum[row])) return;
-      const float weight = std::exp(part.max[row] - top);
+      const float weight = weight_of(part.max[row] - top);
       const float* acc = part.acc + size_t(row) * dim;
       float* to = exact ? result : &memory.sums[size_t(g) * dim];
       (exact ? totals : memory.weights)[g] += weight * part.sum[row];

@@ -23,9 +23,9 @@ inline __m256i lanes_of_bits(unsigned bits) {
   return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
 }
 
-// 2^x for x >= -126 (below, 2^-126), relative error 3e-6. NaN stays NaN: max returns its second operand then.
+// 2^x, relative error 3e-6; 0 for x < -64, as weight_of has it. NaN stays NaN.
 inline __m256 exp2_of(__m256 x) {
-  x = _mm256_max_ps(_mm256_set1_ps(-126.0f), x);
+  const __m256 counts = _mm256_cmp_ps(x, _mm256_set1_ps(-64.0f), _CMP_NLT_UQ);
   const __m256 magic = _mm256_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in low bits
   const __m256 shifted = _mm256_add_ps(x, magic);
   const __m256 f = _mm256_sub_ps(x, _mm256_sub_ps(shifted, magic));
@@ -33,8 +33,8 @@ inline __m256 exp2_of(__m256 x) {
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.24024744f));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.69312179f));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.99999928f));
-  return _mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+  const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
+  return _mm256_and_ps(counts, _mm256_castsi256_ps(bits));
 }
 
 inline __m256 load_half(const void* from) {

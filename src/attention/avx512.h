@@ -17,9 +17,9 @@ inline __mmask16 first_lanes(int n) {
   return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1);
 }
 
-// 2^x for x >= -126 (below, 2^-126), relative error 3e-6. NaN stays NaN: max returns its second operand then.
+// 2^x, relative error 3e-6; 0 for x < -64, as weight_of has it. NaN stays NaN.
 inline __m512 exp2_of(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
+  const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-64.0f), _CMP_NLT_UQ);
   const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in low bits
   const __m512 shifted = _mm512_add_ps(x, magic);
   const __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(shifted, magic));
@@ -28,7 +28,7 @@ inline __m512 exp2_of(__m512 x) {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69312179f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99999928f));
   return _mm512_castsi512_ps(
-      _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+      _mm512_maskz_add_epi32(counts, _mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
 }
 
 inline __m512 load_half(const void* from) {

@@ -155,7 +155,7 @@ void attend_tile(const IsaOps& ops, const Queries& queries, const Tile& tile, co
         continue;
       }
       if (top > softmax.max[row]) {
-        const float shrink = std::exp(softmax.max[row] - top);  // 0 at first
+        const float shrink = weight_of(softmax.max[row] - top);  // 0 at first
         float* acc = softmax.acc + size_t(row) * softmax.dim;
         for (int d = 0; d < softmax.dim; d++) acc[d] *= shrink;
         softmax.sum[row] *= shrink;
@@ -374,11 +374,11 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
         const float sum = ops.codes.code_weights(s, now->n, offset, scales, wide_values, i, weights, &row_used);
         factor[i] = std::exp2(offset - top * kLog2e);
         if (top > rows[row].max) {
-          shrink[i] = std::exp(rows[row].max - top);  // 0 at first
+          shrink[i] = weight_of(rows[row].max - top);  // 0 at first
           rows[row].max = top;
           shrinks = true;
         } else {
-          factor[i] *= std::exp(top - rows[row].max);
+          factor[i] *= weight_of(top - rows[row].max);
         }
         const float added = sum * factor[i], before = rows[row].sum * shrink[i];
         rows[row].sum = before + added;
@@ -396,7 +396,7 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   for (int row = 0; row < n_rows; row++) {
     if (rows[row].max == kHidden && !std::isnan(rows[row].sum)) continue;
     const float top = std::max(rows[row].max, softmax.max[row]);
-    const float mine = std::exp(rows[row].max - top), others = std::exp(softmax.max[row] - top);
+    const float mine = weight_of(rows[row].max - top), others = weight_of(softmax.max[row] - top);
     softmax.max[row] = top;
     softmax.sum[row] = softmax.sum[row] * others + rows[row].sum * mine;
     float* acc = softmax.acc + size_t(row) * softmax.dim;

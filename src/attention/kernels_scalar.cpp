@@ -64,14 +64,14 @@ void accumulate(int row, const float* scores, int n_cells, Value value, Softmax&
   if (top == kHidden) return;
   float* acc = softmax.acc + size_t(row) * softmax.dim;
   if (top > softmax.max[row]) {
-    const float shrink = std::exp(softmax.max[row] - top);  // 0 at first
+    const float shrink = weight_of(softmax.max[row] - top);  // 0 at first
     for (int d = 0; d < softmax.dim; d++) acc[d] *= shrink;
     softmax.sum[row] *= shrink;
     softmax.max[row] = top;
   }
   for (int t = 0; t < n_cells; t++) {
     if (scores[t] == kHidden) continue;
-    const float weight = std::exp(scores[t] - softmax.max[row]);
+    const float weight = weight_of(scores[t] - softmax.max[row]);
     softmax.sum[row] += weight;
     const float* v = value(t);
     for (int d = 0; d < softmax.dim; d++) acc[d] += weight * v[d];

@@ -13,16 +13,17 @@ constexpr float kLog2e = 1.44269504f;
 constexpr float kHidden = -__builtin_inff();
 constexpr int kLine = 64;  // cells to a block
 
-// 2^x for x >= -126 (below, 2^-126), relative error 3e-6. NaN stays NaN.
+// 2^x, relative error 3e-6; 0 for x < -64, as weight_of has it. NaN stays NaN.
 inline float32x4_t exp2_of(float32x4_t x) {
-  x = vmaxq_f32(x, vdupq_n_f32(-126.0f));
+  const uint32x4_t vanishes = vcltq_f32(x, vdupq_n_f32(-64.0f));
   const float32x4_t n = vrndnq_f32(x);
   const float32x4_t f = vsubq_f32(x, n);
   float32x4_t p = vfmaq_f32(vdupq_n_f32(0.055917859f), f, vdupq_n_f32(0.0095701023f));
   p = vfmaq_f32(vdupq_n_f32(0.24024744f), p, f);
   p = vfmaq_f32(vdupq_n_f32(0.69312179f), p, f);
   p = vfmaq_f32(vdupq_n_f32(0.99999928f), p, f);
-  return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(vcvtq_s32_f32(n), 23)));
+  const int32x4_t bits = vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(vcvtq_s32_f32(n), 23));
+  return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_s32(bits), vanishes));
 }
 
 inline float32x4_t load_half(const void* from) {
