@@ -33,7 +33,9 @@ ggml_backend_dev_t thimble_device() {
           log_text += line;
         },
         nullptr);
-    if (!ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)) ggml_backend_load_all_from_path(THIMBLE_BIN);
+    for (const char* where : {static_cast<const char*>(nullptr), THIMBLE_BIN}) {  // null: where ggml looks by itself
+      if (!ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)) ggml_backend_load_all_from_path(where);
+    }
     if (!ggml_backend_load(THIMBLE_PLUGIN_PATH)) throw std::runtime_error("cannot load " THIMBLE_PLUGIN_PATH);
     llama_backend_init();
     return ggml_backend_dev_by_name("THIMBLE0");
