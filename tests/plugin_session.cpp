@@ -133,8 +133,8 @@ Session::Session(const Options& options) : options_(options), model_(load_model(
   if (std::regex_search(log, found, std::regex("THIMBLE0 KV buffer size = *([0-9.]+) MiB"))) {
     cache_mib_ = std::stod(found[1]);
   }
-  // A head of 64 numbers has a scale of 16 bits with its codes; cells of the window are f16 rows besides,
-  // where no exact store has them.
+  // A head of 64 numbers has a scale of 16 bits with its codes; cells of the window (16 more than asked for) are f16
+  // rows besides, where no exact store has them.
   const int n_head_kv = llama_model_n_head_kv(model_.get());
   const int head_dim = llama_model_n_embd(model_.get()) / llama_model_n_head(model_.get());
   const double n_cells = llama_n_ctx(context()), n_windows = options.unified ? 1 : options.n_seq;
@@ -144,7 +144,8 @@ Session::Session(const Options& options) : options_(options), model_(load_model(
   if (options.coded() && options.bits < 16) {
     const bool store = options.retrieval.starts_with("top=") && !options.retrieval.ends_with("policy=none");
     share = (options.bits + 16.0 / head_dim) / 16;
-    if (!store) share += (options.first + options.last) * n_windows / n_cells;
+    const int n_window = options.first + options.last > 0 ? options.first + options.last + 16 : 0;
+    if (!store) share += n_window * n_windows / n_cells;
   }
   if (std::abs(cache_mib_ / f16_mib - share) > 0.01) {
     throw std::runtime_error("the cache takes " + number(cache_mib_) + " MiB on THIMBLE0 instead of " +

@@ -12,14 +12,14 @@ TEST(Settings, DefaultsAndWhatIsSaid) {
   const Settings none = Settings::parse("");
   EXPECT_EQ(none.key_bits, 4);
   EXPECT_EQ(none.value_bits, 4);
-  EXPECT_EQ(none.window, (WindowSize{8, 128}));
+  EXPECT_EQ(none.window, (WindowSize{8, 128, 16}));
   EXPECT_EQ(none.small_cells, 1024);
 
   const Settings all =
       Settings::parse("bits=4/2,window=16+64,sequences=9,small=0,profile=/a/model.thimble.gguf,device=CUDA0");
   EXPECT_EQ(all.key_bits, 4);
   EXPECT_EQ(all.value_bits, 2);
-  EXPECT_EQ(all.window, (WindowSize{16, 64}));
+  EXPECT_EQ(all.window, (WindowSize{16, 64, 16}));
   EXPECT_EQ(all.sequences, 9);
   EXPECT_EQ(all.small_cells, 0);
   EXPECT_EQ(all.profile, "/a/model.thimble.gguf");

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <set>
 
@@ -79,6 +80,30 @@ TEST(Window, BatchesOfAnySizeLeaveTheSameWindow) {
   }
 }
 
+TEST(Window, SpareCellsLeaveTogether) {
+  constexpr WindowSize kSpare{4, 10, 5};
+  Sequences s(kSpare, kSpare.total(), 1000);
+  size_t most = 0;
+  int departures = 0;
+  for (int n = 1; n <= 100; n++) {
+    const size_t before = s.exact(0).size();
+    s.decode({0});
+    const std::set<int> exact = s.exact(0), least = Sequences::expected(n, kSize);
+    EXPECT_TRUE(std::includes(exact.begin(), exact.end(), least.begin(), least.end())) << n;
+    most = std::max(most, exact.size());
+    departures += exact.size() < before;
+  }
+  EXPECT_EQ(most, size_t(kSpare.total()));
+  EXPECT_EQ(departures, 1 + (100 - kSpare.total() - 1) / (kSpare.spare + 1));
+  s.remove(0);
+  for (int n = 1; n <= 30; n++) {
+    s.decode({1});
+    const std::set<int> exact = s.exact(1), least = Sequences::expected(n, kSize);
+    EXPECT_TRUE(std::includes(exact.begin(), exact.end(), least.begin(), least.end())) << n;
+    EXPECT_LE(s.window.rows().size(), size_t(kSpare.total()));
+  }
+}
+
 TEST(Window, EverySequenceHasItsOwn) {
   Sequences s(kSize, 4 * kSize.total(), 1000);
   for (int n = 1; n <= 60; n++) {
@@ -111,9 +136,13 @@ TEST(Window, NoWindowKeepsOnlyTheBatch) {
   Window window({0, 0}, 0, 100);
   window.begin_batch(std::vector<int64_t>{1, 2, 3});
   EXPECT_EQ(window.rows().size(), 3u);
-  EXPECT_TRUE(window.commit([](int, int64_t) { return true; }).empty());
+  const Window::Changes changes = window.commit([](int, int64_t) { return true; });
+  EXPECT_TRUE(changes.moves.empty());
+  EXPECT_EQ(changes.leaving.size(), 3u);
   EXPECT_TRUE(window.rows().empty());
-  EXPECT_EQ(window.place(1), -1);
+  int64_t leaving;
+  EXPECT_EQ(window.place(1, &leaving), -1);
+  EXPECT_EQ(leaving, -1);
 }
 
 TEST(Window, RewrittenCellsAreForgotten) {
@@ -137,7 +166,8 @@ TEST(Window, StreamsRecycleTheirOwnSlots) {
   write(0, 9);
   write(20, 9);  // of another sequence: sees none of the first nine
   for (int64_t cell : {100, 101, 102, 103, 104, 20, 25, 26, 27, 28}) EXPECT_GE(window.find(cell), 0) << cell;
-  for (int64_t cell = 40; cell < 49; cell++) window.place(cell);  // a loaded state
+  int64_t leaving;
+  for (int64_t cell = 40; cell < 49; cell++) window.place(cell, &leaving);  // a loaded state
   for (int64_t cell : {100, 101, 102, 103, 104}) EXPECT_GE(window.find(cell), 0) << cell;
 }
 

@@ -121,7 +121,22 @@ uint64_t Attention::seen_by(const Item& item, const Mask& mask, int n_cells) con
   return seen;
 }
 
-void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries& coded) const {
+// Whether some token of the item sees a coded cell of these blocks.
+bool Attention::sees_codes(const Item& item, int first_block, int last_block) const {
+  const uint64_t* hidden = hidden_of(item);
+  const Mask mask = mask_of(item);
+  for (int b = first_block; b < last_block; b++) {
+    const int n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - int64_t(b) * kBlockCells));
+    if (seen_by(item, mask.at(ptrdiff_t(b) * kBlockCells), n_cells) & ~hidden[b]) return true;
+  }
+  return false;
+}
+
+const uint64_t* Attention::hidden_of(const Item& item) const {
+  return (retrieves() ? retrieved_[&item - items_.data()].hidden : streams_[item.stream].hidden).data();
+}
+
+void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries* coded) const {
   const HeadCodec& codec = p_.layer->keys().codec(item.kv_head);
   const int dim = codec.format.head_dim, n_rows = item.n_tokens * group_;
   memory.q.resize(size_t(n_rows) * dim);
@@ -137,9 +152,10 @@ void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& pl
     memory.bias[row] = codec.transform.query_bias(scaled);
     memory.slope[row] = row < group_ ? alibi_slope(p_.max_bias, p_.n_heads, head) : memory.slope[row - group_];
   }
-  codec.transform.query(memory.q.data(), memory.q_coded.data(), n_rows, kernels_->transform);
   plain = {n_rows, group_, dim, memory.q.data(), nullptr, memory.slope.data(), p_.softcap};
-  coded = {n_rows, group_, dim, memory.q_coded.data(), memory.bias.data(), memory.slope.data(), p_.softcap};
+  if (!coded) return;
+  codec.transform.query(memory.q.data(), memory.q_coded.data(), n_rows, kernels_->transform);
+  *coded = {n_rows, group_, dim, memory.q_coded.data(), memory.bias.data(), memory.slope.data(), p_.softcap};
 }
 
 CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const {
@@ -165,7 +181,7 @@ void Attention::score(int thread) {
     const int64_t last = std::min<int64_t>(n_blocks(), first + end - at);
     const Item& item = items_[index];
     Queries plain, coded;
-    load_queries(item, memory, plain, coded);
+    load_queries(item, memory, plain, &coded);
     kernels_->score_codes(coded, coded_cells(item, streams_[item.stream].hidden.data(), int(first), int(last)),
                           mask_of(item), &scores_[index * n_blocks() * kBlockCells], memory.scratch);
     at += last - first;
@@ -238,8 +254,7 @@ void Attention::select(int thread) {
 
 void Attention::attend_coded(const Item& item, int first_block, int last_block, const Queries& queries,
                              ThreadMemory& memory, Softmax& softmax) const {
-  const uint64_t* hidden =
-      (retrieves() ? retrieved_[&item - items_.data()].hidden : streams_[item.stream].hidden).data();
+  const uint64_t* hidden = hidden_of(item);
   const CodedCells cells = coded_cells(item, hidden, first_block, last_block);
   const Mask mask = mask_of(item);
   if (!prefills()) {
@@ -311,8 +326,10 @@ void Attention::attend_exact(const Item& item, const ExactTile& exact, const Que
 void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   const Item& item = items_[part.item];
   const int n_rows = item.n_tokens * group_;
+  const int last_block = std::min(part.last_unit, block_units());
+  const bool codes = !from_store() && sees_codes(item, part.first_unit, last_block);
   Queries plain, coded;
-  load_queries(item, memory, plain, coded);
+  load_queries(item, memory, plain, codes ? &coded : nullptr);
   memory.k_tile.resize(size_t(kBlockCells) * p_.layer->keys().format().head_dim);
   memory.v_tile.resize(size_t(kBlockCells) * p_.layer->values().format().head_dim);
   Softmax softmax[2];
@@ -322,12 +339,11 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
     softmax[i] = softmax_at(at, n_rows);
     std::fill_n(softmax[i].max, n_rows, kHidden);
   }
-  const int last_block = std::min(part.last_unit, block_units());
   if (from_store()) {
     for (int block = part.first_unit; block < last_block; block++) {
       attend_stored(item, block, plain, memory, softmax[1]);
     }
-  } else if (part.first_unit < last_block) {
+  } else if (codes) {
     attend_coded(item, part.first_unit, last_block, coded, memory, softmax[0]);
   }
   const std::vector<ExactTile>& exact = streams_[item.stream].exact;
@@ -396,9 +412,14 @@ void Attention::combine_token(const Item& item, int token, ThreadMemory& memory)
     });
     totals[g] += memory.weights[g] + (p_.sinks ? std::exp(p_.sinks[head] - top) : 0.0f);
   }
-  p_.layer->values()
-      .codec(item.kv_head)
-      .transform.output(memory.sums.data(), memory.weights.data(), memory.out.data(), group_, kernels_->transform);
+  // A short context has no coded cells yet: nothing to transform.
+  if (std::any_of(memory.weights.begin(), memory.weights.end(), [](float w) { return w != 0; })) {
+    p_.layer->values()
+        .codec(item.kv_head)
+        .transform.output(memory.sums.data(), memory.weights.data(), memory.out.data(), group_, kernels_->transform);
+  } else {
+    memory.out.assign(memory.sums.size(), 0.0f);
+  }
   for (int g = 0; g < group_; g++) {
     float* result = results + size_t(item.kv_head * group_ + g) * p_.out_head;
     const float inverse = totals[g] != 0 ? 1.0f / totals[g] : 0.0f;

@@ -123,7 +123,9 @@ private:
   static void add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t* key, const uint16_t* value);
   void choose(const float* scores, ThreadMemory& memory) const;
 
-  void load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries& coded) const;
+  bool sees_codes(const Item& item, int first_block, int last_block) const;
+  const uint64_t* hidden_of(const Item& item) const;
+  void load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries* coded) const;
   void attend_part(const Part& part, ThreadMemory& memory);
   void attend_coded(const Item& item, int first_block, int last_block, const Queries& queries, ThreadMemory& memory,
                     Softmax& softmax) const;

@@ -1,6 +1,6 @@
 // The cache of one layer: coded blocks of every stream and KV head for K and for V, and the window's exact rows; or,
-// with an exact store, the exact rows of all cells. It knows nothing of who owns the memory: the blocks lie where the
-// caller says.
+// with an exact store, the exact rows of all cells. A cell is coded when it leaves the window, not before: short
+// contexts cost no coding. It knows nothing of who owns the memory: the blocks lie where the caller says.
 #pragma once
 
 #include <cstdint>
@@ -53,6 +53,8 @@ public:
   /// Codes a row as the model wrote it, [n_kv_heads * head_dim] f16. Rows of f16 are what is coded, whatever the model
   /// computed in, so that a state that was saved and loaded codes to the same bytes.
   void encode_row(const uint16_t* row, int64_t cell) const;
+  /// One head of such a row.
+  void encode_head(int head, const uint16_t* row, int64_t cell) const;
   /// The row that the codes stand for, transform undone.
   void decode_row(int64_t cell, float* row) const;
 
@@ -109,8 +111,21 @@ public:
   void begin_write(Kind kind, std::span<const int64_t> cells);
   /// Row `row` of the batch, f16. Rows may be stored by several threads at once.
   void write_row(Kind kind, int row, const uint16_t* data);
-  /// After the batch was attended to: keeps what stays in the window, drops the rest of the exact rows.
-  void commit(const std::function<bool(int, int64_t)>& visible);
+  /// Ends the batch; `visible` as in Window::commit. In three steps, for a team of threads: one begins, from then on
+  /// the window is as it will be; all code their share of the cells that leave it; one ends, and exact rows move. Until
+  /// then they lie where they did, so that the batch may be attended to at any time before.
+  void begin_commit(const std::function<bool(int, int64_t)>& visible);
+  void code_leaving(int thread, int n_threads);
+  void end_commit();
+  void commit(const std::function<bool(int, int64_t)>& visible) {
+    begin_commit(visible);
+    code_leaving(0, 1);
+    end_commit();
+  }
+
+  /// An exact row that arrives by itself. Keys of a cell come before its values, and say whether the window takes it
+  /// (where it has slots at all); it is coded where not.
+  void take_row(Kind kind, int64_t cell, const uint16_t* row, bool in_window);
 
   void copy_stream(Kind kind, int from, int to);
   void clear();
@@ -119,6 +134,7 @@ private:
   CacheSide keys_, values_;
   Window window_;
   bool has_keys_ = false, has_values_ = false;  // of the batch in flight
+  Window::Changes changes_;                     // between begin_commit and end_commit
 };
 
 }  // namespace thimble

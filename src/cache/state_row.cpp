@@ -69,10 +69,7 @@ void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const 
   }
   std::vector<uint16_t> exact(side.row_size());
   std::memcpy(exact.data(), row, exact.size() * 2);
-  side.encode_row(exact.data(), cell);
-  if (format.f16 && !side.store()) return;
-  if (kind == Kind::key && in_window) layer.window().place(cell);
-  if (uint16_t* kept = layer.exact_row(kind, cell)) std::memcpy(kept, exact.data(), exact.size() * 2);
+  layer.take_row(kind, cell, exact.data(), in_window);
 }
 
 }  // namespace thimble

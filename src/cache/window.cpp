@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <map>
 
 namespace thimble {
 
@@ -54,7 +55,7 @@ void Window::begin_batch(std::span<const int64_t> cells) {
 // A slot for one more cell: an unused one, a new one, or that of the cell which no batch has seen for longest (its
 // sequence is idle or gone), the oldest written among equals. A stream that has its share recycles its own: what is
 // left there of a removed sequence may have been seen later than what an idle stream still needs.
-int Window::free_slot(int64_t cell) {
+int Window::free_slot(int64_t cell, int64_t* leaving) {
   const auto in_stream = [&](const Slot& slot) { return slot.cell / cells_per_stream_ == cell / cells_per_stream_; };
   int unused = -1, n_in_stream = 0;
   for (int i = 0; i < int(slots_.size()); i++) {
@@ -77,14 +78,36 @@ int Window::free_slot(int64_t cell) {
     }
   }
   if (!oldest) return -1;
+  if (leaving) *leaving = oldest->cell;
   slot_of_.erase(oldest->cell);
   oldest->cell = -1;
   return int(oldest - slots_.data());
 }
 
-int Window::place(int64_t cell) {
+// Makes room for n more cells of a stream, or for size_.spare more if it has to make some, out of what this batch did
+// not see: that which no batch has seen for longest goes first.
+void Window::let_go_unseen(int64_t stream, int n) {
+  std::vector<Slot*> used;
+  for (Slot& slot : slots_) {
+    if (slot.cell >= 0 && slot.cell / cells_per_stream_ == stream) used.push_back(&slot);
+  }
+  const int missing = int(used.size()) + n - max_slots_per_stream_;
+  if (missing <= 0) return;
+  std::erase_if(used, [this](const Slot* slot) { return slot->seen == batch_number_; });
+  std::sort(used.begin(), used.end(), [](const Slot* a, const Slot* b) {
+    return a->seen != b->seen ? a->seen < b->seen : a->written < b->written;
+  });
+  used.resize(std::min<size_t>(used.size(), std::max(missing, size_.spare)));
+  for (Slot* slot : used) {
+    slot_of_.erase(slot->cell);
+    slot->cell = -1;
+  }
+}
+
+int Window::place(int64_t cell, int64_t* leaving) {
+  *leaving = -1;
   forget(cell);
-  const int slot = free_slot(cell);
+  const int slot = free_slot(cell, leaving);
   if (slot < 0) return -1;
   slots_[slot] = {cell, ++clock_, batch_number_};
   slot_of_[cell] = slot;
@@ -92,7 +115,7 @@ int Window::place(int64_t cell) {
   return slot;
 }
 
-std::vector<Window::Move> Window::commit(const std::function<bool(int, int64_t)>& visible) {
+Window::Changes Window::commit(const std::function<bool(int, int64_t)>& visible) {
   const int n_batch = int(batch_.size());
   struct Candidate {
     int64_t cell;
@@ -119,8 +142,9 @@ std::vector<Window::Move> Window::commit(const std::function<bool(int, int64_t)>
       seen[i] = 1;
       if (candidates[i].batch_row >= 0) continued[candidates[i].batch_row] = 1;
     }
-    for (size_t i = 0; i < of_sequence.size() && int(i) < size_.last; i++) keep[of_sequence[i]] = 1;
-    if (size_.first > 0 && int(of_sequence.size()) > size_.last) {
+    const int last = int(of_sequence.size()) > size_.total() ? size_.last : size_.last + size_.spare;
+    for (size_t i = 0; i < of_sequence.size() && int(i) < last; i++) keep[of_sequence[i]] = 1;
+    if (size_.first > 0 && int(of_sequence.size()) > last) {
       // The sequence's first cells are those of lowest index that it sees: caches fill from the start.
       const int64_t begin = batch_[row] / cells_per_stream_ * cells_per_stream_;
       int64_t bound = begin;
@@ -133,7 +157,7 @@ std::vector<Window::Move> Window::commit(const std::function<bool(int, int64_t)>
     }
   }
 
-  std::vector<Move> moves;
+  Changes changes;
   for (size_t i = 0; i < candidates.size(); i++) {
     if (candidates[i].slot < 0) continue;
     Slot& slot = slots_[candidates[i].slot];
@@ -143,19 +167,29 @@ std::vector<Window::Move> Window::commit(const std::function<bool(int, int64_t)>
       slot.cell = -1;
     }
   }
+  std::map<int64_t, int> arriving;  // by stream
+  for (size_t i = 0; i < candidates.size(); i++) {
+    if (candidates[i].slot < 0 && keep[i]) arriving[candidates[i].cell / cells_per_stream_]++;
+  }
+  for (const auto& [stream, n] : arriving) let_go_unseen(stream, n);
   for (size_t i = candidates.size(); i-- > 0;) {  // oldest first
     if (candidates[i].slot >= 0 || !keep[i]) continue;
     const int slot = free_slot(candidates[i].cell);
     if (slot < 0) break;
     slots_[slot] = {candidates[i].cell, candidates[i].written, batch_number_};
     slot_of_[candidates[i].cell] = slot;
-    moves.push_back({candidates[i].batch_row, slot});
+    changes.moves.push_back({candidates[i].batch_row, slot});
   }
   // Where free_slot recycled a slot that this very batch had just filled, only the last move into it counts.
-  std::erase_if(moves, [this](const Move& m) { return slots_[m.slot].cell != batch_[m.batch_row]; });
+  std::erase_if(changes.moves, [this](const Move& m) { return slots_[m.slot].cell != batch_[m.batch_row]; });
+  for (const Candidate& c : candidates) {
+    if (find(c.cell) >= 0) continue;
+    const bool in_flight = c.slot < 0;
+    changes.leaving.push_back({int32_t(c.cell), in_flight, in_flight ? c.batch_row : c.slot});
+  }
   batch_.clear();
   list_rows();
-  return moves;
+  return changes;
 }
 
 }  // namespace thimble

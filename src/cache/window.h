@@ -1,5 +1,5 @@
-// Which cells of a layer are kept exactly beside their codes: the tokens of the batch in flight, and of every sequence
-// its first `first` cells and the last `last` ones written.
+// Which cells of a layer are kept exactly: the tokens of the batch in flight, and of every sequence its first `first`
+// cells and the last `last` ones written, or up to `spare` more.
 //
 // ggml tells a cache which cells are written and, later, which cells each query may see (the mask); it never names a
 // sequence. So sequences are read off the mask: two batch rows belong to the same sequence where the later one sees the
@@ -19,7 +19,8 @@ namespace thimble {
 struct WindowSize {
   int first = 8;
   int last = 128;
-  int total() const { return first + last; }
+  int spare = 0;  // how many more may stay, so that they leave together: a codebook that is read serves them all
+  int total() const { return first + last + spare; }
   bool operator==(const WindowSize&) const = default;
 };
 
@@ -40,6 +41,11 @@ public:
     int32_t batch_row;
     int32_t slot;
   };
+  /// What the end of a batch does. A slot may be left and moved into.
+  struct Changes {
+    std::vector<Row> leaving;  // from now on their codes have to do
+    std::vector<Move> moves;
+  };
 
   /// A new batch writes these cells; what the window held of them is dropped. Rows of an earlier batch that was never
   /// committed are dropped too.
@@ -48,12 +54,12 @@ public:
   /// All exact rows: slots first, then the batch in flight.
   const std::vector<Row>& rows() const { return rows_; }
 
-  /// Ends the batch: `visible(row, cell)` says whether batch row `row` may see `cell`. Returns the rows to copy.
-  std::vector<Move> commit(const std::function<bool(int, int64_t)>& visible);
+  /// Ends the batch: `visible(row, cell)` says whether batch row `row` may see `cell`.
+  Changes commit(const std::function<bool(int, int64_t)>& visible);
 
-  /// Slot for a cell whose exact row arrives by itself (a loaded state): takes the oldest slot where all are in use.
-  /// -1 where the window has no slots at all.
-  int place(int64_t cell);
+  /// Slot for a cell whose exact row arrives by itself (a loaded state), -1 where the window has no slots at all. Where
+  /// all slots are in use the oldest is taken, and `leaving` is the cell that it held; else -1.
+  int place(int64_t cell, int64_t* leaving);
   /// Slot of a cell, or -1.
   int find(int64_t cell) const;
   void forget(int64_t cell);
@@ -68,7 +74,8 @@ private:
     uint64_t written = 0;  // order of writing, over all cells
     uint64_t seen = 0;     // last batch that could see it
   };
-  int free_slot(int64_t cell);
+  int free_slot(int64_t cell, int64_t* leaving = nullptr);
+  void let_go_unseen(int64_t stream, int n);
   void list_rows();
 
   WindowSize size_;

@@ -124,6 +124,10 @@ void bind(const ggml_tensor* node) {
 void CpuGraph::run_write(ggml_tensor*, int thread, int n_threads, void* data) {
   Op& op = *static_cast<Op*>(data);
   const ggml_tensor *rows = op.node->src[0], *index = op.node->src[1];
+  if (rows->ne[1] <= kMaxCodeTokens) {  // to wait for one another would take longer than to store so few rows
+    if (thread > 0) return;
+    n_threads = 1;
+  }
   try {
     if (thread == 0) {
       op.cells.resize(rows->ne[1]);
@@ -196,7 +200,13 @@ void CpuGraph::run_attend(ggml_tensor* dst, int thread, int n_threads, void* dat
             "exact store had no room for");
       }
       op.failed = op.graph->failed_;
-      if (!op.failed) attention.prepare(p, n_threads, kernels());
+      if (!op.failed) {
+        attention.prepare(p, n_threads, kernels());
+        const bool rows_match = int64_t(op.layer->cache->window().batch().size()) == q->ne[1] * q->ne[3];
+        if (op.commits) {
+          op.layer->cache->begin_commit([&](int row, int64_t cell) { return !rows_match || sees(op.node, row, cell); });
+        }
+      }
     } catch (const std::exception& error) {
       GGML_LOG_ERROR("thimble: %s\n", error.what());
       op.failed = op.graph->failed_ = true;
@@ -214,10 +224,8 @@ void CpuGraph::run_attend(ggml_tensor* dst, int thread, int n_threads, void* dat
   op.barrier.wait(n_threads);
   attention.combine(thread);
   if (!op.commits) return;
-  op.barrier.wait(n_threads);
-  if (thread != 0) return;
-  const bool rows_match = int64_t(op.layer->cache->window().batch().size()) == q->ne[1] * q->ne[3];
-  op.layer->cache->commit([&](int row, int64_t cell) { return !rows_match || sees(op.node, row, cell); });
+  op.layer->cache->code_leaving(thread, n_threads);
+  if (op.barrier.is_last(n_threads)) op.layer->cache->end_commit();
 }
 
 ggml_status CpuGraph::run_segment(ggml_cgraph* graph, int first, int last) {
@@ -324,10 +332,10 @@ ggml_status CpuGraph::shift(const ggml_tensor* node) {
     std::vector<uint16_t> row(row_size);
     for (int64_t i = 0; i < n && status == GGML_STATUS_SUCCESS; i++) {
       ggml_fp32_to_fp16_row(numbers + i * row_size, row.data(), row_size);
-      keys.encode_row(row.data(), cells[i]);
       if (uint16_t* exact = cache.exact_row(Kind::key, cells[i])) {
         std::memcpy(exact, row.data(), row_size * sizeof(uint16_t));
       }
+      if (cache.window().find(cells[i]) < 0) keys.encode_row(row.data(), cells[i]);
     }
     ggml_free(ctx);
     cells.clear();

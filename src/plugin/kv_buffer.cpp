@@ -269,9 +269,11 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
   const int n_streams = keys.shape().n_streams;
   const int64_t cells = keys.shape().cells_per_stream;
   const int sequences = n_streams > 1 ? n_streams : settings_.sequences;
-  const int max_slots = settings_.passthrough() ? 0 : settings_.window.total() * sequences;
-  layer.cache = std::make_unique<CacheLayer>(std::move(keys), std::move(values),
-                                             Window(settings_.window, max_slots, cells, n_streams));
+  WindowSize window = settings_.window;
+  if (keys.store()) window.spare = 0;  // a state of exact rows does not say which cells were not coded yet
+  const int max_slots = settings_.passthrough() ? 0 : window.total() * sequences;
+  layer.cache =
+      std::make_unique<CacheLayer>(std::move(keys), std::move(values), Window(window, max_slots, cells, n_streams));
 }
 
 void KvBuffer::use(const char* kernels) {

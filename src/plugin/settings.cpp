@@ -73,6 +73,7 @@ Settings Settings::parse(const std::string& text) {
       if (plus == std::string::npos) fail("window=" + value + " must be FIRST+LAST, as in window=8+128");
       s.window.first = parse_int("window", value.substr(0, plus), 0, 65536);
       s.window.last = parse_int("window", value.substr(plus + 1), 0, 65536);
+      if (s.window.first + s.window.last == 0) s.window.spare = 0;
     } else if (key == "sequences") {
       s.sequences = parse_int(key, value, 1, 256);
     } else if (key == "small") {

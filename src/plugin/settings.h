@@ -2,7 +2,8 @@
 //
 //   - bits=4: bits a number: 16 (f16, nothing coded), 4, 3, 2, 1.5, 1.25 or 1; bits=K/V gives keys and values their
 //   own.
-//   - window=8+128: cells of each sequence kept in full precision, the first and the last written.
+//   - window=8+128: cells of each sequence kept in full precision, the first and the last written (and up to 16 more,
+//     which are then coded together).
 //   - sequences=4: sequences of a unified cache that get a window each (a cache of one stream per sequence needs no
 //     number).
 //   - small=1024: caches of at most this many cells (sliding windows) stay f16; 0 codes all.
@@ -28,7 +29,7 @@ namespace thimble {
 struct Settings {
   double key_bits = 4;
   double value_bits = 4;
-  WindowSize window;
+  WindowSize window{8, 128, 16};
   int sequences = 4;
   int small_cells = 1024;
   std::string profile;

@@ -23,6 +23,13 @@ public:
     phase_.wait(phase, std::memory_order_acquire);
   }
 
+  /// Waits for nobody: true for the last of a team that comes here, after all the others did.
+  bool is_last(int n_threads) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < n_threads) return false;
+    arrived_.store(0, std::memory_order_relaxed);
+    return true;
+  }
+
 private:
   static constexpr int kSpins = 1000000;  // about a millisecond: waking a sleeper costs more than most phases of an op
   std::atomic<int> arrived_{0};
