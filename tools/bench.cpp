@@ -111,7 +111,7 @@ Cache make_cache(const Options& options, const std::string& name, int n_cells) {
 
 void run(const Options& options) {
   start_llama();
-  if (!ggml_backend_dev_by_name("THIMBLE0")) ggml_backend_load(plugin_path().c_str());
+  load_plugin();
   llama_log_set(read_log, nullptr);
   const int deepest = *std::max_element(options.depths.begin(), options.depths.end());
   const int n_cells = deepest + std::max(options.n_decode, options.n_prompt);

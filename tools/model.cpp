@@ -9,6 +9,8 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "paths.h"
+
 namespace thimble {
 
 void start_llama() {
@@ -19,6 +21,13 @@ void start_llama() {
       nullptr);
   ggml_backend_load_all();
   llama_backend_init();
+}
+
+void load_plugin() {
+  if (ggml_backend_dev_by_name("THIMBLE0")) return;
+  if (!ggml_backend_load(plugin_path().c_str()) || !ggml_backend_dev_by_name("THIMBLE0")) {
+    throw std::runtime_error("the plugin " + plugin_path() + " does not load");
+  }
 }
 
 ModelPtr load_model(const std::string& path, const std::string& device, bool repack) {
@@ -51,11 +60,11 @@ std::string read_text(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-std::vector<llama_token> tokenize(const llama_model* model, const std::string& text) {
+std::vector<llama_token> tokenize(const llama_model* model, const std::string& text, bool add_special) {
   const llama_vocab* vocab = llama_model_get_vocab(model);
   std::vector<llama_token> tokens(text.size() + 2);
-  const int n = llama_tokenize(vocab, text.data(), int(text.size()), tokens.data(), int(tokens.size()),
-                               /*add_special=*/true, /*parse_special=*/false);
+  const int n = llama_tokenize(vocab, text.data(), int(text.size()), tokens.data(), int(tokens.size()), add_special,
+                               /*parse_special=*/false);
   if (n < 0) throw std::runtime_error("cannot tokenize the text");
   tokens.resize(n);
   return tokens;

@@ -22,6 +22,10 @@ using ContextPtr = std::unique_ptr<llama_context, FreeContext>;
 /// Sends libllama's log to nowhere but for errors, and loads ggml's backends. Call once.
 void start_llama();
 
+/// Registers THIMBLE0, from the plugin beside the program unless GGML_BACKEND_PATH has done so. Throws
+/// std::runtime_error where it does not load.
+void load_plugin();
+
 /// `device` as ggml names it ("THIMBLE0", "CUDA0"); "CPU" keeps the model off every other device. Throws
 /// std::runtime_error where the file or the device is missing. Without `repack` weights stay as they are in the file,
 /// so that results do not depend on how this CPU would like them.
@@ -31,8 +35,8 @@ ContextPtr make_context(llama_model* model, const llama_context_params& params);
 
 std::string read_text(const std::string& path);
 
-/// Tokens of a text, with the model's beginning-of-sequence token first where it wants one.
-std::vector<llama_token> tokenize(const llama_model* model, const std::string& text);
+/// Tokens of a text; with `add_special` the model's beginning-of-sequence token first where it wants one.
+std::vector<llama_token> tokenize(const llama_model* model, const std::string& text, bool add_special = true);
 
 /// Runs `n` tokens at positions from `first` on of sequence 0, in batches of n_batch; keeps the logits of the last one
 /// where asked for. Throws where libllama fails.

@@ -15,10 +15,10 @@ inline std::string plugin_path() {
 }
 
 /// `<model>.thimble.gguf` beside a model file, if it is there; else empty.
-inline std::string profile_beside(const std::filesystem::path& model) {
+inline std::string profile_beside(const std::filesystem::path& model, const char* extension = ".thimble.gguf") {
   if (model.empty()) return {};
   std::filesystem::path profile = model;
-  profile.replace_extension(".thimble.gguf");
+  profile.replace_extension(extension);
   return std::filesystem::exists(profile) ? profile.string() : std::string();
 }
 

@@ -1,0 +1,106 @@
+#include "eval/cache.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <regex>
+#include <stdexcept>
+
+namespace thimble {
+
+const char* method_name(Method method) {
+  return method == Method::thimble ? "thimble" : method == Method::vecinfer ? "vecinfer" : "tailorkv";
+}
+
+EvalCache parse_cache(const std::string& name) {
+  EvalCache cache;
+  cache.name = name;
+  for (ggml_type type :
+       {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0}) {
+    if (name == ggml_type_name(type)) {
+      cache.type = type;
+      return cache;
+    }
+  }
+  static const std::regex coded(R"(([0-9.]+)(?:/([0-9.]+))?(?:\+([0-9]{1,5})(drop)?)?)");
+  std::smatch part;
+  if (!std::regex_match(name, part, coded)) {
+    throw std::runtime_error("no cache called " + name +
+                             ": f16, q8_0, q4_0, bits like 2, bits of keys/values like 3/1, or bits and retrieved "
+                             "cells like 2+64 (2+64drop drops the other cells)");
+  }
+  cache.coded = true;
+  cache.key_bits = cache.value_bits = std::atof(part.str(1).c_str());
+  if (part[2].matched) cache.value_bits = std::atof(part.str(2).c_str());
+  cache.top = std::atoi(part.str(3).c_str());
+  cache.drop_tail = part[4].matched;
+  return cache;
+}
+
+std::vector<EvalCache> caches_to_measure(const std::vector<std::string>& names,
+                                         const std::vector<std::string>& methods) {
+  const auto wanted = [&](Method m) { return std::count(methods.begin(), methods.end(), method_name(m)) > 0; };
+  std::vector<EvalCache> caches = {parse_cache("f16")};
+  bool tailorkv = wanted(Method::tailorkv);
+  for (const std::string& name : names) {
+    if (name == "f16") continue;
+    const EvalCache cache = parse_cache(name);
+    caches.push_back(cache);
+    EvalCache like = cache;
+    if (cache.coded && cache.top == 0 && wanted(Method::vecinfer)) {
+      like.method = Method::vecinfer;
+      caches.push_back(like);
+    }
+    if (cache.top > 0 && tailorkv) {
+      like = parse_cache("1+" + std::to_string(cache.top));
+      like.method = Method::tailorkv;
+      like.drop_tail = true;
+      caches.push_back(like);
+      tailorkv = false;
+    }
+  }
+  if (tailorkv) throw std::runtime_error("--method tailorkv needs a cache that retrieves, such as --kv 2+64");
+  return caches;
+}
+
+CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const ModelShape& shape, bool all_retrieve,
+                       int n_cells, int n_window) {
+  CacheBytes bytes;
+  for (size_t i = 0; i < shape.layers.size(); i++) {
+    const LayerShape& layer = shape.layers[i];
+    if (layer.n_kv_heads == 0) continue;
+    const bool sparse = all_retrieve || !profile || !profile->quantization_friendly(int(i));
+    for (Kind kind : {Kind::key, Kind::value}) {
+      const int dim = layer.dim(kind);
+      const double exact_window = 2.0 * dim * n_window;
+      double of_head;
+      if (!cache.coded) {
+        of_head = double(ggml_row_size(cache.type, dim)) * n_cells;
+      } else if (cache.method == Method::tailorkv) {
+        const bool retrieves = profile && !profile->quantization_friendly(int(i));
+        // Quantized: a bit each, least and greatest of every 64 as f16. Retrieving: the sketch, and what was fetched.
+        of_head = exact_window + (!retrieves          ? dim / 8.0 * 1.5 * n_cells
+                                  : kind == Kind::key ? 2.0 * sketch_channels(dim) * n_cells + 2.0 * dim * cache.top
+                                                      : 2.0 * dim * cache.top);
+        if (retrieves) bytes.store += layer.n_kv_heads * 2.0 * dim * n_cells;
+      } else {
+        const double bits = kind == Kind::key ? cache.key_bits : cache.value_bits;
+        const bool calibrated = profile && bits != 16;
+        const Format format = calibrated ? profile->format(int(i), kind, bits) : make_format(dim, bits);
+        of_head = format.vector_bytes() * n_cells;
+        const bool retrieves = cache.top > 0 && sparse;
+        if (retrieves) bytes.store += layer.n_kv_heads * 2.0 * dim * n_cells;
+        if (!format.f16 && !retrieves) of_head += exact_window;  // otherwise the window is read from the store
+      }
+      bytes.compute += layer.n_kv_heads * of_head;
+    }
+  }
+  return bytes;
+}
+
+double values_of_cell(const ModelShape& shape) {
+  double n = 0;
+  for (const LayerShape& layer : shape.layers) n += layer.n_kv_heads * (layer.key_dim + layer.value_dim);
+  return n;
+}
+
+}  // namespace thimble

@@ -1,0 +1,54 @@
+// Which caches `thimble eval` measures, by the names that --kv and --method give them, and what they cost in memory.
+#pragma once
+
+#include <ggml.h>
+
+#include <string>
+#include <vector>
+
+#include "profile/profile.h"
+
+namespace thimble {
+
+/// The coded caches' recipes: ours, and the published ones beside it.
+enum class Method { thimble, vecinfer, tailorkv };
+const char* method_name(Method method);
+
+struct EvalCache {
+  std::string name;
+  Method method = Method::thimble;
+  bool coded = false;              // by Thimble; otherwise a type of llama.cpp's own
+  ggml_type type = GGML_TYPE_F16;  // of llama.cpp's cache
+  double key_bits = 16, value_bits = 16;
+  int top = 0;  // cells that each KV head retrieves exactly
+  bool drop_tail = false;
+};
+
+/// "f16", "q8_0", "2", "3/1" (bits of keys / values), "2+64", "2+64drop". Throws std::runtime_error.
+EvalCache parse_cache(const std::string& name);
+
+/// The caches named, f16 always and first: everything is compared with it. Behind a cache that a published method has
+/// its like for stands that method's row:
+///   vecinfer    every coded cache without retrieval, by a profile of VecInfer's recipe at the same bits
+///   tailorkv    one row, with as many retrieved cells as the first cache that retrieves
+std::vector<EvalCache> caches_to_measure(const std::vector<std::string>& names,
+                                         const std::vector<std::string>& methods);
+
+struct CacheBytes {
+  double compute = 0;  // next to the compute: codes, scales, the window
+  double store = 0;    // exact keys and values in slower memory
+};
+
+/// Of a TailorKV layer that attends sparsely, kept for every cell next to the compute: these channels of its key.
+constexpr int sketch_channels(int key_dim) {
+  return key_dim / 4;
+}
+
+/// `all_retrieve`: every layer keeps an exact store, whatever its class. `profile` may be null: the uncalibrated codec.
+CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const ModelShape& shape, bool all_retrieve,
+                       int n_cells, int n_window);
+
+/// Numbers in the keys and values of one cell, all layers.
+double values_of_cell(const ModelShape& shape);
+
+}  // namespace thimble

@@ -1,0 +1,44 @@
+#include "eval/emulated_cache.h"
+
+#include <ggml-backend.h>
+#include <ggml.h>
+
+#include <cstdio>
+#include <stdexcept>
+
+namespace thimble {
+
+bool EmulatedCache::callback(ggml_tensor* node, bool ask, void* user_data) {
+  EmulatedCache& self = *static_cast<EmulatedCache*>(user_data);
+  const bool stores = node->op == GGML_OP_SET_ROWS, attends = node->op == GGML_OP_FLASH_ATTN_EXT;
+  if (!stores && !attends) return !ask;
+  const ggml_tensor* root = stores ? node : node->src[1];
+  while (root->view_src) root = root->view_src;
+  char letter = 0;
+  int layer = -1;
+  if (std::sscanf(root->name, "cache_%c_l%d", &letter, &layer) != 2) return !ask;
+  if (attends && !self.attends(layer)) return !ask;
+  if (ask) return true;
+  try {
+    if (root->type != GGML_TYPE_F16 || !ggml_backend_buffer_is_host(root->buffer)) {
+      throw std::runtime_error("an emulated cache must be f16 and in memory that the CPU reaches");
+    }
+    if (attends) {
+      self.attended(node, layer);
+    } else {
+      int64_t first_written = 0;
+      ggml_backend_tensor_get(node->src[1], &first_written, 0, sizeof first_written);
+      self.stored(root, layer, letter == 'k' ? Kind::key : Kind::value, int(first_written), int(node->src[1]->ne[0]));
+    }
+  } catch (const std::exception& e) {
+    self.error_ = e.what();
+    return false;
+  }
+  return true;
+}
+
+void EmulatedCache::check() const {
+  if (!error_.empty()) throw std::runtime_error(error_);
+}
+
+}  // namespace thimble

@@ -1,0 +1,37 @@
+// The codec's specification run inside a model: every cell that leaves the exact window is replaced by what its codes
+// stand for. Without the plugin, its kernels or its memory layout, so their figures can be held to it.
+#pragma once
+
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "codec/head_codec.h"
+#include "eval/emulated_cache.h"
+#include "profile/profile.h"
+
+namespace thimble {
+
+class ReferenceCache : public EmulatedCache {
+public:
+  /// The profile must outlive the cache. `only_layer`: the one layer that is coded, -1 for all.
+  ReferenceCache(const Profile& profile, double key_bits, double value_bits, int first, int last, int only_layer)
+      : profile_(profile), bits_{key_bits, value_bits}, first_(first), last_(last), only_layer_(only_layer) {}
+
+  void clear() override { coded_.clear(); }
+
+private:
+  using Side = std::pair<int, Kind>;
+  void stored(const ggml_tensor* cache, int layer, Kind kind, int first_written, int n_written) override;
+  void attended(ggml_tensor*, int) override {}
+  bool attends(int) const override { return false; }
+  const std::vector<HeadCodec>& codecs(Side side, int row_size);
+
+  const Profile& profile_;
+  double bits_[2];
+  int first_, last_, only_layer_;
+  std::map<Side, int> coded_;  // cells below are coded
+  std::map<Side, std::vector<HeadCodec>> codecs_;
+};
+
+}  // namespace thimble

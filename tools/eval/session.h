@@ -1,0 +1,59 @@
+// A context on a model with the cache to measure, however that comes about: llama.cpp's own types on a device, coded
+// caches by the plugin or emulated.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "eval/cache.h"
+#include "eval/emulated_cache.h"
+#include "model.h"
+
+namespace thimble {
+
+struct CalibratedProfile {
+  std::string path;
+  std::optional<Profile> profile;  // none: the uncalibrated codec
+
+  const Profile* get() const { return profile ? &*profile : nullptr; }
+};
+
+struct SessionOptions {
+  std::string model, device = "CPU";
+  CalibratedProfile ours, vecinfer;
+  int first = 8, last = 128;  // the exact window
+  int n_batch = 512;
+  int n_threads = 1;
+  std::string policy = "all";  // layers that retrieve
+  bool reference = false;      // emulate coded caches
+
+  const CalibratedProfile& profile_of(const EvalCache& cache) const {
+    return cache.method == Method::vecinfer ? vecinfer : ours;
+  }
+};
+
+class Session {
+public:
+  /// `only_layer`: the one layer that is coded, -1 for all; emulated caches only. Throws std::runtime_error.
+  Session(const SessionOptions& options, const EvalCache& cache, int n_cells, int only_layer = -1);
+
+  void clear();
+  /// Forgets what lies at position `n` and behind. No more than the window's last cells may be forgotten.
+  void rewind(int n);
+  /// Runs tokens at positions from `first` on, in batches; returns the log-probabilities of what follows the last.
+  std::vector<float> decode(const llama_token* tokens, int n, int first);
+
+  llama_model* model() const { return model_.get(); }
+
+private:
+  ModelPtr model_;
+  std::unique_ptr<EmulatedCache> emulated_;
+  ContextPtr context_;
+};
+
+/// Heads and layers of a model's cache: from the profile where there is one.
+ModelShape shape_of(const llama_model* model, const Profile* profile);
+
+}  // namespace thimble
