@@ -40,9 +40,7 @@ void Attention::prepare_streams() {
     stream.exact.clear();
   }
   if (from_store()) return;  // which has them all, block by block
-  std::vector<Window::Row> rows = p_.layer->window().rows();
-  std::sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.cell < b.cell; });
-  for (const Window::Row& row : rows) {
+  for (const Window::Row& row : p_.layer->window().rows()) {
     const int64_t in_problem = row.cell / cells_per_stream - p_.first_stream;
     const int64_t cell = row.cell % cells_per_stream;
     if (in_problem < 0 || in_problem >= p_.n_streams || cell >= p_.n_cells) continue;

@@ -25,6 +25,11 @@ void Window::forget(int64_t cell) {
   std::erase_if(rows_, [cell](const Row& row) { return !row.in_flight && row.cell == cell; });
 }
 
+void Window::empty(Slot& slot) {
+  slot_of_.erase(slot.cell);
+  slot.cell = -1;
+}
+
 void Window::clear() {
   slots_.clear();
   slot_of_.clear();
@@ -32,12 +37,14 @@ void Window::clear() {
   rows_.clear();
 }
 
+// In order of cells.
 void Window::list_rows() {
   rows_.clear();
   for (int i = 0; i < int(slots_.size()); i++) {
     if (slots_[i].cell >= 0) rows_.push_back({int32_t(slots_[i].cell), false, i});
   }
   for (int i = 0; i < int(batch_.size()); i++) rows_.push_back({int32_t(batch_[i]), true, i});
+  std::sort(rows_.begin(), rows_.end(), [](const Row& a, const Row& b) { return a.cell < b.cell; });
 }
 
 void Window::begin_batch(std::span<const int64_t> cells) {
@@ -49,7 +56,13 @@ void Window::begin_batch(std::span<const int64_t> cells) {
     slots_[it->second].cell = -1;
     slot_of_.erase(it);
   }
-  list_rows();
+  // What stays is in order already: sorting all of it would be the most of what a decoded token costs here.
+  std::erase_if(rows_, [this](const Row& row) { return row.in_flight || slots_[row.index].cell != row.cell; });
+  const auto by_cell = [](const Row& a, const Row& b) { return a.cell < b.cell; };
+  const size_t n_slots = rows_.size();
+  for (int i = 0; i < int(batch_.size()); i++) rows_.push_back({int32_t(batch_[i]), true, i});
+  std::sort(rows_.begin() + n_slots, rows_.end(), by_cell);
+  std::inplace_merge(rows_.begin(), rows_.begin() + n_slots, rows_.end(), by_cell);
 }
 
 // A slot for one more cell: an unused one, a new one, or that of the cell which no batch has seen for longest (its
@@ -79,8 +92,7 @@ int Window::free_slot(int64_t cell, int64_t* leaving) {
   }
   if (!oldest) return -1;
   if (leaving) *leaving = oldest->cell;
-  slot_of_.erase(oldest->cell);
-  oldest->cell = -1;
+  empty(*oldest);
   return int(oldest - slots_.data());
 }
 
@@ -98,10 +110,7 @@ void Window::let_go_unseen(int64_t stream, int n) {
     return a->seen != b->seen ? a->seen < b->seen : a->written < b->written;
   });
   used.resize(std::min<size_t>(used.size(), std::max(missing, size_.spare)));
-  for (Slot* slot : used) {
-    slot_of_.erase(slot->cell);
-    slot->cell = -1;
-  }
+  for (Slot* slot : used) empty(*slot);
 }
 
 int Window::place(int64_t cell, int64_t* leaving) {
@@ -118,77 +127,79 @@ int Window::place(int64_t cell, int64_t* leaving) {
 Window::Changes Window::commit(const std::function<bool(int, int64_t)>& visible) {
   const int n_batch = int(batch_.size());
   struct Candidate {
-    int64_t cell;
+    Row row;
     uint64_t written;
-    int slot;       // -1: in flight
-    int batch_row;  // of those in flight
+    bool seen = false, keep = false;
   };
   std::vector<Candidate> candidates;
-  for (int i = 0; i < int(slots_.size()); i++) {
-    if (slots_[i].cell >= 0) candidates.push_back({slots_[i].cell, slots_[i].written, i, -1});
+  candidates.reserve(rows_.size());
+  for (const Row& row : rows_) {
+    candidates.push_back({row, row.in_flight ? clock_ + uint64_t(row.index) + 1 : slots_[row.index].written});
   }
-  for (int i = 0; i < n_batch; i++) candidates.push_back({batch_[i], ++clock_, -1, i});
-  std::sort(candidates.begin(), candidates.end(),
-            [](const Candidate& a, const Candidate& b) { return a.written > b.written; });  // latest first
+  clock_ += uint64_t(n_batch);
 
-  std::vector<char> continued(n_batch, 0), seen(candidates.size(), 0), keep(candidates.size(), 0);
-  std::vector<size_t> of_sequence;
+  std::vector<char> continued(n_batch, 0);
+  std::vector<Candidate*> of_sequence;
   for (int row = n_batch - 1; row >= 0 && max_slots_ > 0; row--) {
     if (continued[row]) continue;  // a later row belongs to the same sequence and sees all that this one does
     of_sequence.clear();
-    for (size_t i = 0; i < candidates.size(); i++) {
-      if (!visible(row, candidates[i].cell)) continue;
-      of_sequence.push_back(i);
-      seen[i] = 1;
-      if (candidates[i].batch_row >= 0) continued[candidates[i].batch_row] = 1;
+    for (Candidate& c : candidates) {
+      if (!visible(row, c.row.cell)) continue;
+      of_sequence.push_back(&c);
+      c.seen = true;
+      if (c.row.in_flight) continued[c.row.index] = 1;
     }
-    const int last = int(of_sequence.size()) > size_.total() ? size_.last : size_.last + size_.spare;
-    for (size_t i = 0; i < of_sequence.size() && int(i) < last; i++) keep[of_sequence[i]] = 1;
-    if (size_.first > 0 && int(of_sequence.size()) > last) {
+    const bool all = int(of_sequence.size()) <= size_.total();
+    if (!all) {
+      const auto latest = [](const Candidate* a, const Candidate* b) { return a->written > b->written; };
+      std::nth_element(of_sequence.begin(), of_sequence.begin() + size_.last, of_sequence.end(), latest);
+    }
+    for (size_t i = 0; i < of_sequence.size() && (all || int(i) < size_.last); i++) of_sequence[i]->keep = true;
+    if (size_.first > 0 && !all) {
       // The sequence's first cells are those of lowest index that it sees: caches fill from the start.
       const int64_t begin = batch_[row] / cells_per_stream_ * cells_per_stream_;
       int64_t bound = begin;
       for (int count = 0; bound < begin + cells_per_stream_; bound++) {
         if (visible(row, bound) && ++count == size_.first) break;
       }
-      for (size_t i : of_sequence) {
-        if (candidates[i].cell <= bound) keep[i] = 1;
+      for (Candidate* c : of_sequence) {
+        if (c->row.cell <= bound) c->keep = true;
       }
     }
   }
 
-  Changes changes;
-  for (size_t i = 0; i < candidates.size(); i++) {
-    if (candidates[i].slot < 0) continue;
-    Slot& slot = slots_[candidates[i].slot];
-    if (seen[i]) slot.seen = batch_number_;
-    if (seen[i] && !keep[i]) {
-      slot_of_.erase(slot.cell);
-      slot.cell = -1;
+  std::vector<Candidate*> arriving;
+  std::map<int64_t, int> arriving_in;  // by stream
+  for (Candidate& c : candidates) {
+    if (!c.row.in_flight) {
+      Slot& slot = slots_[c.row.index];
+      if (c.seen) slot.seen = batch_number_;
+      if (c.seen && !c.keep) empty(slot);
+    } else if (c.keep) {
+      arriving.push_back(&c);
+      arriving_in[c.row.cell / cells_per_stream_]++;
     }
   }
-  std::map<int64_t, int> arriving;  // by stream
-  for (size_t i = 0; i < candidates.size(); i++) {
-    if (candidates[i].slot < 0 && keep[i]) arriving[candidates[i].cell / cells_per_stream_]++;
-  }
-  for (const auto& [stream, n] : arriving) let_go_unseen(stream, n);
-  for (size_t i = candidates.size(); i-- > 0;) {  // oldest first
-    if (candidates[i].slot >= 0 || !keep[i]) continue;
-    const int slot = free_slot(candidates[i].cell);
+  for (const auto& [stream, n] : arriving_in) let_go_unseen(stream, n);
+  Changes changes;
+  std::sort(arriving.begin(), arriving.end(), [](const auto* a, const auto* b) { return a->written < b->written; });
+  for (const Candidate* c : arriving) {
+    const int slot = free_slot(c->row.cell);
     if (slot < 0) break;
-    slots_[slot] = {candidates[i].cell, candidates[i].written, batch_number_};
-    slot_of_[candidates[i].cell] = slot;
-    changes.moves.push_back({candidates[i].batch_row, slot});
+    slots_[slot] = {c->row.cell, c->written, batch_number_};
+    slot_of_[c->row.cell] = slot;
+    changes.moves.push_back({c->row.index, slot});
   }
   // Where free_slot recycled a slot that this very batch had just filled, only the last move into it counts.
   std::erase_if(changes.moves, [this](const Move& m) { return slots_[m.slot].cell != batch_[m.batch_row]; });
-  for (const Candidate& c : candidates) {
-    if (find(c.cell) >= 0) continue;
-    const bool in_flight = c.slot < 0;
-    changes.leaving.push_back({int32_t(c.cell), in_flight, in_flight ? c.batch_row : c.slot});
-  }
+  std::erase_if(rows_, [&](Row& row) {
+    const int slot = row.in_flight ? find(row.cell) : row.index;
+    const bool stays = slot >= 0 && slots_[slot].cell == row.cell;
+    if (!stays) changes.leaving.push_back(row);
+    if (stays) row = {row.cell, false, slot};
+    return !stays;
+  });
   batch_.clear();
-  list_rows();
   return changes;
 }
 

@@ -51,7 +51,7 @@ public:
   /// committed are dropped too.
   void begin_batch(std::span<const int64_t> cells);
   std::span<const int64_t> batch() const { return batch_; }
-  /// All exact rows: slots first, then the batch in flight.
+  /// All exact rows, of slots and of the batch in flight, in order of cells.
   const std::vector<Row>& rows() const { return rows_; }
 
   /// Ends the batch: `visible(row, cell)` says whether batch row `row` may see `cell`.
@@ -75,6 +75,7 @@ private:
     uint64_t seen = 0;     // last batch that could see it
   };
   int free_slot(int64_t cell, int64_t* leaving = nullptr);
+  void empty(Slot& slot);
   void let_go_unseen(int64_t stream, int n);
   void list_rows();
 
