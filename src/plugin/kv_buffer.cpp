@@ -210,18 +210,17 @@ KvBuffer* KvBuffer::of(const ggml_tensor* tensor) {
 ManagedLayer* KvBuffer::layer_of(const ggml_tensor* tensor, Kind* kind) {
   KvBuffer* buffer = of(tensor);
   if (!buffer) return nullptr;
-  const auto name = parse_cache_name(root_of(tensor)->name);
-  if (!name) return nullptr;
-  const auto it = buffer->layers_.find(name->layer);
-  if (it == buffer->layers_.end() || it->second.tensors[int(name->kind)] != root_of(tensor)) return nullptr;
-  if (kind) *kind = name->kind;
-  return &it->second;
+  const auto it = buffer->by_tensor_.find(root_of(tensor));
+  if (it == buffer->by_tensor_.end()) return nullptr;
+  if (kind) *kind = it->second.kind;
+  return &buffer->layers_.at(it->second.layer);
 }
 
 void KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
   ManagedLayer& layer = layers_[name.layer];
   layer.index = name.layer;
   layer.tensors[int(name.kind)] = tensor;
+  by_tensor_[tensor] = name;
 }
 
 void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads) {

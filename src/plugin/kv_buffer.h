@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "cache/layer.h"
@@ -85,6 +86,7 @@ private:
   Settings settings_;
   std::shared_ptr<const CodecSource> source_;
   std::map<int, ManagedLayer> layers_;
+  std::unordered_map<const ggml_tensor*, CacheName> by_tensor_;
   size_t bound_bytes_ = 0, store_bytes_ = 0;
   bool in_use_ = false;
   bool said_refusal_ = false;  // since the last graph
