@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <memory>
+#include <sstream>
 #include <string>
 
 #include "attention/kernels.h"
@@ -65,20 +66,32 @@ void print_model(const std::string& path) {
   }
 }
 
+/// How a rate's bits are spent: on average for keys and for values, and layer by layer.
+void print_allotment(const Profile& profile, double bits) {
+  double sums[2] = {};
+  int n_layers = 0;
+  std::ostringstream lists[2];
+  for (size_t il = 0; il < profile.shape.layers.size(); il++) {
+    if (profile.shape.layers[il].n_kv_heads == 0) continue;
+    for (Kind kind : {Kind::key, Kind::value}) {
+      const double of_layer = profile.format(int(il), kind, bits).bits();
+      sums[int(kind)] += of_layer;
+      lists[int(kind)] << " " << of_layer;
+    }
+    n_layers++;
+  }
+  for (Kind kind : {Kind::key, Kind::value}) {
+    std::printf("  bits=%-5g      %s %.2f on average; by layer%s\n", bits, kind == Kind::key ? "keys  " : "values",
+                n_layers ? sums[int(kind)] / n_layers : 0, lists[int(kind)].str().c_str());
+  }
+}
+
 void print_profile(const std::string& path) {
   const Profile profile = read_profile(path);
   std::printf("profile          %s\n                 %s transform, architecture %s, %zu layers\n", path.c_str(),
               profile.transform.c_str(), profile.shape.architecture.c_str(), profile.shape.layers.size());
   std::printf("                 from %s\n", profile.source.c_str());
-  for (double bits : profile.bits) {
-    double sum = 0;
-    int n = 0;
-    for (size_t il = 0; il < profile.shape.layers.size(); il++) {
-      if (profile.shape.layers[il].n_kv_heads == 0) continue;
-      for (Kind kind : {Kind::key, Kind::value}) sum += profile.format(int(il), kind, bits).bits(), n++;
-    }
-    std::printf("  bits=%-5g      %.3f bits a number on average\n", bits, n ? sum / n : 0);
-  }
+  for (double bits : profile.bits) print_allotment(profile, bits);
   int friendly = 0;
   for (size_t il = 0; il < profile.density.size(); il++) friendly += profile.quantization_friendly(int(il));
   std::printf("                 %d layers attend broadly (quantization-friendly), %zu to few cells\n", friendly,

@@ -2,61 +2,152 @@
 """Pictures from the JSON that `thimble eval --json` writes.
 
     python3 -m pip install -r tools/requirements.txt
-    tools/report.py docs/quality/8k-*.json -o docs/quality/8k.svg
+    tools/report.py docs/quality/*.json -o docs/quality
 
-One panel for each measure, against the bytes that a token's keys and values take; lower is better in both.
+writes those that the files have numbers for:
+    <context>-ppl.svg      perplexity and KL divergence of every cache against the bytes of a token
+    position.svg           KL divergence by position, of every context
+    layer.svg              KL divergence with one layer coded at a time
+    <task>-<context>.svg   scores of the needle tasks by depth
 """
 import argparse
 import json
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "thimble"  # the same picture gives the same file
+matplotlib.rcParams["svg.fonttype"] = "none"
 import matplotlib.pyplot as plt
 
+POSITIONS_A_POINT = 32
 
-def rows_of(paths):
-    """(label, row, kilobytes a token) of every cache measured, each once; f16 of the first file stands for all."""
+
+def label(result, row):
+    """A row's name in a picture."""
+    if row["method"] == "llama.cpp":
+        return row["kv"]
+    if row["method"] == "tailorkv":
+        return f"TailorKV, {row['kv'].split('+')[1]} cells"
+    name = row["kv"] if "+" in row["kv"] else row["kv"] + " bits"
+    if row["method"] == "vecinfer":
+        return name + ", VecInfer"
+    return name + (", self-made text" if "sampled" in result["profile"] else "")
+
+
+def rows_of(results, *needed):
+    """(label, result, row) of every row that has what is needed, each label once."""
     seen = set()
-    for path in paths:
-        with open(path) as file:
-            result = json.load(file)
-        recipe = result["profile"].split(",")[0]
+    for result in results:
         for row in result["rows"]:
-            ours = row["kv"][0].isdigit()
-            label = f"{row['kv']} bits, {recipe}" if ours else row["kv"]
-            if "sampled" in result["profile"] and ours:
-                label += ", self-made text"
-            if label in seen:
+            name = label(result, row)
+            if name not in seen and all(key in row for key in needed):
+                seen.add(name)
+                yield name, result, row
+
+
+def save(figure, path):
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    print(path)
+
+
+def draw_ppl(results, context, path):
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for name, result, row in rows_of(results, "ppl_ratio"):
+        size = row["kv_bytes"] / context / 1000
+        colour = {"llama.cpp": "C7", "thimble": "C0"}.get(row["method"], "C1")
+        style = dict(marker="^" if "+" in row["kv"] else "o", color=colour, linestyle="none")
+        note = dict(xytext=(5, 4), textcoords="offset points", fontsize=7)
+        panels[0].errorbar(size, row["ppl_ratio"], yerr=row["ppl_ratio_error"], elinewidth=0.7, **style)
+        panels[0].annotate(name, (size, row["ppl_ratio"]), **note)
+        if row["kld_mean"] > 0:
+            panels[1].plot(size, row["kld_mean"], **style)
+            panels[1].annotate(name, (size, row["kld_mean"]), **note)
+    panels[0].set_ylabel("perplexity, f16 = 1, with standard error")
+    panels[1].set_ylabel("mean KL divergence from f16")
+    for panel in panels:
+        panel.set_yscale("log")
+        panel.set_xscale("log")
+        panel.set_xlabel("kB a token next to the compute")
+        panel.margins(x=0.25, y=0.12)
+        panel.grid(alpha=0.3, which="both")
+    save(figure, path)
+
+
+def draw_positions(by_context, path):
+    figure, panels = plt.subplots(1, len(by_context), figsize=(5.5 * len(by_context), 4), layout="constrained",
+                                  sharey=True, squeeze=False)
+    for panel, (context, results) in zip(panels[0], sorted(by_context.items())):
+        for name, result, row in rows_of(results, "kld_by_position"):
+            values = row["kld_by_position"]
+            if row["method"] not in ("thimble", "vecinfer") or not any(values):
                 continue
-            seen.add(label)
-            yield label, row, row["kv_bytes"] / result["context"] / 1000
+            starts = range(0, len(values) - POSITIONS_A_POINT + 1, POSITIONS_A_POINT)
+            means = [sum(values[s:s + POSITIONS_A_POINT]) / POSITIONS_A_POINT for s in starts]
+            panel.plot([context - len(values) + s + POSITIONS_A_POINT / 2 for s in starts], means, label=name)
+        panel.set_yscale("log")
+        panel.set_xlabel("position")
+        panel.set_title(f"{context} tokens", fontsize=10)
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel(f"KL divergence from f16, mean of {POSITIONS_A_POINT}")
+    panels[0][-1].legend(fontsize=7)
+    save(figure, path)
+
+
+def draw_layers(results, path):
+    figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, result, row in rows_of(results, "kld_by_layer"):
+        panel.plot(row["kld_by_layer"], marker=".", label=name)
+    panel.set_yscale("log")
+    panel.set_xlabel("the layer that is coded")
+    panel.set_ylabel("mean KL divergence from f16")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    save(figure, path)
+
+
+def draw_needle(results, path):
+    rows = list(rows_of(results, "by_depth"))
+    depths = [d["depth"] for d in rows[0][2]["by_depth"]]
+    scores = [[d["score"] for d in row["by_depth"]] for _, _, row in rows]
+    figure, panel = plt.subplots(figsize=(7, 0.4 * len(rows) + 1.2), layout="constrained")
+    image = panel.imshow(scores, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    for y, line in enumerate(scores):
+        for x, score in enumerate(line):
+            panel.text(x, y, f"{score:.2f}", ha="center", va="center", fontsize=7, color="w" if score < 0.6 else "k")
+    panel.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    panel.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    panel.set_xlabel("depth of the key")
+    figure.colorbar(image, label="probability of right digits")
+    save(figure, path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", nargs="+")
-    parser.add_argument("-o", "--output", required=True)
+    parser.add_argument("json", nargs="+", type=Path)
+    parser.add_argument("-o", "--output", required=True, type=Path, help="directory of the pictures")
     args = parser.parse_args()
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for label, row, size in rows_of(args.json):
-        ours = row["kv"][0].isdigit()
-        style = dict(marker="o" if ours else "s", color="C0" if ours else "C7")
-        panels[0].plot(size, row["ppl_ratio"], **style)
-        panels[0].annotate(label, (size, row["ppl_ratio"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
-        if row["kld_mean"] > 0:
-            panels[1].plot(size, row["kld_mean"], **style)
-            panels[1].annotate(label, (size, row["kld_mean"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    panels[0].set_ylabel("perplexity, f16 = 1")
-    panels[1].set_ylabel("mean KL divergence from f16")
-    panels[1].set_yscale("log")
-    for panel in panels:
-        panel.set_xlabel("kB a token")
-        panel.set_xlim(left=0)
-        panel.margins(x=0.2, y=0.15)
-        panel.grid(alpha=0.3, which="both")
-    figure.savefig(args.output, metadata={"Date": None})
+    texts, needles = {}, {}
+    for path in sorted(args.json):
+        result = json.loads(path.read_text())
+        if result["task"] == "text":
+            texts.setdefault(result["context"], []).append(result)
+        else:
+            needles.setdefault((result["task"], result["context"]), []).append(result)
+    # Emulated rows repeat what the plugin measured; they are for the layers.
+    plugin = {c: [r for r in rs if r["by"] == "plugin"] for c, rs in texts.items()}
+    plugin = {c: rs for c, rs in plugin.items() if rs}
+    for context, results in plugin.items():
+        draw_ppl(results, context, args.output / f"{context}-ppl.svg")
+    if plugin:
+        draw_positions(plugin, args.output / "position.svg")
+    layers = [r for rs in texts.values() for r in rs if any("kld_by_layer" in row for row in r["rows"])]
+    if layers:
+        draw_layers(layers, args.output / "layer.svg")
+    for (task, context), results in needles.items():
+        draw_needle(results, args.output / f"{task}-{context}.svg")
 
 
 if __name__ == "__main__":
