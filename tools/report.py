@@ -2,9 +2,10 @@
 """Pictures from the JSON that `thimble eval --json` writes.
 
     python3 -m pip install -r tools/requirements.txt
-    tools/report.py docs/quality/*.json -o docs/quality
+    tools/report.py docs/quality/*.json                     # tables
+    tools/report.py docs/quality/*.json -o docs/quality     # pictures
 
-writes those that the files have numbers for:
+draws those that the files have numbers for:
     <context>-ppl.svg      perplexity and KL divergence of every cache against the bytes of a token
     position.svg           KL divergence by position, of every context
     layer.svg              KL divergence with one layer coded at a time
@@ -124,11 +125,30 @@ def draw_needle(results, path):
     save(figure, path)
 
 
+def print_tables(results):
+    """The rows as Markdown."""
+    for result in results:
+        print(f"\n{result['task']}, {result['context']} tokens, by the {result['by']}; profile: {result['profile']}")
+        for row in result["rows"]:
+            size = row["kv_bytes"] / result["context"] / 1000
+            start = f"| {label(result, row)} | {row['bits_per_value']:.2f} | {size:.1f} |"
+            if "ppl" in row:
+                print(f"{start} {row['ppl_ratio']:.4f} ± {row['ppl_ratio_error']:.4f} | {row['kld_mean']:.4f} | "
+                      f"{row['kld_p99']:.3f} | {row['top1_agreement']:.3f} |")
+            else:
+                depths = " | ".join(f"{depth['score']:.3f}" for depth in row["by_depth"])
+                print(f"{start} {row['score']:.4f} | {row['score_ratio']:.4f} | {row['first_digit']:.3f} | "
+                      f"{row['found']:.2f} | {depths} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", nargs="+", type=Path)
-    parser.add_argument("-o", "--output", required=True, type=Path, help="directory of the pictures")
+    parser.add_argument("-o", "--output", type=Path, help="directory of the pictures; without it, tables as Markdown")
     args = parser.parse_args()
+    if not args.output:
+        print_tables([json.loads(path.read_text()) for path in sorted(args.json)])
+        return
     texts, needles = {}, {}
     for path in sorted(args.json):
         result = json.loads(path.read_text())
