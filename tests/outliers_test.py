@@ -37,7 +37,7 @@ with tempfile.TemporaryDirectory() as name:
     for model in ("plain", "outliers"):
         path, profile = directory / f"{model}.gguf", directory / f"{model}.profile"
         kld[model, "rotated"] = divergence(directory, path)  # before there is a profile beside the model
-        run(thimble, "calibrate", "-m", path, "-f", calibration_text, "-o", profile, "-n", 2048, "--window", 512,
+        run(thimble, "calibrate", "-m", path, "-f", calibration_text, "-o", profile, "-n", 1024, "--window", 512,
             "--context", 2048, "--bits", 2, "--even", "--iterations", 5, "-t", 1)
         kld[model, "calibrated"] = divergence(directory, path, "--profile", profile)
     print({" ".join(k): round(v, 4) for k, v in kld.items()})
