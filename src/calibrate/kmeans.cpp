@@ -39,11 +39,14 @@ template <int width>
   }
 }
 
-// Calibration's hot loop: one clone for each instruction set.
-__attribute__((target_clones("default", "avx2", "avx512f"))) void best_centres_of(const Points& points, size_t count,
-                                                                                  const float* weights,
-                                                                                  const float* half_norms,
-                                                                                  uint8_t* nearest) {
+// Calibration's hot loop: one clone for each instruction set, which is chosen before ThreadSanitizer's runtime stands.
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
+#define THIMBLE_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define THIMBLE_CLONES
+#endif
+THIMBLE_CLONES void best_centres_of(const Points& points, size_t count, const float* weights, const float* half_norms,
+                                    uint8_t* nearest) {
   if (points.width == 2) best_centres<2>(points, count, weights, half_norms, nearest);
   if (points.width == 4) best_centres<4>(points, count, weights, half_norms, nearest);
   if (points.width == 8) best_centres<8>(points, count, weights, half_norms, nearest);
