@@ -36,6 +36,11 @@ public:
     std::erase_if(owner_, [&](const auto& e) { return e.second.first == sequence; });
     positions_[sequence] = 0;
   }
+  void remove(int sequence, int from, int to) {
+    std::erase_if(owner_, [&](const auto& e) {
+      return e.second.first == sequence && e.second.second >= from && e.second.second < to;
+    });
+  }
   // Positions of a sequence that are exact.
   std::set<int> exact(int sequence) const {
     std::set<int> positions;
@@ -121,6 +126,53 @@ TEST(Window, CellsOfRemovedSequencesGiveWay) {
     for (int n = 1; n <= 40; n++) s.decode({round});
     EXPECT_EQ(s.exact(round), Sequences::expected(40, kSize)) << round;
     s.remove(round);
+  }
+}
+
+// What a removed sequence has left goes as soon as another takes over its cells, before an idle one's window.
+TEST(Window, LeftoversOfRemovedSequencesGoFirst) {
+  Sequences s(kSize, 2 * kSize.total(), 1000);
+  for (int n = 0; n < 30; n++) s.decode({0});
+  for (int round = 1; round <= 8; round++) {
+    for (int n = 0; n < 40 - 2 * round; n++) s.decode({round});  // does not reach the end of the one before
+    EXPECT_EQ(s.exact(0), Sequences::expected(30, kSize)) << round;
+    EXPECT_EQ(s.exact(round), Sequences::expected(40 - 2 * round, kSize)) << round;
+    s.remove(round);
+  }
+}
+
+// A sequence whose middle is removed while others write there lives on, as soon as it is seen again.
+TEST(Window, ASequenceThatGaveCellsAwayKeepsItsWindow) {
+  Sequences s(kSize, 2 * kSize.total(), 1000);
+  for (int n = 0; n < 30; n++) s.decode({0});
+  s.remove(0, 24, 28);
+  for (int n = 0; n < 6; n++) s.decode({0, 1});
+  EXPECT_EQ(s.exact(1).size(), 6u);
+  std::set<int> window = s.exact(0);
+  EXPECT_EQ(window.size(), size_t(kSize.total()));
+  for (int p : {0, 1, 2, 3, 22, 23, 28, 29, 30, 35}) EXPECT_TRUE(window.count(p)) << p;
+}
+
+// Only which cells are exact and which is the newest decides what stays: not the order in which they came.
+TEST(Window, NoHistoryDecides) {
+  const auto sees_all = [](int, int64_t) { return true; };
+  Window written(kSize, kSize.total(), 100), loaded(kSize, kSize.total(), 100);
+  for (int64_t cell : {90, 91, 92, 93, 94, 95, 96, 20, 21, 22, 23}) {
+    written.begin_batch({&cell, 1});
+    written.commit(sees_all);
+  }
+  int64_t leaving;
+  for (int64_t cell : {20, 21, 22, 23, 90, 91, 92, 93, 94, 95, 96}) loaded.place(cell, &leaving);
+  for (int64_t cell = 24; cell < 50; cell++) {
+    std::set<int64_t> exact[2];
+    for (Window* window : {&written, &loaded}) {
+      window->begin_batch({&cell, 1});
+      window->commit(sees_all);
+      for (const auto& row : window->rows()) exact[window == &loaded].insert(row.cell);
+    }
+    EXPECT_EQ(exact[0], exact[1]) << cell;
+    EXPECT_TRUE(exact[0].count(20)) << "of " << kSize.last << " behind " << cell;
+    if (cell == 29) break;  // from here on 20 is too old
   }
 }
 

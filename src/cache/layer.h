@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "cache/exact_rows.h"
 #include "cache/window.h"
 #include "codec/head_codec.h"
 #include "store/exact_store.h"
@@ -58,32 +59,20 @@ public:
   /// The row that the codes stand for, transform undone.
   void decode_row(int64_t cell, float* row) const;
 
-  /// The exact row of a slot. Slots beyond the ones in `memory` live in memory of their own.
-  uint16_t* exact_row(int slot);
-  const uint16_t* exact_row(int slot) const { return const_cast<CacheSide*>(this)->exact_row(slot); }
+  /// Rows as the model wrote them.
+  ExactRows& rows() { return *rows_; }
+  const uint16_t* row_data(const Window::Row& row) const { return rows_->row(row); }
+  /// Those of all cells, or null.
+  const ExactStore* store() const { return rows_->store(); }
 
-  /// Rows of all cells as the model wrote them, or null.
-  ExactStore* store() const { return store_.get(); }
-
-  // The batch in flight: f16 rows, set between Window::begin_batch and commit.
-  std::vector<uint16_t>& in_flight() { return in_flight_; }
-  const uint16_t* row_data(const Window::Row& row) const {
-    if (store_) return store_->row(row.cell);
-    return row.in_flight ? &in_flight_[size_t(row.index) * row_size()] : exact_row(row.index);
-  }
-
-  /// Copies all blocks of a stream, and what the store holds of it.
+  /// Copies all blocks of a stream, and the rows that lie by cell.
   void copy_stream(int from, int to);
 
 private:
   CacheShape shape_;
   std::shared_ptr<const std::vector<HeadCodec>> codecs_;
-  int n_slots_;
   uint8_t* blocks_;
-  uint16_t* slots_;
-  std::vector<std::unique_ptr<uint16_t[]>> more_slots_;
-  std::vector<uint16_t> in_flight_;
-  std::unique_ptr<ExactStore> store_;
+  std::unique_ptr<ExactRows> rows_;
 };
 
 /// K and V of one layer, with the window they share.
@@ -100,7 +89,7 @@ public:
   const Window& window() const { return window_; }
 
   /// The exact row of a cell, or null where only its codes are left.
-  uint16_t* exact_row(Kind kind, int64_t cell);
+  uint16_t* exact_row(Kind kind, int64_t cell) { return side(kind).rows().at(cell, window_.find(cell)); }
   const uint16_t* exact_row(Kind kind, int64_t cell) const {
     return const_cast<CacheLayer*>(this)->exact_row(kind, cell);
   }
@@ -123,14 +112,16 @@ public:
     end_commit();
   }
 
-  /// An exact row that arrives by itself. Keys of a cell come before its values, and say whether the window takes it
-  /// (where it has slots at all); it is coded where not.
+  /// An exact row that arrives by itself, after ExactRows::keep. Keys of a cell come before its values, and say whether
+  /// the window takes it (where it has slots at all); it is coded where not.
   void take_row(Kind kind, int64_t cell, const uint16_t* row, bool in_window);
 
   void copy_stream(Kind kind, int from, int to);
   void clear();
 
 private:
+  void code_abandoned();
+
   CacheSide keys_, values_;
   Window window_;
   bool has_keys_ = false, has_values_ = false;  // of the batch in flight

@@ -45,7 +45,7 @@ void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const 
   CacheSide& side = layer.side(kind);
   const Format& format = side.format();
   const bool coded = std::memcmp(row, kTag, sizeof(kTag)) == 0;
-  if (side.store()) side.store()->reserve(cell);
+  uint16_t* kept = side.rows().keep(cell);  // may throw: the layer is then as it was
   if (kind == Kind::key) layer.window().forget(cell);
   if (coded) {
     uint64_t saved_hash;
@@ -60,10 +60,10 @@ void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const 
     for (int head = 0; head < side.shape().n_kv_heads; head++) {
       copy_cell_in(format, kind, row + kHeaderBytes + head * vector_bytes, side.block(head, cell), side.in_block(cell));
     }
-    if (side.store()) {  // what the codes stand for is all that is left of the row
+    if (kept) {  // what the codes stand for is all that is left of the row
       std::vector<float> decoded(side.row_size());
       side.decode_row(cell, decoded.data());
-      std::transform(decoded.begin(), decoded.end(), side.store()->row(cell), float_to_half);
+      std::transform(decoded.begin(), decoded.end(), kept, float_to_half);
     }
     return;
   }

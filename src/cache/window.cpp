@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <map>
+#include <tuple>
 
 namespace thimble {
 
@@ -49,12 +50,12 @@ void Window::list_rows() {
 
 void Window::begin_batch(std::span<const int64_t> cells) {
   batch_.assign(cells.begin(), cells.end());
-  batch_number_++;
+  overwritten_.clear();
   for (int64_t cell : cells) {
-    const auto it = slot_of_.find(cell);
-    if (it == slot_of_.end()) continue;
-    slots_[it->second].cell = -1;
-    slot_of_.erase(it);
+    const int slot = find(cell);
+    if (slot < 0) continue;
+    overwritten_.insert(slots_[slot].sequence);
+    empty(slots_[slot]);
   }
   // What stays is in order already: sorting all of it would be the most of what a decoded token costs here.
   std::erase_if(rows_, [this](const Row& row) { return row.in_flight || slots_[row.index].cell != row.cell; });
@@ -65,30 +66,24 @@ void Window::begin_batch(std::span<const int64_t> cells) {
   std::inplace_merge(rows_.begin(), rows_.begin() + n_slots, rows_.end(), by_cell);
 }
 
-// A slot for one more cell: an unused one, a new one, or that of the cell which no batch has seen for longest (its
-// sequence is idle or gone), the oldest written among equals. A stream that has its share recycles its own: what is
-// left there of a removed sequence may have been seen later than what an idle stream still needs.
+// A slot for one more cell: an unused one, a new one, or one of the sequence which no batch has seen for longest. A
+// stream that has its share recycles its own: what is left there of a removed sequence may have been seen later than
+// what an idle stream still needs.
 int Window::free_slot(int64_t cell, int64_t* leaving) {
-  const auto in_stream = [&](const Slot& slot) { return slot.cell / cells_per_stream_ == cell / cells_per_stream_; };
-  int unused = -1, n_in_stream = 0;
-  for (int i = 0; i < int(slots_.size()); i++) {
-    if (slots_[i].cell < 0) {
-      if (unused < 0) unused = i;
-    } else if (in_stream(slots_[i])) {
+  const int64_t stream = cell / cells_per_stream_;
+  Slot *unused = nullptr, *oldest = nullptr;
+  int n_in_stream = 0;
+  for (Slot& slot : slots_) {
+    if (slot.cell < 0) {
+      if (!unused) unused = &slot;
+    } else if (slot.cell / cells_per_stream_ == stream) {
       n_in_stream++;
+      if (!oldest || std::tie(slot.sequence, slot.cell) < std::tie(oldest->sequence, oldest->cell)) oldest = &slot;
     }
   }
   if (n_in_stream < max_slots_per_stream_) {
-    if (unused >= 0) return unused;
-    slots_.emplace_back();
-    return int(slots_.size()) - 1;
-  }
-  Slot* oldest = nullptr;
-  for (Slot& slot : slots_) {
-    if (slot.cell < 0 || !in_stream(slot)) continue;
-    if (!oldest || (slot.seen != oldest->seen ? slot.seen < oldest->seen : slot.written < oldest->written)) {
-      oldest = &slot;
-    }
+    if (!unused) unused = &slots_.emplace_back();
+    return int(unused - slots_.data());
   }
   if (!oldest) return -1;
   if (leaving) *leaving = oldest->cell;
@@ -98,16 +93,16 @@ int Window::free_slot(int64_t cell, int64_t* leaving) {
 
 // Makes room for n more cells of a stream, or for size_.spare more if it has to make some, out of what this batch did
 // not see: that which no batch has seen for longest goes first.
-void Window::let_go_unseen(int64_t stream, int n) {
+void Window::let_go_unseen(int64_t stream, int n, uint64_t seen_from) {
   std::vector<Slot*> used;
   for (Slot& slot : slots_) {
     if (slot.cell >= 0 && slot.cell / cells_per_stream_ == stream) used.push_back(&slot);
   }
   const int missing = int(used.size()) + n - max_slots_per_stream_;
   if (missing <= 0) return;
-  std::erase_if(used, [this](const Slot* slot) { return slot->seen == batch_number_; });
+  std::erase_if(used, [&](const Slot* slot) { return slot->sequence >= seen_from; });
   std::sort(used.begin(), used.end(), [](const Slot* a, const Slot* b) {
-    return a->seen != b->seen ? a->seen < b->seen : a->written < b->written;
+    return std::tie(a->sequence, a->cell) < std::tie(b->sequence, b->cell);
   });
   used.resize(std::min<size_t>(used.size(), std::max(missing, size_.spare)));
   for (Slot* slot : used) empty(*slot);
@@ -118,75 +113,71 @@ int Window::place(int64_t cell, int64_t* leaving) {
   forget(cell);
   const int slot = free_slot(cell, leaving);
   if (slot < 0) return -1;
-  slots_[slot] = {cell, ++clock_, batch_number_};
+  slots_[slot] = {cell, ++n_sequences_};  // of a sequence by itself until a batch sees it
   slot_of_[cell] = slot;
   list_rows();
   return slot;
 }
 
+// Of what a sequence sees, in order of cells, keeps the first cells and the last of the others.
+void Window::keep_ends(std::vector<Candidate*>& sequence, int64_t newest,
+                       const std::function<bool(int64_t)>& visible) const {
+  const ptrdiff_t at_most = size_.last + size_.spare;
+  if (ptrdiff_t(sequence.size()) > at_most) {
+    // The first cells are those of lowest index that the sequence sees: caches fill from the start.
+    int64_t bound = newest / cells_per_stream_ * cells_per_stream_;
+    for (int n = 0; n < size_.first && bound <= sequence.back()->row.cell; bound++) n += visible(bound);
+    const auto is_before = [](int64_t cell) { return [cell](const Candidate* c) { return c->row.cell < cell; }; };
+    const auto others = std::partition_point(sequence.begin(), sequence.end(), is_before(bound));
+    if (sequence.end() - others > at_most) {
+      // Those behind the newest are the latest, those above it were written the last time around.
+      std::rotate(others, std::partition_point(others, sequence.end(), is_before(newest + 1)), sequence.end());
+      sequence.erase(others, sequence.end() - size_.last);
+    }
+  }
+  for (Candidate* c : sequence) c->keep = true;
+}
+
 Window::Changes Window::commit(const std::function<bool(int, int64_t)>& visible) {
   const int n_batch = int(batch_.size());
-  struct Candidate {
-    Row row;
-    uint64_t written;
-    bool seen = false, keep = false;
-  };
+  const uint64_t seen_from = n_sequences_ + 1;
   std::vector<Candidate> candidates;
+  std::vector<Candidate*> of_batch(n_batch);
   candidates.reserve(rows_.size());
   for (const Row& row : rows_) {
-    candidates.push_back({row, row.in_flight ? clock_ + uint64_t(row.index) + 1 : slots_[row.index].written});
+    candidates.push_back({row, row.in_flight ? 0 : slots_[row.index].sequence});
+    if (row.in_flight) of_batch[row.index] = &candidates.back();
   }
-  clock_ += uint64_t(n_batch);
-
-  std::vector<char> continued(n_batch, 0);
-  std::vector<Candidate*> of_sequence;
+  std::vector<Candidate*> sequence;
   for (int row = n_batch - 1; row >= 0 && max_slots_ > 0; row--) {
-    if (continued[row]) continue;  // a later row belongs to the same sequence and sees all that this one does
-    of_sequence.clear();
+    if (of_batch[row]->sequence > 0) continue;  // a later row of the same sequence sees all that this one does
+    n_sequences_++;
+    sequence.clear();
     for (Candidate& c : candidates) {
       if (!visible(row, c.row.cell)) continue;
-      of_sequence.push_back(&c);
-      c.seen = true;
-      if (c.row.in_flight) continued[c.row.index] = 1;
+      c.sequence = n_sequences_;
+      sequence.push_back(&c);
     }
-    const bool all = int(of_sequence.size()) <= size_.total();
-    if (!all) {
-      const auto latest = [](const Candidate* a, const Candidate* b) { return a->written > b->written; };
-      std::nth_element(of_sequence.begin(), of_sequence.begin() + size_.last, of_sequence.end(), latest);
-    }
-    for (size_t i = 0; i < of_sequence.size() && (all || int(i) < size_.last); i++) of_sequence[i]->keep = true;
-    if (size_.first > 0 && !all) {
-      // The sequence's first cells are those of lowest index that it sees: caches fill from the start.
-      const int64_t begin = batch_[row] / cells_per_stream_ * cells_per_stream_;
-      int64_t bound = begin;
-      for (int count = 0; bound < begin + cells_per_stream_; bound++) {
-        if (visible(row, bound) && ++count == size_.first) break;
-      }
-      for (Candidate* c : of_sequence) {
-        if (c->row.cell <= bound) c->keep = true;
-      }
-    }
+    keep_ends(sequence, batch_[row], [&](int64_t cell) { return visible(row, cell); });
   }
 
-  std::vector<Candidate*> arriving;
-  std::map<int64_t, int> arriving_in;  // by stream
-  for (Candidate& c : candidates) {
-    if (!c.row.in_flight) {
-      Slot& slot = slots_[c.row.index];
-      if (c.seen) slot.seen = batch_number_;
-      if (c.seen && !c.keep) empty(slot);
-    } else if (c.keep) {
-      arriving.push_back(&c);
-      arriving_in[c.row.cell / cells_per_stream_]++;
+  std::map<int64_t, int> arriving;  // by stream
+  for (const Candidate& c : candidates) {
+    if (c.row.in_flight) {
+      if (c.keep) arriving[c.row.cell / cells_per_stream_]++;
+      continue;
     }
+    slots_[c.row.index].sequence = c.sequence;
+    const bool seen = c.sequence >= seen_from, gone = !seen && overwritten_.count(c.sequence);
+    if (gone || (seen && !c.keep)) empty(slots_[c.row.index]);
   }
-  for (const auto& [stream, n] : arriving_in) let_go_unseen(stream, n);
+  for (const auto& [stream, n] : arriving) let_go_unseen(stream, n, seen_from);
   Changes changes;
-  std::sort(arriving.begin(), arriving.end(), [](const auto* a, const auto* b) { return a->written < b->written; });
-  for (const Candidate* c : arriving) {
+  for (const Candidate* c : of_batch) {
+    if (!c->keep) continue;
     const int slot = free_slot(c->row.cell);
     if (slot < 0) break;
-    slots_[slot] = {c->row.cell, c->written, batch_number_};
+    slots_[slot] = {c->row.cell, c->sequence};
     slot_of_[c->row.cell] = slot;
     changes.moves.push_back({c->row.index, slot});
   }
@@ -200,6 +191,7 @@ Window::Changes Window::commit(const std::function<bool(int, int64_t)>& visible)
     return !stays;
   });
   batch_.clear();
+  overwritten_.clear();
   return changes;
 }
 

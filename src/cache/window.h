@@ -1,15 +1,21 @@
 // Which cells of a layer are kept exactly: the tokens of the batch in flight, and of every sequence its first `first`
-// cells and the last `last` ones written, or up to `spare` more.
+// cells and the last `last` ones, or up to `spare` more.
 //
 // ggml tells a cache which cells are written and, later, which cells each query may see (the mask); it never names a
 // sequence. So sequences are read off the mask: two batch rows belong to the same sequence where the later one sees the
-// earlier one's cell, and what the last row of a sequence sees is the sequence.
+// earlier one's cell, and what the last row of a sequence sees is the sequence. Their order is read off the cells:
+// llama.cpp fills a cache in the order of its cells, around, so those closest behind the newest one are the latest. No
+// other history decides, so a state need not hold any to go on bit for bit.
 //
-// This class only keeps the books (cells, slots, order); the rows themselves are CacheSide's.
+// Nor does ggml say that a sequence was removed. One is taken for gone when another writes into a cell of its window:
+// llama.cpp gives the cells of removed sequences away from the first on, which are in the window.
+//
+// This class only keeps the books (cells, slots); the rows themselves are ExactRows'.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <span>
 #include <unordered_map>
 #include <vector>
@@ -71,22 +77,28 @@ public:
 private:
   struct Slot {
     int64_t cell = -1;
-    uint64_t written = 0;  // order of writing, over all cells
-    uint64_t seen = 0;     // last batch that could see it
+    uint64_t sequence = 0;  // the last that saw it; numbers are given anew in every batch, so they tell the age, too
   };
+  struct Candidate {
+    Row row;
+    uint64_t sequence = 0;
+    bool keep = false;
+  };
+  void keep_ends(std::vector<Candidate*>& sequence, int64_t newest, const std::function<bool(int64_t)>& visible) const;
+  void let_go_unseen(int64_t stream, int n, uint64_t seen_from);
   int free_slot(int64_t cell, int64_t* leaving = nullptr);
   void empty(Slot& slot);
-  void let_go_unseen(int64_t stream, int n);
   void list_rows();
 
   WindowSize size_;
   int max_slots_;
   int max_slots_per_stream_;
   int64_t cells_per_stream_;
-  uint64_t clock_ = 0, batch_number_ = 0;
-  std::vector<Slot> slots_;  // grows up to max_slots_
+  uint64_t n_sequences_ = 0;  // numbers given
+  std::vector<Slot> slots_;   // grows up to max_slots_
   std::unordered_map<int64_t, int> slot_of_;
   std::vector<int64_t> batch_;
+  std::set<uint64_t> overwritten_;  // sequences whose cells the batch took
   std::vector<Row> rows_;
 };
 
