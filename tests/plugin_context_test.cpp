@@ -110,6 +110,20 @@ TEST_F(PluginContexts, SmallCachesStayF16) {
   EXPECT_NE(take_log().find("THIMBLE0 KV buffer size =    22.50 MiB"), std::string::npos);
 }
 
+// Not a reason to refuse, but to be told of.
+TEST_F(PluginContexts, CachesLeftElsewhereAreNamed) {
+  llama_context_params params = context_params(Options{}.with_bits(4));
+  for (bool offload : {true, false}) {
+    params.offload_kqv = offload;
+    take_log();
+    const std::shared_ptr<llama_context> context(llama_init_from_model(load_model(true).get(), params), llama_free);
+    ASSERT_NE(context, nullptr);
+    EXPECT_EQ(take_log().find("is not on THIMBLE0 and so not coded") != std::string::npos, !offload);
+    Tokens tokens = text(0, 8);
+    EXPECT_EQ(llama_decode(context.get(), llama_batch_get_one(tokens.data(), int(tokens.size()))), 0);
+  }
+}
+
 TEST_F(PluginContexts, EmbeddingsAsPlain) {
   std::vector<Logits> embeddings;
   for (double bits : {0.0, 16.0}) {

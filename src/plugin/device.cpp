@@ -2,6 +2,8 @@
 
 #include <cstring>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -125,10 +127,26 @@ bool has_better_home(ggml_backend_dev_t inner, const ggml_tensor* op) {
   return better;
 }
 
+// A cache that llama.cpp put elsewhere is not coded, which its owner may not have meant. Said once for each buffer.
+void warn_of_other_caches(const ggml_tensor* op) {
+  const ggml_tensor* cache = root_of(op);
+  if (op->op != GGML_OP_SET_ROWS || KvBuffer::of(cache) || !parse_cache_name(cache->name)) return;
+  static std::mutex mutex;
+  static std::set<ggml_backend_buffer_t> told;
+  const std::lock_guard lock(mutex);
+  if (!told.insert(cache->buffer).second || !is_managed(cache, Settings::from_environment())) return;
+  GGML_LOG_WARN(
+      "thimble: the KV cache of some layers (%s) is not on THIMBLE0 and so not coded: leave out --no-kv-offload and "
+      "put "
+      "all layers there (-ngl 99)\n",
+      cache->name);
+}
+
 bool device_supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
   std::string why;
   switch (classify(op, &why)) {
     case NodeKind::other: {
+      warn_of_other_caches(op);
       ggml_backend_dev_t inner = context_of(device).inner;
       return !has_better_home(inner, op) && ggml_backend_dev_supports_op(inner, op);
     }
