@@ -60,8 +60,8 @@ std::string number(double value) {
 }  // namespace
 
 std::string Options::kv() const {
-  return "bits=" + number(bits) + ",window=" + std::to_string(first) + "+" + std::to_string(last) + ",small=0" +
-         (retrieval.empty() ? "" : "," + retrieval);
+  return "bits=" + number(bits) + ",window=" + std::to_string(first) + "+" + std::to_string(last) +
+         ",small=" + std::to_string(small_cells) + (retrieval.empty() ? "" : "," + retrieval);
 }
 
 Options Options::with_bits(double other) const {
@@ -75,17 +75,24 @@ std::string take_log() {
   return std::exchange(log_text, {});
 }
 
-std::shared_ptr<llama_model> load_model(bool coded, bool mmap) {
-  static std::map<std::pair<bool, bool>, std::shared_ptr<llama_model>> models;
-  auto& model = models[{coded, mmap}];
-  if (model) return model;
-  ggml_backend_dev_t device = thimble_device();  // loads the plugin; both models are loaded with it there
-  ggml_backend_dev_t devices[] = {coded ? device : nullptr, nullptr};
+// Loads on the device that coded caches are on, or on the plain CPU. The plugin is there in either case.
+template <typename Load>
+std::shared_ptr<llama_model> load_on(bool coded, bool mmap, const Load& load) {
+  ggml_backend_dev_t device = thimble_device(), devices[] = {coded ? device : nullptr, nullptr};
   llama_model_params params = llama_model_default_params();
   params.devices = devices;
   params.n_gpu_layers = coded ? 99 : 0;
   params.load_mode = mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
-  model.reset(llama_model_load_from_file(model_path(), params), llama_model_free);
+  return load(params);
+}
+
+std::shared_ptr<llama_model> load_model(bool coded, bool mmap) {
+  static std::map<std::pair<bool, bool>, std::shared_ptr<llama_model>> models;
+  auto& model = models[{coded, mmap}];
+  if (model) return model;
+  model = load_on(coded, mmap, [](const llama_model_params& params) {
+    return std::shared_ptr<llama_model>(llama_model_load_from_file(model_path(), params), llama_model_free);
+  });
   if (!model) throw std::runtime_error("cannot load the model\n" + take_log());
   return model;
 }
@@ -116,40 +123,50 @@ llama_context_params context_params(const Options& options) {
   params.n_ubatch = options.n_ubatch;
   params.n_seq_max = options.n_seq;
   params.kv_unified = options.unified;
+  params.swa_full = false;  // as llama.cpp's programs have it
   params.n_threads = params.n_threads_batch = options.n_threads;
   params.flash_attn_type =
       options.coded() || options.plain_flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   return params;
 }
 
-Session::Session(const Options& options) : options_(options), model_(load_model(options.coded(), options.mmap)) {
+Session::Session(const Options& options) : options_(options) {
+  if (options.model) {
+    model_ = load_on(options.coded(), false,
+                     [&](const llama_model_params& params) { return make_model(*options.model, params); });
+  } else {
+    model_ = load_model(options.coded(), options.mmap);
+  }
   const llama_context_params params = context_params(options);
   take_log();
   context_.reset(llama_init_from_model(model_.get(), params), llama_free);
-  const std::string log = take_log();
-  if (!context_) throw std::runtime_error("no context with " + options.kv() + "\n" + log);
-
+  log_ = take_log();
+  if (!context_) throw std::runtime_error("no context with " + options.kv() + "\n" + log_);
   std::smatch found;
-  if (std::regex_search(log, found, std::regex("THIMBLE0 KV buffer size = *([0-9.]+) MiB"))) {
+  if (std::regex_search(log_, found, std::regex("THIMBLE0 KV buffer size = *([0-9.]+) MiB"))) {
     cache_mib_ = std::stod(found[1]);
   }
-  // A head of 64 numbers has a scale of 16 bits with its codes; cells of the window (16 more than asked for) are f16
-  // rows besides, where no exact store has them.
+  if (!options.model) check_size();
+}
+
+// A head of 64 numbers has a scale of 16 bits with its codes; cells of the window (16 more than asked for) are f16 rows
+// besides, where no exact store has them.
+void Session::check_size() const {
   const int n_head_kv = llama_model_n_head_kv(model_.get());
   const int head_dim = llama_model_n_embd(model_.get()) / llama_model_n_head(model_.get());
-  const double n_cells = llama_n_ctx(context()), n_windows = options.unified ? 1 : options.n_seq;
+  const double n_cells = llama_n_ctx(context()), n_windows = options_.unified ? 1 : options_.n_seq;
   const double f16_mib = n_cells * llama_model_n_layer(model_.get()) * 2 * n_head_kv * head_dim * 2 / (1 << 20);
   double share = 0;
-  if (options.bits == 16) share = 1;
-  if (options.coded() && options.bits < 16) {
-    const bool store = options.retrieval.starts_with("top=") && !options.retrieval.ends_with("policy=none");
-    share = (options.bits + 16.0 / head_dim) / 16;
-    const int n_window = options.first + options.last > 0 ? options.first + options.last + 16 : 0;
+  if (options_.bits == 16) share = 1;
+  if (options_.coded() && options_.bits < 16) {
+    const bool store = options_.retrieval.starts_with("top=") && !options_.retrieval.ends_with("policy=none");
+    share = (options_.bits + 16.0 / head_dim) / 16;
+    const int n_window = options_.first + options_.last > 0 ? options_.first + options_.last + 16 : 0;
     if (!store) share += n_window * n_windows / n_cells;
   }
   if (std::abs(cache_mib_ / f16_mib - share) > 0.01) {
     throw std::runtime_error("the cache takes " + number(cache_mib_) + " MiB on THIMBLE0 instead of " +
-                             number(share * f16_mib) + "\n" + log);
+                             number(share * f16_mib) + "\n" + log_);
   }
 }
 

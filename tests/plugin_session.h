@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "llama.h"
+#include "tiny_model.h"
 
 namespace thimble::test {
 
@@ -27,6 +28,8 @@ struct Options {
   bool unified = true;
   int n_threads = 1;  // ggml's threads spin: more of them than idle cores crawl
   bool mmap = true;
+  std::shared_ptr<const TinyModel> model;  // instead of the real one
+  int small_cells = 0;
   // Without flash attention plain llama.cpp is the more exact: with it, the CPU sums values in f16 (NMSE 1e-5).
   bool plain_flash_attention = false;
 
@@ -35,7 +38,7 @@ struct Options {
   Options with_bits(double other) const;
 };
 
-/// The model, loaded once per device and way of loading. Null where THIMBLE_TEST_MODEL names none.
+/// The real model, loaded once per device and way of loading.
 std::shared_ptr<llama_model> load_model(bool coded, bool mmap = true);
 
 /// Tokens [first, first + n) of an English text of about 800.
@@ -52,14 +55,18 @@ using Tokens = std::vector<llama_token>;
 
 class Session {
 public:
-  /// Throws where the context cannot be made, or where its cache is not the size that coding it must give.
+  /// Throws where the context cannot be made, or where the cache of the real model is not the size that coding it must
+  /// give.
   explicit Session(const Options& options);
 
   llama_context* context() const { return context_.get(); }
+  llama_model* model() const { return model_.get(); }
   llama_memory_t memory() const { return llama_get_memory(context()); }
   const Options& options() const { return options_; }
   /// The KV buffers on THIMBLE0 as llama.cpp reported them.
   double cache_mib() const { return cache_mib_; }
+  /// What was logged while the context was made.
+  const std::string& log() const { return log_; }
 
   /// Decodes tokens at the end of a sequence in one batch, and records the logits of the last `n_logits` of them.
   void feed(const Tokens& tokens, int sequence = 0, int n_logits = 1 << 30);
@@ -69,10 +76,13 @@ public:
   std::vector<Logits> logits;
 
 private:
+  void check_size() const;
+
   Options options_;
   std::shared_ptr<llama_model> model_;
   std::shared_ptr<llama_context> context_;
   double cache_mib_ = 0;
+  std::string log_;
 };
 
 /// How far `b` is from `a`, logit rows of the same tokens.

@@ -1,10 +1,12 @@
 // `thimble run` and `thimble serve`: llama.cpp's own programs with the plugin loaded. Every flag that is not ours goes
 // to them as it is.
+#include <gguf.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <cstdlib>
 #include <filesystem>
+#include <memory>
 #include <stdexcept>
 
 #include "commands.h"
@@ -36,12 +38,29 @@ std::string value_of(const std::vector<std::string>& args, std::initializer_list
   return {};
 }
 
+// llama.cpp says what is wrong with a file, too, but often ends before that is written.
+void check_model(const std::string& path) {
+  if (path.empty()) return;
+  if (!std::filesystem::is_regular_file(path)) throw std::runtime_error(path + ": there is no such file");
+  const std::unique_ptr<gguf_context, void (*)(gguf_context*)> model(gguf_init_from_file(path.c_str(), {true, nullptr}),
+                                                                     gguf_free);
+  if (!model) throw std::runtime_error(path + " is no GGUF file, or a damaged one");
+  const uint64_t begin = gguf_get_data_offset(model.get()), size = std::filesystem::file_size(path);
+  for (int64_t i = 0; i < gguf_get_n_tensors(model.get()); i++) {
+    if (begin + gguf_get_tensor_offset(model.get(), i) + gguf_get_tensor_size(model.get(), i) <= size) continue;
+    throw std::runtime_error(path + " is cut short: tensor " + gguf_get_tensor_name(model.get(), i) +
+                             " ends beyond its " + std::to_string(size) + " bytes");
+  }
+}
+
 // Becomes the program; returns only where that fails.
 [[noreturn]] void launch(const std::string& program, const Launch& options, std::vector<std::string> args) {
-  const std::string path = bin_directory() + "/" + program;
+  const std::string path = llama_program(program);
   if (!std::filesystem::exists(path)) {
     throw std::runtime_error(path + " is missing: build it with cmake --build <build directory> --target " + program);
   }
+  const std::string model = value_of(args, {"-m", "--model"});
+  check_model(model);
   if (options.kv == "f16") {
     if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", "none"});
   } else {
@@ -50,7 +69,7 @@ std::string value_of(const std::vector<std::string>& args, std::initializer_list
     if (plus != std::string::npos) settings += ",top=" + options.kv.substr(plus + 1);
     if (!options.store.empty()) settings += ",store=file,path=" + options.store;
     std::string profile = options.profile;
-    if (profile.empty()) profile = profile_beside(value_of(args, {"-m", "--model"}));
+    if (profile.empty()) profile = profile_beside(model);
     if (!profile.empty()) settings += ",profile=" + profile;
     const Settings parsed = Settings::parse(settings);  // says what is wrong before a model is loaded
     if (profile.empty() && std::min(parsed.key_bits, parsed.value_bits) < 3) {

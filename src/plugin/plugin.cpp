@@ -1,9 +1,9 @@
 // The entry point that ggml looks up in a backend library, and the registry behind it.
+#include <cstdio>
 #include <cstring>
 #include <string>
 
 #include "ggml-backend-impl.h"
-#include "ggml-impl.h"
 #include "plugin/device.h"
 
 namespace {
@@ -64,13 +64,10 @@ void* registry_function(ggml_backend_reg_t, const char* name) {
 ggml_backend_reg registry = {
     GGML_BACKEND_API_VERSION, {registry_name, registry_count, registry_device, registry_function}, nullptr};
 
-// ggml's API version does not change when its structs do, so only the very version that this was built against will do.
-bool version_fits() {
-  if (std::strcmp(ggml_version(), THIMBLE_GGML_VERSION) == 0) return true;
-  GGML_LOG_ERROR(
-      "thimble: built for ggml %s but loaded into ggml %s; rebuild it with -DTHIMBLE_LLAMA_CPP=<that llama.cpp>\n",
-      THIMBLE_GGML_VERSION, ggml_version());
-  return false;
+// Why the plugin does not load. Not through ggml's log, which llama.cpp's programs write in a thread of its own: they
+// end, for want of the device, before it is written.
+void refuse(const std::string& why) {
+  std::fprintf(stderr, "thimble: %s\n", why.c_str());
 }
 
 }  // namespace
@@ -80,11 +77,17 @@ GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void);
 }
 
 ggml_backend_reg_t ggml_backend_init(void) {
-  if (!version_fits()) return nullptr;
+  // ggml's API version does not change when its structs do, so only the very version that this was built against will
+  // do.
+  if (std::strcmp(ggml_version(), THIMBLE_GGML_VERSION) != 0) {
+    refuse(std::string("built for ggml ") + THIMBLE_GGML_VERSION + " but loaded into ggml " + ggml_version() +
+           "; rebuild it with -DTHIMBLE_LLAMA_CPP=<that llama.cpp>");
+    return nullptr;
+  }
   try {
     make_devices(&registry);
   } catch (const std::exception& error) {
-    GGML_LOG_ERROR("thimble: %s\n", error.what());
+    refuse(error.what());
     return nullptr;
   }
   return &registry;

@@ -1,0 +1,224 @@
+// Kinds of caches that the small real model does not have: tiny random models of other shapes and architectures, and
+// the real model with an adapter. Each is led through prefill, decoding, removal, a context shift where it has one, and
+// a saved state.
+#include <unistd.h>
+
+#include <filesystem>
+#include <ostream>
+#include <regex>
+
+#include "plugin_session.h"
+#include "tiny_model.h"
+
+namespace thimble::test {
+namespace {
+
+struct Case {
+  std::string name;
+  TinyModel model;
+  std::vector<int> coded_layers = {2};       // layers of each cache that is coded, at small=1024 and a context of 2048
+  bool can_remove = true, can_shift = true;  // as llama.cpp has it; sliding windows rule shifts out, too
+};
+void PrintTo(const Case& c, std::ostream* out) {
+  *out << c.name;
+}
+
+const Metadata kExperts = {{"expert_count", 2u}, {"expert_used_count", 2u}, {"expert_feed_forward_length", 64u}};
+const Metadata kStateSpace = {{"ssm.conv_kernel", 4u},
+                              {"ssm.inner_size", 512u},
+                              {"ssm.state_size", 32u},
+                              {"ssm.time_step_rank", 8u},
+                              {"ssm.group_count", 1u}};
+
+Metadata with(Metadata base, Metadata more) {
+  more.merge(base);
+  return more;
+}
+
+Case heads(uint32_t size, uint32_t n_heads = 2, uint32_t n_kv_heads = 2) {
+  return {"Size" + std::to_string(size) + "Heads" + std::to_string(n_heads) + "Of" + std::to_string(n_kv_heads),
+          {"llama",
+           {{"attention.key_length", size},
+            {"attention.value_length", size},
+            {"rope.dimension_count", size},
+            {"attention.head_count", n_heads},
+            {"attention.head_count_kv", n_kv_heads}}}};
+}
+
+// Layers in turns have a sliding window, which stays f16.
+Case different_sizes(uint32_t keys, uint32_t values) {
+  return {"Keys" + std::to_string(keys) + "Values" + std::to_string(values),
+          {"mimo2", with(kExperts, {{"attention.key_length", keys},
+                                    {"attention.value_length", values},
+                                    {"rope.dimension_count", 32u},
+                                    {"attention.sliding_window", 64u},
+                                    {"attention.sliding_window_pattern", std::vector<uint32_t>{0, 1}}})},
+          {1},
+          true,
+          false};
+}
+
+std::vector<Case> cases() {
+  return {
+      heads(32),
+      heads(48),
+      heads(80),
+      heads(96),
+      heads(112),
+      heads(128),
+      heads(160),
+      heads(192),
+      heads(256),
+      heads(64, 8, 1),
+      heads(64, 6, 2),
+      heads(128, 7, 1),
+      different_sizes(64, 32),
+      different_sizes(96, 128),
+      different_sizes(192, 128),
+      {"Alibi", {"mpt", {{"attention.max_alibi_bias", 8.0f}}}},
+      {"SoftcapAndSmallSlidingWindow",
+       {"gemma2",
+        {{"attention.sliding_window", 64u},
+         {"attn_logit_softcapping", 20.0f},
+         {"attention.key_length", 64u},
+         {"attention.value_length", 64u}}},
+       {1},
+       true,
+       false},
+      {"SoftcapAndLargeSlidingWindow",
+       {"gemma2",
+        {{"attention.sliding_window", 1500u},
+         {"attn_logit_softcapping", 20.0f},
+         {"attention.key_length", 64u},
+         {"attention.value_length", 64u}}},
+       {1, 1},
+       true,
+       false},
+      {"Sinks",
+       {"gpt-oss",
+        with(kExperts,
+             {{"attention.sliding_window", 64u}, {"attention.key_length", 64u}, {"attention.value_length", 64u}})},
+       {1},
+       true,
+       false},
+      // Two kinds of layers, each with heads of its own size, and a cache of one layer for two.
+      {"SharedBetweenLayers",
+       {"gemma4",
+        {{"block_count", 4u},
+         {"attention.shared_kv_layers", 2u},
+         {"embedding_length_per_layer_input", 32u},
+         {"attention.key_length", 64u},
+         {"attention.value_length", 64u},
+         {"attention.key_length_swa", 32u},
+         {"attention.value_length_swa", 32u},
+         {"rope.dimension_count", 64u},
+         {"rope.dimension_count_swa", 32u},
+         {"attention.sliding_window", 64u},
+         {"attention.sliding_window_pattern", std::vector<uint32_t>{1, 0, 1, 0}}}},
+       {1},
+       true,
+       false},
+      {"HybridInEveryLayer", {"falcon-h1", kStateSpace}, {2}, false, false},
+      {"HybridByLayer",
+       {"lfm2", {{"shortconv.l_cache", 3u}, {"attention.head_count_kv", std::vector<uint32_t>{4, 0}}}},
+       {1},
+       false,
+       false},
+      {"Recurrent", {"mamba", kStateSpace}, {}, false, false},
+      {"MultimodalRope",
+       {"qwen2vl", {{"rope.dimension_sections", std::vector<uint32_t>{16, 8, 8, 0}}}},
+       {2},
+       true,
+       false},
+  };
+}
+
+class PluginModels : public testing::TestWithParam<Case> {};
+
+Tokens tokens(int first, int n) {
+  Tokens all;
+  for (int i = first; i < first + n; i++) all.push_back((i * i + 31 * i) % kTinyVocabulary);
+  return all;
+}
+
+void lead_through(Session& session, const Case& c) {
+  session.feed(tokens(0, 150), 0, 40);
+  for (int i = 0; i < 4; i++) session.feed(tokens(150 + i, 1));
+  if (c.can_remove) {
+    ASSERT_TRUE(llama_memory_seq_rm(session.memory(), 0, 120, -1));
+    session.feed(tokens(300, 20), 0, 4);
+  }
+  if (c.can_remove) ASSERT_EQ(llama_memory_can_shift(session.memory()), c.can_shift);
+  if (c.can_shift) {
+    ASSERT_TRUE(llama_memory_seq_rm(session.memory(), 0, 10, 50));
+    llama_memory_seq_add(session.memory(), 0, 50, -1, -40);
+    session.feed(tokens(400, 3), 0, 3);
+  }
+  std::vector<uint8_t> state(llama_state_seq_get_size(session.context(), 0));
+  state.resize(llama_state_seq_get_data(session.context(), state.data(), state.size(), 0));
+  ASSERT_TRUE(llama_memory_seq_rm(session.memory(), 0, -1, -1));
+  ASSERT_EQ(llama_state_seq_set_data(session.context(), state.data(), state.size(), 0), state.size());
+  for (int i = 0; i < 4; i++) session.feed(tokens(500 + i, 1));
+}
+
+TEST_P(PluginModels, AsPlain) {
+  const Case& c = GetParam();
+  Options options;
+  options.model = std::make_shared<TinyModel>(c.model);
+  options.n_ctx = 2048;
+  options.small_cells = 1024;
+  std::vector<Logits> plain;
+  double rounding = 0;
+  for (double bits : {0.0, 16.0, 4.0}) {
+    Session session(options.with_bits(bits));
+    ASSERT_NO_FATAL_FAILURE(lead_through(session, c));
+    if (bits == 0) {
+      plain = session.logits;
+      continue;
+    }
+    std::vector<int> coded_layers;
+    const std::string log = session.log() + take_log();
+    const std::regex line("thimble: KV cache of ([0-9]+) layers");
+    for (std::sregex_iterator found(log.begin(), log.end(), line), end; found != end; ++found) {
+      coded_layers.push_back(std::stoi((*found)[1]));
+    }
+    EXPECT_EQ(coded_layers, c.coded_layers);
+    const double nmse = compare(plain, session.logits).nmse;
+    std::printf("%s, %g bits: NMSE %.1e\n", c.name.c_str(), bits, nmse);
+    if (bits == 16 || c.coded_layers.empty()) {
+      EXPECT_LT(nmse, 1e-6);
+      rounding = nmse;
+    } else {
+      EXPECT_LT(nmse, 0.03);
+      EXPECT_GT(nmse, 5 * rounding) << "nothing was read from codes";
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, PluginModels, testing::ValuesIn(cases()), [](const auto& info) { return info.param.name; });
+
+using PluginAdapter = PluginTest;
+
+TEST_F(PluginAdapter, OfKeysAndValues) {
+  const auto path = std::filesystem::temp_directory_path() / ("thimble-adapter-" + std::to_string(getpid()) + ".gguf");
+  write_adapter(path, load_model(false).get(), 4);
+  std::vector<Logits> without;
+  expect_like_plain({}, [&](Session& s) {
+    if (without.empty()) {
+      Session bare(s.options());
+      bare.feed(text(0, 90), 0, 4);
+      without = bare.logits;
+    }
+    llama_adapter_lora* adapter = llama_adapter_lora_init(s.model(), path.c_str());
+    ASSERT_NE(adapter, nullptr);
+    float scale = 1;
+    ASSERT_EQ(llama_set_adapters_lora(s.context(), &adapter, 1, &scale), 0);
+    s.feed(text(0, 90), 0, 4);
+    EXPECT_GT(compare(without, s.logits).mean_kl, 0.02) << "the adapter does nothing";
+    for (int i = 0; i < 6; i++) s.feed(text(90 + i, 1));
+  });
+  std::filesystem::remove(path);
+}
+
+}  // namespace
+}  // namespace thimble::test
