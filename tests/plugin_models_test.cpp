@@ -148,7 +148,9 @@ void lead_through(Session& session, const Case& c) {
     ASSERT_TRUE(llama_memory_seq_rm(session.memory(), 0, 120, -1));
     session.feed(tokens(300, 20), 0, 4);
   }
-  if (c.can_remove) ASSERT_EQ(llama_memory_can_shift(session.memory()), c.can_shift);
+  if (c.can_remove) {
+    ASSERT_EQ(llama_memory_can_shift(session.memory()), c.can_shift);
+  }
   if (c.can_shift) {
     ASSERT_TRUE(llama_memory_seq_rm(session.memory(), 0, 10, 50));
     llama_memory_seq_add(session.memory(), 0, 50, -1, -40);
