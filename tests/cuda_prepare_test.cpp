@@ -5,6 +5,7 @@
 #include <set>
 
 #include "cuda/prepare_kernel.h"
+#include "cuda/transform_kernel.h"
 #include "cuda/window_kernel.h"
 #include "cuda_fixture.h"
 
@@ -51,6 +52,9 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
   a.value_codec = value_tables.view();
   std::vector<uint16_t> window_keys(kStreams * kHeads * kCapacity * D), window_values(window_keys.size());
   a.window = {window_keys.data(), window_values.data(), slots.data(), kCapacity};
+  constexpr int kDenseCells = 128;  // of the second stream only
+  std::vector<uint16_t> dense_keys(kHeads * kDenseCells * D, 0x7e00), dense_values(dense_keys);
+  a.dense = {dense_keys.data(), dense_values.data(), 1, 1, kDenseCells};
 
   constexpr int kPadded = (kQueryTokens * kGroup + 3) / 4 * 4;
   std::vector<float> raw = random.normals(kStreams * kQueryTokens * kHeads * kGroup * D);
@@ -97,6 +101,13 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
       check_vector(value_codecs[h], &values[at],
                    &value_cache[((stream * n_blocks + cell / kBlockCells) * kHeads + h) * value_block],
                    cell % kBlockCells, slots[i] < 0 ? nullptr : &window_values[row]);
+      if (stream == 1 && cell < kDenseCells && std::isfinite(values[at + 3])) {
+        const size_t dense = (h * kDenseCells + cell) * size_t(D);
+        key_codecs[h].transform.forward(&keys[at], y.data());
+        for (int d = 0; d < D; d++) EXPECT_EQ(dense_keys[dense + d], float_to_half(y[d]));
+        value_codecs[h].transform.forward(&values[at], y.data());
+        for (int d = 0; d < D; d++) EXPECT_EQ(dense_values[dense + d], float_to_half(y[d]));
+      }
     }
   }
   for (int s = 0; s < kStreams; s++) {
@@ -116,6 +127,52 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
         }
       }
     }
+  }
+}
+
+template <int D>
+void check_transform(bool dense) {
+  constexpr int kHeads = 2, kGroup = 3, kStreams = 2, kTokens = 7, kAll = kHeads * kGroup;
+  Random random(11);
+  std::vector<HeadCodec> codecs;
+  for (int h = 0; h < kHeads; h++) codecs.push_back(random_codec(Kind::value, D, 2, dense, random));
+  const HostTables tables = pack_tables(codecs);
+  // As llama.cpp permutes queries: heads outside tokens.
+  const std::vector<float> in = random.normals(size_t(kStreams) * kAll * kTokens * D);
+  std::vector<float> out(in.size(), NAN), expected(D);
+  TransformArgs a;
+  a.n_streams = kStreams;
+  a.n_tokens = kTokens;
+  a.n_kv_heads = kHeads;
+  a.group = kGroup;
+  a.head_dim = D;
+  a.in = in.data();
+  a.token_stride = D;
+  a.head_stride = kTokens * D;
+  a.stream_stride = kAll * kTokens * D;
+  a.codec = tables.view();
+  a.add_mean = true;
+  a.out = out.data();
+  using Kernel = TransformKernel<D>;
+  const int blocks = (kStreams * kTokens * kGroup + kTransformRows - 1) / kTransformRows;
+  simt::Machine::launch(blocks, kHeads, D, Kernel::kSharedBytes, [&] { Kernel::run(a); });
+  for (int s = 0; s < kStreams; s++) {
+    for (int t = 0; t < kTokens; t++) {
+      for (int h = 0; h < kAll; h++) {
+        codecs[h / kGroup].transform.inverse(&in[((s * kAll + h) * kTokens + t) * size_t(D)], expected.data());
+        for (int d = 0; d < D; d++) {
+          EXPECT_NEAR(out[((s * kTokens + t) * kAll + h) * size_t(D) + d], expected[d], 1e-4);
+        }
+      }
+    }
+  }
+}
+
+TEST(CudaTransform, Rows) {
+  for (bool dense : {false, true}) {
+    check_transform<64>(dense);
+    check_transform<128>(dense);
+    check_transform<256>(dense);
   }
 }
 

@@ -25,7 +25,7 @@ struct Options {
   std::string model, profile, json, window = "8+128";
   std::vector<int> depths = {0, 4096, 8000};
   std::vector<std::string> caches = {"f16", "q8_0", "q4_0", "4", "2", "1"};
-  int n_decode = 16, n_prompt = 512, rounds = 5;
+  int n_decode = 16, n_prompt = 512, n_ubatch = 512, rounds = 5;
   int n_threads = int(std::thread::hardware_concurrency());
 };
 
@@ -79,15 +79,30 @@ void read_log(ggml_log_level level, const char* text, void*) {
   if (level == GGML_LOG_LEVEL_ERROR) std::fputs(text, stderr);
 }
 
+// The device that THIMBLE0 wraps, which plain caches are measured on: the one of the same hardware.
+std::string wrapped_device() {
+  const auto hardware = [](ggml_backend_dev_t device) {
+    ggml_backend_dev_props props;
+    ggml_backend_dev_get_props(device, &props);
+    return std::string(props.device_id ? props.device_id : "");
+  };
+  ggml_backend_dev_t ours = ggml_backend_dev_by_name("THIMBLE0");
+  for (size_t i = 0; ours && !hardware(ours).empty() && i < ggml_backend_dev_count(); i++) {
+    ggml_backend_dev_t device = ggml_backend_dev_get(i);
+    if (device != ours && hardware(device) == hardware(ours)) return ggml_backend_dev_name(device);
+  }
+  return "CPU";
+}
+
 Cache make_cache(const Options& options, const std::string& name, int n_cells) {
   Cache cache;
   cache.name = name;
   llama_context_params params = llama_context_default_params();
   params.n_ctx = uint32_t((n_cells + 255) / 256 * 256);
-  params.n_batch = params.n_ubatch = 512;
+  params.n_batch = params.n_ubatch = uint32_t(options.n_ubatch);
   params.n_threads = params.n_threads_batch = options.n_threads;
   params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-  std::string device = "CPU";
+  std::string device = wrapped_device();
   const auto types = {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0};
   const auto type = std::find_if(types.begin(), types.end(), [&](ggml_type t) { return name == ggml_type_name(t); });
   if (type != types.end()) {
@@ -134,8 +149,12 @@ void run(const Options& options) {
   for (int depth : depths) {
     std::map<std::string, std::vector<double>> decode, prompt;
     for (Cache& cache : caches) {
-      if (depth > cache.depth)
-        decode_tokens(cache.context.get(), &tokens[cache.depth], depth - cache.depth, cache.depth, false);
+      if (depth == cache.depth) continue;
+      const auto start = Clock::now();
+      decode_tokens(cache.context.get(), &tokens[cache.depth], depth - cache.depth, cache.depth, false);
+      llama_synchronize(cache.context.get());
+      std::printf("%6d %-6s filled from %d at %.1f tokens/s\n", depth, cache.name.c_str(), cache.depth,
+                  (depth - cache.depth) / seconds_since(start));
       cache.depth = depth;
     }
     for (int round = 0; round < options.rounds + 1; round++) {
@@ -219,6 +238,7 @@ void add_bench_command(CLI::App& app) {
   command->add_option("--window", options.window)->capture_default_str();
   command->add_option("--decode", options.n_decode, "Tokens to decode in a round")->capture_default_str();
   command->add_option("--prompt", options.n_prompt, "Tokens to read in a round")->capture_default_str();
+  command->add_option("--ubatch", options.n_ubatch, "Tokens that the model reads at once")->capture_default_str();
   command->add_option("--rounds", options.rounds)->capture_default_str();
   command->add_option("-t,--threads", options.n_threads)->capture_default_str();
   command->add_option("--json", options.json, "Write the rows here");

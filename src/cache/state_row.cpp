@@ -41,6 +41,11 @@ void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, 
   }
 }
 
+void write_refused_row(uint8_t* row, size_t row_bytes) {
+  std::memset(row, 0, row_bytes);  // a hash of 0
+  std::memcpy(row, kTag, std::min(row_bytes, sizeof(kTag)));
+}
+
 void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row, bool in_window) {
   CacheSide& side = layer.side(kind);
   const Format& format = side.format();

@@ -21,4 +21,7 @@ void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, 
 /// are saved so; with one all are, and the caller knows the order.
 void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row, bool in_window = true);
 
+/// A row that load_cell refuses, for a cell that could not be saved.
+void write_refused_row(uint8_t* row, size_t row_bytes);
+
 }  // namespace thimble

@@ -4,6 +4,7 @@
 #include "cuda/launch.h"
 #include "cuda/prepare.h"
 #include "cuda/prepare_kernel.h"
+#include "cuda/transform_kernel.h"
 #include "cuda/window_kernel.h"
 
 namespace thimble::cuda {
@@ -18,6 +19,17 @@ __global__ void __launch_bounds__(PrepareKernel<HeadDim>::kThreads)
 template <int HeadDim, int Width>
 __global__ void __launch_bounds__(256) decode_kernel(const __grid_constant__ DecodeArgs a) {
   DecodeKernel<HeadDim, Width>::run(a);
+}
+
+template <int HeadDim>
+__global__ void __launch_bounds__(HeadDim) transform_kernel(const __grid_constant__ TransformArgs a) {
+  TransformKernel<HeadDim>::run(a);
+}
+
+template <int HeadDim>
+Status launch_transform(const DeviceInfo& device, const TransformArgs& args, dim3 grid, cudaStream_t stream) {
+  using Kernel = TransformKernel<HeadDim>;
+  return launch(device, transform_kernel<HeadDim>, args, grid, HeadDim, Kernel::kSharedBytes, stream);
 }
 
 __global__ void __launch_bounds__(WindowKernel::kThreads) window_kernel(const __grid_constant__ WindowArgs a) {
@@ -56,8 +68,9 @@ Status prepare(const DeviceInfo& device, PrepareArgs args, cudaStream_t stream) 
     return Status::invalid("a count is out of range");
   }
   if (args.n_tokens > 0) {
-    if (!args.keys || !args.values || !args.cells || !args.key_cache.data || !args.value_cache.data) {
-      return Status::invalid("keys, values, cells or caches are missing");
+    if ((!args.keys && !args.values) || !args.cells || (args.keys && !args.key_cache.data) ||
+        (args.values && !args.value_cache.data)) {
+      return Status::invalid("keys and values, cells or caches are missing");
     }
     if (args.cells_per_stream < 1) return Status::invalid("streams have no cells");
     if (args.window.slots && (!args.window.keys || !args.window.values || args.window.capacity < 1)) {
@@ -119,6 +132,28 @@ Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream
       return launch_decode<128>(device, args, grid, stream);
     case 256:
       return launch_decode<256>(device, args, grid, stream);
+    default:
+      return Status::unsupported("head size must be 64, 128 or 256");
+  }
+}
+
+Status transform_rows(const DeviceInfo& device, const TransformArgs& args, cudaStream_t stream) {
+  if (args.n_streams < 1 || args.n_tokens < 0 || args.n_kv_heads < 1 || args.group < 1) {
+    return Status::invalid("a count is out of range");
+  }
+  if (!args.in || !args.out || !complete(args.codec, args.head_dim, args.n_kv_heads)) {
+    return Status::invalid("rows or codec are missing");
+  }
+  const size_t rows = size_t(args.n_streams) * args.n_tokens * args.group;
+  if (rows == 0) return {};
+  const dim3 grid(unsigned((rows + kTransformRows - 1) / kTransformRows), args.n_kv_heads);
+  switch (args.head_dim) {
+    case 64:
+      return launch_transform<64>(device, args, grid, stream);
+    case 128:
+      return launch_transform<128>(device, args, grid, stream);
+    case 256:
+      return launch_transform<256>(device, args, grid, stream);
     default:
       return Status::unsupported("head size must be 64, 128 or 256");
   }

@@ -25,4 +25,7 @@ Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStrea
 /// Enqueues one kernel that decodes all cells to f16 rows.
 Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream);
 
+/// Enqueues one kernel that transforms queries for attention over decoded rows, or its outputs back.
+Status transform_rows(const DeviceInfo& device, const TransformArgs& args, cudaStream_t stream);
+
 }  // namespace thimble::cuda

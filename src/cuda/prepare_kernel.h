@@ -177,6 +177,12 @@ struct PrepareKernel {
       if (simt::thread() == 0) {
         reinterpret_cast<uint16_t*>(block + n_subspaces * kBlockCells)[cell % kBlockCells] = s.scale[i];
       }
+      uint16_t* dense = kIsKey ? a.dense.keys : a.dense.values;
+      const int dense_stream = stream - a.dense.first_stream;
+      if (dense && dense_stream >= 0 && dense_stream < a.dense.n_streams && cell < a.dense.n_cells) {
+        dense += ((size_t(dense_stream) * a.n_kv_heads + head) * a.dense.n_cells + cell) * D;
+        for (int d = simt::thread(); d < D; d += kThreads) dense[d] = simt::float_to_half(s.y[i][d]);
+      }
       const int slot = a.window.slots ? a.window.slots[first + i] : -1;
       if (slot < 0) continue;
       uint16_t* row = exact + ((size_t(stream) * a.n_kv_heads + head) * a.window.capacity + slot) * D;
@@ -223,8 +229,8 @@ struct PrepareKernel {
     simt::launch_dependents();
     simt::wait_for_previous_grid();
     const int part = simt::block_y() / a.n_kv_heads, head = simt::block_y() % a.n_kv_heads;
-    if (part == 0) encode<Kind::key>(a, head);
-    if (part == 1) encode<Kind::value>(a, head);
+    if (part == 0 && a.keys) encode<Kind::key>(a, head);
+    if (part == 1 && a.values) encode<Kind::value>(a, head);
     if (part == 2) queries(a, head);
   }
 };

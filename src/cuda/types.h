@@ -68,7 +68,14 @@ struct WindowArgs {
   size_t hidden_stream_stride = 0;
 };
 
-/// One layer's new keys and values to code, and queries to transform.
+/// Decoded rows, transformed as they are coded, f16: [n_streams][n_kv_heads][n_cells][head_dim].
+struct DenseRows {
+  uint16_t *keys = nullptr, *values = nullptr;
+  int first_stream = 0, n_streams = 0;  // that are here
+  int n_cells = 0;                      // of each, from cell 0 on
+};
+
+/// One layer's new keys and values to code, and queries to transform. Keys or values may be null: none of these.
 struct PrepareArgs {
   int n_kv_heads = 1, group = 1, head_dim = 128;
 
@@ -82,6 +89,7 @@ struct PrepareArgs {
   CacheView key_cache, value_cache;
   CodecTables key_codec, value_codec;
   WindowRows window;
+  DenseRows dense;  // where the new tokens' rows go, too, in full precision; null: nowhere
 
   // Queries, n_query_tokens of each stream; 0: none. `queries` and `query_factors` are as AttendArgs wants them.
   int n_streams = 1, n_query_tokens = 0;
@@ -103,6 +111,17 @@ struct DecodeArgs {
   bool is_key = true;
   ExactRows exact;           // these cells come from here instead; capacity 0: none
   uint16_t* rows = nullptr;  // [n_streams][n_kv_heads][n_cells][head_dim]
+};
+
+/// Rows of queries or of attention's outputs to take through a codec's transform or back, for attention over decoded
+/// rows. Token t's head h of stream s lies at in + s * stream_stride + t * token_stride + h * head_stride.
+struct TransformArgs {
+  int n_streams = 1, n_tokens = 0, n_kv_heads = 1, group = 1, head_dim = 128;
+  const float* in = nullptr;
+  size_t stream_stride = 0, token_stride = 0, head_stride = 0;
+  CodecTables codec;      // of the keys for queries, of the values for outputs
+  bool add_mean = false;  // to outputs, whose weights sum up to 1
+  float* out = nullptr;   // [n_streams][n_tokens][n_heads][head_dim]; may be `in`, where that has this order
 };
 
 /// Choosing the cells that matter most to one step's queries, and fetching their exact keys and values.

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention/kernels.h"
 #include "ggml-impl.h"
 #include "plugin/graph.h"
 #include "plugin/kv_buffer.h"
@@ -15,6 +16,12 @@
 namespace thimble {
 namespace {
 
+#ifdef THIMBLE_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
 struct DeviceContext {
   ggml_backend_dev_t inner;
   std::string name, description;
@@ -22,7 +29,7 @@ struct DeviceContext {
 
 struct BackendContext {
   ggml_backend_t inner;
-  CpuGraph graph;
+  std::unique_ptr<Graph> graph;
 };
 
 DeviceContext& context_of(ggml_backend_dev_t device) {
@@ -39,6 +46,7 @@ const char* backend_name(ggml_backend_t backend) {
 }
 
 void backend_free(ggml_backend_t backend) {
+  context_of(backend).graph.reset();  // before the backend that it uses
   ggml_backend_free(context_of(backend).inner);
   delete &context_of(backend);
   delete backend;
@@ -46,7 +54,7 @@ void backend_free(ggml_backend_t backend) {
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph* graph) {
   try {
-    return context_of(backend).graph.compute(graph);
+    return context_of(backend).graph->compute(graph);
   } catch (const std::exception& error) {
     GGML_LOG_ERROR("thimble: %s\n", error.what());
     return GGML_STATUS_FAILED;
@@ -58,6 +66,25 @@ const ggml_backend_i kBackendInterface = [] {
   i.get_name = backend_name;
   i.free = backend_free;
   i.graph_compute = backend_compute;
+  return i;
+}();
+
+void backend_set_async(ggml_backend_t backend, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
+  ggml_backend_tensor_set_async(context_of(backend).inner, tensor, data, offset, size);
+}
+void backend_get_async(ggml_backend_t backend, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
+  ggml_backend_tensor_get_async(context_of(backend).inner, tensor, data, offset, size);
+}
+void backend_synchronize(ggml_backend_t backend) {
+  ggml_backend_synchronize(context_of(backend).inner);
+}
+
+// Around a backend that computes beside the host. Tensors that llama.cpp reads and writes so are the inner buffers'.
+const ggml_backend_i kAsyncInterface = [] {
+  ggml_backend_i i = kBackendInterface;
+  i.set_tensor_async = backend_set_async;
+  i.get_tensor_async = backend_get_async;
+  i.synchronize = backend_synchronize;
   return i;
 }();
 
@@ -92,11 +119,27 @@ void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
 ggml_backend_t device_init(ggml_backend_dev_t device, const char* params) {
   ggml_backend_t inner = ggml_backend_dev_init(context_of(device).inner, params);
   if (!inner) return nullptr;
-  return new ggml_backend{&kGuid, kBackendInterface, device, new BackendContext{inner, CpuGraph(inner)}};
+  try {
+    const bool is_async = inner->iface.synchronize != nullptr;
+    return new ggml_backend{&kGuid, is_async ? kAsyncInterface : kBackendInterface, device,
+                            new BackendContext{inner, make_graph(inner)}};
+  } catch (const std::exception& error) {
+    GGML_LOG_ERROR("thimble: %s\n", error.what());
+    ggml_backend_free(inner);
+    return nullptr;
+  }
 }
 
 ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t device) {
   return kv_buffer_type(device, context_of(device).inner);
+}
+
+ggml_backend_buffer_type_t device_host_buffer_type(ggml_backend_dev_t device) {
+  return ggml_backend_dev_host_buffer_type(context_of(device).inner);
+}
+
+bool device_offload_op(ggml_backend_dev_t device, const ggml_tensor* op) {
+  return ggml_backend_dev_offload_op(context_of(device).inner, op);
 }
 
 ggml_backend_buffer_t device_from_host(ggml_backend_dev_t device, void* data, size_t size, size_t max_tensor_size) {
@@ -128,13 +171,13 @@ bool has_better_home(ggml_backend_dev_t inner, const ggml_tensor* op) {
 }
 
 // A cache that llama.cpp put elsewhere is not coded, which its owner may not have meant. Said once for each buffer.
-void warn_of_other_caches(const ggml_tensor* op) {
+void warn_of_other_caches(ggml_backend_dev_t inner, const ggml_tensor* op) {
   const ggml_tensor* cache = root_of(op);
   if (op->op != GGML_OP_SET_ROWS || KvBuffer::of(cache) || !parse_cache_name(cache->name)) return;
   static std::mutex mutex;
   static std::set<ggml_backend_buffer_t> told;
   const std::lock_guard lock(mutex);
-  if (!told.insert(cache->buffer).second || !is_managed(cache, Settings::from_environment())) return;
+  if (!told.insert(cache->buffer).second || !is_managed(cache, Settings::from_environment(), is_cpu(inner))) return;
   GGML_LOG_WARN(
       "thimble: the KV cache of some layers (%s) is not on THIMBLE0 and so not coded: leave out --no-kv-offload and "
       "put "
@@ -142,33 +185,30 @@ void warn_of_other_caches(const ggml_tensor* op) {
       cache->name);
 }
 
+const KvBuffer* buffer_of_cache(const ggml_tensor* op) {
+  if (const KvBuffer* buffer = KvBuffer::layer_of(op) ? KvBuffer::of(op) : nullptr) return buffer;
+  for (const ggml_tensor* src : op->src) {
+    if (src && KvBuffer::layer_of(src)) return KvBuffer::of(src);
+  }
+  return nullptr;
+}
+
 bool device_supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
   std::string why;
-  switch (classify(op, &why)) {
-    case NodeKind::other: {
-      warn_of_other_caches(op);
-      ggml_backend_dev_t inner = context_of(device).inner;
-      return !has_better_home(inner, op) && ggml_backend_dev_supports_op(inner, op);
-    }
-    case NodeKind::refused: {
-      const KvBuffer* buffer = KvBuffer::of(op);
-      for (const ggml_tensor* src : op->src) {
-        if (!buffer && src) buffer = KvBuffer::of(src);
-      }
-      // While the context is being made an exception reaches llama_init_from_model, which fails with our sentence.
-      // Later the graph fails instead. Saying "not supported" would make ggml abort: no other device can read codes.
-      if (buffer && !buffer->in_use()) throw std::runtime_error(why);
-      return true;
-    }
-    case NodeKind::attend:
-      bind(op);
-      return true;
-    case NodeKind::write:
-    case NodeKind::shift:
-    case NodeKind::view:
-      return true;
+  const NodeKind kind = classify(op, &why);
+  if (kind == NodeKind::other) {
+    ggml_backend_dev_t inner = context_of(device).inner;
+    warn_of_other_caches(inner, op);
+    return !has_better_home(inner, op) && ggml_backend_dev_supports_op(inner, op);
   }
-  return false;
+  if (kind == NodeKind::view) return true;
+  const KvBuffer* buffer = buffer_of_cache(op);
+  if (kind == NodeKind::attend) bind(op);
+  if (kind != NodeKind::refused && buffer && buffer->device_cache()) why = buffer->device_cache()->problem(op, kind);
+  // While the context is being made an exception reaches llama_init_from_model, which fails with our sentence.
+  // Later the graph fails instead. Saying "not supported" would make ggml abort: no other device can read codes.
+  if (!why.empty() && buffer && !buffer->in_use()) throw std::runtime_error(why);
+  return true;
 }
 
 bool device_supports_buft(ggml_backend_dev_t device, ggml_backend_buffer_type_t type) {
@@ -184,11 +224,35 @@ const ggml_backend_device_i kDeviceInterface = [] {
   i.get_props = device_props;
   i.init_backend = device_init;
   i.get_buffer_type = device_buffer_type;
+  i.get_host_buffer_type = device_host_buffer_type;
   i.buffer_from_host_ptr = device_from_host;
   i.supports_op = device_supports_op;
   i.supports_buft = device_supports_buft;
+  i.offload_op = device_offload_op;
   return i;
 }();
+
+// The device that THIMBLE_KV names, by its own name or its backend's ("CUDA"). Without one: the first that is no CPU
+// and can be wrapped, or the CPU.
+ggml_backend_dev_t choose_inner(const std::string& name) {
+  ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+  ggml_backend_dev_t inner = name.empty() ? nullptr : ggml_backend_dev_by_name(name.c_str());
+  for (size_t i = 0; !inner && i < ggml_backend_dev_count(); i++) {
+    ggml_backend_dev_t device = ggml_backend_dev_get(i);
+    const bool named = name == ggml_backend_reg_name(ggml_backend_dev_backend_reg(device));
+    if (name.empty() ? device != cpu && can_wrap(device) : named) inner = device;
+  }
+  if (!inner && name.empty()) inner = cpu;
+  if (!inner) {
+    throw std::runtime_error("there is no ggml device '" + (name.empty() ? "CPU" : name) +
+                             "' to run on; see llama-server --list-devices");
+  }
+  if (!can_wrap(inner)) {
+    throw std::runtime_error("device=" + name + ": this build of the plugin cannot wrap that device; only CPU ones" +
+                             (kCuda ? " and CUDA ones" : ", and CUDA ones with -DTHIMBLE_CUDA=ON"));
+  }
+  return inner;
+}
 
 std::vector<std::unique_ptr<ggml_backend_device>>& devices() {
   static std::vector<std::unique_ptr<ggml_backend_device>> all;
@@ -199,19 +263,11 @@ std::vector<std::unique_ptr<ggml_backend_device>>& devices() {
 
 void make_devices(ggml_backend_reg_t registry) {
   if (!devices().empty()) return;
-  const Settings settings = Settings::from_environment();
-  ggml_backend_dev_t inner = settings.device.empty() ? ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)
-                                                     : ggml_backend_dev_by_name(settings.device.c_str());
-  if (!inner) {
-    throw std::runtime_error("there is no ggml device '" + (settings.device.empty() ? "CPU" : settings.device) +
-                             "' to run on; see llama-server --list-devices");
-  }
-  if (ggml_backend_dev_type(inner) != GGML_BACKEND_DEVICE_TYPE_CPU) {
-    throw std::runtime_error("device=" + settings.device + ": only CPU devices can be wrapped so far");
-  }
-  static DeviceContext context{
-      inner, "THIMBLE0",
-      std::string("coded KV cache on ") + ggml_backend_dev_description(inner) + " (" + kernels().name + " kernels)"};
+  ggml_backend_dev_t inner = choose_inner(Settings::from_environment().device);
+  static DeviceContext context{inner, "THIMBLE0",
+                               std::string("coded KV cache on ") + ggml_backend_dev_description(inner) + " (" +
+                                   (is_cpu(inner) ? kernels().name : ggml_backend_dev_name(inner)) + " kernels)"};
+  GGML_LOG_INFO("thimble: THIMBLE0 is %s\n", context.description.c_str());
   devices().push_back(std::make_unique<ggml_backend_device>(ggml_backend_device{kDeviceInterface, registry, &context}));
 }
 

@@ -15,8 +15,13 @@ namespace {
 // Scales are one a head, so the memory of codes depends (a little) on the head size.
 constexpr int kAssumedHeadDim = 64;
 
+constexpr const char* kNoStateOnDevice =
+    "the state of a coded cache on a CUDA device can be neither saved nor loaded yet: use device=CPU, or start "
+    "llama-server with --cache-ram 0";
+
 struct BufferTypeContext {
   ggml_backend_buffer_type_t inner;
+  ggml_backend_dev_t inner_device;
   std::string name;
 };
 
@@ -25,6 +30,11 @@ BufferTypeContext& context_of(ggml_backend_buffer_type_t type) {
 }
 KvBuffer& context_of(ggml_backend_buffer_t buffer) {
   return *static_cast<KvBuffer*>(buffer->context);
+}
+
+// Whether a cache tensor of this shape is coded under these settings; else it stays f16 in the inner buffer.
+bool is_managed(const ggml_tensor* tensor, const Settings& settings, bool on_cpu) {
+  return tensor->ne[1] > settings.small_cells && (on_cpu || !settings.passthrough());
 }
 
 // Of a layer without an exact store.
@@ -67,7 +77,7 @@ ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor
           ggml_type_name(tensor->type));
       return GGML_STATUS_FAILED;
     }
-    if (is_managed(tensor, kv.settings())) {
+    if (is_managed(tensor, kv.settings(), !kv.device_cache())) {
       kv.add(tensor, *name);
       return GGML_STATUS_SUCCESS;
     }
@@ -143,10 +153,12 @@ ggml_backend_buffer_t type_alloc(ggml_backend_buffer_type_t type, size_t size) {
   try {
     auto settings = Settings::from_environment();
     auto source = codec_source(settings);
+    auto device_cache = make_device_cache(context_of(type).inner_device, settings);
     ggml_backend_buffer_t inner = ggml_backend_buft_alloc_buffer(context_of(type).inner, size);
     if (!inner) return nullptr;
-    return ggml_backend_buffer_init(type, kBufferInterface, new KvBuffer(inner, std::move(settings), std::move(source)),
-                                    size);
+    return ggml_backend_buffer_init(
+        type, kBufferInterface, new KvBuffer(inner, std::move(settings), std::move(source), std::move(device_cache)),
+        size);
   } catch (const std::exception& error) {
     GGML_LOG_ERROR("thimble: %s\n", error.what());
     return nullptr;
@@ -165,7 +177,8 @@ size_t type_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor* tenso
     const auto name = tensor->view_src ? std::nullopt : parse_cache_name(tensor->name);
     if (name && tensor->type == GGML_TYPE_F16) {
       const Settings settings = Settings::from_environment();
-      if (is_managed(tensor, settings)) return reserved_bytes(tensor, *name, settings, *codec_source(settings));
+      if (is_managed(tensor, settings, is_cpu(context_of(type).inner_device)))
+        return reserved_bytes(tensor, *name, settings, *codec_source(settings));
     }
   } catch (const std::exception&) {
     // Said by type_alloc, which can refuse; here the nominal size does.
@@ -190,14 +203,15 @@ const ggml_tensor* root_of(const ggml_tensor* tensor) {
   return tensor;
 }
 
-bool is_managed(const ggml_tensor* tensor, const Settings& settings) {
-  return tensor->ne[1] > settings.small_cells;
-}
-
-KvBuffer::KvBuffer(ggml_backend_buffer_t inner, Settings settings, std::shared_ptr<const CodecSource> source)
-    : inner_(inner), settings_(std::move(settings)), source_(std::move(source)) {}
+KvBuffer::KvBuffer(ggml_backend_buffer_t inner, Settings settings, std::shared_ptr<const CodecSource> source,
+                   std::unique_ptr<DeviceCache> device_cache)
+    : inner_(inner),
+      settings_(std::move(settings)),
+      source_(std::move(source)),
+      device_cache_(std::move(device_cache)) {}
 
 KvBuffer::~KvBuffer() {
+  device_cache_.reset();
   ggml_backend_buffer_free(inner_);
 }
 
@@ -224,7 +238,7 @@ void KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
 }
 
 void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads) {
-  if (layer.cache) return;
+  if (layer.bound) return;
   const std::string where = "layer " + std::to_string(layer.index) + ": ";
   for (Kind kind : {Kind::key, Kind::value}) {
     const int dim = kind == Kind::key ? key_dim : value_dim;
@@ -236,15 +250,49 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
           "code; run it without the THIMBLE device (--device none, or thimble --kv f16)");
     }
   }
+  device_cache_ ? bind_on_device(layer, key_dim, value_dim, n_kv_heads)
+                : bind_in_ram(layer, key_dim, value_dim, n_kv_heads);
+  layer.bound = true;
+}
+
+Format KvBuffer::checked_format(const ManagedLayer& layer, Kind kind, int head_dim, const CacheShape& shape) const {
+  const Format format = source_->format(layer.index, kind, head_dim);
+  if (!state_row_fits(shape, format)) {
+    throw std::runtime_error("layer " + std::to_string(layer.index) + ": heads of size " + std::to_string(head_dim) +
+                             " are too small to code; use bits=16 or run without the THIMBLE device");
+  }
+  return format;
+}
+
+void KvBuffer::bind_on_device(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads) {
+  std::shared_ptr<const std::vector<HeadCodec>> codecs[2];
+  uint8_t* memory[2];
+  size_t bytes = 0;
+  const ggml_tensor* keys = layer.tensors[int(Kind::key)];
+  const CacheShape shape{n_kv_heads, keys->ne[1], int(keys->ne[2])};
+  for (Kind kind : {Kind::key, Kind::value}) {
+    const int dim = kind == Kind::key ? key_dim : value_dim;
+    const ggml_tensor* tensor = layer.tensors[int(kind)];
+    const Format format = checked_format(layer, kind, dim, shape);
+    const size_t needed = CacheSide::memory_bytes(shape, format, window_slots(settings_, shape.n_streams));
+    if (needed > reserved_bytes(tensor, {kind, layer.index}, settings_, *source_)) {
+      throw std::runtime_error("layer " + std::to_string(layer.index) + ": heads of size " + std::to_string(dim) +
+                               " cannot be coded on this device; use bits=16 or device=CPU");
+    }
+    bytes += needed;
+    codecs[int(kind)] = source_->codecs(layer.index, kind, dim, n_kv_heads);
+    memory[int(kind)] = static_cast<uint8_t*>(tensor->data);
+  }
+  device_cache_->bind(layer.index, shape, *codecs[int(Kind::key)], *codecs[int(Kind::value)], memory);
+  bound_bytes_ += bytes;
+}
+
+void KvBuffer::bind_in_ram(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads) {
   const auto make_side = [&](Kind kind) {
     const int dim = kind == Kind::key ? key_dim : value_dim;
     const ggml_tensor* tensor = layer.tensors[int(kind)];
     const CacheShape shape{n_kv_heads, tensor->ne[1], int(tensor->ne[2])};
-    const Format format = source_->format(layer.index, kind, dim);
-    if (!state_row_fits(shape, format)) {
-      throw std::runtime_error(where + "heads of size " + std::to_string(dim) +
-                               " are too small to code; use bits=16 or run without the THIMBLE device");
-    }
+    const Format format = checked_format(layer, kind, dim, shape);
     auto codecs = source_->codecs(layer.index, kind, dim, n_kv_heads);
     std::unique_ptr<ExactStore> store;
     if (source_->retrieves(layer.index)) {
@@ -296,6 +344,7 @@ void KvBuffer::use(const char* kernels) {
 
 void KvBuffer::clear(uint8_t value) {
   if (inner_->size > 0) ggml_backend_buffer_clear(inner_, value);
+  if (device_cache_) device_cache_->clear();
   for (auto& [index, layer] : layers_) {
     if (layer.cache) layer.cache->clear();
     for (auto& cells : layer.refused) cells.clear();
@@ -319,6 +368,14 @@ KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_
 }
 
 void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size) {
+  if (device_cache_) {
+    // llama.cpp saves in a destructor, out of which no exception gets: no cache will load such rows.
+    if (!said_refusal_) GGML_LOG_ERROR("thimble: %s\n", kNoStateOnDevice);
+    said_refusal_ = true;
+    const size_t row_bytes = root_of(tensor)->nb[1];
+    for (size_t at = 0; at + row_bytes <= size; at += row_bytes) write_refused_row(data + at, row_bytes);
+    return;
+  }
   const Rows rows = rows_of(tensor, offset, size);
   const size_t row_bytes = root_of(tensor)->nb[1];
   for (int64_t i = 0; i < rows.count; i++) {
@@ -333,6 +390,10 @@ void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, siz
 }
 
 void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offset, size_t size) {
+  if (device_cache_) {
+    if (device_cache_->failure().empty()) GGML_LOG_ERROR("thimble: %s\n", kNoStateOnDevice);
+    return device_cache_->fail(kNoStateOnDevice);
+  }
   const Rows rows = rows_of(tensor, offset, size);
   const size_t row_bytes = root_of(tensor)->nb[1];
   for (int64_t i = 0; i < rows.count; i++) {
@@ -356,7 +417,15 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
 bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
   Kind kind;
   ManagedLayer* layer = layer_of(to, &kind);
-  if (!layer || layer != layer_of(from) || !layer->cache) return false;  // the caller then goes through save and load
+  if (!layer || layer != layer_of(from)) return false;  // the caller then goes through save and load
+  if (device_cache_) {
+    const size_t stream_bytes = root_of(to)->nb[2];
+    if (ggml_nbytes(from) != stream_bytes || ggml_nbytes(to) != stream_bytes) return false;
+    device_cache_->copy_stream(layer->index, kind, int(from->view_offs / stream_bytes),
+                               int(to->view_offs / stream_bytes));
+    return true;
+  }
+  if (!layer->cache) return false;
   const CacheShape& shape = layer->cache->keys().shape();
   const Rows source = rows_of(from, 0, ggml_nbytes(from)), target = rows_of(to, 0, ggml_nbytes(to));
   if (source.count != shape.cells_per_stream || target.count != source.count) return false;
@@ -383,7 +452,7 @@ ggml_backend_buffer_type_t kv_buffer_type(ggml_backend_dev_t device, ggml_backen
   const std::lock_guard lock(mutex);
   auto [it, is_new] = types.try_emplace(device);
   if (is_new) {
-    contexts[device] = {ggml_backend_dev_buffer_type(inner), ggml_backend_dev_name(device)};
+    contexts[device] = {ggml_backend_dev_buffer_type(inner), inner, ggml_backend_dev_name(device)};
     it->second = {
         {type_name, type_alloc, type_alignment, type_max_size, type_alloc_size, nullptr}, device, &contexts[device]};
   }

@@ -19,6 +19,7 @@
 #include "ggml-backend-impl.h"
 #include "ggml.h"
 #include "plugin/codec_source.h"
+#include "plugin/device_cache.h"
 #include "plugin/settings.h"
 
 namespace thimble {
@@ -37,8 +38,9 @@ const ggml_tensor* root_of(const ggml_tensor* tensor);
 struct ManagedLayer {
   int index = 0;
   ggml_tensor* tensors[2] = {nullptr, nullptr};  // by Kind; set by init_tensor
-  std::unique_ptr<CacheLayer> cache;             // once bound
-  int top = 0;                                   // cells to retrieve; above 0, the cache has exact stores
+  bool bound = false;
+  std::unique_ptr<CacheLayer> cache;  // once bound, where the cache is in RAM
+  int top = 0;                        // cells to retrieve; above 0, the cache has exact stores
   bool drop_tail = false;
   std::vector<uint8_t> own_memory[2];  // where the reserved memory is too small (heads under kAssumedHeadDim)
   // By Kind: cells last loaded from a state of other settings, and the rows as they came, which is how they are saved.
@@ -47,11 +49,14 @@ struct ManagedLayer {
 
 class KvBuffer {
 public:
-  KvBuffer(ggml_backend_buffer_t inner, Settings settings, std::shared_ptr<const CodecSource> source);
+  /// `device_cache`: null for a cache in RAM.
+  KvBuffer(ggml_backend_buffer_t inner, Settings settings, std::shared_ptr<const CodecSource> source,
+           std::unique_ptr<DeviceCache> device_cache);
   ~KvBuffer();
 
   ggml_backend_buffer_t inner() const { return inner_; }
   const Settings& settings() const { return settings_; }
+  DeviceCache* device_cache() const { return device_cache_.get(); }
 
   /// The layer behind a tensor or a view of it, or null where the tensor is not a managed cache.
   static ManagedLayer* layer_of(const ggml_tensor* tensor, Kind* kind = nullptr);
@@ -81,19 +86,20 @@ private:
     int64_t first, count;
   };
   Rows rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const;
+  void bind_in_ram(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
+  void bind_on_device(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
+  Format checked_format(const ManagedLayer& layer, Kind kind, int head_dim, const CacheShape& shape) const;
 
   ggml_backend_buffer_t inner_;
   Settings settings_;
   std::shared_ptr<const CodecSource> source_;
+  std::unique_ptr<DeviceCache> device_cache_;
   std::map<int, ManagedLayer> layers_;
   std::unordered_map<const ggml_tensor*, CacheName> by_tensor_;
   size_t bound_bytes_ = 0, store_bytes_ = 0;
   bool in_use_ = false;
   bool said_refusal_ = false;  // since the last graph
 };
-
-/// Whether a cache tensor of this shape is coded under these settings (else it stays f16 in the inner buffer).
-bool is_managed(const ggml_tensor* tensor, const Settings& settings);
 
 /// The buffer type of a device that wraps `inner`. Lives as long as the process.
 ggml_backend_buffer_type_t kv_buffer_type(ggml_backend_dev_t device, ggml_backend_dev_t inner);

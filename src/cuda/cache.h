@@ -1,0 +1,76 @@
+// A KV cache in device memory: what a DeviceLayer and the window that all layers share hold, as arguments of kernels.
+// The counterpart of cache/layer.h, without ggml; the blocks lie where the caller says.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cache/layer.h"
+#include "cuda/device.h"
+#include "cuda/memory.h"
+#include "cuda/types.h"
+
+namespace thimble::cuda {
+
+/// Which cells the window holds. One ring a stream: sequences that share a stream share it.
+class DeviceWindow {
+public:
+  /// A window of size 0 is none at all.
+  Status init(const CacheShape& shape, WindowSize size);
+  Status clear();
+  Status copy_stream(int from, int to);
+
+  int capacity() const { return size_.total(); }
+  int64_t cells_per_stream() const { return shape_.cells_per_stream; }
+  int n_streams() const { return shape_.n_streams; }
+
+  /// Counts the next batch, whose arguments of update_window these are. `cells` is device memory.
+  WindowArgs begin_batch(const int64_t* cells, int n_tokens);
+  uint64_t batch() const { return batch_; }
+
+  const int32_t* slots() const { return slots_.as<int32_t>(); }
+  const int32_t* cells(int stream) const { return cells_.as<int32_t>() + size_t(stream) * capacity(); }
+  const uint32_t* hidden(int stream) const { return hidden_.as<uint32_t>() + stream * hidden_stride(); }
+  size_t hidden_stride() const { return size_t(shape_.blocks_per_stream()) * kBlockCells / 32; }
+
+private:
+  CacheShape shape_;
+  WindowSize size_{0, 0};
+  uint64_t batch_ = 0;  // batches taken in
+  DeviceMemory written_, cells_, slots_, hidden_;
+};
+
+/// One layer's codes, codecs and window rows.
+class DeviceLayer {
+public:
+  /// The same bytes as CacheSide::memory_bytes(shape, format, capacity * n_streams).
+  static size_t memory_bytes(const CacheShape& shape, const Format& format, int capacity);
+
+  /// `memory`, by Kind: device memory of that size, which outlives the layer.
+  Status init(const CacheShape& shape, const std::vector<HeadCodec>& keys, const std::vector<HeadCodec>& values,
+              int capacity, uint8_t* const memory[2]);
+
+  const CacheShape& shape() const { return shape_; }
+  int head_dim() const { return codec(Kind::key).head_dim; }
+  const CodecTables& codec(Kind kind) const { return tables_[int(kind)].view(); }
+  /// From `stream` on.
+  CacheView view(Kind kind, int stream = 0) const;
+  ExactRows window_rows(const DeviceWindow& window, int stream) const;
+  WindowRows window_slots(const DeviceWindow& window) const;
+
+  /// Blocks and window rows.
+  Status copy_stream(Kind kind, int from, int to);
+
+  uint64_t batch[2] = {0, 0};  // by Kind: the window's batch that was written last
+
+private:
+  size_t stream_bytes(Kind kind) const { return size_t(shape_.blocks_per_stream()) * codec(kind).block_bytes(); }
+  uint16_t* rows(Kind kind, int stream) const;
+
+  CacheShape shape_;
+  int capacity_ = 0;
+  DeviceTables tables_[2];
+  uint8_t* memory_[2] = {nullptr, nullptr};
+};
+
+}  // namespace thimble::cuda

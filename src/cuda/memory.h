@@ -1,0 +1,59 @@
+// Owned device memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <utility>
+
+#include "cuda/status.h"
+
+namespace thimble::cuda {
+
+class DeviceMemory {
+public:
+  DeviceMemory() = default;
+  DeviceMemory(DeviceMemory&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  ~DeviceMemory() {
+    if (data_) (void)cudaFree(data_);
+  }
+
+  /// At least `size` bytes, zeroed when they are new. What was there is lost, after all that the device still does with
+  /// it; `moved`, where given, is set if addresses changed.
+  Status reserve(size_t size, bool* moved = nullptr) {
+    if (size <= size_) return {};
+    if (data_) (void)cudaFree(std::exchange(data_, nullptr));  // waits for the device
+    size_ = 0;
+    if (const cudaError_t e = cudaMalloc(&data_, size); e != cudaSuccess) {
+      data_ = nullptr;
+      return Status::from(e);
+    }
+    size_ = size;
+    if (moved) *moved = true;
+    return fill(0);
+  }
+  /// All bytes, when this returns, after all that the device did with them.
+  Status fill(int byte) {
+    if (size_ == 0) return {};
+    if (const cudaError_t e = cudaDeviceSynchronize(); e != cudaSuccess) return Status::from(e);
+    if (const cudaError_t e = cudaMemset(data_, byte, size_); e != cudaSuccess) return Status::from(e);
+    return Status::from(cudaStreamSynchronize(nullptr));
+  }
+
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  size_t size() const { return size_; }
+
+private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace thimble::cuda

@@ -1,0 +1,97 @@
+#include "plugin/cuda_cache.h"
+
+#include <stdexcept>
+
+#include "cuda/layout.h"
+#include "plugin/kv_buffer.h"
+
+namespace thimble {
+
+void require(const cuda::Status& status, const char* what) {
+  if (!status.ok()) throw std::runtime_error(std::string(what) + ": " + status.message);
+}
+
+cuda::DeviceInfo cuda_device(ggml_backend_dev_t inner) {
+  ggml_backend_dev_props props;
+  ggml_backend_dev_get_props(inner, &props);
+  int ordinal = -1;
+  if (!props.device_id) throw std::runtime_error("the CUDA device has no PCI address");
+  require(cuda::Status::from(cudaDeviceGetByPCIBusId(&ordinal, props.device_id)), "CUDA device");
+  require(cuda::Status::from(cudaSetDevice(ordinal)), "CUDA device");
+  cuda::DeviceInfo info;
+  require(cuda::query_device(ordinal, &info), "CUDA device");
+  return info;
+}
+
+CudaCache::CudaCache(ggml_backend_dev_t inner, const Settings& settings)
+    : device_(cuda_device(inner)), window_size_(settings.window) {
+  const std::string where = "on a CUDA device ";
+  if (settings.top > 0) {
+    throw std::runtime_error(where + "top=" + std::to_string(settings.top) +
+                             " cannot be served yet: leave it out, or use device=CPU");
+  }
+  if (settings.window.total() > 0 && settings.window.last == 0) {
+    throw std::runtime_error(where + "a window needs at least one last cell, as in window=8+128");
+  }
+}
+
+void CudaCache::bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
+                     const std::vector<HeadCodec>& values, uint8_t* const memory[2]) {
+  const std::string where = "layer " + std::to_string(index) + " on a CUDA device: ";
+  const Format &k = keys.front().format, &v = values.front().format;
+  if (!cuda::cuda_supports(k) || !cuda::cuda_supports(v) || k.head_dim != v.head_dim ||
+      (v.width(0) != k.width(0) && v.width(0) != 2 * k.width(0))) {
+    throw std::runtime_error(where +
+                             "there are kernels for heads of 64, 128 and 256 numbers, keys and values alike, at "
+                             "bits=4, 2, 1, 4/2 and 2/1; use one of these, bits=16 or device=CPU");
+  }
+  if (shape.cells_per_stream % kBlockCells != 0) {
+    throw std::runtime_error(where + "the context must be a multiple of 64 cells");
+  }
+  require(cuda::Status::from(cudaSetDevice(device_.ordinal)), "CUDA device");
+  if (layers_.empty()) {
+    require(window_.init(shape, window_size_), "memory of the window");
+  } else if (shape.cells_per_stream != window_.cells_per_stream() || shape.n_streams != window_.n_streams()) {
+    throw std::runtime_error(where + "layers of one cache must have the same cells");
+  }
+  auto layer = std::make_unique<cuda::DeviceLayer>();
+  require(layer->init(shape, keys, values, window_.capacity(), memory), where.c_str());
+  layers_[index] = std::move(layer);
+}
+
+std::string CudaCache::problem(const ggml_tensor* node, NodeKind kind) const {
+  if (kind == NodeKind::shift) {
+    return "a context shift of a coded cache cannot be done on a CUDA device yet: start without --context-shift, or "
+           "use device=CPU";
+  }
+  if (kind == NodeKind::write && (node->src[0]->type != GGML_TYPE_F32 || node->src[1]->type != GGML_TYPE_I64)) {
+    return "new keys and values must be f32 and their cells 64-bit numbers on a CUDA device";
+  }
+  if (kind != NodeKind::attend) return {};
+  const ManagedLayer* layer = KvBuffer::layer_of(node->src[1]);
+  const auto it = layer ? layers_.find(layer->index) : layers_.end();
+  const bool has_means = it != layers_.end() && it->second->codec(Kind::key).mean;
+  if (has_means && (attention_parameters(node).softcap != 0 || node->src[4])) {
+    // Both need q.mean, which the kernels leave out: softmax alone does not see it.
+    return "this model has attention sinks or a softcap, which take a codec without means on a CUDA device: leave the "
+           "profile out, or use device=CPU";
+  }
+  if (node->src[1]->ne[1] % kBlockCells != 0) return "its cells are no multiple of 64";
+  return {};
+}
+
+void CudaCache::clear() {
+  failure_.clear();
+  require(window_.clear(), "the window");
+}
+
+void CudaCache::copy_stream(int layer, Kind kind, int from, int to) {
+  const auto it = layers_.find(layer);
+  if (it == layers_.end()) return;
+  require(cuda::Status::from(cudaDeviceSynchronize()), "copying a sequence");
+  require(it->second->copy_stream(kind, from, to), "copying a sequence");
+  require(window_.copy_stream(from, to), "copying a sequence");
+  require(cuda::Status::from(cudaDeviceSynchronize()), "copying a sequence");
+}
+
+}  // namespace thimble

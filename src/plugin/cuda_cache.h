@@ -1,0 +1,40 @@
+// The cache of a buffer in the memory of a CUDA device.
+#pragma once
+
+#include <map>
+#include <memory>
+
+#include "cuda/cache.h"
+#include "plugin/device_cache.h"
+
+namespace thimble {
+
+class CudaCache : public DeviceCache {
+public:
+  CudaCache(ggml_backend_dev_t inner, const Settings& settings);
+
+  void bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
+            const std::vector<HeadCodec>& values, uint8_t* const memory[2]) override;
+  std::string problem(const ggml_tensor* node, NodeKind kind) const override;
+  void clear() override;
+  void copy_stream(int layer, Kind kind, int from, int to) override;
+  const char* kernels() const override { return "CUDA"; }
+
+  cuda::DeviceWindow& window() { return window_; }
+  size_t n_layers() const { return layers_.size(); }
+  cuda::DeviceLayer& layer(int index) { return *layers_.at(index); }
+
+private:
+  cuda::DeviceInfo device_;
+  WindowSize window_size_;
+  cuda::DeviceWindow window_;
+  std::map<int, std::unique_ptr<cuda::DeviceLayer>> layers_;
+};
+
+/// What a ggml device of the CUDA backend is to the CUDA runtime. Throws std::runtime_error where it is none.
+cuda::DeviceInfo cuda_device(ggml_backend_dev_t inner);
+
+/// Throws std::runtime_error with `what` and the reason where a status is not ok.
+void require(const cuda::Status& status, const char* what);
+
+}  // namespace thimble

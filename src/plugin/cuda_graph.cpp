@@ -1,0 +1,430 @@
+#include "plugin/cuda_graph.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <set>
+#include <stdexcept>
+#include <utility>
+
+#include "attention/attention.h"
+
+namespace thimble {
+namespace {
+
+constexpr size_t kSeenGraphs = 8;
+
+void check(cudaError_t error, const char* what) {
+  require(cuda::Status::from(error), what);
+}
+
+template <typename T>
+T* data(const ggml_tensor* tensor) {
+  return static_cast<T*>(tensor->data);
+}
+
+uint64_t hash_of(const ggml_cgraph* graph) {
+  uint64_t hash = 0xcbf29ce484222325;
+  const auto add = [&](const void* bytes, size_t size) {
+    for (size_t i = 0; i + 8 <= size; i += 8) {
+      uint64_t word;
+      std::memcpy(&word, static_cast<const char*>(bytes) + i, 8);
+      hash = (hash ^ word) * 0x100000001b3;
+      hash ^= hash >> 29;
+    }
+  };
+  for (int i = 0; i < graph->n_nodes; i++) {
+    const ggml_tensor* node = graph->nodes[i];
+    add(node, sizeof(*node));
+    for (const ggml_tensor* src : node->src) {
+      if (!src) continue;
+      add(&src->data, sizeof(src->data));
+      add(src->ne, sizeof(src->ne));
+      add(src->nb, sizeof(src->nb));
+    }
+  }
+  return hash;
+}
+
+bool is_prefill(const ggml_tensor* attend) {
+  return attend->src[0]->ne[1] > cuda::kMaxTokens;
+}
+
+CudaCache& cache_of(const Cut& cut) {
+  return static_cast<CudaCache&>(*cut.buffer->device_cache());
+}
+
+// A decode step over all layers of one cache: a replay leaves the books of whole batches only in order. The CUDA
+// backend may wait on the host for a MUL_MAT_ID, which cannot be captured.
+bool worth_capturing(const std::vector<Step>& steps) {
+  std::set<const ManagedLayer*> written;
+  const KvBuffer* buffer = nullptr;
+  for (const auto& [inner, cut] : steps) {
+    for (const ggml_tensor* node : inner) {
+      if (node->op == GGML_OP_MUL_MAT_ID) return false;
+    }
+    if (!cut.layer) continue;
+    if ((cut.attend && is_prefill(cut.attend)) || (buffer && cut.buffer != buffer)) return false;
+    buffer = cut.buffer;
+    if (cut.writes[0] && cut.writes[1]) written.insert(cut.layer);
+  }
+  return buffer && written.size() == static_cast<CudaCache&>(*buffer->device_cache()).n_layers();
+}
+
+void check_cut(const Cut& cut) {
+  DeviceCache& cache = cache_of(cut);
+  for (const auto& [node, kind] : {std::pair{cut.shift, NodeKind::shift},
+                                   {cut.attend, NodeKind::attend},
+                                   {cut.writes[0], NodeKind::write},
+                                   {cut.writes[1], NodeKind::write}}) {
+    const std::string problem = node ? cache.problem(node, kind) : std::string();
+    if (!problem.empty()) cache.fail(problem);
+  }
+  if (!cache.failure().empty()) throw std::runtime_error(cache.failure());
+  cut.buffer->use(cache.kernels());
+}
+
+int first_stream(const Cut& cut) {
+  const ggml_tensor* k = cut.attend->src[1];
+  return int(k->view_offs / root_of(k)->nb[2]);
+}
+
+}  // namespace
+
+CudaGraph::CudaGraph(ggml_backend_t inner) : inner_(inner), device_(cuda_device(ggml_backend_get_device(inner))) {
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+  check(cudaEventCreateWithFlags(&ours_, cudaEventDisableTiming), "event");
+  check(cudaEventCreateWithFlags(&theirs_, cudaEventDisableTiming), "event");
+}
+
+CudaGraph::~CudaGraph() {
+  if (stream_) (void)cudaStreamSynchronize(stream_);
+  forget_captures();
+  if (ours_) (void)cudaEventDestroy(ours_);
+  if (theirs_) (void)cudaEventDestroy(theirs_);
+  if (stream_) (void)cudaStreamDestroy(stream_);
+}
+
+void CudaGraph::go_to_ours() {
+  if (std::exchange(on_ours_, true)) return;
+  ggml_backend_event event{ggml_backend_get_device(inner_), theirs_};
+  ggml_backend_event_record(&event, inner_);
+  check(cudaStreamWaitEvent(stream_, theirs_, 0), "event");
+}
+
+void CudaGraph::go_to_inner() {
+  if (!std::exchange(on_ours_, false)) return;
+  check(cudaEventRecord(ours_, stream_), "event");
+  ggml_backend_event event{ggml_backend_get_device(inner_), ours_};
+  ggml_backend_event_wait(inner_, &event);
+}
+
+CudaGraph::Seen& CudaGraph::find(const ggml_cgraph* graph) {
+  clock_++;
+  for (Seen& seen : seen_) {
+    if (graph->uid != 0 && seen.uid == graph->uid) {
+      seen.last_use = clock_;
+      return seen;
+    }
+  }
+  const uint64_t hash = hash_of(graph);
+  auto it = std::find_if(seen_.begin(), seen_.end(), [&](const Seen& seen) { return seen.hash == hash; });
+  if (it == seen_.end()) {
+    if (seen_.size() < kSeenGraphs) {
+      it = seen_.insert(it, Seen{});
+    } else {
+      it = std::min_element(seen_.begin(), seen_.end(),
+                            [](const Seen& a, const Seen& b) { return a.last_use < b.last_use; });
+      if (it->exec) (void)cudaGraphExecDestroy(it->exec);
+      *it = {};
+    }
+  }
+  it->uid = graph->uid;
+  it->hash = hash;
+  it->last_use = clock_;
+  return *it;
+}
+
+void CudaGraph::forget_captures() {
+  for (Seen& seen : seen_) {
+    if (seen.exec) (void)cudaGraphExecDestroy(std::exchange(seen.exec, nullptr));
+  }
+}
+
+void CudaGraph::replay(const Seen& seen) {
+  go_to_ours();
+  check(cudaGraphLaunch(seen.exec, stream_), "CUDA graph");
+  go_to_inner();
+}
+
+void CudaGraph::capture(const std::vector<Step>& steps, ggml_cgraph* graph, Seen& seen) {
+  go_to_ours();
+  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed), "capture");
+  cudaGraph_t captured = nullptr;
+  capturing_ = true;
+  std::string problem;
+  try {
+    run(steps, graph);
+    go_to_ours();
+  } catch (const std::exception& error) {
+    problem = error.what();
+  }
+  capturing_ = on_ours_ = false;
+  seen.cache = nullptr;
+  for (const Step& step : steps) {
+    if (step.cut.layer) seen.cache = &cache_of(step.cut);
+  }
+  cudaError_t status = cudaStreamEndCapture(stream_, &captured);
+  if (status == cudaSuccess && problem.empty()) status = cudaGraphInstantiate(&seen.exec, captured, 0);
+  if (captured) (void)cudaGraphDestroy(captured);
+  if (status == cudaSuccess && problem.empty()) return;
+  seen.exec = nullptr;
+  can_capture_ = false;
+  (void)cudaGetLastError();
+  GGML_LOG_WARN("thimble: no CUDA graph (%s): tokens take longer\n",
+                problem.empty() ? cudaGetErrorString(status) : problem.c_str());
+}
+
+ggml_status CudaGraph::compute(ggml_cgraph* graph) {
+  if (graph->n_nodes == 0) return GGML_STATUS_SUCCESS;
+  check(cudaSetDevice(device_.ordinal), "CUDA device");
+  on_ours_ = false;
+  Seen& seen = find(graph);
+  if (seen.exec && seen.cache->failure().empty()) {
+    replay(seen);
+    return GGML_STATUS_SUCCESS;
+  }
+  const std::vector<Step> steps = plan_cuts(graph);
+  if (std::none_of(steps.begin(), steps.end(), [](const Step& step) { return step.cut.layer; })) {
+    return ggml_backend_graph_compute_async(inner_, graph);
+  }
+  for (const Step& step : steps) {
+    if (step.cut.layer) check_cut(step.cut);
+  }
+  if (seen.was_run && can_capture_ && worth_capturing(steps)) {
+    capture(steps, graph, seen);
+    if (seen.exec) {
+      replay(seen);
+      return GGML_STATUS_SUCCESS;
+    }
+  }
+  run(steps, graph);
+  go_to_inner();
+  seen.was_run = true;
+  return GGML_STATUS_SUCCESS;
+}
+
+void CudaGraph::run(const std::vector<Step>& steps, ggml_cgraph* graph) {
+  for (const Step& step : steps) {
+    if (!step.inner.empty()) run_inner(step.inner, graph);
+    if (step.cut.layer) run_cut(step.cut);
+  }
+}
+
+// The inner backend captures graphs of its own when their nodes come again, and tells graphs apart by their first node.
+// While we capture it must not: then the first is one that never comes again.
+void CudaGraph::run_inner(std::vector<ggml_tensor*> nodes, const ggml_cgraph* graph) {
+  go_to_inner();
+  if (capturing_) {
+    marker_.op = GGML_OP_NONE;
+    marker_.op_params[0]++;
+    nodes.insert(nodes.begin(), &marker_);
+  }
+  ggml_cgraph part = *graph;
+  part.uid = 0;
+  part.nodes = nodes.data();
+  part.n_nodes = int(nodes.size());
+  part.size = 0;
+  part.leafs = nullptr;
+  part.n_leafs = 0;
+  if (ggml_backend_graph_compute_async(inner_, &part) != GGML_STATUS_SUCCESS) {
+    throw std::runtime_error("the inner CUDA backend failed");
+  }
+}
+
+template <typename T>
+T* CudaGraph::scratch(cuda::DeviceMemory& memory, size_t n) {
+  bool moved = false;
+  if (capturing_ && n * sizeof(T) > memory.size()) throw std::runtime_error("memory was not reserved");
+  require(memory.reserve(n * sizeof(T), &moved), "scratch memory");
+  if (moved) forget_captures();
+  return memory.as<T>();
+}
+
+const float* CudaGraph::slopes(float max_bias, int n_heads) {
+  if (max_bias <= 0) return nullptr;
+  cuda::DeviceMemory& memory = slopes_[{max_bias, n_heads}];
+  if (memory.size() > 0) return memory.as<float>();
+  std::vector<float> values(n_heads);
+  for (int head = 0; head < n_heads; head++) values[head] = alibi_slope(max_bias, n_heads, head);
+  scratch<float>(memory, values.size());
+  check(cudaMemcpy(memory.as<float>(), values.data(), n_heads * sizeof(float), cudaMemcpyHostToDevice), "ALiBi slopes");
+  return memory.as<float>();
+}
+
+// What there is to encode; the window takes in the cells before the first layer's.
+cuda::PrepareArgs CudaGraph::prepare_args(const Cut& cut) {
+  CudaCache& cache = cache_of(cut);
+  cuda::DeviceLayer& layer = cache.layer(cut.layer->index);
+  cuda::DeviceWindow& window = cache.window();
+  cuda::PrepareArgs p;
+  p.n_kv_heads = layer.shape().n_kv_heads;
+  p.head_dim = layer.head_dim();
+  p.key_codec = layer.codec(Kind::key);
+  p.value_codec = layer.codec(Kind::value);
+  p.key_cache = layer.view(Kind::key);
+  p.value_cache = layer.view(Kind::value);
+  p.cells_per_stream = int(layer.shape().cells_per_stream);
+  p.window = layer.window_slots(window);
+  for (Kind kind : {Kind::key, Kind::value}) {
+    const ggml_tensor* write = cut.writes[int(kind)];
+    if (!write) continue;
+    const ggml_tensor *rows = write->src[0], *cells = write->src[1];
+    p.n_tokens = int(rows->ne[1]);
+    p.cells = data<int64_t>(cells);
+    (kind == Kind::key ? p.keys : p.values) = data<float>(rows);
+    (kind == Kind::key ? p.key_token_stride : p.value_token_stride) = rows->nb[1] / sizeof(float);
+    (kind == Kind::key ? p.key_head_stride : p.value_head_stride) = p.head_dim;
+    uint64_t& batch = layer.batch[int(kind)];
+    if (batch == window.batch()) {  // the first of this batch to be written
+      const cuda::WindowArgs args = window.begin_batch(p.cells, p.n_tokens);
+      if (args.capacity > 0) require(cuda::update_window(device_, args, stream_), "the window");
+    }
+    batch = window.batch();
+  }
+  return p;
+}
+
+void CudaGraph::run_cut(const Cut& cut) {
+  go_to_ours();
+  cuda::PrepareArgs p = prepare_args(cut);
+  if (!cut.attend) {
+    require(cuda::prepare(device_, p, stream_), "encoding");
+  } else if (is_prefill(cut.attend)) {
+    prefill(cut, p);
+  } else {
+    attend(cut, p);
+  }
+}
+
+void CudaGraph::attend(const Cut& cut, cuda::PrepareArgs& p) {
+  const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1], *mask = cut.attend->src[3];
+  const auto [scale, max_bias, softcap] = attention_parameters(cut.attend);
+  CudaCache& cache = cache_of(cut);
+  cuda::DeviceLayer& layer = cache.layer(cut.layer->index);
+  const cuda::DeviceWindow& window = cache.window();
+  const int n_heads = int(q->ne[2]), stream = first_stream(cut);
+
+  cuda::AttendArgs a;
+  a.n_streams = p.n_streams = int(q->ne[3]);
+  a.n_tokens = p.n_query_tokens = int(q->ne[1]);
+  a.n_kv_heads = p.n_kv_heads;
+  a.group = p.group = n_heads / p.n_kv_heads;
+  a.head_dim = p.head_dim;
+  a.n_cells = int(k->ne[1]);
+  p.raw_queries = data<float>(q);
+  p.query_token_stride = q->nb[1] / sizeof(float);
+  p.query_head_stride = q->nb[2] / sizeof(float);
+  p.query_stream_stride = q->nb[3] / sizeof(float);
+  p.scale = scale;
+  const size_t rows = cuda::query_rows(a.n_streams, a.n_tokens, a.n_kv_heads, a.group);
+  p.queries = scratch<float>(queries_, rows * a.head_dim);
+  p.query_factors = scratch<float>(factors_, rows);
+  a.queries = p.queries;
+  a.query_factors = p.query_factors;
+
+  a.keys = layer.view(Kind::key, stream);
+  a.values = layer.view(Kind::value, stream);
+  a.key_codec = p.key_codec;
+  a.value_codec = p.value_codec;
+  if (mask) {
+    a.mask = data<uint16_t>(mask);
+    a.mask_token_stride = mask->nb[1] / sizeof(uint16_t);
+    a.mask_stream_stride = mask->ne[3] > 1 ? mask->nb[3] / sizeof(uint16_t) : 0;
+  }
+  a.softcap = softcap;
+  a.slopes = slopes(max_bias, n_heads);
+  a.sinks = cut.attend->src[4] ? data<float>(cut.attend->src[4]) : nullptr;
+  a.exact[0] = layer.window_rows(window, stream);
+  if (window.capacity() > 0) {
+    a.hidden = window.hidden(stream);
+    a.hidden_stream_stride = window.hidden_stride();
+  }
+  a.output = data<float>(cut.attend);
+  const size_t bytes = cuda::attend_workspace_bytes(device_, a);
+  char* workspace = scratch<char>(workspace_, bytes);
+  require(cuda::step(device_, p, a, workspace, bytes, stream_), "attention");
+}
+
+// Many query tokens: all cells are decoded to f16 rows, and the inner backend's flash attention does the rest.
+void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
+  const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1];
+  CudaCache& cache = cache_of(cut);
+  cuda::DeviceLayer& layer = cache.layer(cut.layer->index);
+  const int n_streams = int(q->ne[3]), n_tokens = int(q->ne[1]), n_heads = int(q->ne[2]), n_cells = int(k->ne[1]);
+  const int dim = p.head_dim, stream = first_stream(cut);
+  const size_t n_rows = size_t(n_streams) * p.n_kv_heads * layer.shape().cells_per_stream * dim;
+  uint16_t* dense = scratch<uint16_t>(dense_, 2 * n_rows);
+  p.dense = {dense, dense + n_rows, stream, n_streams, n_cells};
+
+  for (Kind kind : {Kind::key, Kind::value}) {
+    cuda::DecodeArgs d;
+    d.n_streams = n_streams;
+    d.n_kv_heads = p.n_kv_heads;
+    d.n_cells = n_cells;
+    d.cache = layer.view(kind, stream);
+    d.codec = layer.codec(kind);
+    d.is_key = kind == Kind::key;
+    d.exact = layer.window_rows(cache.window(), stream);
+    d.rows = kind == Kind::key ? p.dense.keys : p.dense.values;
+    require(cuda::decode_cells(device_, d, stream_), "decoding");
+  }
+  require(cuda::prepare(device_, p, stream_), "encoding");
+
+  cuda::TransformArgs t;
+  t.n_streams = n_streams;
+  t.n_tokens = n_tokens;
+  t.n_kv_heads = p.n_kv_heads;
+  t.group = n_heads / p.n_kv_heads;
+  t.head_dim = dim;
+  t.in = data<float>(q);
+  t.token_stride = q->nb[1] / sizeof(float);
+  t.head_stride = q->nb[2] / sizeof(float);
+  t.stream_stride = q->nb[3] / sizeof(float);
+  t.codec = p.key_codec;
+  t.out = scratch<float>(queries_, size_t(n_streams) * n_tokens * n_heads * dim);
+  require(cuda::transform_rows(device_, t, stream_), "queries");
+
+  const auto stand_in = [&](int i, void* data, ggml_type type, std::array<int64_t, 4> ne, std::array<size_t, 3> nb) {
+    ggml_tensor& tensor = stand_ins_[i];
+    tensor = {};
+    tensor.type = type;
+    tensor.buffer = cut.buffer->inner();
+    tensor.data = data;
+    std::copy(ne.begin(), ne.end(), tensor.ne);
+    tensor.nb[0] = ggml_type_size(type);
+    std::copy(nb.begin(), nb.end(), tensor.nb + 1);
+    return &tensor;
+  };
+  const size_t row = dim * sizeof(float), cell = dim * sizeof(uint16_t), head = n_cells * cell;
+  ggml_tensor& node = stand_ins_[0] = *cut.attend;
+  node.src[0] = stand_in(1, t.out, GGML_TYPE_F32, {dim, n_tokens, n_heads, n_streams},
+                         {n_heads * row, row, n_tokens * n_heads * row});
+  for (int i = 0; i < 2; i++) {
+    node.src[1 + i] = stand_in(2 + i, i == 0 ? p.dense.keys : p.dense.values, GGML_TYPE_F16,
+                               {dim, n_cells, p.n_kv_heads, n_streams}, {cell, head, p.n_kv_heads * head});
+  }
+  ggml_cgraph whole{};
+  run_inner({&node}, &whole);
+
+  go_to_ours();
+  t.in = t.out = data<float>(cut.attend);
+  t.head_stride = dim;
+  t.token_stride = size_t(n_heads) * dim;
+  t.stream_stride = n_tokens * t.token_stride;
+  t.codec = p.value_codec;
+  t.add_mean = true;
+  require(cuda::transform_rows(device_, t, stream_), "outputs");
+}
+
+}  // namespace thimble

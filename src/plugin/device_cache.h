@@ -1,0 +1,46 @@
+// A KV cache in the memory of a device with kernels of its own. KvBuffer leaves to it what touches codes.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cache/layer.h"
+#include "ggml-backend-impl.h"
+#include "plugin/nodes.h"
+#include "plugin/settings.h"
+
+namespace thimble {
+
+class DeviceCache {
+public:
+  virtual ~DeviceCache() = default;
+
+  /// Binds layer `index` to its shape. `memory`, by Kind, is of `bytes(...)`. Throws std::runtime_error with what the
+  /// user should change.
+  virtual void bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
+                    const std::vector<HeadCodec>& values, uint8_t* const memory[2]) = 0;
+  /// Why a node that `classify` found to touch the cache cannot be run here, or nothing.
+  virtual std::string problem(const ggml_tensor* node, NodeKind kind) const = 0;
+  virtual void clear() = 0;
+  virtual void copy_stream(int layer, Kind kind, int from, int to) = 0;
+  virtual const char* kernels() const = 0;
+
+  /// Says that the cells are not what llama.cpp takes them for, as something could not be done. Graphs over the cache
+  /// fail with this sentence until it is cleared.
+  void fail(const std::string& why) { failure_ = why; }
+  const std::string& failure() const { return failure_; }
+
+protected:
+  std::string failure_;
+};
+
+/// The cache of a buffer on this inner device, or null for the CPU's, which KvBuffer keeps itself. Throws
+/// std::runtime_error where the device cannot serve the settings.
+std::unique_ptr<DeviceCache> make_device_cache(ggml_backend_dev_t inner, const Settings& settings);
+
+/// Whether THIMBLE0 can wrap this device in this build.
+bool can_wrap(ggml_backend_dev_t inner);
+bool is_cpu(ggml_backend_dev_t inner);
+
+}  // namespace thimble

@@ -1,0 +1,110 @@
+#include "plugin/plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace thimble {
+namespace {
+
+bool overlap(const ggml_tensor* a, const ggml_tensor* b) {
+  const char *a_data = static_cast<const char*>(a->data), *b_data = static_cast<const char*>(b->data);
+  return a_data < b_data + ggml_nbytes(b) && b_data < a_data + ggml_nbytes(a);
+}
+
+class Planner {
+public:
+  std::vector<Step> plan(ggml_cgraph* graph) {
+    for (int i = 0; i < graph->n_nodes; i++) {
+      ggml_tensor* node = graph->nodes[i];
+      if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0) continue;
+      std::string why;
+      const NodeKind kind = classify(node, &why);
+      if (kind == NodeKind::refused) throw std::runtime_error(why);
+      if (kind == NodeKind::attend) bind(node);
+      if (kind == NodeKind::view) continue;
+      if (kind == NodeKind::write) {
+        write(node);
+        continue;
+      }
+      if (!is_view_op(node->op))
+        flush_overwritten(node, kind == NodeKind::attend ? KvBuffer::layer_of(node->src[1]) : nullptr);
+      if (kind == NodeKind::other) {
+        inner_.push_back(node);
+      } else if (kind == NodeKind::attend) {
+        Cut cut = take(KvBuffer::layer_of(node->src[1]));
+        cut.buffer = KvBuffer::of(node->src[1]);
+        cut.attend = node;
+        emit(cut);
+      } else {
+        emit(take(KvBuffer::layer_of(node)));
+        emit({KvBuffer::of(node), KvBuffer::layer_of(node), {}, nullptr, node});
+      }
+    }
+    while (!pending_.empty()) emit(take(pending_.front().layer));
+    if (!inner_.empty()) emit({});
+    return std::move(steps_);
+  }
+
+private:
+  void write(ggml_tensor* node) {
+    Kind kind;
+    ManagedLayer* layer = KvBuffer::layer_of(node, &kind);
+    auto it = find(layer);
+    if (it != pending_.end() && it->writes[int(kind)]) {
+      emit(take(layer));
+      it = pending_.end();
+    }
+    if (it == pending_.end()) {
+      it = pending_.insert(it, Cut{});
+      it->buffer = KvBuffer::of(node);
+      it->layer = layer;
+    }
+    it->writes[int(kind)] = node;
+  }
+
+  // Memory of a waiting write's rows may be given to nodes after its place in the graph. The attention over the very
+  // layer reads its rows first.
+  void flush_overwritten(const ggml_tensor* node, const ManagedLayer* attends) {
+    for (size_t i = 0; i < pending_.size();) {
+      bool overwritten = false;
+      for (const ggml_tensor* write : pending_[i].writes) {
+        overwritten = overwritten || (write && (overlap(node, write->src[0]) || overlap(node, write->src[1])));
+      }
+      if (overwritten && pending_[i].layer != attends) {
+        emit(take(pending_[i].layer));
+      } else {
+        i++;
+      }
+    }
+  }
+
+  std::vector<Cut>::iterator find(const ManagedLayer* layer) {
+    return std::find_if(pending_.begin(), pending_.end(), [&](const Cut& cut) { return cut.layer == layer; });
+  }
+  Cut take(ManagedLayer* layer) {
+    Cut cut;
+    cut.layer = layer;
+    if (const auto it = find(layer); it != pending_.end()) {
+      cut = *it;
+      pending_.erase(it);
+    }
+    return cut;
+  }
+  void emit(const Cut& cut) {
+    if (cut.layer && !cut.writes[0] && !cut.writes[1] && !cut.attend && !cut.shift) return;
+    steps_.push_back({std::move(inner_), cut});
+    inner_.clear();
+  }
+
+  std::vector<Step> steps_;
+  std::vector<ggml_tensor*> inner_;
+  std::vector<Cut> pending_;  // writes that wait
+};
+
+}  // namespace
+
+std::vector<Step> plan_cuts(ggml_cgraph* graph) {
+  return Planner().plan(graph);
+}
+
+}  // namespace thimble
