@@ -203,6 +203,21 @@ int main(int argc, char** argv) {
     time(label("step 1x131072: encode, then attend"), 24, 2.0 * cache, [&](int i, cudaStream_t s) {
       require(step(device, prepare_at(i, 1, 1), attend_at(i), workspace, workspace_bytes, s));
     });
+    for (const int n_cells : {256, 4096}) {
+      const auto short_step = [&](int i, bool window, bool encode, cudaStream_t s) {
+        AttendArgs x = attend_at(i);
+        x.n_cells = n_cells;
+        if (!window) x.exact[0] = {};
+        if (!encode) return require(attend(device, x, workspace, workspace_bytes, s));
+        require(step(device, prepare_at(i, 1, 1), x, workspace, workspace_bytes, s));
+      };
+      std::snprintf(name, sizeof(name), "attend 1x%d, mask, %s", n_cells, dense ? "dense" : "Hadamard");
+      time(name, 24, 0, [&](int i, cudaStream_t s) { short_step(i, false, false, s); });
+      std::snprintf(name, sizeof(name), "attend 1x%d, mask, window of 137, %s", n_cells, dense ? "dense" : "Hadamard");
+      time(name, 24, 0, [&](int i, cudaStream_t s) { short_step(i, true, false, s); });
+      std::snprintf(name, sizeof(name), "step 1x%d, %s", n_cells, dense ? "dense" : "Hadamard");
+      time(name, 24, 0, [&](int i, cudaStream_t s) { short_step(i, true, true, s); });
+    }
     if (dense) break;
 
     DecodeArgs t;

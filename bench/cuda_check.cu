@@ -304,12 +304,14 @@ void run(const DeviceInfo& device, const Case& c) {
   r.all_hidden = all_hidden.device();
   AttendArgs with = a;
   with.exact[1] = {r.keys, r.values, r.cells, c.top, true};
+  Array<uint8_t> more_workspace(attend_workspace_bytes(device, with));  // more exact rows may mean more splits
+  require(cudaMemset(more_workspace.device(), 0, more_workspace.host.size()));
   with.hidden = r.all_hidden;
   with.hidden_head_stride = c.n_cells / 32;
   with.hidden_stream_stride = size_t(c.n_cells / 32) * c.n_kv_heads;
   if (accept(c, score_cells(device, a, scores.device(), nullptr), "scores") &&
       accept(c, choose_cells(device, r, nullptr), "choose") && accept(c, gather_cells(device, r, nullptr), "gather") &&
-      accept(c, attend(device, with, workspace.device(), workspace.host.size(), nullptr), "attend")) {
+      accept(c, attend(device, with, more_workspace.device(), more_workspace.host.size(), nullptr), "attend")) {
     chosen.download();
     scores.download();
     wrong = 0;

@@ -217,6 +217,8 @@ TEST(CudaAttend, MaskSoftcapAlibiSinks) {
 
 TEST(CudaAttend, ExactRows) {
   EXPECT_LT(error_of<Small>({.n_exact = 20}), kTolerance);
+  // More splits than blocks of coded cells: some have exact rows alone.
+  EXPECT_LT(error_of<Small>({.n_cells = 128, .n_splits = 5, .blocks_x = 5, .mask = true, .n_exact = 80}), kTolerance);
   EXPECT_LT(error_of<Small>({.n_streams = 2,
                              .n_kv_heads = 2,
                              .n_cells = 64 * 4,

@@ -18,14 +18,16 @@ int blocks_per_pair(const DeviceInfo& device, int pairs) {
 }
 
 // Splits of a stream's cells: the number that makes the busiest thread block end first. Each warp of a block takes
-// blocks of 64 cells in turns; an item costs about three such turns for its score table and for combining.
-int choose_splits(int n_streams, int n_blocks, int lanes, int warps) {
+// blocks of 64 cells in turns, and exact rows, which take about half as long, one waiting for the other; an item costs
+// about three turns for its score table and for combining.
+int choose_splits(int n_streams, int n_blocks, int n_exact, int lanes, int warps) {
   constexpr int kItemCost = 3;
+  const auto turns = [&](int n, int splits) { return ((n + splits - 1) / splits + warps - 1) / warps; };
   int best = 1, best_cost = 0;
-  for (int splits = 1; splits <= std::max(1, std::min(lanes, n_blocks)); splits++) {
+  const int most = std::max(n_blocks, (n_exact + warps - 1) / warps);
+  for (int splits = 1; splits <= std::max(1, std::min(lanes, most)); splits++) {
     const int items = (n_streams * splits + lanes - 1) / lanes;
-    const int turns = ((n_blocks + splits - 1) / splits + warps - 1) / warps;
-    const int cost = items * (turns + kItemCost);
+    const int cost = items * (2 * turns(n_blocks, splits) + turns(n_exact, splits) + 2 * kItemCost);
     if (splits == 1 || cost < best_cost) {
       best = splits;
       best_cost = cost;
@@ -81,8 +83,9 @@ Status check(const AttendArgs& args) {
 void plan(const DeviceInfo& device, AttendArgs& args) {
   args.row_groups = row_groups(args);
   const int lanes = blocks_per_pair(device, args.n_kv_heads * args.row_groups);
-  args.n_splits = choose_splits(args.n_streams, args.n_cells / kBlockCells, lanes,
-                                attend_warps(args.head_dim, args.key_codec.width, args.value_codec.width));
+  args.n_splits =
+      choose_splits(args.n_streams, args.n_cells / kBlockCells, args.exact[0].capacity + args.exact[1].capacity, lanes,
+                    attend_warps(args.head_dim, args.key_codec.width, args.value_codec.width));
 }
 
 // Counters come first in a workspace, in a part of constant size: calls of other shapes must find them zero.

@@ -12,11 +12,10 @@ Status copy(void* to, const void* from, size_t size) {
 Status DeviceWindow::init(const CacheShape& shape, WindowSize size) {
   shape_ = shape;
   size_ = size;
-  if (size_.total() == 0) return {};
-  if (size_.last == 0) return Status::unsupported("a window needs at least one last cell");
   const size_t n = size_t(shape.n_streams);
   if (Status s = written_.reserve(n * sizeof(int32_t)); !s.ok()) return s;
   if (Status s = cells_.reserve(n * capacity() * sizeof(int32_t)); !s.ok()) return s;
+  if (Status s = kept_cells_.reserve(cells_.size()); !s.ok()) return s;
   if (Status s = hidden_.reserve(n * hidden_stride() * sizeof(uint32_t)); !s.ok()) return s;
   if (Status s = slots_.reserve(size_t(shape.n_cells()) * sizeof(int32_t)); !s.ok()) return s;  // no batch has more
   return clear();
@@ -28,8 +27,12 @@ Status DeviceWindow::clear() {
   return hidden_.fill(0);
 }
 
+Status DeviceWindow::keep_cells(cudaStream_t stream) {
+  return Status::from(cudaMemcpyAsync(kept_cells_.as<int32_t>(), cells_.as<int32_t>(), cells_.size(),
+                                      cudaMemcpyDeviceToDevice, stream));
+}
+
 Status DeviceWindow::copy_stream(int from, int to) {
-  if (capacity() == 0) return {};
   int32_t* written = written_.as<int32_t>();
   if (Status s = copy(written + to, written + from, sizeof(int32_t)); !s.ok()) return s;
   if (Status s = copy(cells_.as<int32_t>() + size_t(to) * capacity(), cells(from), capacity() * sizeof(int32_t));
@@ -56,10 +59,6 @@ WindowArgs DeviceWindow::begin_batch(const int64_t* cells, int n_tokens) {
   return args;
 }
 
-size_t DeviceLayer::memory_bytes(const CacheShape& shape, const Format& format, int capacity) {
-  return CacheSide::memory_bytes(shape, format, capacity * shape.n_streams);
-}
-
 Status DeviceLayer::init(const CacheShape& shape, const std::vector<HeadCodec>& keys,
                          const std::vector<HeadCodec>& values, int capacity, uint8_t* const memory[2]) {
   shape_ = shape;
@@ -81,13 +80,12 @@ uint16_t* DeviceLayer::rows(Kind kind, int stream) const {
   return reinterpret_cast<uint16_t*>(all) + size_t(stream) * shape_.n_kv_heads * capacity_ * head_dim();
 }
 
-ExactRows DeviceLayer::window_rows(const DeviceWindow& window, int stream) const {
-  if (capacity_ == 0) return {};
-  return {rows(Kind::key, stream), rows(Kind::value, stream), window.cells(stream), capacity_, false};
+ExactRows DeviceLayer::window_rows(const DeviceWindow& window, int stream, bool kept) const {
+  return {rows(Kind::key, stream), rows(Kind::value, stream), kept ? window.kept_cells(stream) : window.cells(stream),
+          capacity_, false};
 }
 
 WindowRows DeviceLayer::window_slots(const DeviceWindow& window) const {
-  if (capacity_ == 0) return {};
   return {rows(Kind::key, 0), rows(Kind::value, 0), window.slots(), capacity_};
 }
 
@@ -99,7 +97,6 @@ Status DeviceLayer::copy_stream(Kind kind, int from, int to) {
       return s;
     }
   }
-  if (capacity_ == 0) return {};
   return copy(rows(kind, to), rows(kind, from), size_t(shape_.n_kv_heads) * capacity_ * head_dim() * sizeof(uint16_t));
 }
 

@@ -12,41 +12,45 @@
 
 namespace thimble::cuda {
 
+/// Rows of a stream that hold the tokens which are just being decoded, beside the window's.
+inline constexpr int kInFlightRows = kMaxTokens;
+
 /// Which cells the window holds. One ring a stream: sequences that share a stream share it.
 class DeviceWindow {
 public:
-  /// A window of size 0 is none at all.
   Status init(const CacheShape& shape, WindowSize size);
   Status clear();
   Status copy_stream(int from, int to);
 
-  int capacity() const { return size_.total(); }
+  int capacity() const { return size_.first + size_.last + kInFlightRows; }
   int64_t cells_per_stream() const { return shape_.cells_per_stream; }
   int n_streams() const { return shape_.n_streams; }
 
   /// Counts the next batch, whose arguments of update_window these are. `cells` is device memory.
   WindowArgs begin_batch(const int64_t* cells, int n_tokens);
   uint64_t batch() const { return batch_; }
+  /// Enqueues a copy of the window's cells as they are before a batch: while a layer's rows of it are not written yet,
+  /// these are what its rows hold.
+  Status keep_cells(cudaStream_t stream);
 
   const int32_t* slots() const { return slots_.as<int32_t>(); }
   const int32_t* cells(int stream) const { return cells_.as<int32_t>() + size_t(stream) * capacity(); }
+  const int32_t* kept_cells(int stream) const { return kept_cells_.as<int32_t>() + size_t(stream) * capacity(); }
   const uint32_t* hidden(int stream) const { return hidden_.as<uint32_t>() + stream * hidden_stride(); }
   size_t hidden_stride() const { return size_t(shape_.blocks_per_stream()) * kBlockCells / 32; }
 
 private:
   CacheShape shape_;
-  WindowSize size_{0, 0};
+  WindowSize size_{0, 0, 0};
   uint64_t batch_ = 0;  // batches taken in
-  DeviceMemory written_, cells_, slots_, hidden_;
+  DeviceMemory written_, cells_, kept_cells_, slots_, hidden_;
 };
 
 /// One layer's codes, codecs and window rows.
 class DeviceLayer {
 public:
-  /// The same bytes as CacheSide::memory_bytes(shape, format, capacity * n_streams).
-  static size_t memory_bytes(const CacheShape& shape, const Format& format, int capacity);
-
-  /// `memory`, by Kind: device memory of that size, which outlives the layer.
+  /// `memory`, by Kind: device memory of CacheSide::memory_bytes(shape, format, capacity * n_streams), which outlives
+  /// the layer.
   Status init(const CacheShape& shape, const std::vector<HeadCodec>& keys, const std::vector<HeadCodec>& values,
               int capacity, uint8_t* const memory[2]);
 
@@ -55,7 +59,8 @@ public:
   const CodecTables& codec(Kind kind) const { return tables_[int(kind)].view(); }
   /// From `stream` on.
   CacheView view(Kind kind, int stream = 0) const;
-  ExactRows window_rows(const DeviceWindow& window, int stream) const;
+  /// `kept`: the cells as they were when DeviceWindow::keep_cells was called.
+  ExactRows window_rows(const DeviceWindow& window, int stream, bool kept = false) const;
   WindowRows window_slots(const DeviceWindow& window) const;
 
   /// Blocks and window rows.

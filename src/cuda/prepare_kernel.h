@@ -64,6 +64,7 @@ struct PrepareKernel {
     const int i = simt::thread();
     if (i < n) {
       float square = 0;
+      SIMT_UNROLL_SOME
       for (int d = 0; d < D; d++) square = simt::add_rn(square, simt::mul_rn(s.y[i][d], s.y[i][d]));
       const bool plain = square != 0 && finite(square);
       s.inverse_rms[i] = plain ? simt::div_rn(1.0f, simt::sqrt_rn(simt::div_rn(square, float(D)))) : 0.0f;
@@ -129,6 +130,7 @@ struct PrepareKernel {
     const int i = simt::thread();
     if (i < n && s.inverse_rms[i] != 0) {
       float along = 0, length = 0;
+      SIMT_UNROLL_SOME
       for (int d = 0; d < D; d++) {
         along = simt::add_rn(along, simt::mul_rn(s.y[i][d], s.x[i][d]));
         length = simt::add_rn(length, simt::mul_rn(s.x[i][d], s.x[i][d]));
@@ -225,10 +227,19 @@ struct PrepareKernel {
     }
   }
 
+  /// Asks for all of a head's codewords at once: a warp that looks for codes waits for each subspace's in turn.
+  SIMT static void prefetch_words(const CodecTables& codec, int head) {
+    constexpr int kShare = D * kCodewords * int(sizeof(float)) / kWarps;
+    const int warp = simt::thread() / 32;
+    simt::prefetch_l2<kShare>(reinterpret_cast<const uint8_t*>(codec.words) + (size_t(head) * kWarps + warp) * kShare,
+                              simt::thread() % 32);
+  }
+
   SIMT static void run(const PrepareArgs& a) {
     simt::launch_dependents();
-    simt::wait_for_previous_grid();
     const int part = simt::block_y() / a.n_kv_heads, head = simt::block_y() % a.n_kv_heads;
+    if (part < 2 && a.n_tokens > 0) prefetch_words(part == 0 ? a.key_codec : a.value_codec, head);
+    simt::wait_for_previous_grid();
     if (part == 0 && a.keys) encode<Kind::key>(a, head);
     if (part == 1 && a.values) encode<Kind::value>(a, head);
     if (part == 2) queries(a, head);

@@ -7,6 +7,8 @@
 
 namespace thimble {
 
+static_assert(DeviceCache::kInFlightRows == cuda::kInFlightRows);
+
 void require(const cuda::Status& status, const char* what) {
   if (!status.ok()) throw std::runtime_error(std::string(what) + ": " + status.message);
 }
@@ -30,9 +32,6 @@ CudaCache::CudaCache(ggml_backend_dev_t inner, const Settings& settings)
     throw std::runtime_error(where + "top=" + std::to_string(settings.top) +
                              " cannot be served yet: leave it out, or use device=CPU");
   }
-  if (settings.window.total() > 0 && settings.window.last == 0) {
-    throw std::runtime_error(where + "a window needs at least one last cell, as in window=8+128");
-  }
 }
 
 void CudaCache::bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
@@ -43,7 +42,8 @@ void CudaCache::bind(int index, const CacheShape& shape, const std::vector<HeadC
       (v.width(0) != k.width(0) && v.width(0) != 2 * k.width(0))) {
     throw std::runtime_error(where +
                              "there are kernels for heads of 64, 128 and 256 numbers, keys and values alike, at "
-                             "bits=4, 2, 1, 4/2 and 2/1; use one of these, bits=16 or device=CPU");
+                             "bits=4, 2, 1, 4/2 and 2/1, of one width in each vector (thimble calibrate --even); use "
+                             "one of these, bits=16 or device=CPU");
   }
   if (shape.cells_per_stream % kBlockCells != 0) {
     throw std::runtime_error(where + "the context must be a multiple of 64 cells");

@@ -287,8 +287,8 @@ cuda::PrepareArgs CudaGraph::prepare_args(const Cut& cut) {
     (kind == Kind::key ? p.key_head_stride : p.value_head_stride) = p.head_dim;
     uint64_t& batch = layer.batch[int(kind)];
     if (batch == window.batch()) {  // the first of this batch to be written
-      const cuda::WindowArgs args = window.begin_batch(p.cells, p.n_tokens);
-      if (args.capacity > 0) require(cuda::update_window(device_, args, stream_), "the window");
+      if (p.n_tokens > cuda::kMaxTokens) require(window.keep_cells(stream_), "the window");
+      require(cuda::update_window(device_, window.begin_batch(p.cells, p.n_tokens), stream_), "the window");
     }
     batch = window.batch();
   }
@@ -346,10 +346,8 @@ void CudaGraph::attend(const Cut& cut, cuda::PrepareArgs& p) {
   a.slopes = slopes(max_bias, n_heads);
   a.sinks = cut.attend->src[4] ? data<float>(cut.attend->src[4]) : nullptr;
   a.exact[0] = layer.window_rows(window, stream);
-  if (window.capacity() > 0) {
-    a.hidden = window.hidden(stream);
-    a.hidden_stream_stride = window.hidden_stride();
-  }
+  a.hidden = window.hidden(stream);
+  a.hidden_stream_stride = window.hidden_stride();
   a.output = data<float>(cut.attend);
   const size_t bytes = cuda::attend_workspace_bytes(device_, a);
   char* workspace = scratch<char>(workspace_, bytes);
@@ -375,7 +373,7 @@ void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
     d.cache = layer.view(kind, stream);
     d.codec = layer.codec(kind);
     d.is_key = kind == Kind::key;
-    d.exact = layer.window_rows(cache.window(), stream);
+    d.exact = layer.window_rows(cache.window(), stream, /*kept=*/p.n_tokens > 0);
     d.rows = kind == Kind::key ? p.dense.keys : p.dense.values;
     require(cuda::decode_cells(device_, d, stream_), "decoding");
   }

@@ -14,6 +14,9 @@ namespace thimble {
 
 class DeviceCache {
 public:
+  /// Exact rows that a stream has beside the window's, for the tokens that are being decoded.
+  static constexpr int kInFlightRows = 8;
+
   virtual ~DeviceCache() = default;
 
   /// Binds layer `index` to its shape. `memory`, by Kind, is of `bytes(...)`. Throws std::runtime_error with what the

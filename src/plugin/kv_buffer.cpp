@@ -38,20 +38,22 @@ bool is_managed(const ggml_tensor* tensor, const Settings& settings, bool on_cpu
 }
 
 // Of a layer without an exact store.
-int window_slots(const Settings& settings, int64_t n_streams) {
-  return settings.passthrough() ? 0 : settings.window.total() * int(n_streams);
+int window_slots(const Settings& settings, int64_t n_streams, bool on_cpu) {
+  const WindowSize& window = settings.window;
+  if (settings.passthrough()) return 0;
+  return (on_cpu ? window.total() : window.first + window.last + DeviceCache::kInFlightRows) * int(n_streams);
 }
 
 // Memory to reserve for a cache tensor, and to report as the size of its cache.
 size_t reserved_bytes(const ggml_tensor* tensor, const CacheName& name, const Settings& settings,
-                      const CodecSource& source) {
+                      const CodecSource& source, bool on_cpu) {
   const int64_t width = tensor->ne[0];
   const int assumed = width % kAssumedHeadDim == 0 ? kAssumedHeadDim : int(width & -width);
   const int head_dim = std::clamp(source.head_dim(name.layer, name.kind).value_or(assumed), 2, kMaxHeadDim);
   const Format format = source.format(name.layer, name.kind, head_dim);
   const CacheShape shape{int(width / format.head_dim), tensor->ne[1], int(tensor->ne[2])};
   return CacheSide::memory_bytes(shape, format,
-                                 source.retrieves(name.layer) ? 0 : window_slots(settings, shape.n_streams));
+                                 source.retrieves(name.layer) ? 0 : window_slots(settings, shape.n_streams, on_cpu));
 }
 
 // ---- buffer
@@ -177,8 +179,9 @@ size_t type_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor* tenso
     const auto name = tensor->view_src ? std::nullopt : parse_cache_name(tensor->name);
     if (name && tensor->type == GGML_TYPE_F16) {
       const Settings settings = Settings::from_environment();
-      if (is_managed(tensor, settings, is_cpu(context_of(type).inner_device)))
-        return reserved_bytes(tensor, *name, settings, *codec_source(settings));
+      const bool on_cpu = is_cpu(context_of(type).inner_device);
+      if (is_managed(tensor, settings, on_cpu))
+        return reserved_bytes(tensor, *name, settings, *codec_source(settings), on_cpu);
     }
   } catch (const std::exception&) {
     // Said by type_alloc, which can refuse; here the nominal size does.
@@ -274,8 +277,9 @@ void KvBuffer::bind_on_device(ManagedLayer& layer, int key_dim, int value_dim, i
     const int dim = kind == Kind::key ? key_dim : value_dim;
     const ggml_tensor* tensor = layer.tensors[int(kind)];
     const Format format = checked_format(layer, kind, dim, shape);
-    const size_t needed = CacheSide::memory_bytes(shape, format, window_slots(settings_, shape.n_streams));
-    if (needed > reserved_bytes(tensor, {kind, layer.index}, settings_, *source_)) {
+    const size_t needed =
+        CacheSide::memory_bytes(shape, format, window_slots(settings_, shape.n_streams, /*on_cpu=*/false));
+    if (needed > reserved_bytes(tensor, {kind, layer.index}, settings_, *source_, /*on_cpu=*/false)) {
       throw std::runtime_error("layer " + std::to_string(layer.index) + ": heads of size " + std::to_string(dim) +
                                " cannot be coded on this device; use bits=16 or device=CPU");
     }
@@ -300,10 +304,10 @@ void KvBuffer::bind_in_ram(ManagedLayer& layer, int key_dim, int value_dim, int 
                                       : ExactStore::ram(shape.n_cells(), tensor->ne[0]);
       store_bytes_ += store->total_bytes();
     }
-    const int n_slots = store ? 0 : window_slots(settings_, shape.n_streams);
+    const int n_slots = store ? 0 : window_slots(settings_, shape.n_streams, /*on_cpu=*/true);
     const size_t bytes = CacheSide::memory_bytes(shape, format, n_slots);
     uint8_t* memory = static_cast<uint8_t*>(tensor->data);
-    if (bytes > reserved_bytes(tensor, {kind, layer.index}, settings_, *source_)) {
+    if (bytes > reserved_bytes(tensor, {kind, layer.index}, settings_, *source_, /*on_cpu=*/true)) {
       layer.own_memory[int(kind)].assign(bytes, 0);
       memory = layer.own_memory[int(kind)].data();
     }
