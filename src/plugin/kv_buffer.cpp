@@ -32,11 +32,6 @@ KvBuffer& context_of(ggml_backend_buffer_t buffer) {
   return *static_cast<KvBuffer*>(buffer->context);
 }
 
-// Whether a cache tensor of this shape is coded under these settings; else it stays f16 in the inner buffer.
-bool is_managed(const ggml_tensor* tensor, const Settings& settings, bool on_cpu) {
-  return tensor->ne[1] > settings.small_cells && (on_cpu || !settings.passthrough());
-}
-
 // Of a layer without an exact store.
 int window_slots(const Settings& settings, int64_t n_streams, bool on_cpu) {
   const WindowSize& window = settings.window;
@@ -204,6 +199,10 @@ std::optional<CacheName> parse_cache_name(const char* name) {
 const ggml_tensor* root_of(const ggml_tensor* tensor) {
   while (tensor->view_src) tensor = tensor->view_src;
   return tensor;
+}
+
+bool is_managed(const ggml_tensor* tensor, const Settings& settings, bool on_cpu) {
+  return tensor->ne[1] > settings.small_cells && (on_cpu || !settings.passthrough());
 }
 
 KvBuffer::KvBuffer(ggml_backend_buffer_t inner, Settings settings, std::shared_ptr<const CodecSource> source,

@@ -101,6 +101,9 @@ private:
   bool said_refusal_ = false;  // since the last graph
 };
 
+/// Whether a cache tensor of this shape is coded under these settings (else it stays f16 in the inner buffer).
+bool is_managed(const ggml_tensor* tensor, const Settings& settings, bool on_cpu);
+
 /// The buffer type of a device that wraps `inner`. Lives as long as the process.
 ggml_backend_buffer_type_t kv_buffer_type(ggml_backend_dev_t device, ggml_backend_dev_t inner);
 bool is_kv_buffer_type(ggml_backend_buffer_type_t type);
