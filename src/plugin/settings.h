@@ -8,7 +8,8 @@
 //     number).
 //   - small=1024: caches of at most this many cells (sliding windows) stay f16; 0 codes all.
 //   - profile=PATH: calibration of the model; without it the uncalibrated codec is used.
-//   - device=NAME: ggml device to run on (CPU); read when the plugin is loaded.
+//   - device=NAME: ggml device to run on, by its name or its backend's; read when the plugin is loaded. Without it, the
+//   first CUDA device where there is one and the plugin is built for it, else the CPU.
 //   - top=64: cells that each KV head attends to exactly when decoding, chosen at every step from an exact store of all
 //     cells; 0, the default, keeps no store.
 //   - store=ram: where the exact store is, RAM or a file (store=file) in the directory path=DIR.
