@@ -20,7 +20,7 @@ namespace {
 struct Options {
   std::string model, text, output;
   int context = 0;
-  int n_tokens = 32768;
+  int n_tokens = 24576;
   int window = 2048;
   double memory_gb = 2;
   int n_threads = int(std::thread::hardware_concurrency());

@@ -31,7 +31,7 @@ def label(result, row):
         return row["kv"]
     if row["method"] == "tailorkv":
         return f"TailorKV, {row['kv'].split('+')[1]} cells"
-    name = row["kv"] if "+" in row["kv"] else row["kv"] + " bits"
+    name = row["kv"] if "+" in row["kv"] else row["kv"] + (" bit" if row["kv"] == "1" else " bits")
     if row["method"] == "vecinfer":
         return name + ", VecInfer"
     return name + (", self-made text" if "sampled" in result["profile"] else "")
@@ -68,8 +68,8 @@ def draw_ppl(results, context, path):
             panels[1].annotate(name, (size, row["kld_mean"]), **note)
     panels[0].set_ylabel("perplexity, f16 = 1, with standard error")
     panels[1].set_ylabel("mean KL divergence from f16")
+    panels[1].set_yscale("log")
     for panel in panels:
-        panel.set_yscale("log")
         panel.set_xscale("log")
         panel.set_xlabel("kB a token next to the compute")
         panel.margins(x=0.25, y=0.12)
@@ -92,8 +92,8 @@ def draw_positions(by_context, path):
         panel.set_xlabel("position")
         panel.set_title(f"{context} tokens", fontsize=10)
         panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
     panels[0][0].set_ylabel(f"KL divergence from f16, mean of {POSITIONS_A_POINT}")
-    panels[0][-1].legend(fontsize=7)
     save(figure, path)
 
 
