@@ -54,7 +54,11 @@ if not archs:
 table, failed = [], []
 counts = collections.Counter()
 for arch in archs:
-    found, refusal, code = rows(arch, plugin_env)
+    # llama.cpp's log has a thread of its own; a program that exits over a refusal may do so before the line is out.
+    for _ in range(5):
+        found, refusal, code = rows(arch, plugin_env)
+        if refusal or code == 0:
+            break
     for (a, d, config), outcome in plain.items():
         if a != arch or d != "cpu" or outcome != "OK":
             continue
