@@ -14,7 +14,7 @@
 //     cells; 0, the default, keeps no store.
 //   - store=ram: where the exact store is, RAM or a file (store=file) in the directory path=DIR.
 //   - tail=quantized: what becomes of the cells that are neither retrieved nor in the window: attended to from their
-//     codes, or dropped (tail=drop).
+//     codes, or dropped (tail=drop; values then have no codes at all).
 //   - policy=auto: which layers retrieve: those that the profile calls sparse, all where there is no profile (auto),
 //   all
 //     or none.
