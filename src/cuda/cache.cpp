@@ -17,13 +17,16 @@ Status DeviceWindow::init(const CacheShape& shape, WindowSize size) {
   if (Status s = cells_.reserve(n * capacity() * sizeof(int32_t)); !s.ok()) return s;
   if (Status s = kept_cells_.reserve(cells_.size()); !s.ok()) return s;
   if (Status s = hidden_.reserve(n * hidden_stride() * sizeof(uint32_t)); !s.ok()) return s;
+  if (Status s = tokens_.reserve(cells_.size()); !s.ok()) return s;
   if (Status s = slots_.reserve(size_t(shape.n_cells()) * sizeof(int32_t)); !s.ok()) return s;  // no batch has more
+  if (Status s = displaced_.reserve(size_t(shape.n_cells()) * sizeof(int64_t)); !s.ok()) return s;
   return clear();
 }
 
 Status DeviceWindow::clear() {
   if (Status s = written_.fill(0); !s.ok()) return s;
   if (Status s = cells_.fill(0xff); !s.ok()) return s;  // -1
+  if (Status s = tokens_.fill(0xff); !s.ok()) return s;
   return hidden_.fill(0);
 }
 
@@ -54,6 +57,8 @@ WindowArgs DeviceWindow::begin_batch(const int64_t* cells, int n_tokens) {
   args.written = written_.as<int32_t>();
   args.window_cells = cells_.as<int32_t>();
   args.slots = slots_.as<int32_t>();
+  args.tokens = tokens_.as<int32_t>();
+  args.displaced = displaced_.as<int64_t>();
   args.hidden = hidden_.as<uint32_t>();
   args.hidden_stream_stride = hidden_stride();
   return args;
@@ -80,13 +85,25 @@ uint16_t* DeviceLayer::rows(Kind kind, int stream) const {
   return reinterpret_cast<uint16_t*>(all) + size_t(stream) * shape_.n_kv_heads * capacity_ * head_dim();
 }
 
-ExactRows DeviceLayer::window_rows(const DeviceWindow& window, int stream, bool kept) const {
-  return {rows(Kind::key, stream), rows(Kind::value, stream), kept ? window.kept_cells(stream) : window.cells(stream),
-          capacity_, false};
+ExactRows DeviceLayer::window_rows(const DeviceWindow& window, int stream) const {
+  return {rows(Kind::key, stream), rows(Kind::value, stream), window.cells(stream), capacity_, false};
 }
 
 WindowRows DeviceLayer::window_slots(const DeviceWindow& window) const {
   return {rows(Kind::key, 0), rows(Kind::value, 0), window.slots(), capacity_};
+}
+
+PrepareArgs DeviceLayer::prepare_args(const DeviceWindow& window) const {
+  PrepareArgs args;
+  args.n_kv_heads = shape_.n_kv_heads;
+  args.head_dim = head_dim();
+  args.key_codec = codec(Kind::key);
+  args.value_codec = codec(Kind::value);
+  args.key_cache = view(Kind::key);
+  args.value_cache = view(Kind::value);
+  args.cells_per_stream = int(shape_.cells_per_stream);
+  args.window = window_slots(window);
+  return args;
 }
 
 Status DeviceLayer::copy_stream(Kind kind, int from, int to) {

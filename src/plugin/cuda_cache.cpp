@@ -1,8 +1,12 @@
 #include "plugin/cuda_cache.h"
 
+#include <algorithm>
+#include <set>
 #include <stdexcept>
+#include <utility>
 
 #include "cuda/layout.h"
+#include "cuda/prepare.h"
 #include "plugin/kv_buffer.h"
 
 namespace thimble {
@@ -78,6 +82,30 @@ std::string CudaCache::problem(const ggml_tensor* node, NodeKind kind) const {
   }
   if (node->src[1]->ne[1] % kBlockCells != 0) return "its cells are no multiple of 64";
   return {};
+}
+
+void CudaCache::begin_batch(const int64_t* cells, int n_tokens, cudaStream_t stream) {
+  std::set<int> head_dims;
+  cuda::LeaveArgs leave;
+  std::vector<cuda::PrepareArgs> layers;
+  for (const auto& [index, layer] : layers_) {
+    layers.push_back(layer->prepare_args(window_));
+    leave.n_kv_heads = std::max(leave.n_kv_heads, layer->shape().n_kv_heads);
+    head_dims.insert(layer->head_dim());
+  }
+  const size_t bytes = layers.size() * sizeof(layers[0]);
+  if (std::exchange(n_leaving_, layers.size()) != layers.size()) {
+    require(leaving_.emplace_back().reserve(bytes), "memory for the layers");
+    require(cuda::Status::from(cudaMemcpy(leaving_.back().as<void>(), layers.data(), bytes, cudaMemcpyHostToDevice)),
+            "the layers");
+  }
+  require(cuda::update_window(device_, window_.begin_batch(cells, n_tokens), stream), "the window");
+  leave.layers = leaving_.back().as<cuda::PrepareArgs>();
+  leave.n_layers = int(layers.size());
+  leave.n_tokens = n_tokens;
+  leave.cells = window_.displaced();
+  leave.slots = window_.slots();
+  for (int head_dim : head_dims) require(cuda::code_leaving(device_, leave, head_dim, stream), "encoding");
 }
 
 void CudaCache::clear() {

@@ -270,15 +270,7 @@ cuda::PrepareArgs CudaGraph::prepare_args(const Cut& cut) {
   CudaCache& cache = cache_of(cut);
   cuda::DeviceLayer& layer = cache.layer(cut.layer->index);
   cuda::DeviceWindow& window = cache.window();
-  cuda::PrepareArgs p;
-  p.n_kv_heads = layer.shape().n_kv_heads;
-  p.head_dim = layer.head_dim();
-  p.key_codec = layer.codec(Kind::key);
-  p.value_codec = layer.codec(Kind::value);
-  p.key_cache = layer.view(Kind::key);
-  p.value_cache = layer.view(Kind::value);
-  p.cells_per_stream = int(layer.shape().cells_per_stream);
-  p.window = layer.window_slots(window);
+  cuda::PrepareArgs p = layer.prepare_args(window);
   for (Kind kind : {Kind::key, Kind::value}) {
     const ggml_tensor* write = cut.writes[int(kind)];
     if (!write) continue;
@@ -291,7 +283,7 @@ cuda::PrepareArgs CudaGraph::prepare_args(const Cut& cut) {
     uint64_t& batch = layer.batch[int(kind)];
     if (batch == window.batch()) {  // the first of this batch to be written
       if (p.n_tokens > cuda::kMaxTokens) require(window.keep_cells(stream_), "the window");
-      require(cuda::update_window(device_, window.begin_batch(p.cells, p.n_tokens), stream_), "the window");
+      cache.begin_batch(p.cells, p.n_tokens, stream_);
     }
     batch = window.batch();
   }
@@ -310,7 +302,8 @@ void CudaGraph::run_cut(const Cut& cut) {
   }
 }
 
-void CudaGraph::attend(const Cut& cut, cuda::PrepareArgs& p) {
+// New tokens wait for their coding until they leave the window: attention takes their rows into it.
+void CudaGraph::attend(const Cut& cut, const cuda::PrepareArgs& p) {
   const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1], *mask = cut.attend->src[3];
   const auto [scale, max_bias, softcap] = attention_parameters(cut.attend);
   CudaCache& cache = cache_of(cut);
@@ -319,23 +312,17 @@ void CudaGraph::attend(const Cut& cut, cuda::PrepareArgs& p) {
   const int n_heads = int(q->ne[2]), stream = first_stream(cut);
 
   cuda::AttendArgs a;
-  a.n_streams = p.n_streams = int(q->ne[3]);
-  a.n_tokens = p.n_query_tokens = int(q->ne[1]);
+  a.n_streams = int(q->ne[3]);
+  a.n_tokens = int(q->ne[1]);
   a.n_kv_heads = p.n_kv_heads;
-  a.group = p.group = n_heads / p.n_kv_heads;
+  a.group = n_heads / p.n_kv_heads;
   a.head_dim = p.head_dim;
   a.n_cells = int(k->ne[1]);
-  p.raw_queries = data<float>(q);
-  p.query_token_stride = q->nb[1] / sizeof(float);
-  p.query_head_stride = q->nb[2] / sizeof(float);
-  p.query_stream_stride = q->nb[3] / sizeof(float);
-  p.scale = scale;
-  const size_t rows = cuda::query_rows(a.n_streams, a.n_tokens, a.n_kv_heads, a.group);
-  p.queries = scratch<float>(queries_, rows * a.head_dim);
-  p.query_factors = scratch<float>(factors_, rows);
-  a.queries = p.queries;
-  a.query_factors = p.query_factors;
-
+  a.queries = data<float>(q);
+  a.query_token_stride = q->nb[1] / sizeof(float);
+  a.query_head_stride = q->nb[2] / sizeof(float);
+  a.query_stream_stride = q->nb[3] / sizeof(float);
+  a.scale = scale;
   a.keys = layer.view(Kind::key, stream);
   a.values = layer.view(Kind::value, stream);
   a.key_codec = p.key_codec;
@@ -349,12 +336,28 @@ void CudaGraph::attend(const Cut& cut, cuda::PrepareArgs& p) {
   a.slopes = slopes(max_bias, n_heads);
   a.sinks = cut.attend->src[4] ? data<float>(cut.attend->src[4]) : nullptr;
   a.exact[0] = layer.window_rows(window, stream);
+  if (p.keys && p.values) {
+    a.fresh = {p.keys,
+               p.values,
+               p.key_token_stride,
+               p.key_head_stride,
+               p.value_token_stride,
+               p.value_head_stride,
+               window.tokens(stream),
+               p.window.keys,
+               p.window.values};
+    const size_t rows = size_t(stream) * p.n_kv_heads * p.window.capacity * p.head_dim;
+    a.fresh.window_keys += rows;
+    a.fresh.window_values += rows;
+  } else {
+    require(cuda::prepare(device_, p, stream_), "encoding");
+  }
   a.hidden = window.hidden(stream);
   a.hidden_stream_stride = window.hidden_stride();
   a.output = data<float>(cut.attend);
   const size_t bytes = cuda::attend_workspace_bytes(device_, a);
   char* workspace = scratch<char>(workspace_, bytes);
-  require(cuda::step(device_, p, a, workspace, bytes, stream_), "attention");
+  require(cuda::attend(device_, a, workspace, bytes, stream_), "attention");
 }
 
 // Many query tokens: all cells are decoded to f16 rows, and the inner backend's flash attention does the rest.
@@ -376,10 +379,16 @@ void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
     d.cache = layer.view(kind, stream);
     d.codec = layer.codec(kind);
     d.is_key = kind == Kind::key;
-    d.exact = layer.window_rows(cache.window(), stream, /*kept=*/p.n_tokens > 0);
     d.rows = kind == Kind::key ? p.dense.keys : p.dense.values;
     require(cuda::decode_cells(device_, d, stream_), "decoding");
   }
+  // The window's cells need not be coded. While new tokens' rows are not written, it holds those of before.
+  cuda::PrepareArgs exact = layer.prepare_args(cache.window());
+  exact.from_window = true;
+  exact.window_cells = p.n_tokens > 0 ? cache.window().kept_cells() : cache.window().cells(0);
+  exact.n_tokens = cache.window().n_streams() * exact.window.capacity;
+  exact.dense = p.dense;
+  require(cuda::prepare(device_, exact, stream_), "rows of the window");
   require(cuda::prepare(device_, p, stream_), "encoding");
 
   cuda::TransformArgs t;

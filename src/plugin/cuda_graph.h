@@ -47,7 +47,7 @@ private:
   void run(const std::vector<Step>& steps, ggml_cgraph* graph);
   void run_inner(std::vector<ggml_tensor*> nodes, const ggml_cgraph* graph);
   void run_cut(const Cut& cut);
-  void attend(const Cut& cut, cuda::PrepareArgs& prepare);
+  void attend(const Cut& cut, const cuda::PrepareArgs& prepare);
   void prefill(const Cut& cut, cuda::PrepareArgs& prepare);
   cuda::PrepareArgs prepare_args(const Cut& cut);
   const float* slopes(float max_bias, int n_heads);
@@ -64,7 +64,7 @@ private:
   std::vector<Seen> seen_;
   ggml_tensor marker_{};  // see run_inner
   ggml_tensor stand_ins_[4]{};
-  cuda::DeviceMemory workspace_, queries_, factors_, dense_;
+  cuda::DeviceMemory workspace_, queries_, dense_;
   std::map<std::pair<float, int>, cuda::DeviceMemory> slopes_;
 };
 
