@@ -10,7 +10,7 @@ namespace thimble::cuda {
 
 /// Floats of AttendArgs::queries, and rows, each with one factor, for these queries.
 inline size_t query_rows(int n_streams, int n_tokens, int n_kv_heads, int group) {
-  return size_t(n_streams) * n_kv_heads * ((n_tokens * group + kRowGroup - 1) / kRowGroup * kRowGroup);
+  return size_t(n_streams) * n_kv_heads * row_groups(n_tokens, group) * kRowGroup;
 }
 
 /// Enqueues one kernel that codes args.n_tokens tokens' keys and values into their cells, bit for bit as encode_vector

@@ -141,6 +141,17 @@ struct PrepareKernel {
     simt::sync();
   }
 
+  /// One head's row of a cell, two numbers a thread: full lines, should they go over a bus.
+  SIMT static void put(const DenseRows& rows, bool is_key, int n_kv_heads, int stream, int head, int cell,
+                       const float* y) {
+    uint16_t* to = is_key ? rows.keys : rows.values;
+    const int in_rows = stream - rows.first_stream;
+    if (!to || in_rows < 0 || in_rows >= rows.n_streams || cell >= rows.n_cells) return;
+    uint32_t* pairs =
+        reinterpret_cast<uint32_t*>(to + ((size_t(in_rows) * n_kv_heads + head) * rows.n_cells + cell) * D);
+    for (int i = simt::thread(); i < D / 2; i += kThreads) pairs[i] = simt::pack_half2(y[2 * i], y[2 * i + 1]);
+  }
+
   template <Kind K>
   SIMT static void encode(const PrepareArgs& a, int head) {
     constexpr bool kIsKey = K == Kind::key;
@@ -179,12 +190,8 @@ struct PrepareKernel {
       if (simt::thread() == 0) {
         reinterpret_cast<uint16_t*>(block + n_subspaces * kBlockCells)[cell % kBlockCells] = s.scale[i];
       }
-      uint16_t* dense = kIsKey ? a.dense.keys : a.dense.values;
-      const int dense_stream = stream - a.dense.first_stream;
-      if (dense && dense_stream >= 0 && dense_stream < a.dense.n_streams && cell < a.dense.n_cells) {
-        dense += ((size_t(dense_stream) * a.n_kv_heads + head) * a.dense.n_cells + cell) * D;
-        for (int d = simt::thread(); d < D; d += kThreads) dense[d] = simt::float_to_half(s.y[i][d]);
-      }
+      put(a.dense, kIsKey, a.n_kv_heads, stream, head, cell, s.y[i]);
+      put(a.store, kIsKey, a.n_kv_heads, stream, head, cell, s.y[i]);
       const int slot = a.window.slots ? a.window.slots[first + i] : -1;
       if (slot < 0) continue;
       uint16_t* row = exact + ((size_t(stream) * a.n_kv_heads + head) * a.window.capacity + slot) * D;
