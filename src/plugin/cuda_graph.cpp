@@ -279,6 +279,7 @@ cuda::PrepareArgs CudaGraph::prepare_args(const Cut& cut) {
   p.value_cache = layer.view(Kind::value);
   p.cells_per_stream = int(layer.shape().cells_per_stream);
   p.window = layer.window_slots(window);
+  p.store = layer.store_rows();
   for (Kind kind : {Kind::key, Kind::value}) {
     const ggml_tensor* write = cut.writes[int(kind)];
     if (!write) continue;
@@ -352,34 +353,71 @@ void CudaGraph::attend(const Cut& cut, cuda::PrepareArgs& p) {
   a.hidden = window.hidden(stream);
   a.hidden_stream_stride = window.hidden_stride();
   a.output = data<float>(cut.attend);
+  if (cut.layer->top > 0) return retrieve(cut, p, a);
   const size_t bytes = cuda::attend_workspace_bytes(device_, a);
   char* workspace = scratch<char>(workspace_, bytes);
   require(cuda::step(device_, p, a, workspace, bytes, stream_), "attention");
 }
 
-// Many query tokens: all cells are decoded to f16 rows, and the inner backend's flash attention does the rest.
-void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
-  const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1];
+void CudaGraph::retrieve(const Cut& cut, const cuda::PrepareArgs& p, const cuda::AttendArgs& a) {
+  const cuda::DeviceLayer& layer = cache_of(cut).layer(cut.layer->index);
+  const cuda::DenseRows store = layer.store_rows(first_stream(cut));
+  cuda::RetrieveArgs r;
+  r.n_streams = a.n_streams;
+  r.n_kv_heads = a.n_kv_heads;
+  r.head_dim = a.head_dim;
+  r.row_groups = cuda::row_groups(a.n_tokens, a.group);
+  r.top = cut.layer->top;
+  r.store_keys = store.keys;
+  r.store_values = store.values;
+  r.store_cells = store.n_cells;
+  r.n_cells = int(layer.shape().cells_per_stream);  // what it may grow to
+  char* memory = scratch<char>(retrieval_, cuda::retrieval_bytes(r));
+  r.n_cells = a.n_cells;
+  cuda::place_retrieval(memory, &r);
+  const bool drop_tail = cut.layer->drop_tail;
+  const size_t bytes = cuda::attend_workspace_bytes(device_, cuda::with_retrieved(a, r, drop_tail));
+  char* workspace = scratch<char>(workspace_, bytes);
+  require(cuda::retrieve_step(device_, p, a, r, drop_tail, workspace, bytes, stream_), "attention");
+}
+
+// All cells' rows as far as they are known, decoded where there is no exact store.
+void CudaGraph::decode(const Cut& cut, const cuda::DenseRows& rows, bool before_batch) {
   CudaCache& cache = cache_of(cut);
   cuda::DeviceLayer& layer = cache.layer(cut.layer->index);
-  const int n_streams = int(q->ne[3]), n_tokens = int(q->ne[1]), n_heads = int(q->ne[2]), n_cells = int(k->ne[1]);
-  const int dim = p.head_dim, stream = first_stream(cut);
-  const size_t n_rows = size_t(n_streams) * p.n_kv_heads * layer.shape().cells_per_stream * dim;
-  uint16_t* dense = scratch<uint16_t>(dense_, 2 * n_rows);
-  p.dense = {dense, dense + n_rows, stream, n_streams, n_cells};
-
+  const cuda::DenseRows store = layer.store_rows(rows.first_stream);
   for (Kind kind : {Kind::key, Kind::value}) {
+    uint16_t* to = kind == Kind::key ? rows.keys : rows.values;
+    if (const uint16_t* from = kind == Kind::key ? store.keys : store.values) {
+      const size_t row = layer.head_dim() * sizeof(uint16_t), width = rows.n_cells * row;
+      check(cudaMemcpy2DAsync(to, width, from, store.n_cells * row, width,
+                              size_t(rows.n_streams) * layer.shape().n_kv_heads, cudaMemcpyDefault, stream_),
+            "reading the exact store");
+      continue;
+    }
     cuda::DecodeArgs d;
-    d.n_streams = n_streams;
-    d.n_kv_heads = p.n_kv_heads;
-    d.n_cells = n_cells;
-    d.cache = layer.view(kind, stream);
+    d.n_streams = rows.n_streams;
+    d.n_kv_heads = layer.shape().n_kv_heads;
+    d.n_cells = rows.n_cells;
+    d.cache = layer.view(kind, rows.first_stream);
     d.codec = layer.codec(kind);
     d.is_key = kind == Kind::key;
-    d.exact = layer.window_rows(cache.window(), stream, /*kept=*/p.n_tokens > 0);
-    d.rows = kind == Kind::key ? p.dense.keys : p.dense.values;
+    d.exact = layer.window_rows(cache.window(), rows.first_stream, before_batch);
+    d.rows = to;
     require(cuda::decode_cells(device_, d, stream_), "decoding");
   }
+}
+
+// Many query tokens: all cells become f16 rows, and the inner backend's flash attention does the rest.
+void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
+  const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1];
+  const cuda::DeviceLayer& layer = cache_of(cut).layer(cut.layer->index);
+  const int n_streams = int(q->ne[3]), n_tokens = int(q->ne[1]), n_heads = int(q->ne[2]), n_cells = int(k->ne[1]);
+  const int dim = p.head_dim;
+  const size_t n_rows = size_t(n_streams) * p.n_kv_heads * layer.shape().cells_per_stream * dim;
+  uint16_t* dense = scratch<uint16_t>(dense_, 2 * n_rows);
+  p.dense = {dense, dense + n_rows, first_stream(cut), n_streams, n_cells};
+  decode(cut, p.dense, /*before_batch=*/p.n_tokens > 0);
   require(cuda::prepare(device_, p, stream_), "encoding");
 
   cuda::TransformArgs t;
