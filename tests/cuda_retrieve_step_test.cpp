@@ -238,7 +238,7 @@ private:
 
   void choose_and_gather() {
     simt::Machine::launch(1, pairs_, RetrieveKernel::kThreads, RetrieveKernel::kSharedBytes,
-                          [&] { RetrieveKernel::choose(retrieve_); });
+                          [&] { RetrieveKernel::choose<false>(retrieve_); });
     simt::Machine::launch(2, pairs_, RetrieveKernel::kThreads, 0, [&] { RetrieveKernel::gather(retrieve_); });
     is_exact_.assign(best_.size(), 0);
     for (int pair = 0; pair < pairs_; pair++) {

@@ -12,8 +12,9 @@ namespace thimble::cuda {
 namespace {
 
 void run_choose(const RetrieveArgs& a) {
-  simt::Machine::launch(1, a.n_streams * a.n_kv_heads, RetrieveKernel::kThreads, RetrieveKernel::kSharedBytes,
-                        [&] { RetrieveKernel::choose(a); });
+  simt::Machine::launch(1, a.n_streams * a.n_kv_heads, RetrieveKernel::kThreads, RetrieveKernel::kSharedBytes, [&] {
+    a.row_groups == 1 ? RetrieveKernel::choose<true>(a) : RetrieveKernel::choose<false>(a);
+  });
 }
 
 // Every way through the kernel: fewer and more blocks than cells to choose, many equals, more blocks than its lists
@@ -56,8 +57,7 @@ void check_choice(const Choice& c) {
       }
     }
     const std::vector<int32_t> expected = greatest(best, c.top);
-    std::vector<int32_t> got(&cells[p * c.top], &cells[p * c.top] + expected.size());
-    std::sort(got.begin(), got.end());  // greater ones come before those that equal the least of them
+    const std::vector<int32_t> got(&cells[p * c.top], &cells[p * c.top] + expected.size());
     EXPECT_EQ(got, expected);
     for (size_t i = expected.size(); i < size_t(c.top); i++) EXPECT_EQ(cells[p * c.top + i], -1);
     for (int i = 0; i < c.n_cells; i++) {
@@ -75,8 +75,9 @@ TEST(CudaRetrieve, ChoosesTheGreatest) {
     }
   }
   check_choice({64 * 130, 64, 2, 100});      // all are equal
-  check_choice({64 * 4200, 64, 1, 1e-4f});   // more blocks than are listed
-  check_choice({64 * 4200, 5000, 1, 0.1f});  // and more candidates
+  check_choice({64 * 130, 70, 1, 100});      // and more than the list of candidates holds
+  check_choice({64 * 4200, 64, 1, 1e-4f});   // more blocks than are kept
+  check_choice({64 * 4200, 4096, 1, 0.1f});  // and more candidates
 }
 
 TEST(CudaRetrieve, GathersRows) {

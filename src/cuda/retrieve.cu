@@ -10,8 +10,9 @@
 namespace thimble::cuda {
 namespace {
 
+template <bool OneGroup>
 __global__ void __launch_bounds__(RetrieveKernel::kThreads) choose_kernel(const __grid_constant__ RetrieveArgs a) {
-  RetrieveKernel::choose(a);
+  RetrieveKernel::choose<OneGroup>(a);
 }
 __global__ void __launch_bounds__(RetrieveKernel::kThreads) gather_kernel(const __grid_constant__ RetrieveArgs a) {
   RetrieveKernel::gather(a);
@@ -21,6 +22,7 @@ Status check(const RetrieveArgs& a) {
   if (a.n_streams < 1 || a.n_kv_heads < 1 || a.row_groups < 1 || a.top < 1) {
     return Status::invalid("a count is out of range");
   }
+  if (a.top > kMaxTop) return Status::unsupported("more cells to choose than the kernel can list");
   if (a.n_cells < 1 || a.n_cells % kBlockCells != 0) return Status::invalid("cells must be a multiple of 64");
   if (!a.cells) return Status::invalid("place for chosen cells is missing");
   return {};
@@ -62,7 +64,8 @@ void place_retrieval(void* memory, RetrieveArgs* args) {
 Status choose_cells(const DeviceInfo& device, const RetrieveArgs& args, cudaStream_t stream) {
   if (Status s = check(args); !s.ok()) return s;
   if (!args.scores || !args.tops || !args.all_hidden) return Status::invalid("scores or place for bits are missing");
-  return launch(device, choose_kernel, args, dim3(1, args.n_streams * args.n_kv_heads), RetrieveKernel::kThreads,
+  const auto kernel = args.row_groups == 1 ? choose_kernel<true> : choose_kernel<false>;
+  return launch(device, kernel, args, dim3(1, args.n_streams * args.n_kv_heads), RetrieveKernel::kThreads,
                 RetrieveKernel::kSharedBytes, stream);
 }
 

@@ -14,6 +14,7 @@
 #define SIMT __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
 #define SIMT_UNROLL_SOME _Pragma("unroll 32")
+#define SIMT_NO_UNROLL _Pragma("unroll 1")
 
 namespace thimble::cuda::simt {
 

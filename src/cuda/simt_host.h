@@ -21,6 +21,7 @@
 #define SIMT inline
 #define SIMT_UNROLL
 #define SIMT_UNROLL_SOME
+#define SIMT_NO_UNROLL
 
 struct uint2 {
   uint32_t x, y;

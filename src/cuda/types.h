@@ -11,6 +11,8 @@ namespace thimble::cuda {
 inline constexpr int kRowGroup = 4;
 inline constexpr int kMaxTokens = 8;  // of one attend call, a stream
 
+inline constexpr int kMaxTop = 4096;  // cells that retrieval chooses for a stream and KV head
+
 inline int row_groups(int n_tokens, int group) {
   return (n_tokens * group + kRowGroup - 1) / kRowGroup;
 }
@@ -144,7 +146,7 @@ struct RetrieveArgs {
   float* scores = nullptr;                      // [n_streams][n_kv_heads][row_groups][n_cells]
   float* tops = nullptr;                        // [n_streams][n_kv_heads][row_groups][n_cells / 64]: the greatest there
   uint32_t* all_hidden = nullptr;               // [n_streams][n_kv_heads][n_cells / 32]: of window and chosen cells
-  int32_t* cells = nullptr;                     // [n_streams][n_kv_heads][top]: the chosen; -1: none
+  int32_t* cells = nullptr;                     // [n_streams][n_kv_heads][top]: the chosen, in order; -1: none
   uint16_t *keys = nullptr, *values = nullptr;  // [n_streams][n_kv_heads][top][head_dim]: their rows
 };
 

@@ -28,10 +28,15 @@ cuda::DeviceInfo cuda_device(ggml_backend_dev_t inner) {
 CudaCache::CudaCache(ggml_backend_dev_t inner, const Settings& settings)
     : device_(cuda_device(inner)), window_size_(settings.window) {
   using Store = Settings::Store;
-  if (settings.top > 0 && settings.store != Store::automatic && settings.store != Store::pinned) {
+  if (settings.top == 0) return;
+  if (settings.store != Store::automatic && settings.store != Store::pinned) {
     throw std::runtime_error(
         "a CUDA device reads the exact store over the bus, from pinned RAM: use store=pinned, or device=CPU for a "
         "store in plain RAM or a file");
+  }
+  if (settings.top > cuda::kMaxTop) {
+    throw std::runtime_error("a CUDA device chooses at most " + std::to_string(cuda::kMaxTop) +
+                             " cells: use a smaller top=, or device=CPU");
   }
 }
 
