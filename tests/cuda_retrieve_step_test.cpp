@@ -170,6 +170,7 @@ private:
     }
     if (c_.n_window > 0) {
       a.exact[0] = {window_[0].data(), window_[1].data(), window_cells_.data(), c_.n_window, false};
+      a.end_cell = c_.n_cells;
       a.hidden = hidden_.data();
       a.hidden_stream_stride = c_.n_cells / 32;
     }

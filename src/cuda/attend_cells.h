@@ -297,7 +297,7 @@ struct AttendCells {
         exact.cells + (exact.per_head ? (size_t(stream) * a.n_kv_heads + head) : size_t(stream)) * exact.capacity;
     for (int i = split * S::kWarps + l.warp; i < exact.capacity; i += a.n_splits * S::kWarps) {
       const int cell = cells[i];
-      if (cell < 0) continue;
+      if (uint32_t(cell) >= uint32_t(a.end_cell)) continue;  // -1, too
       const size_t at = ((size_t(stream) * a.n_kv_heads + head) * exact.capacity + i) * D + l.g * W;
       uint32_t value[D / 16];
       float dot = 0;

@@ -178,6 +178,9 @@ struct AttendArgs {
   const uint32_t* hidden = nullptr;
   size_t hidden_stream_stride = 0, hidden_head_stride = 0;
   ExactRows exact[2];  // the window, and what retrieval fetched
+  // Rows of cells from this one on are left out: the window may hold cells that were removed since, for which there is
+  // no mask.
+  int end_cell = INT32_MAX;
 
   /// f32 [n_streams][n_tokens][n_heads][head_dim].
   float* output = nullptr;

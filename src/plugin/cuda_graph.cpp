@@ -325,7 +325,7 @@ void CudaGraph::attend(const Cut& cut, cuda::PrepareArgs& p) {
   a.n_kv_heads = p.n_kv_heads;
   a.group = p.group = n_heads / p.n_kv_heads;
   a.head_dim = p.head_dim;
-  a.n_cells = int(k->ne[1]);
+  a.n_cells = a.end_cell = int(k->ne[1]);
   p.raw_queries = data<float>(q);
   p.query_token_stride = q->nb[1] / sizeof(float);
   p.query_head_stride = q->nb[2] / sizeof(float);
