@@ -63,6 +63,7 @@ struct RetrieveKernel {
       const int before = simt::shuffle(sum, lane - lanes);
       if (lane >= lanes) sum += before;
     }
+    simt::sync_warp();  // all have read s.rank
     // Where there are too few keys, the last bin.
     if (sum - mine >= rank || (sum < rank && lane < 31)) return;
     int bin = first, left = rank - (sum - mine);
