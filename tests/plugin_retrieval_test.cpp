@@ -92,18 +92,21 @@ TEST_F(PluginRetrieval, StatesAreExact) {
   const auto load = [](Session& s, const std::vector<uint8_t>& state) {
     return llama_state_seq_set_data(s.context(), state.data(), state.size(), 0) == state.size();
   };
-  Session original(with("top=64")), restored(with("top=64")), exact(with("", 16));
-  original.feed(text(0, 400), 0, 1);
-  const auto state = save(original);
-  ASSERT_TRUE(load(restored, state));
-  EXPECT_TRUE(save(restored) == state);
-  ASSERT_TRUE(load(exact, state)) << "as f16";
-  EXPECT_TRUE(save(exact) == state);
-  for (Session* s : {&original, &restored, &exact}) {
-    s->logits.clear();
-    for (int i = 0; i < 8; i++) s->feed(text(400 + i, 1));
+  for (const char* retrieval : {"top=64", "top=64,tail=drop"}) {
+    SCOPED_TRACE(retrieval);
+    Session original(with(retrieval)), restored(with(retrieval)), exact(with("", 16));
+    original.feed(text(0, 400), 0, 1);
+    const auto state = save(original);
+    ASSERT_TRUE(load(restored, state));
+    EXPECT_TRUE(save(restored) == state);
+    ASSERT_TRUE(load(exact, state)) << "as f16";
+    EXPECT_TRUE(save(exact) == state);
+    for (Session* s : {&original, &restored, &exact}) {
+      s->logits.clear();
+      for (int i = 0; i < 8; i++) s->feed(text(400 + i, 1));
+    }
+    EXPECT_TRUE(restored.logits == original.logits);
   }
-  EXPECT_TRUE(restored.logits == original.logits);
 }
 
 TEST_F(PluginRetrieval, AStoreThatCannotBeMadeMakesNoContext) {

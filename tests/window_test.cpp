@@ -129,7 +129,19 @@ TEST(Window, CellsOfRemovedSequencesGiveWay) {
   }
 }
 
-// What a removed sequence has left goes as soon as another takes over its cells, before an idle one's window.
+// A new conversation in the place of the last: what it writes over is not coded first.
+TEST(Window, WhatIsWrittenOverNeverLeaves) {
+  Window window(kSize, kSize.total(), 1000);
+  const auto write = [&](int64_t cell) {
+    window.begin_batch({&cell, 1});
+    return window.commit([&](int, int64_t other) { return other <= cell; }).leaving.size();
+  };
+  for (int64_t cell = 0; cell < kSize.total(); cell++) EXPECT_EQ(write(cell), 0u);
+  for (int64_t cell = 0; cell < kSize.total(); cell++) EXPECT_EQ(write(cell), 0u) << cell;
+  EXPECT_EQ(write(kSize.total()), 1u);
+}
+
+// What a removed sequence has left goes before an idle one's window, once another takes over its cells.
 TEST(Window, LeftoversOfRemovedSequencesGoFirst) {
   Sequences s(kSize, 2 * kSize.total(), 1000);
   for (int n = 0; n < 30; n++) s.decode({0});

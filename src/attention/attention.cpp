@@ -28,26 +28,51 @@ void Attention::prepare(const AttentionProblem& problem, int n_threads, const Ke
   n_threads_ = n_threads;
   group_ = p_.n_heads / p_.layer->keys().shape().n_kv_heads;
   memory_.resize(n_threads);
+  n_blocks_ = int((p_.n_cells + kBlockCells - 1) / kBlockCells);
   prepare_streams();
+  leave_out_blocks();
   prepare_parts();
 }
 
 void Attention::prepare_streams() {
   const int64_t cells_per_stream = p_.layer->keys().shape().cells_per_stream;
+  const std::vector<Window::Row>& rows = p_.layer->window().rows();  // in order of cells
   streams_.resize(p_.n_streams);
-  for (Stream& stream : streams_) {
-    stream.hidden.assign(n_blocks(), 0);
+  for (int s = 0; s < p_.n_streams; s++) {
+    Stream& stream = streams_[s];
+    stream.hidden.assign(n_blocks_, 0);
     stream.exact.clear();
+    if (from_store()) continue;  // which has them all, block by block
+    const int64_t cell0 = (p_.first_stream + s) * cells_per_stream;
+    auto row = std::partition_point(rows.begin(), rows.end(), [&](const Window::Row& r) { return r.cell < cell0; });
+    const Item all = all_tokens(s);
+    int block = -1;
+    uint64_t seen = ~uint64_t{0};
+    for (; row != rows.end() && row->cell - cell0 < p_.n_cells; ++row) {
+      const int cell = int(row->cell - cell0);
+      // Rows of idle and of removed sequences are left out. For many tokens, to look is no gain.
+      if (!prefills() && block != cell / kBlockCells) {
+        block = cell / kBlockCells;
+        const int first = block * kBlockCells;
+        seen = seen_by(all, mask_of(all).at(first), int(std::min<int64_t>(kBlockCells, p_.n_cells - first)));
+      }
+      const uint64_t bit = uint64_t{1} << (cell % kBlockCells);
+      stream.hidden[cell / kBlockCells] |= bit;
+      if (seen & bit) add_row(stream.exact, cell, p_.layer->keys().row_data(*row), p_.layer->values().row_data(*row));
+    }
   }
-  if (from_store()) return;  // which has them all, block by block
-  for (const Window::Row& row : p_.layer->window().rows()) {
-    const int64_t in_problem = row.cell / cells_per_stream - p_.first_stream;
-    const int64_t cell = row.cell % cells_per_stream;
-    if (in_problem < 0 || in_problem >= p_.n_streams || cell >= p_.n_cells) continue;
-    Stream& stream = streams_[in_problem];
-    stream.hidden[cell / kBlockCells] |= uint64_t{1} << (cell % kBlockCells);
-    add_row(stream.exact, int(cell), p_.layer->keys().row_data(row), p_.layer->values().row_data(row));
-  }
+}
+
+// Those at the end of which no query sees a coded cell: a cache is padded, and a short context is all window. They
+// would be shared between threads as if they were work.
+void Attention::leave_out_blocks() {
+  const auto seen = [this](int block) {
+    for (int stream = 0; stream < p_.n_streams; stream++) {
+      if (sees_codes(all_tokens(stream), streams_[stream].hidden.data(), block, block + 1)) return true;
+    }
+    return false;
+  };
+  while (n_blocks_ > 0 && !seen(n_blocks_ - 1)) n_blocks_--;
 }
 
 void Attention::add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t* key, const uint16_t* value) {
@@ -98,7 +123,7 @@ void Attention::prepare_parts() {
   }
   results_.resize(result);
   if (retrieves()) {
-    scores_.resize(items_.size() * n_blocks() * kBlockCells);
+    scores_.resize(items_.size() * n_blocks_ * kBlockCells);
     retrieved_.resize(items_.size());
   }
 }
@@ -120,8 +145,7 @@ uint64_t Attention::seen_by(const Item& item, const Mask& mask, int n_cells) con
 }
 
 // Whether some token of the item sees a coded cell of these blocks.
-bool Attention::sees_codes(const Item& item, int first_block, int last_block) const {
-  const uint64_t* hidden = hidden_of(item);
+bool Attention::sees_codes(const Item& item, const uint64_t* hidden, int first_block, int last_block) const {
   const Mask mask = mask_of(item);
   for (int b = first_block; b < last_block; b++) {
     const int n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - int64_t(b) * kBlockCells));
@@ -171,17 +195,17 @@ CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int 
 
 // All blocks of all items, laid end to end, are cut into one stretch a thread.
 void Attention::score(int thread) {
-  const int64_t total = int64_t(items_.size()) * n_blocks();
+  const int64_t total = int64_t(items_.size()) * n_blocks_;
   const int64_t end = total * (thread + 1) / n_threads_;
   ThreadMemory& memory = memory_[thread];
   for (int64_t at = total * thread / n_threads_; at < end;) {
-    const int64_t index = at / n_blocks(), first = at % n_blocks();
-    const int64_t last = std::min<int64_t>(n_blocks(), first + end - at);
+    const int64_t index = at / n_blocks_, first = at % n_blocks_;
+    const int64_t last = std::min<int64_t>(n_blocks_, first + end - at);
     const Item& item = items_[index];
     Queries plain, coded;
     load_queries(item, memory, plain, &coded);
     kernels_->score_codes(coded, coded_cells(item, streams_[item.stream].hidden.data(), int(first), int(last)),
-                          mask_of(item), &scores_[index * n_blocks() * kBlockCells], memory.scratch);
+                          mask_of(item), &scores_[index * n_blocks_ * kBlockCells], memory.scratch);
     at += last - first;
   }
 }
@@ -204,8 +228,8 @@ void Attention::choose(const float* scores, ThreadMemory& memory) const {
   };
   const size_t top = size_t(p_.top);
   std::vector<float>& tops = memory.block_tops;
-  tops.resize(n_blocks());
-  for (int b = 0; b < n_blocks(); b++) tops[b] = top_of(b);
+  tops.resize(n_blocks_);
+  for (int b = 0; b < n_blocks_; b++) tops[b] = top_of(b);
   float bound = kHidden;
   if (tops.size() > top) {
     std::vector<float>& ordered = memory.bias;
@@ -215,7 +239,7 @@ void Attention::choose(const float* scores, ThreadMemory& memory) const {
   }
   std::vector<Scored>& candidates = memory.candidates;
   candidates.clear();
-  for (int b = 0; b < n_blocks(); b++) {
+  for (int b = 0; b < n_blocks_; b++) {
     if (tops[b] < bound || tops[b] == kHidden) continue;
     for (int cell = b * kBlockCells; cell < (b + 1) * kBlockCells; cell++) {
       if (scores[cell] >= bound && scores[cell] != kHidden) candidates.push_back({scores[cell], cell});
@@ -236,7 +260,7 @@ void Attention::select(int thread) {
     const Item& item = items_[i];
     const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
     const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
-    choose(&scores_[i * n_blocks() * kBlockCells], memory);
+    choose(&scores_[i * n_blocks_ * kBlockCells], memory);
     Retrieved& retrieved = retrieved_[i];
     retrieved.hidden = streams_[item.stream].hidden;
     retrieved.tiles.clear();
@@ -325,7 +349,7 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   const Item& item = items_[part.item];
   const int n_rows = item.n_tokens * group_;
   const int last_block = std::min(part.last_unit, block_units());
-  const bool codes = !from_store() && sees_codes(item, part.first_unit, last_block);
+  const bool codes = !from_store() && sees_codes(item, hidden_of(item), part.first_unit, last_block);
   Queries plain, coded;
   load_queries(item, memory, plain, codes ? &coded : nullptr);
   memory.k_tile.resize(size_t(kBlockCells) * p_.layer->keys().format().head_dim);

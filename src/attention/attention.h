@@ -105,17 +105,18 @@ private:
   };
 
   void prepare_streams();
+  void leave_out_blocks();
   void prepare_parts();
   bool prefills() const { return p_.n_tokens > kMaxCodeTokens; }
   bool from_store() const { return p_.top > 0 && prefills(); }
-  int n_blocks() const { return int((p_.n_cells + kBlockCells - 1) / kBlockCells); }
-  int block_units() const { return retrieves() && p_.drop_tail ? 0 : n_blocks(); }
+  int block_units() const { return retrieves() && p_.drop_tail ? 0 : n_blocks_; }
   int units_of_tile() const { return prefills() ? 1 : 4; }  // 64 exact rows take as long as four blocks of codes
   int retrieved_tiles() const {
     return retrieves() ? int((std::min<int64_t>(p_.top, p_.n_cells) + kBlockCells - 1) / kBlockCells) : 0;
   }
   size_t softmax_size(int n_rows) const { return size_t(n_rows) * (2 + p_.value_dim); }
   Softmax softmax_at(float* at, int n_rows) const { return {p_.value_dim, at, at + n_rows, at + 2 * n_rows}; }
+  Item all_tokens(int stream) const { return {stream, 0, 0, p_.n_tokens, 0, 0, 0}; }
   Mask mask_of(const Item& item) const;
   uint64_t seen_by(const Item& item, const Mask& mask, int n_cells) const;
 
@@ -123,7 +124,7 @@ private:
   static void add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t* key, const uint16_t* value);
   void choose(const float* scores, ThreadMemory& memory) const;
 
-  bool sees_codes(const Item& item, int first_block, int last_block) const;
+  bool sees_codes(const Item& item, const uint64_t* hidden, int first_block, int last_block) const;
   const uint64_t* hidden_of(const Item& item) const;
   void load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries* coded) const;
   void attend_part(const Part& part, ThreadMemory& memory);
@@ -137,6 +138,7 @@ private:
   AttentionProblem p_;
   const Kernels* kernels_ = nullptr;
   int n_threads_ = 1;
+  int n_blocks_ = 0;  // of a stream that are looked at
   int group_ = 1;
   std::vector<Stream> streams_;
   std::vector<Item> items_;

@@ -127,6 +127,8 @@ void attend_tile(const IsaOps& ops, const Queries& queries, const Tile& tile, co
   constexpr int kRows = 48;  // their scores, the tile's keys and then its values stay in the first-level cache
   float* scores = reinterpret_cast<float*>(scratch.room(kRows * kBlockCells * sizeof(float)));
   const uint64_t present = first_bits(tile.n_cells) & ~tile.hidden;
+  // What lies behind the columns of the cells is never looked at.
+  const int n_columns = tile.n_cells > 32 ? kBlockCells : (tile.n_cells + 15) / 16 * 16;
   uint16_t room[kBlockCells];
   int token = -1;
   uint64_t seen = present;
@@ -134,7 +136,7 @@ void attend_tile(const IsaOps& ops, const Queries& queries, const Tile& tile, co
   for (int begin = 0; begin < queries.n_rows; begin += kRows) {
     const int n_rows = std::min(kRows, queries.n_rows - begin);
     ops.tiles.multiply(queries.q + size_t(begin) * queries.dim, queries.dim, tile.k, kBlockCells, n_rows, queries.dim,
-                       kBlockCells, scores, kBlockCells, false);
+                       n_columns, scores, kBlockCells, false);
     for (int i = 0; i < n_rows; i++) {
       const int row = begin + i;
       if (mask.data && row / queries.group != token) {

@@ -252,6 +252,11 @@ void load_keys(const uint8_t* const* rows, int n, int dim, float* tile) {
     for (int d = 0; d < dim; d += 16) {
       const __mmask16 lanes = first_lanes(dim - d);
       __m512 r[16];
+      if (cell >= n) {  // a short context's only tile is mostly empty
+        for (int i = 0; i < 16 && d + i < dim; i++)
+          _mm512_storeu_ps(tile + (d + i) * kLine + cell, _mm512_setzero_ps());
+        continue;
+      }
       for (int i = 0; i < 16; i++) {
         r[i] = cell + i < n ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, rows[cell + i] + 2 * d))
                             : _mm512_setzero_ps();

@@ -7,15 +7,15 @@
 
 namespace thimble {
 
-size_t CacheSide::memory_bytes(const CacheShape& shape, const Format& format, int n_slots) {
-  const size_t blocks = size_t(shape.n_kv_heads) * shape.n_streams * shape.blocks_per_stream();
+size_t CacheSide::memory_bytes(const CacheShape& shape, const Format& format, int n_slots, bool coded) {
+  const size_t blocks = coded ? size_t(shape.n_kv_heads) * shape.n_streams * shape.blocks_per_stream() : 0;
   return blocks * format.block_bytes() + size_t(n_slots) * shape.n_kv_heads * format.head_dim * sizeof(uint16_t);
 }
 
 CacheSide::CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, int n_slots,
-                     uint8_t* memory, std::unique_ptr<ExactStore> store)
-    : shape_(shape), codecs_(std::move(codecs)), blocks_(memory) {
-  uint8_t* slots = memory + memory_bytes(shape, format(), 0);
+                     uint8_t* memory, std::unique_ptr<ExactStore> store, bool coded)
+    : shape_(shape), codecs_(std::move(codecs)), blocks_(memory), coded_(coded) {
+  uint8_t* slots = memory + memory_bytes(shape, format(), 0, coded);
   rows_ = store ? stored_rows(std::move(store)) : window_rows(row_size(), n_slots, reinterpret_cast<uint16_t*>(slots));
 }
 
@@ -24,6 +24,7 @@ void CacheSide::encode_row(const uint16_t* row, int64_t cell) const {
 }
 
 void CacheSide::encode_head(int head, const uint16_t* row, int64_t cell) const {
+  if (!coded_) return;
   const Kernels& k = kernels();
   const int head_dim = format().head_dim;
   float x[kMaxHeadDim], y[kMaxHeadDim];
@@ -47,7 +48,7 @@ void CacheSide::decode_row(int64_t cell, float* row) const {
 }
 
 void CacheSide::copy_stream(int from, int to) {
-  for (int head = 0; head < shape_.n_kv_heads; head++) {
+  for (int head = 0; coded_ && head < shape_.n_kv_heads; head++) {
     std::memcpy(block(head, to * shape_.cells_per_stream), block(head, from * shape_.cells_per_stream),
                 shape_.blocks_per_stream() * format().block_bytes());
   }

@@ -32,16 +32,18 @@ struct CacheShape {
 class CacheSide {
 public:
   /// Bytes of memory for a side whose window has `n_slots` rows there.
-  static size_t memory_bytes(const CacheShape& shape, const Format& format, int n_slots);
+  static size_t memory_bytes(const CacheShape& shape, const Format& format, int n_slots, bool coded = true);
 
-  /// One codec a KV head, all of one format. `memory` must outlive the side; it is not cleared.
+  /// One codec a KV head, all of one format. `memory` must outlive the side; it is not cleared. A side with an exact
+  /// store may do without codes (values of which only retrieved ones are read): then there are no blocks.
   CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, int n_slots, uint8_t* memory,
-            std::unique_ptr<ExactStore> store = nullptr);
+            std::unique_ptr<ExactStore> store = nullptr, bool coded = true);
 
   const CacheShape& shape() const { return shape_; }
   const Format& format() const { return codecs_->front().format; }
   Kind kind() const { return codecs_->front().kind; }
   const HeadCodec& codec(int head) const { return (*codecs_)[head]; }
+  bool coded() const { return coded_; }
   int row_size() const { return shape_.n_kv_heads * format().head_dim; }
 
   uint8_t* block(int head, int64_t cell) const {
@@ -51,8 +53,8 @@ public:
   }
   int in_block(int64_t cell) const { return int(cell % shape_.cells_per_stream % kBlockCells); }
 
-  /// Codes a row as the model wrote it, [n_kv_heads * head_dim] f16. Rows of f16 are what is coded, whatever the model
-  /// computed in, so that a state that was saved and loaded codes to the same bytes.
+  /// Codes a row as the model wrote it, [n_kv_heads * head_dim] f16, where the side is coded. Rows of f16 are what is
+  /// coded, whatever the model computed in, so that a state that was saved and loaded codes to the same bytes.
   void encode_row(const uint16_t* row, int64_t cell) const;
   /// One head of such a row.
   void encode_head(int head, const uint16_t* row, int64_t cell) const;
@@ -72,6 +74,7 @@ private:
   CacheShape shape_;
   std::shared_ptr<const std::vector<HeadCodec>> codecs_;
   uint8_t* blocks_;
+  bool coded_;
   std::unique_ptr<ExactRows> rows_;
 };
 

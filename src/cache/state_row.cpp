@@ -30,8 +30,9 @@ void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, 
   const Format& format = side.format();
   const size_t vector_bytes = size_t(format.vector_bytes());
   uint8_t* out = row;
+  std::memset(row, 0, row_bytes);
+  if (!side.coded()) return;  // never written
   if (!format.f16) {
-    std::memset(row, 0, row_bytes);
     std::memcpy(row, kTag, sizeof(kTag));
     std::memcpy(row + sizeof(kTag), &hash, sizeof(hash));
     out += kHeaderBytes;
@@ -55,7 +56,7 @@ void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const 
   if (coded) {
     uint64_t saved_hash;
     std::memcpy(&saved_hash, row + sizeof(kTag), sizeof(saved_hash));
-    if (format.f16 || saved_hash != hash) {
+    if (format.f16 || !side.coded() || saved_hash != hash) {
       throw std::runtime_error(
           "this state was saved with other cache settings (bits or profile); load it with the "
           "THIMBLE_KV "

@@ -6,6 +6,11 @@
 #include <tuple>
 
 namespace thimble {
+namespace {
+
+constexpr uint64_t kGone = 0;  // older than any sequence
+
+}  // namespace
 
 Window::Window(WindowSize size, int max_slots, int64_t cells_per_stream, int n_streams)
     : size_(size),
@@ -70,13 +75,13 @@ void Window::begin_batch(std::span<const int64_t> cells) {
 // stream that has its share recycles its own: what is left there of a removed sequence may have been seen later than
 // what an idle stream still needs.
 int Window::free_slot(int64_t cell, int64_t* leaving) {
-  const int64_t stream = cell / cells_per_stream_;
+  const int64_t first = cell / cells_per_stream_ * cells_per_stream_, end = first + cells_per_stream_;
   Slot *unused = nullptr, *oldest = nullptr;
   int n_in_stream = 0;
   for (Slot& slot : slots_) {
     if (slot.cell < 0) {
       if (!unused) unused = &slot;
-    } else if (slot.cell / cells_per_stream_ == stream) {
+    } else if (slot.cell >= first && slot.cell < end) {
       n_in_stream++;
       if (!oldest || std::tie(slot.sequence, slot.cell) < std::tie(oldest->sequence, oldest->cell)) oldest = &slot;
     }
@@ -94,9 +99,10 @@ int Window::free_slot(int64_t cell, int64_t* leaving) {
 // Makes room for n more cells of a stream, or for size_.spare more if it has to make some, out of what this batch did
 // not see: that which no batch has seen for longest goes first.
 void Window::let_go_unseen(int64_t stream, int n, uint64_t seen_from) {
+  const int64_t first = stream * cells_per_stream_, end = first + cells_per_stream_;
   std::vector<Slot*> used;
   for (Slot& slot : slots_) {
-    if (slot.cell >= 0 && slot.cell / cells_per_stream_ == stream) used.push_back(&slot);
+    if (slot.cell >= first && slot.cell < end) used.push_back(&slot);
   }
   const int missing = int(used.size()) + n - max_slots_per_stream_;
   if (missing <= 0) return;
@@ -167,9 +173,11 @@ Window::Changes Window::commit(const std::function<bool(int, int64_t)>& visible)
       if (c.keep) arriving[c.row.cell / cells_per_stream_]++;
       continue;
     }
-    slots_[c.row.index].sequence = c.sequence;
     const bool seen = c.sequence >= seen_from, gone = !seen && overwritten_.count(c.sequence);
-    if (gone || (seen && !c.keep)) empty(slots_[c.row.index]);
+    // What is gone leaves when its room is needed, not at once: the next conversation is about to write over most of
+    // it, and what is written over need not be coded.
+    slots_[c.row.index].sequence = gone ? kGone : c.sequence;
+    if (seen && !c.keep) empty(slots_[c.row.index]);
   }
   for (const auto& [stream, n] : arriving) let_go_unseen(stream, n, seen_from);
   Changes changes;

@@ -7,8 +7,9 @@
 // llama.cpp fills a cache in the order of its cells, around, so those closest behind the newest one are the latest. No
 // other history decides, so a state need not hold any to go on bit for bit.
 //
-// Nor does ggml say that a sequence was removed. One is taken for gone when another writes into a cell of its window:
-// llama.cpp gives the cells of removed sequences away from the first on, which are in the window.
+// Nor does ggml say that a sequence was removed. One is taken for gone, so that its cells are the first to leave where
+// room is needed, when another writes into a cell of its window: llama.cpp gives the cells of removed sequences away
+// from the first on, which are in the window.
 //
 // This class only keeps the books (cells, slots); the rows themselves are ExactRows'.
 #pragma once

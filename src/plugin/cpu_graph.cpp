@@ -11,25 +11,43 @@
 namespace thimble {
 namespace {
 
-// Whether query `row` of an attention node sees a cell. Row r is token r % n_tokens of stream r / n_tokens, as
+// What the queries of an attention node see. Row r of a batch is token r % n_tokens of stream r / n_tokens, as
 // llama.cpp splits a batch into streams.
-bool sees(const ggml_tensor* node, int64_t row, int64_t cell) {
-  const ggml_tensor *q = node->src[0], *k = node->src[1], *mask = node->src[3];
-  const int64_t n_tokens = q->ne[1], stream = row / n_tokens;
-  const int64_t first = k->view_offs / root_of(k)->nb[1], per_stream = root_of(k)->ne[1];
-  const int64_t in_stream = cell - first - stream * per_stream;
-  if (in_stream < 0 || in_stream >= k->ne[1]) return false;
-  if (!mask) return true;
-  const char* at = static_cast<const char*>(mask->data) + (row % n_tokens) * mask->nb[1] +
-                   (mask->ne[3] > 1 ? stream * mask->nb[3] : 0);
-  return reinterpret_cast<const uint16_t*>(at)[in_stream] != 0xfc00;
-}
+class Sight {
+public:
+  explicit Sight(const ggml_tensor* node)
+      : n_tokens_(node->src[0]->ne[1]),
+        n_cells_(node->src[1]->ne[1]),
+        first_(node->src[1]->view_offs / root_of(node->src[1])->nb[1]),
+        per_stream_(root_of(node->src[1])->ne[1]) {
+    const ggml_tensor* mask = node->src[3];
+    if (!mask) return;
+    mask_ = static_cast<const char*>(mask->data);
+    token_stride_ = mask->nb[1];
+    stream_stride_ = mask->ne[3] > 1 ? mask->nb[3] : 0;
+  }
+
+  bool sees(int64_t row, int64_t cell) const {
+    const int64_t stream = row < n_tokens_ ? 0 : row / n_tokens_, token = row - stream * n_tokens_;
+    const int64_t in_stream = cell - first_ - stream * per_stream_;
+    if (in_stream < 0 || in_stream >= n_cells_) return false;
+    if (!mask_) return true;
+    const char* at = mask_ + token * token_stride_ + stream * stream_stride_;
+    return reinterpret_cast<const uint16_t*>(at)[in_stream] != 0xfc00;  // -inf
+  }
+
+private:
+  int64_t n_tokens_, n_cells_, first_, per_stream_;
+  const char* mask_ = nullptr;
+  size_t token_stride_ = 0, stream_stride_ = 0;
+};
 
 bool sees_refused_cell(const ggml_tensor* node, const ManagedLayer& layer) {
+  const Sight sight(node);
   for (const auto& cells : layer.refused) {
     for (const auto& [cell, bytes] : cells) {
       for (int64_t row = 0; row < node->src[0]->ne[1] * node->src[0]->ne[3]; row++) {
-        if (sees(node, row, cell)) return true;
+        if (sight.sees(row, cell)) return true;
       }
     }
   }
@@ -121,7 +139,8 @@ void CpuGraph::run_attend(ggml_tensor* dst, int thread, int n_threads, void* dat
         attention.prepare(p, n_threads, kernels());
         const bool rows_match = int64_t(op.layer->cache->window().batch().size()) == q->ne[1] * q->ne[3];
         if (op.commits) {
-          op.layer->cache->begin_commit([&](int row, int64_t cell) { return !rows_match || sees(op.node, row, cell); });
+          const Sight sight(op.node);
+          op.layer->cache->begin_commit([&](int row, int64_t cell) { return !rows_match || sight.sees(row, cell); });
         }
       }
     } catch (const std::exception& error) {
@@ -162,7 +181,7 @@ ggml_status CpuGraph::compute(ggml_cgraph* graph) {
   std::vector<std::pair<int, ggml_tensor*>> replaced;
   // Layers are bound when llama.cpp asks whether we support their attention; ggml's Meta device does not ask.
   for (int i = 0; i < n_nodes; i++) {
-    if (classify(nodes[i]) == NodeKind::attend) bind(nodes[i]);
+    if (nodes[i]->op == GGML_OP_FLASH_ATTN_EXT && classify(nodes[i]) == NodeKind::attend) bind(nodes[i]);
   }
   ggml_status status = GGML_STATUS_SUCCESS;
   int begin = 0;

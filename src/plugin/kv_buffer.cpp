@@ -38,6 +38,11 @@ int window_slots(const Settings& settings, int64_t n_streams, bool on_cpu) {
   return (on_cpu ? window.total() : window.first + window.last + DeviceCache::kInFlightRows) * int(n_streams);
 }
 
+// Values of which only the window and retrieved cells are read need no codes.
+bool is_coded(Kind kind, int layer, const Settings& settings, const CodecSource& source) {
+  return kind == Kind::key || !settings.drop_tail || !source.retrieves(layer);
+}
+
 // Memory to reserve for a cache tensor, and to report as the size of its cache.
 size_t reserved_bytes(const ggml_tensor* tensor, const CacheName& name, const Settings& settings,
                       const CodecSource& source, bool on_cpu) {
@@ -46,9 +51,11 @@ size_t reserved_bytes(const ggml_tensor* tensor, const CacheName& name, const Se
   const int head_dim = std::clamp(source.head_dim(name.layer, name.kind).value_or(assumed), 2, kMaxHeadDim);
   const Format format = source.format(name.layer, name.kind, head_dim);
   const CacheShape shape{int(width / format.head_dim), tensor->ne[1], int(tensor->ne[2])};
-  // On the CPU the exact store has the window's rows, too.
-  const bool in_store = on_cpu && source.retrieves(name.layer);
-  return CacheSide::memory_bytes(shape, format, in_store ? 0 : window_slots(settings, shape.n_streams, on_cpu));
+  if (!on_cpu) return CacheSide::memory_bytes(shape, format, window_slots(settings, shape.n_streams, on_cpu));
+  // The exact store has the window's rows, too.
+  return CacheSide::memory_bytes(shape, format,
+                                 source.retrieves(name.layer) ? 0 : window_slots(settings, shape.n_streams, on_cpu),
+                                 is_coded(name.kind, name.layer, settings, source));
 }
 
 // ---- buffer
@@ -307,14 +314,15 @@ void KvBuffer::bind_in_ram(ManagedLayer& layer, int key_dim, int value_dim, int 
       store_bytes_ += store->total_bytes();
     }
     const int n_slots = store ? 0 : window_slots(settings_, shape.n_streams, /*on_cpu=*/true);
-    const size_t bytes = CacheSide::memory_bytes(shape, format, n_slots);
+    const bool coded = is_coded(kind, layer.index, settings_, *source_);
+    const size_t bytes = CacheSide::memory_bytes(shape, format, n_slots, coded);
     uint8_t* memory = static_cast<uint8_t*>(tensor->data);
     if (bytes > reserved_bytes(tensor, {kind, layer.index}, settings_, *source_, /*on_cpu=*/true)) {
       layer.own_memory[int(kind)].assign(bytes, 0);
       memory = layer.own_memory[int(kind)].data();
     }
     bound_bytes_ += bytes;
-    return CacheSide(shape, std::move(codecs), n_slots, memory, std::move(store));
+    return CacheSide(shape, std::move(codecs), n_slots, memory, std::move(store), coded);
   };
   CacheSide keys = make_side(Kind::key), values = make_side(Kind::value);
   layer.top = keys.store() ? settings_.top : 0;

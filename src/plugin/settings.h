@@ -15,7 +15,7 @@
 //   - store=auto: where the exact store is: RAM (store=ram) or a file (store=file) in the directory path=DIR for the
 //     CPU, pinned RAM (store=pinned) for a CUDA device; auto is the RAM that the device reads.
 //   - tail=quantized: what becomes of the cells that are neither retrieved nor in the window: attended to from their
-//     codes, or dropped (tail=drop).
+//     codes, or dropped (tail=drop; values then have no codes at all on the CPU).
 //   - policy=auto: which layers retrieve: those that the profile calls sparse, all where there is no profile (auto),
 //   all
 //     or none.

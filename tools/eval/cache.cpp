@@ -86,8 +86,9 @@ CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const Mod
         const double bits = kind == Kind::key ? cache.key_bits : cache.value_bits;
         const bool calibrated = profile && bits != 16;
         const Format format = calibrated ? profile->format(int(i), kind, bits) : make_format(dim, bits);
-        of_head = format.vector_bytes() * n_cells;
         const bool retrieves = cache.top > 0 && sparse;
+        const bool uncoded = retrieves && cache.drop_tail && kind == Kind::value;
+        of_head = uncoded ? 0 : format.vector_bytes() * n_cells;
         if (retrieves) bytes.store += layer.n_kv_heads * 2.0 * dim * n_cells;
         if (!format.f16 && !retrieves) of_head += exact_window;  // otherwise the window is read from the store
       }
