@@ -240,29 +240,33 @@ int main(int argc, char** argv) {
       require(decode_cells(device, t, s));
     });
 
-    float* scores = allocate<float>(size_t(kKvHeads) * kCells);
     uint16_t* store = nullptr;
     const size_t store_half = size_t(kKvHeads) * kCells * kDim;
-    require(cudaHostAlloc(reinterpret_cast<void**>(&store), store_half * 4, cudaHostAllocDefault));
+    require(cudaHostAlloc(reinterpret_cast<void**>(&store), store_half * 4, cudaHostAllocMapped));
     std::memset(store, 0, store_half * 4);
     RetrieveArgs r;
     r.n_kv_heads = kKvHeads;
     r.n_cells = kCells;
     r.top = kTop;
-    r.scores = scores;
     r.store_keys = store;
     r.store_values = store + store_half;
     r.store_cells = kCells;
-    r.hidden = a.hidden;
-    r.cells = allocate<int32_t>(kKvHeads * kTop);
-    r.keys = allocate<uint16_t>(kKvHeads * kTop * kDim);
-    r.values = allocate<uint16_t>(kKvHeads * kTop * kDim);
-    r.all_hidden = allocate<uint32_t>(size_t(kKvHeads) * kCells / 32);
-    time("score 131072 cells", 24, double(cache),
-         [&](int i, cudaStream_t s) { require(score_cells(device, attend_at(i), scores, s)); });
+    place_retrieval(allocate<char>(retrieval_bytes(r)), &r);
+    const double rows = 2.0 * kKvHeads * kTop * kDim * 2;  // bytes
+    time("score 131072 cells", 24, double(cache), [&](int i, cudaStream_t s) {
+      require(score_cells(device, {attend_at(i), r.scores, r.tops, r.all_hidden}, s));
+    });
     time("choose 64 of 131072 cells for 8 heads", 24, 0,
          [&](int, cudaStream_t s) { require(choose_cells(device, r, s)); });
-    time("gather 64 cells for 8 heads from pinned memory", 24, 2.0 * kKvHeads * kTop * kDim * 2,
+    time("gather 64 cells for 8 heads from pinned memory", 24, rows,
          [&](int, cudaStream_t s) { require(gather_cells(device, r, s)); });
+    const size_t more_bytes = attend_workspace_bytes(device, with_retrieved(a, r, false));
+    void* more = allocate<char>(more_bytes);
+    time("step 1x131072 with retrieval", 24, 3.0 * cache, [&](int i, cudaStream_t s) {
+      PrepareArgs x = prepare_at(i, 1);
+      x.store = {store, store + store_half, 0, 1, kCells};
+      require(prepare(device, x, s));
+      require(retrieve_step(device, attend_at(i), r, false, more, more_bytes, s));
+    });
   }
 }

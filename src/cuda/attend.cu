@@ -8,10 +8,6 @@
 namespace thimble::cuda {
 namespace {
 
-int row_groups(const AttendArgs& args) {
-  return (args.n_tokens * args.group + kRowGroup - 1) / kRowGroup;
-}
-
 int blocks_per_pair(const DeviceInfo& device, int pairs) {
   return std::max(1, device.multiprocessors / pairs);
 }
@@ -99,7 +95,7 @@ Status check(const AttendArgs& args) {
 }
 
 void plan(const DeviceInfo& device, AttendArgs& args) {
-  args.row_groups = row_groups(args);
+  args.row_groups = row_groups(args.n_tokens, args.group);
   const int lanes = blocks_per_pair(device, args.n_kv_heads * args.row_groups);
   const int n_blocks = args.n_cells / kBlockCells, n_exact = args.exact[0].capacity + args.exact[1].capacity;
   args.n_splits = choose_splits(args.n_streams, n_blocks, n_exact, lanes,
@@ -142,20 +138,19 @@ Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t
   }
 }
 
-Status score_cells(const DeviceInfo& device, AttendArgs args, float* scores, cudaStream_t stream) {
-  args.row_groups = row_groups(args);
-  if (args.n_streams < 1 || args.n_tokens < 1 || args.row_groups != 1) {
-    return Status::unsupported("scores are for 1 to 4 query rows a KV head");
-  }
-  if (args.n_cells < 64 || args.n_cells % kBlockCells != 0) return Status::invalid("cells must be a multiple of 64");
-  if (!scores) return Status::invalid("scores are missing");
-  if (Status s = check_queries(args); !s.ok()) return s;
-  if (Status s = check_cache(args.keys, args.key_codec, args); !s.ok()) return s;
+Status score_cells(const DeviceInfo& device, ScoreArgs score, cudaStream_t stream) {
+  AttendArgs& args = score.attend;
+  if (args.n_cells < 64) return Status::invalid("cells must be a multiple of 64");
   args.value_codec = args.key_codec;  // kernels come in pairs of widths; this one's values are not looked at
+  args.values = args.keys;
+  args.output = score.scores;
   args.exact[0] = args.exact[1] = {};
+  args.fresh = {};
+  if (Status s = check(args); !s.ok()) return s;
+  if (!score.scores || !score.tops || !score.all_hidden) return Status::invalid("place for scores is missing");
   plan(device, args);
-  const dim3 grid(std::min(blocks_per_pair(device, args.n_kv_heads), args.n_streams * args.n_splits), args.n_kv_heads);
-  const ScoreArgs score{args, scores};
+  const int pairs = args.n_kv_heads * args.row_groups;
+  const dim3 grid(std::min(blocks_per_pair(device, pairs), args.n_streams * args.n_splits), pairs);
   switch (args.head_dim) {
     case 64:
       return launch_score_64(device, score, grid, stream);

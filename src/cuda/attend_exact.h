@@ -87,7 +87,7 @@ struct AttendExact {
         const int i = first + b * S::kWarps;
         cell[b] = token[b] = -1;
         if (i >= exact.capacity) continue;
-        cell[b] = cells[i] < a.n_cells ? cells[i] : -1;
+        cell[b] = cells[i] < a.end_cell ? cells[i] : -1;
         if (tokens) token[b] = tokens[i];
         const size_t at = (pair * exact.capacity + i) * D + lane * kShare;
         load_row(exact.keys + at, key[b]);

@@ -228,63 +228,6 @@ struct AttendKernel {
       AttendCombine<S>::finish_item(a, l, run, item);
     }
   }
-
-  // ---- scores alone, for retrieval
-
-  /// Writes each cell's greatest score over the block's rows, in units of log2 e, to scores [n_streams][n_kv_heads]
-  /// [n_cells]. Masked and hidden cells get -infinity. One row group.
-  SIMT static void score(const AttendArgs& a, float* scores) {
-    simt::launch_dependents();
-    const Lane l = Cells::make_lane();
-    Tables::copy_scales(a);
-    Cells::store_slopes(a);
-    simt::wait_for_previous_grid();
-    for (int item = simt::block_x(); item < Items::n_items(a); item += simt::blocks_x()) {
-      const int stream = Items::stream_of(a, item), head = simt::block_y(), split = item - stream * a.n_splits;
-      simt::sync();  // the last item's table is used up
-      Tables::fetch_queries(a, item);
-      simt::wait_for_copies();
-      simt::sync();
-      const Row row = Cells::make_row(a, stream, l.t);
-      Tables::transform_queries(a);
-      const bool pads = l.t >= a.n_tokens * a.group;
-      Tables::fill_score_table(a);
-      simt::sync();
-      const uint8_t* hidden = reinterpret_cast<const uint8_t*>(
-          a.hidden ? a.hidden + stream * a.hidden_stream_stride + head * a.hidden_head_stride : nullptr);
-      for (int index = Items::block_begin(a, split) + l.warp; index < Items::block_begin(a, split + 1);
-           index += S::kWarps) {
-        const uint8_t* block =
-            a.keys.data + stream * a.keys.stream_stride + head * a.keys.head_stride + index * a.keys.block_stride;
-        uint4 codes[kKeyLoads];
-        SIMT_UNROLL
-        for (int i = 0; i < kKeyLoads; i++) codes[i] = simt::load_stream(block + i * 512 + l.lane * 16);
-        const uint4 scales = simt::load_stream(block + MK * kBlockCells + l.g * 16);
-        uint4 mask = make_uint4(0, 0, 0, 0);
-        if (a.mask) mask = simt::load_vector(a.mask + row.mask + index * kBlockCells + l.g * 8);
-        float x[8];
-        Cells::table_scores(l, codes, x, [](int) {});
-        SIMT_UNROLL
-        for (int i = 0; i < 4; i++) {
-          const float2 scale = simt::unpack_half2(Cells::word_of(scales, i));
-          x[2 * i] *= scale.x;
-          x[2 * i + 1] *= scale.y;
-        }
-        const float unit = Cells::adjust(a, row, x, mask, hidden ? hidden[index * 8 + l.g] : 0);
-        SIMT_UNROLL
-        for (int j = 0; j < 8; j++) {
-          x[j] = pads ? -INFINITY : x[j] * unit;
-          x[j] = fmaxf(x[j], simt::shuffle_xor(x[j], 1));
-          x[j] = fmaxf(x[j], simt::shuffle_xor(x[j], 2));
-        }
-        float* out = scores + (size_t(stream) * a.n_kv_heads + head) * a.n_cells + index * kBlockCells + l.g * 8;
-        SIMT_UNROLL
-        for (int j = 0; j < 8; j++) {
-          if (l.t == j / 2) out[j] = x[j];
-        }
-      }
-    }
-  }
 };
 
 }  // namespace thimble::cuda

@@ -4,7 +4,7 @@ namespace thimble::cuda {
 namespace {
 
 Status copy(void* to, const void* from, size_t size) {
-  return Status::from(cudaMemcpy(to, from, size, cudaMemcpyDeviceToDevice));
+  return Status::from(cudaMemcpy(to, from, size, cudaMemcpyDefault));
 }
 
 }  // namespace
@@ -103,6 +103,7 @@ PrepareArgs DeviceLayer::prepare_args(const DeviceWindow& window) const {
   args.value_cache = view(Kind::value);
   args.cells_per_stream = int(shape_.cells_per_stream);
   args.window = window_slots(window);
+  args.store = store_rows();
   return args;
 }
 
@@ -114,7 +115,31 @@ Status DeviceLayer::copy_stream(Kind kind, int from, int to) {
       return s;
     }
   }
-  return copy(rows(kind, to), rows(kind, from), size_t(shape_.n_kv_heads) * capacity_ * head_dim() * sizeof(uint16_t));
+  const size_t window_bytes = size_t(shape_.n_kv_heads) * capacity_ * head_dim() * sizeof(uint16_t);
+  if (Status s = copy(rows(kind, to), rows(kind, from), window_bytes); !s.ok() || !has_store()) return s;
+  uint16_t* stored = store_[int(kind)].as<uint16_t>();
+  return copy(stored + to * stored_stream(), stored + from * stored_stream(), stored_stream() * sizeof(uint16_t));
+}
+
+Status DeviceLayer::add_store() {
+  for (PinnedMemory& side : store_) {
+    if (Status s = side.allocate(shape_.n_streams * stored_stream() * sizeof(uint16_t)); !s.ok()) return s;
+  }
+  return {};
+}
+
+DenseRows DeviceLayer::store_rows(int stream) const {
+  if (!has_store()) return {};
+  const size_t first = stream * stored_stream();
+  return {store_[int(Kind::key)].as<uint16_t>() + first, store_[int(Kind::value)].as<uint16_t>() + first, stream,
+          shape_.n_streams - stream, int(shape_.cells_per_stream)};
+}
+
+Status DeviceLayer::clear() {
+  for (PinnedMemory& side : store_) {
+    if (Status s = side.clear(); !s.ok()) return s;
+  }
+  return {};
 }
 
 }  // namespace thimble::cuda

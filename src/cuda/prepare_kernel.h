@@ -152,6 +152,17 @@ struct PrepareKernel {
     return {int(index / a.cells_per_stream), int(index % a.cells_per_stream), a.window.slots ? a.window.slots[i] : -1};
   }
 
+  /// One head's row of a cell, two numbers a thread: full lines, should they go over a bus.
+  SIMT static void put(const DenseRows& rows, bool is_key, int n_kv_heads, int stream, int head, int cell,
+                       const float* y) {
+    uint16_t* to = is_key ? rows.keys : rows.values;
+    const int in_rows = stream - rows.first_stream;
+    if (!to || in_rows < 0 || in_rows >= rows.n_streams || cell >= rows.n_cells) return;
+    uint32_t* pairs =
+        reinterpret_cast<uint32_t*>(to + ((size_t(in_rows) * n_kv_heads + head) * rows.n_cells + cell) * D);
+    for (int i = simt::thread(); i < D / 2; i += kThreads) pairs[i] = simt::pack_half2(y[2 * i], y[2 * i + 1]);
+  }
+
   template <Kind K>
   SIMT static void encode(const PrepareArgs& a, int head) {
     constexpr bool kIsKey = K == Kind::key;
@@ -164,6 +175,10 @@ struct PrepareKernel {
     if (n <= 0) return;
     const auto row = [&](const Place& p) {
       return window + ((size_t(p.stream) * a.n_kv_heads + head) * a.window.capacity + p.slot) * D;
+    };
+    const auto input = [&](int token) {
+      return kIsKey ? a.keys + token * a.key_token_stride + head * a.key_head_stride
+                    : a.values + token * a.value_token_stride + head * a.value_head_stride;
     };
     if (a.from_window) {
       bool any = false;  // rows seldom leave
@@ -178,8 +193,7 @@ struct PrepareKernel {
       if (a.from_window) {
         if (p.cell >= 0) x = simt::half_to_float(row(p)[d]);
       } else {
-        x = kIsKey ? a.keys[(first + i) * a.key_token_stride + head * a.key_head_stride + d]
-                   : a.values[(first + i) * a.value_token_stride + head * a.value_head_stride + d];
+        x = input(first + i)[d];
         if (p.slot >= 0) row(p)[d] = simt::float_to_half(x);
       }
       s.x[i][d] = codec.forward ? simt::sub_rn(x, codec.mean[head * D + d]) : x;
@@ -206,11 +220,8 @@ struct PrepareKernel {
       if (coding && simt::thread() == 0) {
         reinterpret_cast<uint16_t*>(block + n_subspaces * kBlockCells)[p.cell % kBlockCells] = s.scale[i];
       }
-      uint16_t* dense = kIsKey ? a.dense.keys : a.dense.values;
-      const int dense_stream = p.stream - a.dense.first_stream;
-      if (!dense || dense_stream < 0 || dense_stream >= a.dense.n_streams || p.cell >= a.dense.n_cells) continue;
-      dense += ((size_t(dense_stream) * a.n_kv_heads + head) * a.dense.n_cells + p.cell) * D;
-      for (int d = simt::thread(); d < D; d += kThreads) dense[d] = simt::float_to_half(s.y[i][d]);
+      put(a.dense, kIsKey, a.n_kv_heads, p.stream, head, p.cell, s.y[i]);
+      if (!a.from_window) put(a.store, kIsKey, a.n_kv_heads, p.stream, head, p.cell, input(first + i));
     }
   }
 

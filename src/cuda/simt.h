@@ -15,6 +15,7 @@
 #define SIMT_UNROLL _Pragma("unroll")
 #define SIMT_NO_UNROLL _Pragma("unroll 1")
 #define SIMT_UNROLL_SOME _Pragma("unroll 32")
+#define SIMT_NO_UNROLL _Pragma("unroll 1")
 
 namespace thimble::cuda::simt {
 

@@ -23,6 +23,7 @@
 #define SIMT_UNROLL
 #define SIMT_NO_UNROLL
 #define SIMT_UNROLL_SOME
+#define SIMT_NO_UNROLL
 
 struct uint2 {
   uint32_t x, y;

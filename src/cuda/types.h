@@ -11,6 +11,12 @@ namespace thimble::cuda {
 inline constexpr int kRowGroup = 4;
 inline constexpr int kMaxTokens = 8;  // of one attend call, a stream
 
+inline constexpr int kMaxTop = 4096;  // cells that retrieval chooses for a stream and KV head
+
+inline int row_groups(int n_tokens, int group) {
+  return (n_tokens * group + kRowGroup - 1) / kRowGroup;
+}
+
 /// What keys or values of one layer are coded with; tables.h makes it from HeadCodecs.
 struct CodecTables {
   int head_dim = 0;
@@ -79,7 +85,7 @@ struct WindowArgs {
   size_t hidden_stream_stride = 0;
 };
 
-/// Rows for dense attention, transformed as they are coded, f16: [n_streams][n_kv_heads][n_cells][head_dim].
+/// Rows by cell, f16: [n_streams][n_kv_heads][n_cells][head_dim].
 struct DenseRows {
   uint16_t *keys = nullptr, *values = nullptr;
   int first_stream = 0, n_streams = 0;  // that are here
@@ -100,7 +106,8 @@ struct PrepareArgs {
   CacheView key_cache, value_cache;
   CodecTables key_codec, value_codec;
   WindowRows window;  // where new tokens' rows go, too
-  DenseRows dense;    // and these, in full precision; null: nowhere
+  DenseRows dense;    // and these, for dense attention: transformed as they are coded; null: nowhere
+  DenseRows store;    // and these, as the model wrote them; may be pinned host memory; null: nowhere
 
   // The window's rows instead of new tokens: those of `window.slots`, which leave it, are coded; or, where
   // `window_cells` [n_streams * capacity] is given, all rows of these cells are only taken to `dense`. n_tokens counts
@@ -146,19 +153,20 @@ struct TransformArgs {
 /// Choosing the cells that matter most to one step's queries, and fetching their exact keys and values.
 struct RetrieveArgs {
   int n_streams = 1, n_kv_heads = 1, head_dim = 128;
-  int n_cells = 0;                // as in AttendArgs
-  int top = 0;                    // cells to choose for each stream and KV head
-  const float* scores = nullptr;  // [n_streams][n_kv_heads][n_cells], of score_cells
+  int n_cells = 0;     // as in AttendArgs
+  int row_groups = 1;  // that have scores of their own
+  int top = 0;         // cells to choose for each stream and KV head
   // The store: pinned host memory or device memory, as ExactRows are, [n_streams][n_kv_heads][store_cells][head_dim].
   const uint16_t *store_keys = nullptr, *store_values = nullptr;
   int store_cells = 0;
-  // Bits of cells that are exact already, as AttendArgs::hidden of all heads alike; null: none.
-  const uint32_t* hidden = nullptr;
-  size_t hidden_stream_stride = 0;
-  // Out: what AttendArgs wants as ExactRows with `per_head`, and as `hidden` with a word stride of n_cells / 32 a head.
-  int32_t* cells = nullptr;                     // [n_streams][n_kv_heads][top]
-  uint16_t *keys = nullptr, *values = nullptr;  // [n_streams][n_kv_heads][top][head_dim]
-  uint32_t* all_hidden = nullptr;               // [n_streams][n_kv_heads][n_cells / 32]
+
+  // What the kernels leave for one another, in scratch memory (place_retrieval). Scores are the greatest over a group
+  // of 4 query rows, in units of log2 e; -infinity: masked or hidden.
+  float* scores = nullptr;                      // [n_streams][n_kv_heads][row_groups][n_cells]
+  float* tops = nullptr;                        // [n_streams][n_kv_heads][row_groups][n_cells / 64]: the greatest there
+  uint32_t* all_hidden = nullptr;               // [n_streams][n_kv_heads][n_cells / 32]: of window and chosen cells
+  int32_t* cells = nullptr;                     // [n_streams][n_kv_heads][top]: the chosen, in order; -1: none
+  uint16_t *keys = nullptr, *values = nullptr;  // [n_streams][n_kv_heads][top][head_dim]: their rows
 };
 
 /// Everything about one attention operation over one layer.
@@ -190,6 +198,9 @@ struct AttendArgs {
   size_t hidden_stream_stride = 0, hidden_head_stride = 0;
   ExactRows exact[2];  // the window, and what retrieval fetched
   NewRows fresh;       // rows of the window that are being written
+  // Rows of cells from this one on are left out: the window may hold cells that were removed since, for which there is
+  // no mask.
+  int end_cell = INT32_MAX;
 
   /// f32 [n_streams][n_tokens][n_heads][head_dim].
   float* output = nullptr;
@@ -200,5 +211,24 @@ struct AttendArgs {
   float* partials = nullptr;  // [n_streams][n_splits, then exact rows][n_kv_heads * row_groups][4 * head_dim + 8]
   int* arrived = nullptr;     // [n_streams][n_kv_heads * row_groups], zero between calls
 };
+
+/// Scoring of all cells. Of `attend`, values, exact rows, sinks and output are not looked at; what there is to fill in
+/// is as in RetrieveArgs.
+struct ScoreArgs {
+  AttendArgs attend;
+  float *scores = nullptr, *tops = nullptr;
+  uint32_t* all_hidden = nullptr;  // a copy of attend.hidden, for each KV head
+};
+
+/// What is attended to after retrieval: `args`, with the chosen cells taken from their rows. `drop_tail`: and the cells
+/// that are left from their codes not at all.
+inline AttendArgs with_retrieved(AttendArgs args, const RetrieveArgs& retrieve, bool drop_tail) {
+  args.exact[1] = {retrieve.keys, retrieve.values, retrieve.cells, retrieve.top, true};
+  args.hidden = drop_tail ? nullptr : retrieve.all_hidden;
+  args.hidden_head_stride = size_t(args.n_cells / 32);
+  args.hidden_stream_stride = args.hidden_head_stride * args.n_kv_heads;
+  if (drop_tail) args.n_cells = 0;
+  return args;
+}
 
 }  // namespace thimble::cuda

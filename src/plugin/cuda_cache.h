@@ -13,8 +13,8 @@ class CudaCache : public DeviceCache {
 public:
   CudaCache(ggml_backend_dev_t inner, const Settings& settings);
 
-  void bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
-            const std::vector<HeadCodec>& values, uint8_t* const memory[2]) override;
+  size_t bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
+              const std::vector<HeadCodec>& values, uint8_t* const memory[2], bool retrieves) override;
   std::string problem(const ggml_tensor* node, NodeKind kind) const override;
   void clear() override;
   void copy_stream(int layer, Kind kind, int from, int to) override;
