@@ -23,10 +23,10 @@ GROUP = HEADS // KV_HEADS
 
 class Shape(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int) for n in ('n_streams', 'n_tokens', 'n_kv_heads', 'group', 'head_dim', 'n_cells',
-                                            'key_width', 'value_width', 'n_exact')] + [('softcap', ctypes.c_float)]
+                                            'key_width', 'value_width', 'n_exact')] + [('softcap', ctypes.c_float), ('scale', ctypes.c_float)]
 
 
-POINTERS = ('keys', 'values', 'key_packed', 'key_scale', 'value_packed', 'value_scale', 'queries', 'factors', 'mask',
+POINTERS = ('keys', 'values', 'key_packed', 'key_scale', 'value_packed', 'value_scale', 'queries', 'mask',
             'hidden', 'exact_keys', 'exact_values', 'exact_cells', 'output', 'workspace')
 
 
@@ -122,21 +122,20 @@ def run_shape(libs, b, cells, bits, args):
     ks = (torch.rand(b, KV_HEADS, cells, device=DEV) * .5 + .75).half()
     vs = (torch.rand(b, KV_HEADS, cells, device=DEV) * .5 + .75).half()
     scale = D ** -0.5
-    top = q.abs().amax(-1, keepdim=True)
-    unit, factor = (q / top).contiguous(), (top * scale * math.log2(math.e)).contiguous()
     mask = torch.zeros(b, cells, device=DEV, dtype=torch.half)
     undo = hadamard(D)
+    transformed = q @ undo
     rows = []
     for name, lib in libs.items():
         kb, vb = blocks(lib, True, kc, ks), blocks(lib, False, vc, vs)
         copies = [(kb, vb)] + [(kb.clone(), vb.clone()) for _ in range(0 if args.once else 2)]
-        shape = Shape(b, 1, KV_HEADS, GROUP, D, cells, kw, vw, 0, 0.0)
+        shape = Shape(b, 1, KV_HEADS, GROUP, D, cells, kw, vw, 0, 0.0, scale)
         work = torch.zeros(lib.bench_workspace_bytes(ctypes.byref(shape)), dtype=torch.uint8, device=DEV)
         out = torch.full((b, HEADS, D), float('nan'), device=DEV)
 
         def caller(mask_pointer):
             pointers = [Pointers(k.data_ptr(), v.data_ptr(), key.packed.data_ptr(), key.scale.data_ptr(),
-                                 value.packed.data_ptr(), value.scale.data_ptr(), unit.data_ptr(), factor.data_ptr(),
+                                 value.packed.data_ptr(), value.scale.data_ptr(), q.data_ptr(),
                                  mask_pointer, None, None, None, None, out.data_ptr(), work.data_ptr(), work.numel())
                         for k, v in copies]
 
@@ -153,7 +152,7 @@ def run_shape(libs, b, cells, bits, args):
         if not args.no_check:
             for i, h in {(0, 0), (b - 1, 7), (b // 2, 3)}:
                 k = key.decode(h, kc[i, h], ks[i, h])
-                s = q[i, 4 * h:4 * h + 4] @ k.T * scale
+                s = transformed[i, 4 * h:4 * h + 4] @ k.T * scale
                 del k
                 y = torch.softmax(s.double(), -1).float() @ value.decode(h, vc[i, h], vs[i, h])
                 expected = y @ undo

@@ -119,7 +119,6 @@ int main(int argc, char** argv) {
 
     PrepareArgs p;
     p.n_kv_heads = kKvHeads;
-    p.group = kGroup;
     p.head_dim = kDim;
     p.n_tokens = 1;
     p.keys = normals(size_t(kPrefill) * kKvHeads * kDim);
@@ -135,14 +134,6 @@ int main(int argc, char** argv) {
     p.value_codec = value_tables.view();
     p.window = {allocate<uint16_t>(kKvHeads * kWindow * kDim), allocate<uint16_t>(kKvHeads * kWindow * kDim),
                 copied(std::vector<int32_t>(kPrefill, 0)), kWindow};
-    p.n_query_tokens = 1;
-    p.raw_queries = normals(kHeads * kDim);
-    p.query_head_stride = kDim;
-    p.query_token_stride = p.query_stream_stride = kHeads * kDim;
-    p.scale = 0.088f;
-    p.queries = allocate<float>(kHeads * kDim);
-    p.query_factors = allocate<float>(kHeads);
-
     AttendArgs a;
     a.n_kv_heads = kKvHeads;
     a.group = kGroup;
@@ -150,19 +141,28 @@ int main(int argc, char** argv) {
     a.n_cells = kCells;
     a.key_codec = p.key_codec;
     a.value_codec = p.value_codec;
-    a.queries = p.queries;
-    a.query_factors = p.query_factors;
+    a.queries = normals(kHeads * kDim);
+    a.query_head_stride = kDim;
+    a.query_token_stride = a.query_stream_stride = kHeads * kDim;
+    a.scale = 0.088f;
     a.mask = allocate<uint16_t>(kCells);
     a.output = allocate<float>(kHeads * kDim);
     std::vector<int32_t> window_cells(kWindow);
     std::vector<uint32_t> hidden(kCells / 32);
     for (int i = 0; i < kWindow; i++) {
-      window_cells[i] = kCells - 1 - i;
+      window_cells[i] = i;
       hidden[window_cells[i] / 32] |= 1u << window_cells[i] % 32;
     }
     a.exact[0] = {p.window.keys, p.window.values, copied(window_cells), kWindow, false};
     a.hidden = copied(hidden);
-    const size_t workspace_bytes = attend_workspace_bytes(device, a);
+    std::vector<int32_t> tokens(kWindow, -1);
+    tokens[0] = 0;
+    const NewRows fresh{
+        p.keys,         p.values,      p.key_token_stride, p.key_head_stride, p.value_token_stride, p.value_head_stride,
+        copied(tokens), p.window.keys, p.window.values};
+    AttendArgs without = a;  // which may mean more splits
+    without.exact[0] = {};
+    const size_t workspace_bytes = std::max(attend_workspace_bytes(device, a), attend_workspace_bytes(device, without));
     void* workspace = allocate<char>(workspace_bytes);
 
     std::vector<CacheView> key_caches, value_caches;
@@ -175,10 +175,9 @@ int main(int argc, char** argv) {
       key_caches.push_back({copied(bytes), cache, head, block});
       value_caches.push_back({copied(bytes), cache, head, block});
     }
-    const auto prepare_at = [&](int i, int n_tokens, int n_queries) {
+    const auto prepare_at = [&](int i, int n_tokens) {
       PrepareArgs x = p;
       x.n_tokens = n_tokens;
-      x.n_query_tokens = n_queries;
       x.key_cache = key_caches[i % kBuffers];
       x.value_cache = value_caches[i % kBuffers];
       return x;
@@ -194,30 +193,41 @@ int main(int argc, char** argv) {
       std::snprintf(name, sizeof(name), "%s, %s", what, dense ? "dense" : "Hadamard");
       return name;
     };
-    time(label("encode 1 token and transform its queries"), 24, 0,
-         [&](int i, cudaStream_t s) { require(prepare(device, prepare_at(i, 1, 1), s)); });
     time(label("encode 512 tokens"), 6, 0,
-         [&](int i, cudaStream_t s) { require(prepare(device, prepare_at(i, kPrefill, 0), s)); });
-    time(label("attend 1x131072, mask, window of 137"), 24, 2.0 * cache,
-         [&](int i, cudaStream_t s) { require(attend(device, attend_at(i), workspace, workspace_bytes, s)); });
-    time(label("step 1x131072: encode, then attend"), 24, 2.0 * cache, [&](int i, cudaStream_t s) {
-      require(step(device, prepare_at(i, 1, 1), attend_at(i), workspace, workspace_bytes, s));
-    });
-    for (const int n_cells : {256, 4096}) {
-      const auto short_step = [&](int i, bool window, bool encode, cudaStream_t s) {
-        AttendArgs x = attend_at(i);
-        x.n_cells = n_cells;
-        if (!window) x.exact[0] = {};
-        if (!encode) return require(attend(device, x, workspace, workspace_bytes, s));
-        require(step(device, prepare_at(i, 1, 1), x, workspace, workspace_bytes, s));
-      };
-      std::snprintf(name, sizeof(name), "attend 1x%d, mask, %s", n_cells, dense ? "dense" : "Hadamard");
-      time(name, 24, 0, [&](int i, cudaStream_t s) { short_step(i, false, false, s); });
-      std::snprintf(name, sizeof(name), "attend 1x%d, mask, window of 137, %s", n_cells, dense ? "dense" : "Hadamard");
-      time(name, 24, 0, [&](int i, cudaStream_t s) { short_step(i, true, false, s); });
-      std::snprintf(name, sizeof(name), "step 1x%d, %s", n_cells, dense ? "dense" : "Hadamard");
-      time(name, 24, 0, [&](int i, cudaStream_t s) { short_step(i, true, true, s); });
+         [&](int i, cudaStream_t s) { require(prepare(device, prepare_at(i, kPrefill), s)); });
+    constexpr int kLayers = 32;
+    PrepareArgs layer = p;
+    layer.key_cache = key_caches[0];
+    layer.value_cache = value_caches[0];
+    LeaveArgs leave;
+    leave.layers = copied(std::vector<PrepareArgs>(kLayers, layer));
+    leave.n_layers = kLayers;
+    leave.n_kv_heads = kKvHeads;
+    leave.n_tokens = 1;
+    leave.cells = p.cells;
+    leave.slots = p.window.slots;
+    time(label("code a cell that leaves the window, 32 layers"), 24, 0,
+         [&](int, cudaStream_t s) { require(code_leaving(device, leave, kDim, s)); });
+    const auto attend_short = [&](int i, int n_cells, bool window, cudaStream_t s) {
+      AttendArgs x = attend_at(i);
+      x.n_cells = n_cells;
+      x.exact[0] = window ? a.exact[0] : ExactRows{};
+      if (window) x.fresh = fresh;
+      require(attend(device, x, workspace, workspace_bytes, s));
+    };
+    for (const int n_cells : {256, 4096, kCells}) {
+      for (const bool window : {false, true}) {
+        std::snprintf(name, sizeof(name), "attend 1x%d, mask%s, %s", n_cells,
+                      window ? ", window of 137, one row new" : "", dense ? "dense" : "Hadamard");
+        time(name, 24, n_cells == kCells ? 2.0 * double(cache) : 0,
+             [&](int i, cudaStream_t s) { attend_short(i, n_cells, window, s); });
+      }
     }
+    const uint16_t* open = a.mask;  // nothing but the window: all other cells are masked
+    a.mask = copied(std::vector<uint16_t>(kCells, 0xfc00));
+    std::snprintf(name, sizeof(name), "attend 1x256, window alone, %s", dense ? "dense" : "Hadamard");
+    time(name, 24, 0, [&](int i, cudaStream_t s) { attend_short(i, 256, true, s); });
+    a.mask = open;
     if (dense) break;
 
     DecodeArgs t;
@@ -230,29 +240,33 @@ int main(int argc, char** argv) {
       require(decode_cells(device, t, s));
     });
 
-    float* scores = allocate<float>(size_t(kKvHeads) * kCells);
     uint16_t* store = nullptr;
     const size_t store_half = size_t(kKvHeads) * kCells * kDim;
-    require(cudaHostAlloc(reinterpret_cast<void**>(&store), store_half * 4, cudaHostAllocDefault));
+    require(cudaHostAlloc(reinterpret_cast<void**>(&store), store_half * 4, cudaHostAllocMapped));
     std::memset(store, 0, store_half * 4);
     RetrieveArgs r;
     r.n_kv_heads = kKvHeads;
     r.n_cells = kCells;
     r.top = kTop;
-    r.scores = scores;
     r.store_keys = store;
     r.store_values = store + store_half;
     r.store_cells = kCells;
-    r.hidden = a.hidden;
-    r.cells = allocate<int32_t>(kKvHeads * kTop);
-    r.keys = allocate<uint16_t>(kKvHeads * kTop * kDim);
-    r.values = allocate<uint16_t>(kKvHeads * kTop * kDim);
-    r.all_hidden = allocate<uint32_t>(size_t(kKvHeads) * kCells / 32);
-    time("score 131072 cells", 24, double(cache),
-         [&](int i, cudaStream_t s) { require(score_cells(device, attend_at(i), scores, s)); });
+    place_retrieval(allocate<char>(retrieval_bytes(r)), &r);
+    const double rows = 2.0 * kKvHeads * kTop * kDim * 2;  // bytes
+    time("score 131072 cells", 24, double(cache), [&](int i, cudaStream_t s) {
+      require(score_cells(device, {attend_at(i), r.scores, r.tops, r.all_hidden}, s));
+    });
     time("choose 64 of 131072 cells for 8 heads", 24, 0,
          [&](int, cudaStream_t s) { require(choose_cells(device, r, s)); });
-    time("gather 64 cells for 8 heads from pinned memory", 24, 2.0 * kKvHeads * kTop * kDim * 2,
+    time("gather 64 cells for 8 heads from pinned memory", 24, rows,
          [&](int, cudaStream_t s) { require(gather_cells(device, r, s)); });
+    const size_t more_bytes = attend_workspace_bytes(device, with_retrieved(a, r, false));
+    void* more = allocate<char>(more_bytes);
+    time("step 1x131072 with retrieval", 24, 3.0 * cache, [&](int i, cudaStream_t s) {
+      PrepareArgs x = prepare_at(i, 1);
+      x.store = {store, store + store_half, 0, 1, kCells};
+      require(prepare(device, x, s));
+      require(retrieve_step(device, attend_at(i), r, false, more, more_bytes, s));
+    });
   }
 }

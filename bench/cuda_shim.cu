@@ -26,7 +26,7 @@ extern "C" {
 
 struct AttentionShape {
   int n_streams, n_tokens, n_kv_heads, group, head_dim, n_cells, key_width, value_width, n_exact;
-  float softcap;
+  float softcap, scale;
 };
 
 // Device pointers. Blocks are [n_streams][n_kv_heads][n_cells / 64]; null: not there.
@@ -36,7 +36,7 @@ struct AttentionPointers {
   const float* key_scale;
   const uint32_t* value_packed;
   const float* value_scale;
-  const float *queries, *factors;
+  const float* queries;  // [n_streams][n_tokens][n_heads][head_dim]
   const uint16_t* mask;
   const uint32_t* hidden;
   const uint16_t *exact_keys, *exact_values;
@@ -75,7 +75,10 @@ static AttendArgs make_args(const AttentionShape& s, const AttentionPointers& p)
   a.keys = view(p.keys, a.key_codec);
   a.values = view(p.values, a.value_codec);
   a.queries = p.queries;
-  a.query_factors = p.factors;
+  a.query_head_stride = s.head_dim;
+  a.query_token_stride = size_t(s.n_kv_heads) * s.group * s.head_dim;
+  a.query_stream_stride = s.n_tokens * a.query_token_stride;
+  a.scale = s.scale;
   a.softcap = s.softcap;
   a.mask = p.mask;
   a.mask_token_stride = s.n_cells;

@@ -14,6 +14,8 @@ struct Case {
   bool dense = false, mask = false, alibi = false, sinks = false, hidden = false;
   float softcap = 0;
   int n_exact = 0;
+  int n_fresh = 0;  // of the exact rows: new, not in the window yet
+  bool nothing_coded = false;
 };
 
 template <typename S>
@@ -55,23 +57,15 @@ double error_of(const Case& c, unsigned seed = 1) {
   a.keys = view(key_cache, S::kKeyBlock);
   a.values = view(value_cache, S::kValueBlock);
 
-  // Queries.
-  const int padded = a.row_groups * kRowGroup;
+  // Queries, with a gap between heads.
+  const int query_stride = d + 4;
   const float scale = 1.5f / std::sqrt(float(d));
-  std::vector<float> queries(size_t(c.n_streams) * c.n_kv_heads * padded * d), factors(queries.size() / d, 0.0f);
-  std::vector<std::vector<float>> transformed(factors.size());
-  for (size_t i = 0; i < factors.size(); i++) {
-    if (int(i % padded) >= c.n_tokens * c.group) continue;
-    const std::vector<float> q = random.normals(d);
-    transformed[i].resize(d);
-    key_codecs[i / padded % c.n_kv_heads].transform.query(q.data(), transformed[i].data());
-    float top = 0;
-    for (float v : transformed[i]) top = std::max(top, std::fabs(v));
-    for (int k = 0; k < d; k++) queries[i * d + k] = transformed[i][k] / top;
-    factors[i] = top * scale * 1.44269504f;
-  }
+  const std::vector<float> queries = random.normals(size_t(c.n_streams) * c.n_tokens * n_heads * query_stride);
   a.queries = queries.data();
-  a.query_factors = factors.data();
+  a.query_head_stride = query_stride;
+  a.query_token_stride = size_t(n_heads) * query_stride;
+  a.query_stream_stride = c.n_tokens * a.query_token_stride;
+  a.scale = scale;
 
   // Mask: distances, and a third of the cells hidden from each token.
   std::vector<uint16_t> mask(size_t(c.n_streams) * c.n_tokens * c.n_cells);
@@ -94,25 +88,62 @@ double error_of(const Case& c, unsigned seed = 1) {
   std::vector<uint16_t> exact_keys(cells.size() * c.n_kv_heads * d), exact_values(exact_keys.size());
   std::vector<uint32_t> hidden(size_t(c.n_streams) * c.n_cells / 32);
   std::vector<std::vector<int>> exact_of(c.n_streams, std::vector<int>(c.n_cells, -1));
+  std::vector<int32_t> tokens(cells.size(), -1);
+  int n_tokens = 0;
   for (int s = 0; s < c.n_streams; s++) {
     for (int i = 0; i < c.n_exact; i++) {
       const int cell = random.below(c.n_cells);
-      if (exact_of[s][cell] >= 0) continue;  // this row stays unused
+      if (exact_of[s][cell] >= 0) {  // this row stays unused, or is of a cell that is not attended to
+        if (i % 2) cells[s * c.n_exact + i] = c.n_cells + i;
+        continue;
+      }
       exact_of[s][cell] = i;
       cells[s * c.n_exact + i] = cell;
       hidden[(s * c.n_cells + cell) / 32] |= 1u << cell % 32;
+      if (i >= c.n_exact - c.n_fresh) tokens[s * c.n_exact + i] = n_tokens++;
     }
   }
+  // Rows of cells that were removed: not even their mask may be read.
+  for (size_t i = 0; i < cells.size(); i++) {
+    if (cells[i] < 0) cells[i] = c.n_cells + int(i);
+  }
+  a.end_cell = c.n_cells;
   for (uint16_t& v : exact_keys) v = float_to_half(random.normal());
   for (uint16_t& v : exact_values) v = float_to_half(random.normal());
+  if (c.nothing_coded) std::fill(hidden.begin(), hidden.end(), ~0u);
+  // New rows come as f32; what the window is to hold of them later is in `exact_keys`, but not there yet.
+  std::vector<uint16_t> window_keys = exact_keys, window_values = exact_values;
+  const int token_stride = c.n_kv_heads * d + 8;
+  std::vector<float> new_keys(size_t(n_tokens) * token_stride), new_values(new_keys.size());
+  for (int row = 0; row < c.n_streams * c.n_exact; row++) {
+    for (int h = 0; tokens[row] >= 0 && h < c.n_kv_heads; h++) {
+      for (int i = 0; i < d; i++) {
+        const size_t at = ((size_t(row / c.n_exact) * c.n_kv_heads + h) * c.n_exact + row % c.n_exact) * d + i;
+        new_keys[size_t(tokens[row]) * token_stride + h * d + i] = half_to_float(exact_keys[at]);
+        new_values[size_t(tokens[row]) * token_stride + h * d + i] = half_to_float(exact_values[at]);
+        window_keys[at] = window_values[at] = 0x7e00;  // not a number
+      }
+    }
+  }
   if (c.n_exact > 0) {
-    a.exact[1] = ExactRows{exact_keys.data(), exact_values.data(), cells.data(), c.n_exact, false};
+    a.exact[c.n_fresh > 0 ? 0 : 1] =
+        ExactRows{window_keys.data(), window_values.data(), cells.data(), c.n_exact, false};
+    a.exact_blocks = c.n_splits > 1 ? 1 : 0;
     a.hidden = hidden.data();
     a.hidden_stream_stride = c.n_cells / 32;
   }
+  if (c.n_fresh > 0) {
+    a.fresh.keys = new_keys.data();
+    a.fresh.values = new_values.data();
+    a.fresh.key_token_stride = a.fresh.value_token_stride = token_stride;
+    a.fresh.key_head_stride = a.fresh.value_head_stride = d;
+    a.fresh.tokens = tokens.data();
+    a.fresh.window_keys = window_keys.data();
+    a.fresh.window_values = window_values.data();
+  }
 
   const int pairs = c.n_kv_heads * a.row_groups;
-  std::vector<float> partials(size_t(c.n_streams) * c.n_splits * pairs * S::kPartialFloats, NAN);
+  std::vector<float> partials(size_t(c.n_streams) * (c.n_splits + 1) * pairs * S::kPartialFloats, NAN);
   std::vector<int> arrived(c.n_streams * pairs);
   std::vector<float> output(size_t(c.n_streams) * c.n_tokens * n_heads * d, NAN);
   a.partials = partials.data();
@@ -120,6 +151,8 @@ double error_of(const Case& c, unsigned seed = 1) {
   a.output = output.data();
   simt::Machine::launch(c.blocks_x, pairs, S::kThreads, S::kSharedBytes, [&] { AttendKernel<S>::run(a); });
   for (int n : arrived) EXPECT_EQ(n, 0);
+  EXPECT_EQ(window_keys, exact_keys);
+  EXPECT_EQ(window_values, exact_values);
 
   // The specification.
   std::vector<double> expected;
@@ -127,17 +160,23 @@ double error_of(const Case& c, unsigned seed = 1) {
     for (int token = 0; token < c.n_tokens; token++) {
       for (int head = 0; head < n_heads; head++) {
         const int kv_head = head / c.group, at = s * c.n_kv_heads + kv_head;
-        const std::vector<float>& q = transformed[size_t(at) * padded + token * c.group + head % c.group];
+        const float* q = &queries[((size_t(s) * c.n_tokens + token) * n_heads + head) * query_stride];
+        const Transform& transform = key_codecs[kv_head].transform;
+        std::vector<float> transformed(d);
+        transform.query(q, transformed.data());
+        double along_mean = 0;
+        for (int i = 0; c.dense && c.softcap == 0 && i < d; i++) along_mean += double(q[i]) * transform.mean()[i];
         double total = c.sinks ? std::exp(double(sinks[head])) : 0, weight = 0;
-        std::vector<double> y(d, 0.0);
+        std::vector<double> y(d, 0.0), y_exact(d, 0.0);
         for (int cell = 0; cell < c.n_cells; cell++) {
           const int row = exact_of[s][cell];
+          if (row < 0 && c.nothing_coded) continue;
           const size_t exact_at = (size_t(at) * c.n_exact + row) * d;
-          const auto number = [&](const CodedHead& coded, const std::vector<uint16_t>& exact, int i) {
-            return row >= 0 ? half_to_float(exact[exact_at + i]) : coded.decoded[size_t(cell) * d + i];
-          };
-          double x = 0;
-          for (int i = 0; i < d; i++) x += double(q[i]) * number(keys[at], exact_keys, i);
+          double x = row >= 0 ? 0 : along_mean;
+          for (int i = 0; i < d; i++) {
+            x += row >= 0 ? double(q[i]) * half_to_float(exact_keys[exact_at + i])
+                          : double(transformed[i]) * keys[at].decoded[size_t(cell) * d + i];
+          }
           x *= scale;
           if (c.softcap != 0) x = c.softcap * std::tanh(x / c.softcap);
           if (c.mask) {
@@ -146,13 +185,19 @@ double error_of(const Case& c, unsigned seed = 1) {
           }
           const double p = std::exp(x);
           total += p;
-          weight += p;
-          for (int i = 0; i < d; i++) y[i] += p * number(values[at], exact_values, i);
+          if (row < 0) weight += p;
+          for (int i = 0; i < d; i++) {
+            if (row >= 0) {
+              y_exact[i] += p * half_to_float(exact_values[exact_at + i]);
+            } else {
+              y[i] += p * values[at].decoded[size_t(cell) * d + i];
+            }
+          }
         }
         std::vector<float> mean(d), out(d);
         for (int i = 0; i < d; i++) mean[i] = float(y[i] / total);
         value_codecs[kv_head].transform.output(mean.data(), float(weight / total), out.data());
-        expected.insert(expected.end(), out.begin(), out.end());
+        for (int i = 0; i < d; i++) expected.push_back(out[i] + y_exact[i] / total);
       }
     }
   }
@@ -229,6 +274,40 @@ TEST(CudaAttend, ExactRows) {
                              .sinks = true,
                              .n_exact = 40}),
             kTolerance);
+}
+
+TEST(CudaAttend, NewRows) {
+  const Case c{.n_cells = 192, .mask = true, .n_exact = 150, .n_fresh = 3};
+  EXPECT_LT((error_of<AttendShape<64, 8, 8, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<128, 4, 4, true>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<128, 2, 2, false>>(c)), kTolerance);
+  EXPECT_LT((error_of<AttendShape<256, 8, 8, true>>(c)), kTolerance);
+  EXPECT_LT(error_of<Small>({.n_streams = 3,
+                             .n_tokens = 3,
+                             .n_kv_heads = 2,
+                             .group = 3,
+                             .n_cells = 256,
+                             .blocks_x = 2,
+                             .dense = true,
+                             .mask = true,
+                             .alibi = true,
+                             .n_exact = 21,
+                             .n_fresh = 5}),
+            kTolerance);
+  EXPECT_LT(
+      error_of<Small>({.n_streams = 2, .n_cells = 64 * 20, .n_splits = 4, .blocks_x = 3, .n_exact = 90, .n_fresh = 2}),
+      kTolerance);
+}
+
+// Tables are not made where nothing is to be attended to from codes.
+TEST(CudaAttend, NothingCoded) {
+  for (int blocks_x : {1, 2}) {
+    EXPECT_LT(
+        error_of<Small>(
+            {.n_streams = 3, .blocks_x = blocks_x, .dense = true, .n_exact = 60, .n_fresh = 1, .nothing_coded = true}),
+        1e-4);
+  }
+  EXPECT_LT(error_of<Small>({.n_splits = 2, .blocks_x = 2, .n_exact = 30, .nothing_coded = true}), 1e-4);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // attention as the specification has it, in double.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -75,6 +76,18 @@ inline double relative_error(const std::vector<float>& x, const std::vector<doub
     size += expected[i] * expected[i];
   }
   return std::sqrt(error / size);  // NaN wherever x has one
+}
+
+/// The cells of the k greatest scores, in order of cells; of equals the first, and none of -infinity.
+inline std::vector<int32_t> greatest(const std::vector<float>& scores, int k) {
+  std::vector<int32_t> order;
+  for (size_t i = 0; i < scores.size(); i++) {
+    if (scores[i] > -INFINITY) order.push_back(int32_t(i));
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return scores[x] > scores[y]; });
+  if (order.size() > size_t(k)) order.resize(k);
+  std::sort(order.begin(), order.end());
+  return order;
 }
 
 }  // namespace thimble::cuda

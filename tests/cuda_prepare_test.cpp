@@ -1,4 +1,5 @@
-// Encoding and query transforms: the CUDA kernel's own source, emulated; codes and scales bit for bit the codec's.
+// Encoding, also of what leaves the window, and transforms: the CUDA kernel's own source, emulated; codes and scales
+// bit for bit the codec's.
 #define THIMBLE_SIMT_HOST
 #include <gtest/gtest.h>
 
@@ -14,7 +15,7 @@ namespace {
 
 template <int D>
 void check(double key_bits, double value_bits, bool dense, int n_tokens, int tokens_per_block) {
-  constexpr int kHeads = 2, kStreams = 2, kCells = 192, kGroup = 3, kQueryTokens = 3, kCapacity = 5;
+  constexpr int kHeads = 2, kStreams = 2, kCells = 192, kCapacity = 5;
   Random random(7);
   std::vector<HeadCodec> key_codecs, value_codecs;
   for (int h = 0; h < kHeads; h++) {
@@ -27,7 +28,6 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
 
   PrepareArgs a;
   a.n_kv_heads = kHeads;
-  a.group = kGroup;
   a.head_dim = D;
   a.n_tokens = n_tokens;
   a.tokens_per_block = tokens_per_block;
@@ -56,26 +56,14 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
   std::vector<uint16_t> dense_keys(kHeads * kDenseCells * D, 0x7e00), dense_values(dense_keys);
   a.dense = {dense_keys.data(), dense_values.data(), 1, 1, kDenseCells};
 
-  constexpr int kPadded = (kQueryTokens * kGroup + 3) / 4 * 4;
-  std::vector<float> raw = random.normals(kStreams * kQueryTokens * kHeads * kGroup * D);
-  std::vector<float> queries(kStreams * kHeads * kPadded * D, NAN), factors(kStreams * kHeads * kPadded, NAN);
-  a.n_streams = kStreams;
-  a.n_query_tokens = kQueryTokens;
-  a.raw_queries = raw.data();
-  a.query_head_stride = D;
-  a.query_token_stride = kHeads * kGroup * D;
-  a.query_stream_stride = kQueryTokens * a.query_token_stride;
-  a.scale = 0.25f;
-  a.queries = queries.data();
-  a.query_factors = factors.data();
-
   using Kernel = PrepareKernel<D>;
-  const int blocks = std::max((n_tokens + tokens_per_block - 1) / tokens_per_block, kStreams);
-  simt::Machine::launch(blocks, 3 * kHeads, Kernel::kThreads, Kernel::kSharedBytes, [&] { Kernel::run(a); });
+  const int blocks = (n_tokens + tokens_per_block - 1) / tokens_per_block;
+  simt::Machine::launch(blocks, 2 * kHeads, Kernel::kThreads, Kernel::kSharedBytes, [&] { Kernel::run(a); });
 
   std::vector<float> y(D);
   const auto check_vector = [&](const HeadCodec& codec, const float* x, const uint8_t* block, int cell,
                                 const uint16_t* exact) {
+    for (int d = 0; exact && d < D; d++) EXPECT_EQ(exact[d], float_to_half(x[d]));
     codec.transform.forward(x, y.data());
     const Format& format = codec.format;
     std::vector<uint8_t> expected(size_t(format.vector_bytes())), got(expected.size()), cpu(format.block_bytes());
@@ -84,11 +72,6 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
     block_from_cuda(format, codec.kind, block, cpu.data());
     copy_cell_out(format, codec.kind, cpu.data(), cell, got.data());
     EXPECT_EQ(got, expected);
-    for (int d = 0; exact && d < D; d++) {
-      if (std::isfinite(y[d])) {
-        EXPECT_EQ(exact[d], float_to_half(y[d]));
-      }
-    }
   };
   for (int i = 0; i < n_tokens; i++) {
     const int stream = int(cells[i]) / kCells, cell = int(cells[i]) % kCells;
@@ -110,22 +93,78 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
       }
     }
   }
-  for (int s = 0; s < kStreams; s++) {
+
+  // Rows that leave are coded where they belong by now, as f16: here, 64 cells on.
+  std::vector<int64_t> displaced(n_tokens, -1);
+  for (int i = 1; i < n_tokens; i++) {
+    if (slots[i] >= 0) displaced[i] = cells[i] / kCells * kCells + (cells[i] % kCells + 64) % kCells;
+  }
+  PrepareArgs layer = a;
+  layer.keys = layer.values = nullptr;
+  layer.cells = nullptr;
+  layer.dense = {};
+  PrepareArgs other = layer;  // of another head size: another kernel's
+  other.head_dim = 2 * D;
+  const std::vector<PrepareArgs> layers{other, layer};
+  std::fill(key_cache.begin(), key_cache.end(), uint8_t(0));
+  std::fill(value_cache.begin(), value_cache.end(), uint8_t(0));
+  LeaveArgs leave;
+  leave.layers = layers.data();
+  leave.n_layers = 2;
+  leave.n_kv_heads = kHeads + 1;  // another layer's
+  leave.n_tokens = n_tokens;
+  leave.cells = displaced.data();
+  leave.slots = slots.data();
+  leave.tokens_per_block = tokens_per_block;
+  simt::Machine::launch(blocks, 2 * 2 * leave.n_kv_heads, Kernel::kThreads, Kernel::kSharedBytes,
+                        [&] { Kernel::run_leaving(leave); });
+  std::vector<float> x(D);
+  for (int i = 0; i < n_tokens; i++) {
+    if (displaced[i] < 0) continue;
+    const int stream = int(displaced[i]) / kCells, cell = int(displaced[i]) % kCells;
     for (int h = 0; h < kHeads; h++) {
-      for (int row = 0; row < kPadded; row++) {
-        const size_t at = (s * kHeads + h) * kPadded + row;
-        if (row >= kQueryTokens * kGroup) {
-          EXPECT_EQ(factors[at], 0);
-          continue;
-        }
-        const float* q =
-            &raw[((s * kQueryTokens + row / kGroup) * kHeads * kGroup + h * kGroup + row % kGroup) * size_t(D)];
-        key_codecs[h].transform.query(q, y.data());
-        for (int d = 0; d < D; d++) {
-          EXPECT_NEAR(queries[at * D + d] * factors[at], y[d] * 0.25f * 1.44269504f, 1e-5);
-          EXPECT_LE(std::fabs(queries[at * D + d]), 1.0001f);
-        }
+      const size_t at = (size_t(i) * kHeads + h) * D;
+      for (int d = 0; d < D; d++) x[d] = half_to_float(float_to_half(keys[at + d]));
+      check_vector(key_codecs[h], x.data(),
+                   &key_cache[((stream * kHeads + h) * n_blocks + cell / kBlockCells) * key_block], cell % kBlockCells,
+                   nullptr);
+      for (int d = 0; d < D; d++) x[d] = half_to_float(float_to_half(values[at + d]));
+      check_vector(value_codecs[h], x.data(),
+                   &value_cache[((stream * n_blocks + cell / kBlockCells) * kHeads + h) * value_block],
+                   cell % kBlockCells, nullptr);
+    }
+  }
+
+  // Rows of the window for dense attention.
+  std::vector<int32_t> window_cells(kStreams * kCapacity, -1);
+  window_cells[1] = 3;
+  window_cells[kCapacity + 2] = kDenseCells - 1;
+  window_cells[kCapacity + 3] = kDenseCells;  // not among these
+  window_cells[kCapacity + 4] = 7;
+  std::fill(dense_keys.begin(), dense_keys.end(), uint16_t(0x1234));
+  for (uint16_t& v : window_keys) v = float_to_half(random.normal());
+  PrepareArgs rows = layer;
+  rows.from_window = true;
+  rows.window_cells = window_cells.data();
+  rows.n_tokens = kStreams * kCapacity;
+  rows.dense = a.dense;
+  const std::vector<uint8_t> coded = key_cache;
+  simt::Machine::launch((rows.n_tokens + tokens_per_block - 1) / tokens_per_block, 2 * kHeads, Kernel::kThreads,
+                        Kernel::kSharedBytes, [&] { Kernel::run(rows); });
+  EXPECT_EQ(key_cache, coded);
+  for (int h = 0; h < kHeads; h++) {
+    for (int cell = 0; cell < kDenseCells; cell++) {
+      const int slot = cell == 7 ? 4 : cell == kDenseCells - 1 ? 2 : -1;
+      const uint16_t* got = &dense_keys[(h * kDenseCells + cell) * size_t(D)];
+      if (slot < 0) {
+        EXPECT_EQ(got[5], 0x1234);
+        continue;
       }
+      for (int d = 0; d < D; d++) {
+        x[d] = half_to_float(window_keys[((kHeads + h) * kCapacity + slot) * size_t(D) + d]);
+      }
+      key_codecs[h].transform.forward(x.data(), y.data());
+      for (int d = 0; d < D; d++) EXPECT_EQ(got[d], float_to_half(y[d]));
     }
   }
 }
@@ -188,7 +227,7 @@ TEST(CudaPrepare, EqualsTheCodecBitForBit) {
 TEST(CudaWindow, HoldsTheFirstAndTheLastCells) {
   constexpr int kStreams = 2, kCells = 128, kFirst = 3, kRing = 10, kCapacity = kFirst + kRing;
   Random random(8);
-  std::vector<int32_t> written(kStreams), window(kStreams * kCapacity, -1);
+  std::vector<int32_t> written(kStreams), window(kStreams * kCapacity, -1), tokens(window);
   std::vector<uint32_t> hidden(kStreams * kCells / 32);
   std::vector<std::vector<int>> order(kStreams);  // ring cells, the last written at the end; one entry a write
   for (int batch = 0; batch < 40; batch++) {
@@ -199,6 +238,8 @@ TEST(CudaWindow, HoldsTheFirstAndTheLastCells) {
       if (std::find(cells.begin(), cells.end(), cell) == cells.end()) cells.push_back(cell);
     }
     std::vector<int32_t> slots(n, 99);
+    std::vector<int64_t> displaced(n, 99);
+    const std::vector<int32_t> before = window;
     WindowArgs a;
     a.n_streams = kStreams;
     a.n_tokens = n;
@@ -209,6 +250,8 @@ TEST(CudaWindow, HoldsTheFirstAndTheLastCells) {
     a.written = written.data();
     a.window_cells = window.data();
     a.slots = slots.data();
+    a.tokens = tokens.data();
+    a.displaced = displaced.data();
     a.hidden = hidden.data();
     a.hidden_stream_stride = kCells / 32;
     simt::Machine::launch(1, kStreams, WindowKernel::kThreads, 0, [&] { WindowKernel::run(a); });
@@ -237,9 +280,28 @@ TEST(CudaWindow, HoldsTheFirstAndTheLastCells) {
     }
     for (int i = 0; i < n; i++) {
       if (slots[i] >= 0) {
-        EXPECT_EQ(window[cells[i] / kCells * kCapacity + slots[i]], cells[i] % kCells);
+        const int row = int(cells[i] / kCells * kCapacity + slots[i]);
+        EXPECT_EQ(window[row], cells[i] % kCells);
+        EXPECT_EQ(tokens[row], i);
       }
     }
+    // What is in the window no longer, nor written again, was displaced by the token that has its row.
+    std::set<int64_t> expected_displaced, got_displaced;
+    for (int row = 0; row < kStreams * kCapacity; row++) {
+      const int64_t cell = before[row] < 0 ? -1 : row / kCapacity * kCells + before[row];
+      if (window[row] != before[row] && cell >= 0 && std::find(cells.begin(), cells.end(), cell) == cells.end()) {
+        expected_displaced.insert(cell);
+        ASSERT_GE(tokens[row], 0);
+        EXPECT_EQ(displaced[tokens[row]], cell);
+      }
+      if (tokens[row] >= 0) {
+        EXPECT_EQ(slots[tokens[row]], row % kCapacity);
+      }
+    }
+    for (int64_t cell : displaced) {
+      if (cell >= 0) got_displaced.insert(cell);
+    }
+    EXPECT_EQ(got_displaced, expected_displaced);
   }
 }
 

@@ -1,11 +1,9 @@
-// Scores, top-k, gathering and tile decode: the CUDA kernels' own source, emulated, against the specification.
+// Top-k, gathering and tile decode: the CUDA kernels' own source, emulated, against the specification.
 #define THIMBLE_SIMT_HOST
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <numeric>
 
-#include "cuda/attend_kernel.h"
 #include "cuda/decode_kernel.h"
 #include "cuda/retrieve_kernel.h"
 #include "cuda_fixture.h"
@@ -14,51 +12,72 @@ namespace thimble::cuda {
 namespace {
 
 void run_choose(const RetrieveArgs& a) {
-  simt::Machine::launch(1, a.n_streams * a.n_kv_heads, RetrieveKernel::kThreads, RetrieveKernel::kSharedBytes,
-                        [&] { RetrieveKernel::choose(a); });
+  simt::Machine::launch(1, a.n_streams * a.n_kv_heads, RetrieveKernel::kThreads, RetrieveKernel::kSharedBytes, [&] {
+    a.row_groups == 1 ? RetrieveKernel::choose<true>(a) : RetrieveKernel::choose<false>(a);
+  });
+}
+
+// Every way through the kernel: fewer and more blocks than cells to choose, many equals, more blocks than its lists
+// hold.
+struct Choice {
+  int n_cells, top, row_groups;
+  float step;  // scores are multiples of it: how many are equal
+};
+
+void check_choice(const Choice& c) {
+  SCOPED_TRACE(testing::Message() << c.n_cells << " cells, top " << c.top << ", " << c.row_groups << " row groups, "
+                                  << c.step);
+  constexpr int kPairs = 2;
+  Random random(3);
+  const int n_blocks = c.n_cells / kBlockCells;
+  std::vector<float> scores(size_t(kPairs) * c.row_groups * c.n_cells), tops(scores.size() / kBlockCells, -INFINITY);
+  for (size_t i = 0; i < scores.size(); i++) {
+    const int cell = int(i % c.n_cells);
+    scores[i] = cell % 3 == 0 || cell == 37 ? -INFINITY : std::round(random.normal() / c.step) * c.step;
+    tops[i / kBlockCells] = std::max(tops[i / kBlockCells], scores[i]);
+  }
+  std::vector<uint32_t> all_hidden(size_t(kPairs) * c.n_cells / 32);
+  for (int p = 0; p < kPairs; p++) all_hidden[p * (c.n_cells / 32) + 1] = 1u << 5;
+  std::vector<int32_t> cells(size_t(kPairs) * c.top, 99);
+  RetrieveArgs a;
+  a.n_kv_heads = kPairs;
+  a.n_cells = c.n_cells;
+  a.row_groups = c.row_groups;
+  a.top = c.top;
+  a.scores = scores.data();
+  a.tops = tops.data();
+  a.all_hidden = all_hidden.data();
+  a.cells = cells.data();
+  run_choose(a);
+  for (int p = 0; p < kPairs; p++) {
+    std::vector<float> best(c.n_cells, -INFINITY);
+    for (int r = 0; r < c.row_groups; r++) {
+      for (int i = 0; i < c.n_cells; i++) {
+        best[i] = std::max(best[i], scores[(size_t(p) * c.row_groups + r) * c.n_cells + i]);
+      }
+    }
+    const std::vector<int32_t> expected = greatest(best, c.top);
+    const std::vector<int32_t> got(&cells[p * c.top], &cells[p * c.top] + expected.size());
+    EXPECT_EQ(got, expected);
+    for (size_t i = expected.size(); i < size_t(c.top); i++) EXPECT_EQ(cells[p * c.top + i], -1);
+    for (int i = 0; i < c.n_cells; i++) {
+      const bool bit = all_hidden[(size_t(p) * n_blocks * 64 + i) / 32] >> i % 32 & 1;
+      ASSERT_EQ(bit, i == 37 || std::binary_search(expected.begin(), expected.end(), i)) << i;
+    }
+  }
 }
 
 TEST(CudaRetrieve, ChoosesTheGreatest) {
-  Random random(3);
   for (const int n_cells : {64, 1088}) {
-    for (const int top : {1, 7, 64}) {
-      constexpr int kPairs = 2;
-      std::vector<float> scores(kPairs * n_cells);
-      for (float& s : scores) s = std::round(4 * random.normal()) / 4;  // many are equal
-      for (int i = 0; i < n_cells; i += 3) scores[i] = -INFINITY;
-      std::vector<uint32_t> hidden(n_cells / 32), all_hidden(kPairs * hidden.size());
-      hidden[1] = 0x10;
-      for (int p = 0; p < kPairs; p++) scores[p * n_cells + 36] = -INFINITY;
-      std::vector<int32_t> cells(kPairs * top, 99);
-      RetrieveArgs a;
-      a.n_kv_heads = kPairs;
-      a.n_cells = n_cells;
-      a.top = top;
-      a.scores = scores.data();
-      a.hidden = hidden.data();
-      a.cells = cells.data();
-      a.all_hidden = all_hidden.data();
-      run_choose(a);
-      for (int p = 0; p < kPairs; p++) {
-        const float* s = &scores[p * n_cells];
-        std::vector<int> order(n_cells);
-        std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(), [=](int x, int y) { return s[x] > s[y]; });
-        std::vector<int32_t> expected;
-        for (int i = 0; i < std::min(top, n_cells) && s[order[i]] > -INFINITY; i++) expected.push_back(order[i]);
-        std::sort(expected.begin(), expected.end());
-        std::vector<int32_t> got(&cells[p * top], &cells[p * top] + expected.size());
-        // Greater ones and equal ones are interleaved in cell order only among themselves.
-        std::sort(got.begin(), got.end());
-        EXPECT_EQ(got, expected);
-        for (size_t i = expected.size(); i < size_t(top); i++) EXPECT_EQ(cells[p * top + i], -1);
-        for (int c = 0; c < n_cells; c++) {
-          const bool bit = all_hidden[(p * n_cells + c) / 32] >> c % 32 & 1;
-          EXPECT_EQ(bit, c == 36 || std::binary_search(expected.begin(), expected.end(), c));
-        }
-      }
+    for (const int top : {1, 7, 64, 700}) {
+      check_choice({n_cells, top, 1, 0.25f});
+      check_choice({n_cells, top, 3, 1e-4f});
     }
   }
+  check_choice({64 * 130, 64, 2, 100});      // all are equal
+  check_choice({64 * 130, 70, 1, 100});      // and more than the list of candidates holds
+  check_choice({64 * 4200, 64, 1, 1e-4f});   // more blocks than are kept
+  check_choice({64 * 4200, 4096, 1, 0.1f});  // and more candidates
 }
 
 TEST(CudaRetrieve, GathersRows) {
@@ -90,62 +109,6 @@ TEST(CudaRetrieve, GathersRows) {
   }
 }
 
-TEST(CudaRetrieve, ScoresCells) {
-  using S = AttendShape<64, 4, 4, true>;
-  constexpr int kStreams = 2, kHeads = 2, kGroup = 3, kCells = 64 * 3, kDim = 64;
-  Random random(6);
-  std::vector<HeadCodec> codecs;
-  for (int h = 0; h < kHeads; h++) codecs.push_back(random_codec(Kind::key, kDim, 2, false, random));
-  const HostTables tables = pack_tables(codecs);
-  std::vector<CodedHead> heads;
-  std::vector<uint8_t> cache;
-  for (int i = 0; i < kStreams * kHeads; i++) {
-    heads.push_back(random_head(codecs[i % kHeads], kCells, random));
-    cache.insert(cache.end(), heads.back().blocks.begin(), heads.back().blocks.end());
-  }
-  std::vector<float> queries(kStreams * kHeads * 4 * kDim), factors(kStreams * kHeads * 4);
-  for (size_t i = 0; i < factors.size(); i++) {
-    if (i % 4 >= kGroup) continue;
-    factors[i] = 0.5f;
-    for (int d = 0; d < kDim; d++) queries[i * kDim + d] = std::clamp(random.normal() / 3, -1.0f, 1.0f);
-  }
-  std::vector<uint32_t> hidden(kStreams * kCells / 32);
-  hidden[2] = 1u << 5;
-  AttendArgs a;
-  a.n_streams = kStreams;
-  a.n_kv_heads = kHeads;
-  a.group = kGroup;
-  a.head_dim = kDim;
-  a.n_cells = kCells;
-  a.n_splits = 2;
-  a.keys = {cache.data(), kHeads * (kCells / 64) * size_t(S::kKeyBlock), (kCells / 64) * size_t(S::kKeyBlock),
-            S::kKeyBlock};
-  a.key_codec = a.value_codec = tables.view();
-  a.queries = queries.data();
-  a.query_factors = factors.data();
-  a.hidden = hidden.data();
-  a.hidden_stream_stride = kCells / 32;
-  std::vector<float> scores(kStreams * kHeads * kCells, NAN);
-  simt::Machine::launch(3, kHeads, S::kThreads, S::kSharedBytes, [&] { AttendKernel<S>::score(a, scores.data()); });
-  for (int i = 0; i < kStreams * kHeads; i++) {
-    for (int cell = 0; cell < kCells; cell++) {
-      double best = -INFINITY;
-      for (int r = 0; r < kGroup; r++) {
-        double x = 0;
-        for (int d = 0; d < kDim; d++) x += queries[(i * 4 + r) * kDim + d] * heads[i].decoded[size_t(cell) * kDim + d];
-        best = std::max(best, x * 0.5);
-      }
-      if (i < kHeads && cell == 69) best = -INFINITY;
-      const float got = scores[i * kCells + cell];
-      if (best == -INFINITY) {
-        EXPECT_EQ(got, -INFINITY);
-      } else {
-        EXPECT_NEAR(got, best, 5e-3);
-      }
-    }
-  }
-}
-
 template <int D, int W>
 void check_decode(Kind kind) {
   constexpr int kHeads = 2, kCells = 128;
@@ -159,20 +122,17 @@ void check_decode(Kind kind) {
     cache.insert(cache.end(), heads[h].blocks.begin(), heads[h].blocks.end());
   }
   const HostTables tables = pack_tables(codecs);
-  std::vector<uint16_t> rows(kHeads * kCells * D), exact(kHeads * 2 * D, 0x3c00);
-  const std::vector<int32_t> cells{-1, 77};
+  std::vector<uint16_t> rows(kHeads * kCells * D);
   DecodeArgs a;
   a.n_kv_heads = kHeads;
   a.n_cells = kCells;
   a.codec = tables.view();
   a.cache = {cache.data(), 0, 2 * a.codec.block_bytes(), a.codec.block_bytes()};
   a.is_key = kind == Kind::key;
-  a.exact = {exact.data(), exact.data(), cells.data(), 2, false};
   a.rows = rows.data();
   simt::Machine::launch(kCells / 64, kHeads, 256, 0, [&] { DecodeKernel<D, W>::run(a); });
   for (int i = 0; i < kHeads * kCells * D; i++) {
-    const int cell = i / D % kCells;
-    EXPECT_EQ(rows[i], cell == 77 ? 0x3c00 : float_to_half(heads[i / D / kCells].decoded[i % (kCells * D)]));
+    EXPECT_EQ(rows[i], float_to_half(heads[i / D / kCells].decoded[i % (kCells * D)]));
   }
 }
 

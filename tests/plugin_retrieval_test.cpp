@@ -110,11 +110,14 @@ TEST_F(PluginRetrieval, StatesAreExact) {
 }
 
 TEST_F(PluginRetrieval, AStoreThatCannotBeMadeMakesNoContext) {
-  try {
-    Session session(with("top=64,store=file,path=/nowhere/at/all"));
-    FAIL() << "made";
-  } catch (const std::runtime_error& error) {
-    EXPECT_NE(std::string(error.what()).find("exact store in /nowhere/at/all"), std::string::npos) << error.what();
+  for (const auto& [store, why] : {std::pair{"store=file,path=/nowhere/at/all", "exact store in /nowhere/at/all"},
+                                   {"store=pinned", "store=pinned is for CUDA devices"}}) {
+    try {
+      Session session(with(std::string("top=64,") + store));
+      FAIL() << "made";
+    } catch (const std::runtime_error& error) {
+      EXPECT_NE(std::string(error.what()).find(why), std::string::npos) << error.what();
+    }
   }
 }
 

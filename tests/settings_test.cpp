@@ -31,14 +31,15 @@ TEST(Settings, Retrieval) {
   EXPECT_EQ(Settings::parse("bits=2").top, 0);
   const Settings ram = Settings::parse("bits=2,top=64");
   EXPECT_EQ(ram.top, 64);
-  EXPECT_FALSE(ram.store_in_file);
+  EXPECT_EQ(ram.store, Settings::Store::automatic);
   EXPECT_FALSE(ram.drop_tail);
   EXPECT_EQ(ram.policy, Settings::Policy::automatic);
   const Settings file = Settings::parse("top=128,store=file,path=/var/tmp,tail=drop,policy=all");
-  EXPECT_TRUE(file.store_in_file);
+  EXPECT_EQ(file.store, Settings::Store::file);
   EXPECT_EQ(file.path, "/var/tmp");
   EXPECT_TRUE(file.drop_tail);
   EXPECT_EQ(file.policy, Settings::Policy::all);
+  EXPECT_EQ(Settings::parse("top=1,store=pinned").store, Settings::Store::pinned);
   EXPECT_EQ(Settings::parse("bits=2,top=64").hash(), Settings::parse("bits=2").hash());
 }
 
@@ -49,8 +50,9 @@ TEST(Settings, PassThroughIsBothSidesAt16) {
 }
 
 TEST(Settings, PrintedTheyReadTheSame) {
-  for (const char* text : {"", "bits=2", "bits=4/1.5,window=0+0,sequences=1,small=7", "profile=p,device=CPU",
-                           "top=9,policy=none", "top=64,store=file,path=/p,tail=drop,policy=all"}) {
+  for (const char* text :
+       {"", "bits=2", "bits=4/1.5,window=0+0,sequences=1,small=7", "profile=p,device=CPU", "top=9,policy=none",
+        "top=8,store=pinned", "top=64,store=file,path=/p,tail=drop,policy=all"}) {
     const Settings s = Settings::parse(text);
     EXPECT_EQ(Settings::parse(s.to_string()).to_string(), s.to_string()) << text;
   }
@@ -93,9 +95,9 @@ INSTANTIATE_TEST_SUITE_P(
                     Wrong{"profile=", "profile="}, Wrong{"device=", "device="}, Wrong{"top=-1", "top=-1"},
                     Wrong{"top=", "top="}, Wrong{"store=ram", "store="}, Wrong{"top=64,store=disk", "store=disk"},
                     Wrong{"top=64,store=file", "path="}, Wrong{"top=64,path=/tmp", "path="},
-                    Wrong{"top=64,store=file,path=", "path="}, Wrong{"top=64,tail=", "tail="},
-                    Wrong{"tail=drop", "tail="}, Wrong{"top=64,policy=some", "auto, all, none"},
-                    Wrong{"bits=16,top=64", "bits=16"}));
+                    Wrong{"top=64,store=pinned,path=/tmp", "path="}, Wrong{"top=64,store=file,path=", "path="},
+                    Wrong{"top=64,tail=", "tail="}, Wrong{"tail=drop", "tail="},
+                    Wrong{"top=64,policy=some", "auto, all, none"}, Wrong{"bits=16,top=64", "bits=16"}));
 
 }  // namespace
 }  // namespace thimble

@@ -4,30 +4,31 @@
 #include "cuda/attend_launch.h"
 #include "cuda/attend_shape.h"
 #include "cuda/layout.h"
-#include "cuda/prepare.h"
 
 namespace thimble::cuda {
 namespace {
-
-int row_groups(const AttendArgs& args) {
-  return (args.n_tokens * args.group + kRowGroup - 1) / kRowGroup;
-}
 
 int blocks_per_pair(const DeviceInfo& device, int pairs) {
   return std::max(1, device.multiprocessors / pairs);
 }
 
+// Blocks of coded cells that take as long as a stream's exact rows, which are one split's; where that is more than a
+// split's share, all of it.
+int exact_blocks(int n_blocks, int n_exact, int splits) {
+  constexpr int kRowsPerBlock = 6;
+  return splits == 1 ? 0 : std::min(n_exact / kRowsPerBlock, n_blocks / (splits - 1));
+}
+
 // Splits of a stream's cells: the number that makes the busiest thread block end first. Each warp of a block takes
-// blocks of 64 cells in turns, and exact rows, which take about half as long, one waiting for the other; an item costs
-// about three turns for its score table and for combining.
+// blocks of 64 cells in turns; an item costs about three turns for its score table and for adding up, and where the
+// cells are split, thread blocks meet.
 int choose_splits(int n_streams, int n_blocks, int n_exact, int lanes, int warps) {
-  constexpr int kItemCost = 3;
-  const auto turns = [&](int n, int splits) { return ((n + splits - 1) / splits + warps - 1) / warps; };
+  constexpr int kItemCost = 3, kMeetCost = 1;
   int best = 1, best_cost = 0;
-  const int most = std::max(n_blocks, (n_exact + warps - 1) / warps);
-  for (int splits = 1; splits <= std::max(1, std::min(lanes, most)); splits++) {
+  for (int splits = 1; splits <= std::max(1, std::min(lanes, n_blocks + (n_exact > 0))); splits++) {
     const int items = (n_streams * splits + lanes - 1) / lanes;
-    const int cost = items * (2 * turns(n_blocks, splits) + turns(n_exact, splits) + 2 * kItemCost);
+    const int share = (n_blocks + exact_blocks(n_blocks, n_exact, splits) + splits - 1) / splits;
+    const int cost = items * ((share + warps - 1) / warps + kItemCost) + (splits > 1 ? kMeetCost : 0);
     if (splits == 1 || cost < best_cost) {
       best = splits;
       best_cost = cost;
@@ -53,6 +54,14 @@ Status check_cache(const CacheView& cache, const CodecTables& codec, const Atten
   return {};
 }
 
+Status check_queries(const AttendArgs& args) {
+  if (!args.queries || !aligned(args.queries, 16) ||
+      (args.query_stream_stride | args.query_token_stride | args.query_head_stride) % 4 != 0) {
+    return Status::invalid("queries are missing or not aligned to 16 bytes");
+  }
+  return {};
+}
+
 Status check(const AttendArgs& args) {
   if (args.n_streams < 1 || args.n_kv_heads < 1) return Status::invalid("no streams or heads");
   if (args.n_tokens < 1 || args.n_tokens > kMaxTokens) return Status::invalid("1 to 8 query tokens a stream");
@@ -60,9 +69,7 @@ Status check(const AttendArgs& args) {
   if (args.n_cells < 0 || args.n_cells % kBlockCells != 0 || args.n_cells > (1 << 28))
     return Status::invalid("cells must be a multiple of 64, at most 2^28");
   if (!args.output) return Status::invalid("output is missing");
-  if (!args.queries || !args.query_factors || !aligned(args.queries, 16) || !aligned(args.query_factors, 16)) {
-    return Status::invalid("queries are missing or not aligned to 16 bytes");
-  }
+  if (Status s = check_queries(args); !s.ok()) return s;
   if (args.softcap < 0) return Status::invalid("softcap must not be negative");
   if (args.mask && (!aligned(args.mask, 16) || (args.mask_token_stride | args.mask_stream_stride) % 8 != 0)) {
     return Status::invalid("mask is not aligned to 16 bytes");
@@ -75,17 +82,25 @@ Status check(const AttendArgs& args) {
     if (rows.capacity > 0 && (!rows.keys || !rows.values || !rows.cells)) {
       return Status::invalid("exact rows are missing");
     }
+    if (rows.capacity > 0 && (!aligned(rows.keys, 16) || !aligned(rows.values, 16))) {
+      return Status::invalid("exact rows are not aligned to 16 bytes");
+    }
+  }
+  if (args.fresh.keys && (!args.fresh.values || !args.fresh.tokens || !args.fresh.window_keys ||
+                          !args.fresh.window_values || args.exact[0].capacity == 0)) {
+    return Status::invalid("new rows have no place in the window");
   }
   if (Status s = check_cache(args.keys, args.key_codec, args); !s.ok()) return s;
   return check_cache(args.values, args.value_codec, args);
 }
 
 void plan(const DeviceInfo& device, AttendArgs& args) {
-  args.row_groups = row_groups(args);
+  args.row_groups = row_groups(args.n_tokens, args.group);
   const int lanes = blocks_per_pair(device, args.n_kv_heads * args.row_groups);
-  args.n_splits =
-      choose_splits(args.n_streams, args.n_cells / kBlockCells, args.exact[0].capacity + args.exact[1].capacity, lanes,
-                    attend_warps(args.head_dim, args.key_codec.width, args.value_codec.width));
+  const int n_blocks = args.n_cells / kBlockCells, n_exact = args.exact[0].capacity + args.exact[1].capacity;
+  args.n_splits = choose_splits(args.n_streams, n_blocks, n_exact, lanes,
+                                attend_warps(args.head_dim, args.key_codec.width, args.value_codec.width));
+  args.exact_blocks = exact_blocks(n_blocks, n_exact, args.n_splits);
 }
 
 // Counters come first in a workspace, in a part of constant size: calls of other shapes must find them zero.
@@ -96,8 +111,8 @@ constexpr size_t kCounterBytes = 64 << 10;
 size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args) {
   AttendArgs planned = args;
   plan(device, planned);
-  const size_t items = size_t(planned.n_streams) * planned.n_splits * planned.n_kv_heads * planned.row_groups;
-  return kCounterBytes + items * (kRowGroup * size_t(args.head_dim) + 2 * kRowGroup) * sizeof(float);
+  const size_t parts = size_t(planned.n_streams) * (planned.n_splits + 1) * planned.n_kv_heads * planned.row_groups;
+  return kCounterBytes + parts * (kRowGroup * size_t(args.head_dim) + 2 * kRowGroup) * sizeof(float);
 }
 
 Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
@@ -123,22 +138,19 @@ Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t
   }
 }
 
-Status score_cells(const DeviceInfo& device, AttendArgs args, float* scores, cudaStream_t stream) {
-  args.row_groups = row_groups(args);
-  if (args.n_streams < 1 || args.n_tokens < 1 || args.row_groups != 1) {
-    return Status::unsupported("scores are for 1 to 4 query rows a KV head");
-  }
-  if (args.n_cells < 64 || args.n_cells % kBlockCells != 0) return Status::invalid("cells must be a multiple of 64");
-  if (!args.queries || !args.query_factors || !aligned(args.queries, 16) || !aligned(args.query_factors, 16) ||
-      !scores) {
-    return Status::invalid("queries or scores are missing, or queries not aligned to 16 bytes");
-  }
-  if (Status s = check_cache(args.keys, args.key_codec, args); !s.ok()) return s;
+Status score_cells(const DeviceInfo& device, ScoreArgs score, cudaStream_t stream) {
+  AttendArgs& args = score.attend;
+  if (args.n_cells < 64) return Status::invalid("cells must be a multiple of 64");
   args.value_codec = args.key_codec;  // kernels come in pairs of widths; this one's values are not looked at
+  args.values = args.keys;
+  args.output = score.scores;
   args.exact[0] = args.exact[1] = {};
+  args.fresh = {};
+  if (Status s = check(args); !s.ok()) return s;
+  if (!score.scores || !score.tops || !score.all_hidden) return Status::invalid("place for scores is missing");
   plan(device, args);
-  const dim3 grid(std::min(blocks_per_pair(device, args.n_kv_heads), args.n_streams * args.n_splits), args.n_kv_heads);
-  const ScoreArgs score{args, scores};
+  const int pairs = args.n_kv_heads * args.row_groups;
+  const dim3 grid(std::min(blocks_per_pair(device, pairs), args.n_streams * args.n_splits), pairs);
   switch (args.head_dim) {
     case 64:
       return launch_score_64(device, score, grid, stream);
@@ -149,16 +161,6 @@ Status score_cells(const DeviceInfo& device, AttendArgs args, float* scores, cud
     default:
       return Status::unsupported("head size must be 64, 128 or 256");
   }
-}
-
-Status step(const DeviceInfo& device, const PrepareArgs& prepare_args, const AttendArgs& attend_args, void* workspace,
-            size_t workspace_bytes, cudaStream_t stream) {
-  if (prepare_args.queries != attend_args.queries || prepare_args.query_factors != attend_args.query_factors ||
-      prepare_args.n_query_tokens != attend_args.n_tokens || prepare_args.n_streams != attend_args.n_streams) {
-    return Status::invalid("the queries that are prepared are not those that are attended with");
-  }
-  if (Status s = prepare(device, prepare_args, stream); !s.ok()) return s;
-  return attend(device, attend_args, workspace, workspace_bytes, stream);
 }
 
 }  // namespace thimble::cuda

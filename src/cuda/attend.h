@@ -12,18 +12,11 @@ namespace thimble::cuda {
 /// first use; then calls of any shape may share the largest.
 size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args);
 
-/// Enqueues one kernel on `stream`, which waits for what is before it there. `args.queries` and `args.query_factors`
-/// come from `prepare`. Row groups, splits, partials and counters of `args` are filled in here.
+/// Enqueues one kernel on `stream`, which waits for what is before it there. Row groups, splits, partials and counters
+/// of `args` are filled in here.
 Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t workspace_bytes, cudaStream_t stream);
 
-/// The greatest score of each cell over a KV head's query rows, in units of log2 e, to scores [n_streams][n_kv_heads]
-/// [args.n_cells]; -infinity for masked and hidden cells. At most 4 query rows a KV head. Values, exact rows, sinks and
-/// output of `args` are not looked at.
-Status score_cells(const DeviceInfo& device, AttendArgs args, float* scores, cudaStream_t stream);
-
-/// One layer's decode step: encodes the new cells, transforms the queries, attends; two kernels. The queries' buffers
-/// must be the same in both arguments.
-Status step(const DeviceInfo& device, const PrepareArgs& prepare_args, const AttendArgs& attend_args, void* workspace,
-            size_t workspace_bytes, cudaStream_t stream);
+/// Enqueues one kernel that fills args.scores, args.tops and args.all_hidden.
+Status score_cells(const DeviceInfo& device, ScoreArgs args, cudaStream_t stream);
 
 }  // namespace thimble::cuda

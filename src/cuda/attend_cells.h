@@ -1,4 +1,4 @@
-// Decode attention: what a warp does with one block of 64 cells, and with exact rows.
+// Decode attention: what a warp does with one block of 64 cells.
 //
 // In a warp, lane (g, t) = (lane / 4, lane % 4) has the scores of cells 8g .. 8g+7 for query row t.
 //   scores:  a cell's score is the sum of its codes' entries in the score table. One load brings the entries of all 4
@@ -19,8 +19,7 @@ struct AttendCells {
   static constexpr int kSteps = MK / 4;                           // look-ups a lane makes for one key
   static constexpr int kPlaneSteps = key_steps(MK);
   static constexpr int kLaneSums = D / 8;  // of the output a lane holds: subspaces g, g + 8, ... for row t
-  static constexpr float kNone = -1e30f;   // maximum of no cells at all: finite, so that differences are
-  static constexpr float kLog2e = 1.44269504f;
+  static constexpr float kLog2e = AttendTables<S>::kLog2e;
 
   struct Lane {
     int warp, lane, g, t;
@@ -60,20 +59,22 @@ struct AttendCells {
 
   /// This lane's query row. What scores are multiplied with stands in shared memory, registers being scarce.
   struct Row {
-    int place;      // of the factor: 4 * parity of the item + t
+    int t;
     uint32_t mask;  // element of a.mask where the mask of its token begins
 
     /// From products of table entries to logits, in units of log2 e.
-    SIMT float factor() const { return reinterpret_cast<const float*>(simt::shared() + S::kFactors)[place]; }
+    SIMT float factor() const { return reinterpret_cast<const float*>(simt::shared() + S::kFactors)[t]; }
+    /// What all the logits of coded cells lack, in the same units.
+    SIMT float offset() const { return reinterpret_cast<const float*>(simt::shared() + S::kOffsets)[t]; }
     /// On the mask, in the same units.
-    SIMT float slope() const { return reinterpret_cast<const float*>(simt::shared() + S::kSlopes)[place % S::kRows]; }
+    SIMT float slope() const { return reinterpret_cast<const float*>(simt::shared() + S::kSlopes)[t]; }
   };
 
-  SIMT static Row make_row(const AttendArgs& a, int stream, int parity, int t) {
+  SIMT static Row make_row(const AttendArgs& a, int stream, int t) {
     // Rows that only pad the group follow the last token; nobody reads their results.
     const int token = (simt::block_y() % a.row_groups * S::kRows + t) / a.group;
     Row r;
-    r.place = parity * S::kRows + t;
+    r.t = t;
     r.mask =
         uint32_t(stream * a.mask_stream_stride + (token < a.n_tokens ? token : a.n_tokens - 1) * a.mask_token_stride);
     return r;
@@ -280,45 +281,6 @@ struct AttendCells {
       for (int h = 0; h < W / 2; h++) {
         run.sum[u * W + 2 * h] += float(d[h][0] * 256 + d[h][1]) * scale;
         run.sum[u * W + 2 * h + 1] += float(d[h][2] * 256 + d[h][3]) * scale;
-      }
-    }
-  }
-
-  // ---- exact rows
-
-  SIMT static float2 half_pair(const uint16_t* p) { return simt::unpack_half2(*reinterpret_cast<const uint32_t*>(p)); }
-
-  SIMT static void attend_exact(const AttendArgs& a, const Lane& l, const Row& row, Running& run, int stream, int split,
-                                const ExactRows& exact) {
-    constexpr int W = S::kValueWidth;
-    const int head = simt::block_y() / a.row_groups;
-    const float* query = reinterpret_cast<const float*>(simt::shared() + S::kQueries) + l.t * D;
-    const int32_t* cells =
-        exact.cells + (exact.per_head ? (size_t(stream) * a.n_kv_heads + head) : size_t(stream)) * exact.capacity;
-    for (int i = split * S::kWarps + l.warp; i < exact.capacity; i += a.n_splits * S::kWarps) {
-      const int cell = cells[i];
-      if (cell < 0) continue;
-      const size_t at = ((size_t(stream) * a.n_kv_heads + head) * exact.capacity + i) * D + l.g * W;
-      uint32_t value[D / 16];
-      float dot = 0;
-      SIMT_UNROLL
-      for (int k = 0; k < D / 16; k++) {
-        const int d = k / (W / 2) * 8 * W + k % (W / 2) * 2;
-        const float2 key = half_pair(exact.keys + at + d);
-        value[k] = *reinterpret_cast<const uint32_t*>(exact.values + at + d);
-        dot += query[l.g * W + d] * key.x + query[l.g * W + d + 1] * key.y;
-      }
-      float x = over_g(dot, Add()) * row.factor();
-      if (a.softcap != 0) x = capped(x, a.softcap);
-      if (a.mask) x += simt::half_to_float(a.mask[row.mask + cell]) * row.slope();
-      if (simt::any(x > run.maximum + 8)) raise(run, fmaxf(run.maximum, x));
-      const float p = simt::exp2_fast(x - run.maximum);
-      run.weight += l.g == 0 ? p : 0.0f;
-      SIMT_UNROLL
-      for (int k = 0; k < D / 16; k++) {
-        const float2 v = simt::unpack_half2(value[k]);
-        run.sum[2 * k] += p * v.x;
-        run.sum[2 * k + 1] += p * v.y;
       }
     }
   }

@@ -4,8 +4,7 @@
 // adds all splits up in their order, so results do not depend on timing.
 #pragma once
 
-#include "cuda/attend_cells.h"
-#include "cuda/hadamard.h"
+#include "cuda/attend_exact.h"
 
 namespace thimble::cuda {
 
@@ -15,49 +14,23 @@ struct AttendCombine {
   using Cells = AttendCells<S>;
   using Lane = typename Cells::Lane;
   using Running = typename Cells::Running;
+  using Exact = AttendExact<S>;
+  using Partials = AttendPartials<S>;
   static constexpr int D = S::kHeadDim;
 
-  /// The sums of `n` parts, part i with maximum m(i), weight w(i) and value v(i), relative to the greatest maximum.
-  /// Reads 8 parts at a time before it uses any: they come from far away.
-  template <typename M, typename W, typename V>
-  SIMT static void combine(int n, M m, W w, V v, float& maximum, float& weight, float& sum) {
-    constexpr int kBatch = 8;
-    maximum = Cells::kNone;
-    weight = sum = 0;
-    for (int first = 0; first < n; first += kBatch) {
-      float maxima[kBatch], weights[kBatch], values[kBatch];
-      SIMT_UNROLL
-      for (int i = 0; i < kBatch; i++) {
-        const bool there = first + i < n;
-        maxima[i] = there ? m(first + i) : Cells::kNone;
-        weights[i] = there ? w(first + i) : 0.0f;
-        values[i] = there ? v(first + i) : 0.0f;
-      }
-      float top = maximum;
-      SIMT_UNROLL
-      for (int i = 0; i < kBatch; i++) top = fmaxf(top, maxima[i]);
-      const float old = simt::exp2_fast(maximum - top);
-      maximum = top;
-      weight *= old;
-      sum *= old;
-      SIMT_UNROLL
-      for (int i = 0; i < kBatch; i++) {
-        const float factor = simt::exp2_fast(maxima[i] - maximum);
-        weight += factor * weights[i];
-        sum += factor * values[i];
-      }
-    }
-  }
-
-  /// Normalizes one output component (still transformed) and puts it where `write_output` looks for it.
-  SIMT static void normalize(const AttendArgs& a, int r, int d, float maximum, float weight, float sum) {
+  /// Normalizes one output component, coded (still transformed) and exact, and puts them where `write_output` looks for
+  /// them.
+  SIMT static void normalize(const AttendArgs& a, int r, int d, const Part& coded, const Part& exact) {
     const int head = simt::block_y() / a.row_groups, row = simt::block_y() % a.row_groups * S::kRows + r;
-    float total = weight;
+    const float maximum = fmaxf(coded.maximum, exact.maximum);
+    const float c = simt::exp2_fast(coded.maximum - maximum), e = simt::exp2_fast(exact.maximum - maximum);
+    float total = c * coded.weight + e * exact.weight;
     if (a.sinks) total += simt::exp2_fast(a.sinks[head * a.group + row % a.group] * Cells::kLog2e - maximum);
     const float inverse = total == 0 ? 0.0f : 1 / total;
     uint8_t* shared = simt::shared();
-    reinterpret_cast<float*>(shared + S::kOutputs)[r * D + d] = sum * inverse;
-    if (d == 0) reinterpret_cast<float*>(shared + S::kWeights)[r] = weight * inverse;
+    reinterpret_cast<float*>(shared + S::kOutputs)[r * D + d] = c * coded.sum * inverse;
+    reinterpret_cast<float*>(shared + S::kOutputs)[(S::kRows + r) * D + d] = e * exact.sum * inverse;
+    if (d == 0) reinterpret_cast<float*>(shared + S::kWeights)[r] = c * coded.weight * inverse;
   }
 
   /// Undoes the values' transform and writes the 4 rows out.
@@ -65,6 +38,7 @@ struct AttendCombine {
     const int head = simt::block_y() / a.row_groups, row_group = simt::block_y() % a.row_groups;
     const float* rows = reinterpret_cast<const float*>(simt::shared() + S::kOutputs);
     const float* weights = reinterpret_cast<const float*>(simt::shared() + S::kWeights);
+    const float* exact = rows + S::kRows * D;
     const auto target = [&](int r) -> float* {
       const int row = row_group * S::kRows + r, token = row / a.group;
       if (token >= a.n_tokens) return nullptr;
@@ -78,7 +52,7 @@ struct AttendCombine {
       const float* matrix = a.value_codec.undo + size_t(head) * D * D;
       float* partial = reinterpret_cast<float*>(simt::shared() + S::kSums);  // [kParts][4][D]
       static_assert(kParts >= 1 && kParts * S::kRows * D * 4 <= S::kSumsBytes);
-      const int d = simt::thread() % D, part = simt::thread() / D;
+      const int thread = simt::thread_again(), d = thread % D, part = thread / D;
       float sum[S::kRows] = {};
       SIMT_UNROLL_SOME
       for (int k = 0; k < kTerms; k++) {
@@ -90,18 +64,18 @@ struct AttendCombine {
       SIMT_UNROLL
       for (int r = 0; r < S::kRows; r++) partial[(part * S::kRows + r) * D + d] = sum[r];
       simt::sync();
-      for (int o = simt::thread(); o < S::kRows * D; o += S::kThreads) {
+      for (int o = simt::thread_again(); o < S::kRows * D; o += S::kThreads) {
         const int r = o / D;
         float* out = target(r);
         if (!out) continue;
-        float total = weights[r] * mean[o % D];
+        float total = exact[o] + weights[r] * mean[o % D];
         SIMT_UNROLL
         for (int i = 0; i < kParts; i++) total += partial[i * S::kRows * D + o];
         out[o % D] = total;
       }
       simt::sync();  // the next score table takes this place
     } else {
-      const int r = simt::thread() / 32, lane = simt::thread() % 32;
+      const int thread = simt::thread_again(), r = thread / 32, lane = thread % 32;
       if (r >= S::kRows) return;
       float x[D / 32];
       SIMT_UNROLL
@@ -109,7 +83,7 @@ struct AttendCombine {
       hadamard_warp<D>(x, lane);
       if (float* out = target(r)) {
         SIMT_UNROLL
-        for (int i = 0; i < D / 32; i++) out[lane * (D / 32) + i] = x[i];
+        for (int i = 0; i < D / 32; i++) out[lane * (D / 32) + i] = x[i] + exact[r * D + lane * (D / 32) + i];
       }
     }
   }
@@ -131,27 +105,24 @@ struct AttendCombine {
       states[l.warp * 8 + 4 + l.t] = run.weight;
     }
     simt::sync();
-    const int stream = Items::stream_of(a, item);
+    const int stream = Items::stream_of(a, item), split = item - stream * a.n_splits;
     const int pairs = a.n_kv_heads * a.row_groups;  // of KV head and row group
-    float* partial =
-        a.n_splits > 1 ? a.partials + (size_t(item) * pairs + simt::block_y()) * S::kPartialFloats : nullptr;
-    for (int o = simt::thread(); o < S::kRows * D; o += S::kThreads) {
+    const auto exact_part = [&](int o) {
+      const float* at = Partials::at(a, stream, a.n_splits);
+      return Exact::any(a) ? Part{Partials::maximum(at, o), Partials::weight(at, o), Partials::sum(at, o)} : Part();
+    };
+    for (int o = simt::thread_again(); o < S::kRows * D; o += S::kThreads) {
       const int r = o / D, d = o % D;
-      float maximum, weight, sum;
-      combine(
+      const Part part = combine(
           S::kWarps, [&](int i) { return states[i * 8 + r]; }, [&](int i) { return states[i * 8 + 4 + r]; },
-          [&](int i) { return sums[(i * S::kRows + r) * kStride + d]; }, maximum, weight, sum);
-      if (partial) {
-        partial[o] = sum;
-        if (d == 0) {
-          partial[S::kRows * D + r] = maximum;
-          partial[S::kRows * D + S::kRows + r] = weight;
-        }
+          [&](int i) { return sums[(i * S::kRows + r) * kStride + d]; });
+      if (a.n_splits == 1) {
+        normalize(a, r, d, part, exact_part(o));
       } else {
-        normalize(a, r, d, maximum, weight, sum);
+        Partials::leave(Partials::at(a, stream, split), o, part);
       }
     }
-    if (partial) {
+    if (a.n_splits > 1) {
       int* last = reinterpret_cast<int*>(shared + S::kLast);
       simt::fence();
       simt::sync();
@@ -163,16 +134,15 @@ struct AttendCombine {
       simt::sync();
       if (!*last) return;  // all threads alike
       simt::fence();
-      const size_t stride = size_t(pairs) * S::kPartialFloats;
-      const float* first = a.partials + size_t(stream) * a.n_splits * stride + simt::block_y() * S::kPartialFloats;
-      for (int o = simt::thread(); o < S::kRows * D; o += S::kThreads) {
-        const int r = o / D, d = o % D;
-        float maximum, weight, sum;
-        combine(
-            a.n_splits, [&](int i) { return simt::load_l2(first + i * stride + S::kRows * D + r); },
-            [&](int i) { return simt::load_l2(first + i * stride + S::kRows * D + S::kRows + r); },
-            [&](int i) { return simt::load_l2(first + i * stride + o); }, maximum, weight, sum);
-        normalize(a, r, d, maximum, weight, sum);
+      for (int o = simt::thread_again(); o < S::kRows * D; o += S::kThreads) {
+        const float* first = Partials::at(a, stream, 0);
+        const size_t stride = size_t(pairs) * S::kPartialFloats;
+        const Part exact = exact_part(o);
+        const Part coded = combine(
+            a.n_splits, [&](int i) { return Partials::maximum(first + i * stride, o); },
+            [&](int i) { return Partials::weight(first + i * stride, o); },
+            [&](int i) { return Partials::sum(first + i * stride, o); });
+        normalize(a, o / D, o % D, coded, exact);
       }
     }
     simt::sync();

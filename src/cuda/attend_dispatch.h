@@ -4,6 +4,7 @@
 #include "cuda/attend_kernel.h"
 #include "cuda/attend_launch.h"
 #include "cuda/launch.h"
+#include "cuda/score_kernel.h"
 
 namespace thimble::cuda {
 
@@ -19,9 +20,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
 template <typename S, bool Large>
 __global__ void __launch_bounds__(S::kThreads, 1) score_kernel(const __grid_constant__ ScoreArgs args) {
 #if __CUDA_ARCH__ >= 900
-  AttendKernel<S>::score(args.attend, args.scores);
+  ScoreKernel<S>::run(args);
 #else
-  if constexpr (!Large) AttendKernel<S>::score(args.attend, args.scores);
+  if constexpr (!Large) ScoreKernel<S>::run(args);
 #endif
 }
 

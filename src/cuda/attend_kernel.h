@@ -1,5 +1,6 @@
 // Decode attention over codes: the kernels' bodies. layout.h tells the order of codes, attend_shape.h the tables,
-// attend_cells.h what becomes of a block of 64 cells, attend_combine.h how it is all added up.
+// attend_cells.h what becomes of a block of 64 cells, attend_exact.h of exact rows, attend_combine.h how it is all
+// added up.
 //
 // A thread block's warps each take whole blocks of 64 cells, with a running maximum and sums of their own.
 #pragma once
@@ -13,6 +14,7 @@ struct AttendKernel {
   using Items = AttendItems<S>;
   using Tables = AttendTables<S>;
   using Cells = AttendCells<S>;
+  using Exact = AttendExact<S>;
   using Lane = typename Cells::Lane;
   using Running = typename Cells::Running;
   using Row = typename Cells::Row;
@@ -44,6 +46,49 @@ struct AttendKernel {
     }
   }
 
+  /// Whether any cell of a stream is to be attended to from its codes. Where every warp has one block at most it is
+  /// looked up: in a short context the window holds all there is, and tables would be made in vain.
+  SIMT static bool sees_codes(const AttendArgs& a, const Lane& l, int stream) {
+    const int n = a.n_cells / kBlockCells;
+    if (n > S::kWarps || !(a.mask || a.hidden)) return n > 0;
+    bool sees = false;
+    if (l.warp < n) {
+      const int block = l.warp, head = simt::block_y() / a.row_groups;
+      uint32_t cells = 3;  // two of them, a lane
+      if (a.hidden) {
+        const size_t word = stream * a.hidden_stream_stride + head * a.hidden_head_stride + block * 2 + l.lane / 16;
+        cells = ~(a.hidden[word] >> l.lane % 16 * 2) & 3;
+      }
+      uint32_t masked = a.mask ? 3 : 0;
+      for (int token = 0; masked != 0 && token < a.n_tokens; token++) {
+        const size_t at = stream * a.mask_stream_stride + token * a.mask_token_stride + block * kBlockCells;
+        const uint32_t pair = reinterpret_cast<const uint32_t*>(a.mask + at)[l.lane];
+        masked &= uint32_t((pair & 0xffff) == 0xfc00) | uint32_t(pair >> 16 == 0xfc00) << 1;  // minus infinity
+      }
+      sees = (cells & ~masked) != 0;
+    }
+    return simt::any_in_block(sees);
+  }
+
+  /// Before any codes, which would take registers: the exact rows of this block's items, first splits all, with the
+  /// first one's queries on their way. Returns whether there is anything coded to attend to, too.
+  SIMT static bool attend_exact(const AttendArgs& a, const Lane& l) {
+    if (!Exact::any(a)) return true;
+    const int first = simt::block_x();
+    SIMT_NO_UNROLL
+    for (int item = first; item < Items::n_items(a); item += simt::blocks_x()) {
+      const int stream = Items::stream_of(a, item);
+      if (item != stream * a.n_splits) continue;
+      if (item != first) Tables::fetch_queries(a, item);
+      simt::wait_for_copies();
+      simt::sync();
+      Exact::attend(a, stream);
+    }
+    const bool is_alone = first + simt::blocks_x() >= Items::n_items(a);
+    if (!is_alone) Tables::fetch_queries(a, first);
+    return !is_alone || a.n_splits > 1 || sees_codes(a, l, first);
+  }
+
   SIMT static void run(const AttendArgs& a) {
     simt::launch_dependents();
     const Lane l = Cells::make_lane();
@@ -64,13 +109,16 @@ struct AttendKernel {
     simt::prefetch_l2<kShare>(reinterpret_cast<const uint8_t*>(a.key_codec.packed) +
                                   (simt::block_y() / a.row_groups * S::kWarps + l.warp) * kShare,
                               l.lane);
+    if (Exact::any(a) && simt::block_x() % a.n_splits == 0) Exact::prefetch(a, Items::stream_of(a, simt::block_x()));
     Tables::copy_scales(a);
     Cells::store_slopes(a);
     typename Tables::ValueWords value_words;
     Tables::load_value_words(a, value_words);
     simt::wait_for_previous_grid();
 
-    Tables::fetch_queries(a, simt::block_x(), 0);
+    Tables::fetch_queries(a, simt::block_x());
+    const bool coded = attend_exact(a, l);
+    if (coded) Tables::fill_value_table(value_words);
     uint4 key_codes[kKeyLoads], value_codes[kValueLoads], key_scales, value_scales;
     const auto load_keys = [&] {
       SIMT_UNROLL
@@ -86,26 +134,23 @@ struct AttendKernel {
       if constexpr (S::kDeep) load_values(values);
       value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
     }
-    Tables::fill_value_table(value_words);
     simt::wait_for_copies();
     simt::sync();
 
-    int place = 0;
-    for (int item = simt::block_x(); item < Items::n_items(a); item += simt::blocks_x(), place ^= 1) {
+    for (int item = simt::block_x(); item < Items::n_items(a); item += simt::blocks_x()) {
       const int stream = Items::stream_of(a, item), head = simt::block_y() / a.row_groups;
-      const Row row = Cells::make_row(a, stream, place, l.t);
-      Tables::fill_score_table(a);
+      const Row row = Cells::make_row(a, stream, l.t);
+      if (coded) {
+        Tables::transform_queries(a);
+        Tables::fill_score_table(a);
+      }
       Running run;
-      run.maximum = Cells::kNone;
+      run.maximum = kNoMaximum;
       run.weight = 0;
       SIMT_UNROLL
       for (int i = 0; i < Cells::kLaneSums; i++) run.sum[i] = 0;
-      for (int i = 0; i < 2; i++) {
-        if (a.exact[i].capacity > 0)
-          Cells::attend_exact(a, l, row, run, stream, item - stream * a.n_splits, a.exact[i]);
-      }
       simt::sync();
-      Tables::fetch_queries(a, item + simt::blocks_x(), place ^ 1);
+      Tables::fetch_queries(a, item + simt::blocks_x());
 
       // Where the warp goes on after this item is worked out here: divisions in the loop would wait for the loads in
       // flight there.
@@ -122,7 +167,7 @@ struct AttendKernel {
       uint32_t mask_at = row.mask + now.index * kBlockCells + l.g * 8;
       uint32_t hidden_at =
           uint32_t(stream * a.hidden_stream_stride + head * a.hidden_head_stride) + now.index * 2 + l.g / 4;
-      for (int left = mine ? now.left : 0; left > 0;
+      for (int left = mine && coded ? now.left : 0; left > 0;
            left--, mask_at += S::kWarps * kBlockCells, hidden_at += S::kWarps * 2) {
         const uint8_t* these_values = values;
         // After the last block of all the pointers stay, and it is read once more in vain.
@@ -178,64 +223,9 @@ struct AttendKernel {
         if constexpr (S::kDeep) load_values(values);
         value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
       }
+      if (coded) run.maximum += row.offset();
       simt::wait_for_copies();
       AttendCombine<S>::finish_item(a, l, run, item);
-    }
-  }
-
-  // ---- scores alone, for retrieval
-
-  /// Writes each cell's greatest score over the block's rows, in units of log2 e, to scores [n_streams][n_kv_heads]
-  /// [n_cells]. Masked and hidden cells get -infinity. One row group.
-  SIMT static void score(const AttendArgs& a, float* scores) {
-    simt::launch_dependents();
-    const Lane l = Cells::make_lane();
-    Tables::copy_scales(a);
-    Cells::store_slopes(a);
-    simt::wait_for_previous_grid();
-    for (int item = simt::block_x(); item < Items::n_items(a); item += simt::blocks_x()) {
-      const int stream = Items::stream_of(a, item), head = simt::block_y(), split = item - stream * a.n_splits;
-      simt::sync();  // the last item's table is used up
-      Tables::fetch_queries(a, item, 0);
-      simt::wait_for_copies();
-      simt::sync();
-      const Row row = Cells::make_row(a, stream, 0, l.t);
-      const bool pads = l.t >= a.n_tokens * a.group;
-      Tables::fill_score_table(a);
-      simt::sync();
-      const uint8_t* hidden = reinterpret_cast<const uint8_t*>(
-          a.hidden ? a.hidden + stream * a.hidden_stream_stride + head * a.hidden_head_stride : nullptr);
-      for (int index = Items::block_begin(a, split) + l.warp; index < Items::block_begin(a, split + 1);
-           index += S::kWarps) {
-        const uint8_t* block =
-            a.keys.data + stream * a.keys.stream_stride + head * a.keys.head_stride + index * a.keys.block_stride;
-        uint4 codes[kKeyLoads];
-        SIMT_UNROLL
-        for (int i = 0; i < kKeyLoads; i++) codes[i] = simt::load_stream(block + i * 512 + l.lane * 16);
-        const uint4 scales = simt::load_stream(block + MK * kBlockCells + l.g * 16);
-        uint4 mask = make_uint4(0, 0, 0, 0);
-        if (a.mask) mask = simt::load_vector(a.mask + row.mask + index * kBlockCells + l.g * 8);
-        float x[8];
-        Cells::table_scores(l, codes, x, [](int) {});
-        SIMT_UNROLL
-        for (int i = 0; i < 4; i++) {
-          const float2 scale = simt::unpack_half2(Cells::word_of(scales, i));
-          x[2 * i] *= scale.x;
-          x[2 * i + 1] *= scale.y;
-        }
-        const float unit = Cells::adjust(a, row, x, mask, hidden ? hidden[index * 8 + l.g] : 0);
-        SIMT_UNROLL
-        for (int j = 0; j < 8; j++) {
-          x[j] = pads ? -INFINITY : x[j] * unit;
-          x[j] = fmaxf(x[j], simt::shuffle_xor(x[j], 1));
-          x[j] = fmaxf(x[j], simt::shuffle_xor(x[j], 2));
-        }
-        float* out = scores + (size_t(stream) * a.n_kv_heads + head) * a.n_cells + index * kBlockCells + l.g * 8;
-        SIMT_UNROLL
-        for (int j = 0; j < 8; j++) {
-          if (l.t == j / 2) out[j] = x[j];
-        }
-      }
     }
   }
 };

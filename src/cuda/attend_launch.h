@@ -8,11 +8,6 @@
 
 namespace thimble::cuda {
 
-struct ScoreArgs {
-  AttendArgs attend;
-  float* scores;
-};
-
 Status launch_attend_64(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
 Status launch_attend_128(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
 Status launch_attend_256(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);

@@ -55,15 +55,16 @@ struct AttendShape {
   static constexpr int kSumsBytes = kWarps * kRows * kSumStride * 4;
   static constexpr int kStates = kSums + kSumsBytes;                       // float [kWarps][8]: maxima, then weights
   static constexpr int kSharedOutputs = kStates + kWarps * 2 * kRows * 4;  // see kOutputs
-  static constexpr int kCombineBytes = kSharedOutputs + (Large ? 0 : kRows * HeadDim * 4);
+  static constexpr int kCombineBytes = kSharedOutputs + (Large ? 0 : 2 * kRows * HeadDim * 4);
   static constexpr int kValueTable = kKeyTableBytes > kCombineBytes ? kKeyTableBytes
                                                                     : (kCombineBytes + 1023) / 1024 * 1024;
-  static constexpr int kQueries = kValueTable + kValueTableBytes;   // float [4][HeadDim]
+  static constexpr int kQueries = kValueTable + kValueTableBytes;   // float [4][HeadDim], see transform_queries
   static constexpr int kScales = kQueries + kRows * HeadDim * 4;    // float [kValueSubspaces]
   static constexpr int kKeyScales = kScales + kValueSubspaces * 4;  // float [kKeySubspaces]
   static constexpr int kAfter = kKeyScales + kKeySubspaces * 4;     // AttendKernel::Blocks [kWarps]
-  static constexpr int kFactors = kAfter + kWarps * 32;             // float [2][4]: this item's, the next one's
-  static constexpr int kSlopes = kFactors + 2 * kRows * 4;          // float [4], on the mask, in units of log2 e
+  static constexpr int kFactors = kAfter + kWarps * 32;             // float [4], of the transformed queries
+  static constexpr int kOffsets = kFactors + kRows * 4;             // float [4], what coded cells' logits lack
+  static constexpr int kSlopes = kOffsets + kRows * 4;              // float [4], on the mask, in units of log2 e
   static constexpr int kWeights = kSlopes + kRows * 4;              // float [4]
   static constexpr int kLast = kWeights + kRows * 4;                // int
   // What a lane needs of the mask and of the hidden cells' bits on the way from memory, where there is room for that:
@@ -72,10 +73,11 @@ struct AttendShape {
   static constexpr int kMasks = kLast + 16;
   static constexpr int kHidden = kMasks + (kStaged ? kWarps * 32 * 16 : 0);
   static constexpr int kEnd = kHidden + (kStaged ? kWarps * 32 * 4 : 0);
-  // Float [4][HeadDim]. Where memory is short, behind the sums: then the next score table must wait for its readers.
+  // Of coded cells, then of exact rows, float [2][4][HeadDim]. Where memory is short, behind the sums: then the next
+  // score table must wait for its readers.
   static constexpr bool kOwnOutputs = Large;
   static constexpr int kOutputs = kOwnOutputs ? kEnd : kSharedOutputs;
-  static constexpr size_t kSharedBytes = kEnd + (kOwnOutputs ? kRows * HeadDim * 4 : 0);
+  static constexpr size_t kSharedBytes = kEnd + (kOwnOutputs ? 2 * kRows * HeadDim * 4 : 0);
   static_assert(kAfter % 32 == 0 && kFactors % 16 == 0 && kMasks % 16 == 0 && kOutputs % 16 == 0);
   static_assert(Large || HeadDim == 256 || kSharedBytes <= 99 * 1024);
 
@@ -83,7 +85,7 @@ struct AttendShape {
   /// up, and keys while the values before them are. They are in L2 by then.
   static constexpr bool kDeep = kWarps == 8 && kKeySubspaces + kValueSubspaces <= 128;
 
-  static constexpr int kPartialFloats = kRows * HeadDim + 2 * kRows;
+  static constexpr int kPartialFloats = kRows * HeadDim + 2 * kRows;  // sums, maxima, weights
 
   static_assert(kKeySubspaces % 8 == 0 && kValueSubspaces % 8 == 0 && kSharedBytes <= 227 * 1024);
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/attend_shape.h"
+#include "cuda/hadamard.h"
 #include "cuda/simt.h"
 
 namespace thimble::cuda {
@@ -12,25 +13,22 @@ template <typename S>
 struct AttendItems {
   static constexpr int D = S::kHeadDim;
 
-  // Divisions are slow, and there is seldom anything to divide.
+  // Divisions are slow, and there is seldom anything to divide. A first split that has exact rows, too, takes fewer
+  // blocks.
   SIMT static int stream_of(const AttendArgs& a, int item) { return a.n_splits == 1 ? item : item / a.n_splits; }
   SIMT static int block_begin(const AttendArgs& a, int split) {
-    return a.n_splits == 1 ? a.n_cells / kBlockCells * split
-                           : int(uint32_t(a.n_cells / kBlockCells) * split / a.n_splits);
+    if (a.n_splits == 1) return a.n_cells / kBlockCells * split;
+    const int at = int(uint32_t(a.n_cells / kBlockCells + a.exact_blocks) * split / a.n_splits) - a.exact_blocks;
+    return at > 0 ? at : 0;
   }
   SIMT static int n_items(const AttendArgs& a) { return a.n_streams * a.n_splits; }
-
-  /// The first of this block's query rows, among all streams' and heads'.
-  SIMT static size_t first_row(const AttendArgs& a, int stream) {
-    const int head = simt::block_y() / a.row_groups, row_group = simt::block_y() % a.row_groups;
-    return ((size_t(stream) * a.n_kv_heads + head) * a.row_groups + row_group) * S::kRows;
-  }
 };
 
 template <typename S>
 struct AttendTables {
   using Items = AttendItems<S>;
   static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces, MV = S::kValueSubspaces;
+  static constexpr float kLog2e = 1.44269504f;
 
   SIMT static uint32_t negate_bytes(uint32_t x) {  // -128 does not occur
     return ((~x & 0x7f7f7f7f) + 0x01010101) ^ (~x & 0x80808080);
@@ -98,19 +96,81 @@ struct AttendTables {
     return simt::bits_to_float(simt::permute(biased, 0x4b000000u, 0x7440u | i)) - 8388736.0f;
   }
 
-  /// Starts copying an item's queries to shared memory, and their factors to one of two places there: the tables are
-  /// made from queries at an item's start, so the next ones may come while it is worked off; factors are used
-  /// throughout.
-  SIMT static void fetch_queries(const AttendArgs& a, int item, int place) {
+  /// Starts copying an item's queries to shared memory, as the model wrote them.
+  SIMT static void fetch_queries(const AttendArgs& a, int item) {
     if (item >= Items::n_items(a)) return;
-    const size_t row = Items::first_row(a, Items::stream_of(a, item));
-    uint8_t* to = simt::shared() + S::kQueries;
-    for (int i = simt::thread(); i < S::kRows * D / 4; i += S::kThreads) {
-      simt::copy_async<16>(to + i * 16, a.queries + row * D + i * 4);
+    const int stream = Items::stream_of(a, item), head = simt::block_y() / a.row_groups;
+    for (int i = simt::thread_again(); i < S::kRows * D / 4; i += S::kThreads) {
+      const int row = simt::block_y() % a.row_groups * S::kRows + i / (D / 4), token = row / a.group;
+      uint4* to = reinterpret_cast<uint4*>(simt::shared() + S::kQueries) + i;
+      if (token < a.n_tokens) {
+        simt::copy_async<16>(to, a.queries + stream * a.query_stream_stride + token * a.query_token_stride +
+                                     (head * a.group + row % a.group) * a.query_head_stride + i % (D / 4) * 4);
+      } else {
+        *to = make_uint4(0, 0, 0, 0);
+      }
     }
-    if (simt::thread() == 0) {
-      simt::copy_async<16>(simt::shared() + S::kFactors + place * S::kRows * 4, a.query_factors + row);
+  }
+
+  /// Transforms the item's queries where they are. They become unit in their greatest component, so that score tables
+  /// fit f16 whatever the queries' size; the factors make up for that. Codes tell a key less the mean, so logits lack
+  /// the query's product with it: the same for every cell, it is added to their maximum.
+  SIMT static void transform_queries(const AttendArgs& a) {
+    uint8_t* shared = simt::shared();
+    float* queries = reinterpret_cast<float*>(shared + S::kQueries);
+    float* partial = reinterpret_cast<float*>(shared + S::kSums);  // [kParts][4][D]
+    constexpr int kParts = S::kThreads / D, kTerms = D / kParts;
+    if (a.key_codec.undo) {
+      static_assert(kParts >= 1 && kParts * S::kRows * D * 4 <= S::kSumsBytes);
+      const float* matrix = a.key_codec.undo + size_t(simt::block_y() / a.row_groups) * D * D;
+      const int thread = simt::thread_again(), d = thread % D, part = thread / D;
+      float sum[S::kRows] = {};
+      SIMT_UNROLL_SOME
+      for (int k = 0; k < kTerms; k++) {
+        const int i = part * kTerms + k;
+        const float m = simt::load_constant(matrix + i * D + d);
+        SIMT_UNROLL
+        for (int r = 0; r < S::kRows; r++) sum[r] += queries[r * D + i] * m;
+      }
+      SIMT_UNROLL
+      for (int r = 0; r < S::kRows; r++) partial[(part * S::kRows + r) * D + d] = sum[r];
+      simt::sync();
     }
+    const int thread = simt::thread_again(), r = thread / 32, lane = thread % 32;
+    if (r < S::kRows) {
+      constexpr int N = D / 32;
+      float x[N] = {}, top = 0;
+      SIMT_UNROLL
+      for (int i = 0; i < N; i++) {
+        if (a.key_codec.undo) {
+          SIMT_UNROLL
+          for (int part = 0; part < kParts; part++) x[i] += partial[(part * S::kRows + r) * D + lane * N + i];
+        } else {
+          x[i] = queries[r * D + lane * N + i];
+        }
+      }
+      if (!a.key_codec.undo) hadamard_warp<D>(x, lane);
+      SIMT_UNROLL
+      for (int i = 0; i < N; i++) top = simt::max_nan(top, fabsf(x[i]));
+      SIMT_UNROLL
+      for (int mask = 1; mask < 32; mask *= 2) top = simt::max_nan(top, simt::shuffle_xor(top, mask));
+      float along_mean = 0;
+      if (a.key_codec.mean && a.softcap == 0) {
+        const float* mean = a.key_codec.mean + size_t(simt::block_y() / a.row_groups) * D;
+        for (int d = lane; d < D; d += 32) along_mean += queries[r * D + d] * simt::load_constant(mean + d);
+        SIMT_UNROLL
+        for (int mask = 1; mask < 32; mask *= 2) along_mean += simt::shuffle_xor(along_mean, mask);
+      }
+      simt::sync_warp();
+      const float inverse = top == 0 ? 0.0f : 1 / top;
+      SIMT_UNROLL
+      for (int i = 0; i < N; i++) queries[r * D + lane * N + i] = x[i] * inverse;
+      if (lane == 0) {
+        reinterpret_cast<float*>(shared + S::kFactors)[r] = top * a.scale * kLog2e;
+        reinterpret_cast<float*>(shared + S::kOffsets)[r] = along_mean * a.scale * kLog2e;
+      }
+    }
+    simt::sync();
   }
 
   SIMT static void fill_score_table(const AttendArgs& a) {
@@ -118,7 +178,7 @@ struct AttendTables {
     const int head = simt::block_y() / a.row_groups;
     const float* queries = reinterpret_cast<const float*>(simt::shared() + S::kQueries);
     const uint8_t* packed = reinterpret_cast<const uint8_t*>(a.key_codec.packed) + size_t(head) * kCodewords * D;
-    const int slot = simt::thread() % S::kKeySlots, first = simt::thread() / S::kKeySlots;
+    const int thread = simt::thread_again(), slot = thread % S::kKeySlots, first = thread / S::kKeySlots;
     SIMT_UNROLL
     for (int plane = 0; plane < S::kKeyPlanes; plane++) {
       const int subspace = plane * 32 + slot % MK;

@@ -34,8 +34,10 @@ public:
   Status keep_cells(cudaStream_t stream);
 
   const int32_t* slots() const { return slots_.as<int32_t>(); }
+  const int64_t* displaced() const { return displaced_.as<int64_t>(); }
+  const int32_t* tokens(int stream) const { return tokens_.as<int32_t>() + size_t(stream) * capacity(); }
   const int32_t* cells(int stream) const { return cells_.as<int32_t>() + size_t(stream) * capacity(); }
-  const int32_t* kept_cells(int stream) const { return kept_cells_.as<int32_t>() + size_t(stream) * capacity(); }
+  const int32_t* kept_cells() const { return kept_cells_.as<int32_t>(); }
   const uint32_t* hidden(int stream) const { return hidden_.as<uint32_t>() + stream * hidden_stride(); }
   size_t hidden_stride() const { return size_t(shape_.blocks_per_stream()) * kBlockCells / 32; }
 
@@ -43,10 +45,10 @@ private:
   CacheShape shape_;
   WindowSize size_{0, 0, 0};
   uint64_t batch_ = 0;  // batches taken in
-  DeviceMemory written_, cells_, kept_cells_, slots_, hidden_;
+  DeviceMemory written_, cells_, kept_cells_, slots_, tokens_, displaced_, hidden_;
 };
 
-/// One layer's codes, codecs and window rows.
+/// One layer's codes, codecs and window rows; with an exact store, the rows of all cells as well.
 class DeviceLayer {
 public:
   /// `memory`, by Kind: device memory of CacheSide::memory_bytes(shape, format, capacity * n_streams), which outlives
@@ -59,23 +61,35 @@ public:
   const CodecTables& codec(Kind kind) const { return tables_[int(kind)].view(); }
   /// From `stream` on.
   CacheView view(Kind kind, int stream = 0) const;
-  /// `kept`: the cells as they were when DeviceWindow::keep_cells was called.
-  ExactRows window_rows(const DeviceWindow& window, int stream, bool kept = false) const;
+  ExactRows window_rows(const DeviceWindow& window, int stream) const;
   WindowRows window_slots(const DeviceWindow& window) const;
+  /// All of it, for kernels that code, without tokens.
+  PrepareArgs prepare_args(const DeviceWindow& window) const;
 
-  /// Blocks and window rows.
+  /// Makes the exact store, in pinned memory. Once only.
+  Status add_store();
+  bool has_store() const { return store_[0].size() > 0; }
+  size_t store_bytes() const { return store_[0].size() + store_[1].size(); }
+  /// Rows of all cells, from `stream` on.
+  DenseRows store_rows(int stream = 0) const;
+
+  /// Blocks, window rows, stored rows.
   Status copy_stream(Kind kind, int from, int to);
+  /// Of what the layer owns: the store. Blocks and window rows are the caller's.
+  Status clear();
 
   uint64_t batch[2] = {0, 0};  // by Kind: the window's batch that was written last
 
 private:
   size_t stream_bytes(Kind kind) const { return size_t(shape_.blocks_per_stream()) * codec(kind).block_bytes(); }
   uint16_t* rows(Kind kind, int stream) const;
+  size_t stored_stream() const { return size_t(shape_.n_kv_heads) * shape_.cells_per_stream * head_dim(); }  // numbers
 
   CacheShape shape_;
   int capacity_ = 0;
   DeviceTables tables_[2];
   uint8_t* memory_[2] = {nullptr, nullptr};
+  PinnedMemory store_[2];
 };
 
 }  // namespace thimble::cuda

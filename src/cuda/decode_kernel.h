@@ -32,15 +32,6 @@ struct DecodeKernel {
         out[j / 2] = simt::pack_half2(simt::mul_rn(scale, word[0]), simt::mul_rn(scale, word[kCodewords]));
       }
     }
-    if (a.exact.capacity == 0) return;
-    simt::sync();
-    const int32_t* cells = a.exact.cells + (a.exact.per_head ? simt::block_y() : stream) * size_t(a.exact.capacity);
-    const uint16_t* exact = (a.is_key ? a.exact.keys : a.exact.values) + size_t(simt::block_y()) * a.exact.capacity * D;
-    for (int i = 0; i < a.exact.capacity; i++) {
-      const int cell = cells[i] - simt::block_x() * kBlockCells;
-      if (cell < 0 || cell >= kBlockCells) continue;
-      for (int d = simt::thread(); d < D; d += kThreads) rows[cell * D + d] = exact[size_t(i) * D + d];
-    }
   }
 };
 

@@ -1,4 +1,4 @@
-// Owned device memory.
+// Owned memory: a device's, and pinned memory of the host.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -42,6 +42,46 @@ public:
     if (size_ == 0) return {};
     if (const cudaError_t e = cudaDeviceSynchronize(); e != cudaSuccess) return Status::from(e);
     if (const cudaError_t e = cudaMemset(data_, byte, size_); e != cudaSuccess) return Status::from(e);
+    return Status::from(cudaStreamSynchronize(nullptr));
+  }
+
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  size_t size() const { return size_; }
+
+private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+/// Host memory that stays where it is, so that kernels read and write it over the bus, at the host's own addresses.
+class PinnedMemory {
+public:
+  PinnedMemory() = default;
+  PinnedMemory(const PinnedMemory&) = delete;
+  PinnedMemory& operator=(const PinnedMemory&) = delete;
+  ~PinnedMemory() {
+    if (data_) (void)cudaFreeHost(data_);
+  }
+
+  /// Once only; zeroed.
+  Status allocate(size_t size) {
+    if (data_) return Status::invalid("memory is there already");
+    if (const cudaError_t e = cudaHostAlloc(&data_, size, cudaHostAllocMapped); e != cudaSuccess) {
+      data_ = nullptr;
+      (void)cudaGetLastError();
+      return Status::from(e);
+    }
+    size_ = size;
+    return clear();
+  }
+  /// By the device, which writes faster than a thread of the host; after all that it did with the memory.
+  Status clear() {
+    if (size_ == 0) return {};
+    if (const cudaError_t e = cudaDeviceSynchronize(); e != cudaSuccess) return Status::from(e);
+    if (const cudaError_t e = cudaMemset(data_, 0, size_); e != cudaSuccess) return Status::from(e);
     return Status::from(cudaStreamSynchronize(nullptr));
   }
 

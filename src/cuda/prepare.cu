@@ -16,6 +16,11 @@ __global__ void __launch_bounds__(PrepareKernel<HeadDim>::kThreads)
   PrepareKernel<HeadDim>::run(a);
 }
 
+template <int HeadDim>
+__global__ void __launch_bounds__(PrepareKernel<HeadDim>::kThreads) leave_kernel(const __grid_constant__ LeaveArgs a) {
+  PrepareKernel<HeadDim>::run_leaving(a);
+}
+
 template <int HeadDim, int Width>
 __global__ void __launch_bounds__(256) decode_kernel(const __grid_constant__ DecodeArgs a) {
   DecodeKernel<HeadDim, Width>::run(a);
@@ -43,6 +48,12 @@ Status launch_prepare(const DeviceInfo& device, const PrepareArgs& args, dim3 gr
 }
 
 template <int HeadDim>
+Status launch_leave(const DeviceInfo& device, const LeaveArgs& args, dim3 grid, cudaStream_t stream) {
+  using Kernel = PrepareKernel<HeadDim>;
+  return launch(device, leave_kernel<HeadDim>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
+}
+
+template <int HeadDim>
 Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, dim3 grid, cudaStream_t stream) {
   switch (args.codec.width) {
     case 2:
@@ -64,31 +75,27 @@ bool complete(const CodecTables& codec, int head_dim, int n_kv_heads) {
 }  // namespace
 
 Status prepare(const DeviceInfo& device, PrepareArgs args, cudaStream_t stream) {
-  if (args.n_kv_heads < 1 || args.group < 1 || args.n_tokens < 0 || args.n_query_tokens < 0 || args.n_streams < 1) {
-    return Status::invalid("a count is out of range");
-  }
-  if (args.n_tokens > 0) {
-    if ((!args.keys && !args.values) || !args.cells || (args.keys && !args.key_cache.data) ||
-        (args.values && !args.value_cache.data)) {
-      return Status::invalid("keys and values, cells or caches are missing");
-    }
-    if (args.cells_per_stream < 1) return Status::invalid("streams have no cells");
-    if (args.window.slots && (!args.window.keys || !args.window.values || args.window.capacity < 1)) {
+  if (args.n_kv_heads < 1 || args.n_tokens < 0) return Status::invalid("a count is out of range");
+  if (args.n_tokens == 0) return {};
+  if (args.from_window) {
+    if (!args.window.keys || !args.window.values || args.window.capacity < 1 || !(args.window_cells || args.cells)) {
       return Status::invalid("window rows are missing");
     }
-    if (!complete(args.value_codec, args.head_dim, args.n_kv_heads))
-      return Status::invalid("value codec is incomplete");
+  } else if ((!args.keys && !args.values) || !args.cells) {
+    return Status::invalid("keys and values or cells are missing");
   }
-  if (args.n_query_tokens > 0 && (!args.raw_queries || !args.queries || !args.query_factors)) {
-    return Status::invalid("queries are missing");
+  if (!args.key_cache.data || !args.value_cache.data) return Status::invalid("caches are missing");
+  if (args.cells_per_stream < 1) return Status::invalid("streams have no cells");
+  if (args.window.slots && (!args.window.keys || !args.window.values || args.window.capacity < 1)) {
+    return Status::invalid("window rows are missing");
   }
-  if (args.n_tokens == 0 && args.n_query_tokens == 0) return {};
-  if (!complete(args.key_codec, args.head_dim, args.n_kv_heads)) return Status::invalid("key codec is incomplete");
+  if (!complete(args.key_codec, args.head_dim, args.n_kv_heads) ||
+      !complete(args.value_codec, args.head_dim, args.n_kv_heads)) {
+    return Status::invalid("a codec is incomplete");
+  }
   // Few tokens spread over the multiprocessors, many share what they read.
   args.tokens_per_block = std::clamp(args.n_tokens * 2 * args.n_kv_heads / (2 * device.multiprocessors), 1, 8);
-  const int encoding = (args.n_tokens + args.tokens_per_block - 1) / args.tokens_per_block;
-  const int querying = args.n_query_tokens > 0 ? args.n_streams : 0;
-  const dim3 grid(std::max(encoding, querying), args.n_kv_heads * (querying > 0 ? 3 : 2));
+  const dim3 grid((args.n_tokens + args.tokens_per_block - 1) / args.tokens_per_block, args.n_kv_heads * 2);
   switch (args.head_dim) {
     case 64:
       return launch_prepare<64>(device, args, grid, stream);
@@ -101,13 +108,33 @@ Status prepare(const DeviceInfo& device, PrepareArgs args, cudaStream_t stream) 
   }
 }
 
+Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream) {
+  if (args.n_layers < 1 || args.n_kv_heads < 1 || args.n_tokens < 0) return Status::invalid("a count is out of range");
+  if (!args.layers || !args.cells || !args.slots) return Status::invalid("an array is missing");
+  if (args.n_tokens == 0) return {};
+  args.tokens_per_block = std::clamp(args.n_tokens, 1, 8);  // layers and heads are enough to fill a device
+  const dim3 grid((args.n_tokens + args.tokens_per_block - 1) / args.tokens_per_block,
+                  args.n_layers * args.n_kv_heads * 2);
+  switch (head_dim) {
+    case 64:
+      return launch_leave<64>(device, args, grid, stream);
+    case 128:
+      return launch_leave<128>(device, args, grid, stream);
+    case 256:
+      return launch_leave<256>(device, args, grid, stream);
+    default:
+      return Status::unsupported("head size must be 64, 128 or 256");
+  }
+}
+
 Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream) {
   if (args.n_streams < 1 || args.n_tokens < 0 || args.cells_per_stream < 1 || args.n_first < 0 ||
       args.capacity <= args.n_first) {
     return Status::invalid("a count is out of range");
   }
   if (args.n_tokens == 0) return {};
-  if (!args.cells || !args.written || !args.window_cells || !args.slots || !args.hidden) {
+  if (!args.cells || !args.written || !args.window_cells || !args.slots || !args.tokens || !args.displaced ||
+      !args.hidden) {
     return Status::invalid("an array is missing");
   }
   return launch(device, window_kernel, args, dim3(1, args.n_streams), WindowKernel::kThreads, 0, stream);
@@ -119,9 +146,6 @@ Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream
   }
   if (!args.cache.data || !args.rows || !complete(args.codec, args.codec.head_dim, args.n_kv_heads)) {
     return Status::invalid("cache, rows or codec are missing");
-  }
-  if (args.exact.capacity > 0 && (!args.exact.cells || !(args.is_key ? args.exact.keys : args.exact.values))) {
-    return Status::invalid("exact rows are missing");
   }
   if (args.n_cells == 0) return {};
   const dim3 grid(args.n_cells / kBlockCells, args.n_streams * args.n_kv_heads);

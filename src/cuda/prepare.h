@@ -1,4 +1,4 @@
-// Encoding of new keys and values, transforming of queries, and decoding of blocks.
+// Encoding of keys and values, the window's books, and rows for dense attention.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,18 +8,16 @@
 
 namespace thimble::cuda {
 
-/// Floats of AttendArgs::queries, and rows, each with one factor, for these queries.
-inline size_t query_rows(int n_streams, int n_tokens, int n_kv_heads, int group) {
-  return size_t(n_streams) * n_kv_heads * ((n_tokens * group + kRowGroup - 1) / kRowGroup * kRowGroup);
-}
-
 /// Enqueues one kernel that codes args.n_tokens tokens' keys and values into their cells, bit for bit as encode_vector
-/// does, writes their exact rows into the window, and transforms the queries. Any of the three may be absent. No two
-/// tokens of a call may go to the same cell.
+/// does, and writes their exact rows into the window. No two tokens of a call may go to the same cell.
 Status prepare(const DeviceInfo& device, PrepareArgs args, cudaStream_t stream);
 
+/// Enqueues one kernel that codes the cells which update_window displaced, of all layers of a head size. It comes
+/// before their rows are overwritten.
+Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream);
+
 /// Enqueues one kernel that takes new tokens' cells into the window and drops what they displace. Once a batch, before
-/// `prepare` of any layer. Cells that are written again leave their old row.
+/// `prepare` of any layer, and followed by code_leaving. Cells that are written again leave their old row.
 Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream);
 
 /// Enqueues one kernel that decodes all cells to f16 rows.

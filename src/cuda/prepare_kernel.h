@@ -1,7 +1,7 @@
-// Encoding of new keys and values and transforming of queries: the kernel's body, in the codec's own order of
-// operations, so that codes and scales equal encode_vector's bit for bit.
+// Encoding of keys and values: the kernel's body, in the codec's own order of operations, so that codes and scales
+// equal encode_vector's bit for bit.
 //
-// Grid [2 or 3 times n_kv_heads][blocks]: rows for keys, values and, where asked for, queries. A block codes a few
+// Grid [keys, values][n_kv_heads][blocks], for cells that leave the window [n_layers] of these. A block codes a few
 // tokens' vectors of one head, so that codewords and matrices are read once for all of them.
 #pragma once
 
@@ -141,89 +141,87 @@ struct PrepareKernel {
     simt::sync();
   }
 
+  /// Where the i-th token belongs. Cell -1: nowhere; slot -1: not in the window.
+  struct Place {
+    int stream, cell, slot;
+  };
+  SIMT static Place place(const PrepareArgs& a, int i) {
+    if (a.window_cells) return {i / a.window.capacity, a.window_cells[i], i % a.window.capacity};
+    const int64_t index = a.cells[i];
+    if (index < 0) return {0, -1, -1};
+    return {int(index / a.cells_per_stream), int(index % a.cells_per_stream), a.window.slots ? a.window.slots[i] : -1};
+  }
+
+  /// One head's row of a cell, two numbers a thread: full lines, should they go over a bus.
+  SIMT static void put(const DenseRows& rows, bool is_key, int n_kv_heads, int stream, int head, int cell,
+                       const float* y) {
+    uint16_t* to = is_key ? rows.keys : rows.values;
+    const int in_rows = stream - rows.first_stream;
+    if (!to || in_rows < 0 || in_rows >= rows.n_streams || cell >= rows.n_cells) return;
+    uint32_t* pairs =
+        reinterpret_cast<uint32_t*>(to + ((size_t(in_rows) * n_kv_heads + head) * rows.n_cells + cell) * D);
+    for (int i = simt::thread(); i < D / 2; i += kThreads) pairs[i] = simt::pack_half2(y[2 * i], y[2 * i + 1]);
+  }
+
   template <Kind K>
   SIMT static void encode(const PrepareArgs& a, int head) {
     constexpr bool kIsKey = K == Kind::key;
     const CodecTables& codec = kIsKey ? a.key_codec : a.value_codec;
     const CacheView& cache = kIsKey ? a.key_cache : a.value_cache;
-    const float* input = kIsKey ? a.keys : a.values;
-    const size_t token_stride = kIsKey ? a.key_token_stride : a.value_token_stride;
-    const size_t head_stride = kIsKey ? a.key_head_stride : a.value_head_stride;
-    uint16_t* exact = kIsKey ? a.window.keys : a.window.values;
+    uint16_t* window = kIsKey ? a.window.keys : a.window.values;
     Shared& s = memory();
     const int first = simt::block_x() * a.tokens_per_block, left = a.n_tokens - first;
     const int n = left < a.tokens_per_block ? left : a.tokens_per_block, n_subspaces = D / codec.width;
     if (n <= 0) return;
+    const auto row = [&](const Place& p) {
+      return window + ((size_t(p.stream) * a.n_kv_heads + head) * a.window.capacity + p.slot) * D;
+    };
+    const auto input = [&](int token) {
+      return kIsKey ? a.keys + token * a.key_token_stride + head * a.key_head_stride
+                    : a.values + token * a.value_token_stride + head * a.value_head_stride;
+    };
+    if (a.from_window) {
+      bool any = false;  // rows seldom leave
+      for (int i = 0; i < n; i++) any = any || place(a, first + i).cell >= 0;
+      if (!any) return;
+    }
 
-    for (int i = simt::thread(); i < n * D; i += kThreads) {
-      const float x = input[(first + i / D) * token_stride + head * head_stride + i % D];
-      s.x[i / D][i % D] = codec.forward ? simt::sub_rn(x, codec.mean[head * D + i % D]) : x;
+    for (int i = simt::thread() / D; i < n; i += kThreads / D) {
+      const int d = simt::thread() % D;
+      const Place p = place(a, first + i);
+      float x = 0;
+      if (a.from_window) {
+        if (p.cell >= 0) x = simt::half_to_float(row(p)[d]);
+      } else {
+        x = input(first + i)[d];
+        if (p.slot >= 0) row(p)[d] = simt::float_to_half(x);
+      }
+      s.x[i][d] = codec.forward ? simt::sub_rn(x, codec.mean[head * D + d]) : x;
     }
     simt::sync();
     transform(s, n, codec.forward ? codec.forward + size_t(head) * D * D : nullptr);
-    normalize(s, n);
-    if (codec.width == 2) find_codes<2>(s, n, codec, head);
-    if (codec.width == 4) find_codes<4>(s, n, codec, head);
-    if (codec.width == 8) find_codes<8>(s, n, codec, head);
-    find_scales(s, n, codec, head);
+    const bool coding = !a.window_cells;
+    if (coding) {
+      normalize(s, n);
+      if (codec.width == 2) find_codes<2>(s, n, codec, head);
+      if (codec.width == 4) find_codes<4>(s, n, codec, head);
+      if (codec.width == 8) find_codes<8>(s, n, codec, head);
+      find_scales(s, n, codec, head);
+    }
 
     for (int i = 0; i < n; i++) {
-      const int64_t index = a.cells[first + i];
-      if (index < 0) continue;
-      const int stream = int(index / a.cells_per_stream), cell = int(index % a.cells_per_stream);
-      uint8_t* block = cache.data + stream * cache.stream_stride + head * cache.head_stride +
-                       cell / kBlockCells * cache.block_stride;
-      for (int m = simt::thread(); m < n_subspaces; m += kThreads) {
-        block[cuda_position(K, n_subspaces, m, cell % kBlockCells)] = s.codes[i][m];
+      const Place p = place(a, first + i);
+      if (p.cell < 0) continue;
+      uint8_t* block = cache.data + p.stream * cache.stream_stride + head * cache.head_stride +
+                       p.cell / kBlockCells * cache.block_stride;
+      for (int m = simt::thread(); coding && m < n_subspaces; m += kThreads) {
+        block[cuda_position(K, n_subspaces, m, p.cell % kBlockCells)] = s.codes[i][m];
       }
-      if (simt::thread() == 0) {
-        reinterpret_cast<uint16_t*>(block + n_subspaces * kBlockCells)[cell % kBlockCells] = s.scale[i];
+      if (coding && simt::thread() == 0) {
+        reinterpret_cast<uint16_t*>(block + n_subspaces * kBlockCells)[p.cell % kBlockCells] = s.scale[i];
       }
-      uint16_t* dense = kIsKey ? a.dense.keys : a.dense.values;
-      const int dense_stream = stream - a.dense.first_stream;
-      if (dense && dense_stream >= 0 && dense_stream < a.dense.n_streams && cell < a.dense.n_cells) {
-        dense += ((size_t(dense_stream) * a.n_kv_heads + head) * a.dense.n_cells + cell) * D;
-        for (int d = simt::thread(); d < D; d += kThreads) dense[d] = simt::float_to_half(s.y[i][d]);
-      }
-      const int slot = a.window.slots ? a.window.slots[first + i] : -1;
-      if (slot < 0) continue;
-      uint16_t* row = exact + ((size_t(stream) * a.n_kv_heads + head) * a.window.capacity + slot) * D;
-      for (int d = simt::thread(); d < D; d += kThreads) row[d] = simt::float_to_half(s.y[i][d]);
-    }
-  }
-
-  // ---- queries
-
-  /// All rows of one stream and KV head. Rows become unit in their greatest component, so that score tables fit f16
-  /// whatever the queries' size.
-  SIMT static void queries(const PrepareArgs& a, int head) {
-    const int stream = simt::block_x(), n_rows = a.n_query_tokens * a.group;
-    if (stream >= a.n_streams) return;
-    const int padded = (n_rows + kRowGroup - 1) / kRowGroup * kRowGroup;
-    Shared& s = memory();
-    const float* matrix = a.key_codec.undo ? a.key_codec.undo + size_t(head) * D * D : nullptr;
-    for (int first = 0; first < padded; first += kMaxTokensPerBlock) {
-      const int n = padded - first < kMaxTokensPerBlock ? padded - first : kMaxTokensPerBlock;
-      for (int i = simt::thread(); i < n * D; i += kThreads) {
-        const int row = first + i / D;
-        const float* from = a.raw_queries + stream * a.query_stream_stride + row / a.group * a.query_token_stride +
-                            (head * a.group + row % a.group) * a.query_head_stride;
-        s.x[i / D][i % D] = row < n_rows ? from[i % D] : 0.0f;
-      }
-      simt::sync();
-      transform(s, n, matrix);
-      const int lane = simt::thread() % 32;
-      for (int i = simt::thread() / 32; i < n; i += kWarps) {
-        float top = 0;
-        for (int d = lane; d < D; d += 32) top = simt::max_nan(top, fabsf(s.y[i][d]));
-        SIMT_UNROLL
-        for (int mask = 1; mask < 32; mask *= 2) top = simt::max_nan(top, simt::shuffle_xor(top, mask));
-        const size_t row = (size_t(stream) * a.n_kv_heads + head) * padded + first + i;
-        const float inverse = top == 0 ? 0.0f : 1 / top;
-        for (int d = lane; d < D; d += 32) a.queries[row * D + d] = s.y[i][d] * inverse;
-        if (lane == 0) a.query_factors[row] = top * a.scale * 1.44269504f;
-      }
-      simt::sync();
+      put(a.dense, kIsKey, a.n_kv_heads, p.stream, head, p.cell, s.y[i]);
+      if (!a.from_window) put(a.store, kIsKey, a.n_kv_heads, p.stream, head, p.cell, input(first + i));
     }
   }
 
@@ -238,11 +236,26 @@ struct PrepareKernel {
   SIMT static void run(const PrepareArgs& a) {
     simt::launch_dependents();
     const int part = simt::block_y() / a.n_kv_heads, head = simt::block_y() % a.n_kv_heads;
-    if (part < 2 && a.n_tokens > 0) prefetch_words(part == 0 ? a.key_codec : a.value_codec, head);
+    prefetch_words(part == 0 ? a.key_codec : a.value_codec, head);
     simt::wait_for_previous_grid();
-    if (part == 0 && a.keys) encode<Kind::key>(a, head);
-    if (part == 1 && a.values) encode<Kind::value>(a, head);
-    if (part == 2) queries(a, head);
+    if (part == 0 && (a.keys || a.from_window)) encode<Kind::key>(a, head);
+    if (part == 1 && (a.values || a.from_window)) encode<Kind::value>(a, head);
+  }
+
+  /// Codes what leaves the windows of all layers with this head size.
+  SIMT static void run_leaving(const LeaveArgs& a) {
+    simt::launch_dependents();
+    const int part = simt::block_y() % 2, head = simt::block_y() / 2 % a.n_kv_heads;
+    PrepareArgs layer = a.layers[simt::block_y() / 2 / a.n_kv_heads];
+    if (layer.head_dim != D || head >= layer.n_kv_heads) return;
+    layer.n_tokens = a.n_tokens;
+    layer.cells = a.cells;
+    layer.window.slots = a.slots;
+    layer.from_window = true;
+    layer.tokens_per_block = a.tokens_per_block;
+    simt::wait_for_previous_grid();
+    if (part == 0) encode<Kind::key>(layer, head);
+    if (part == 1) encode<Kind::value>(layer, head);
   }
 };
 

@@ -13,12 +13,20 @@
 
 #define SIMT __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
+#define SIMT_NO_UNROLL _Pragma("unroll 1")
 #define SIMT_UNROLL_SOME _Pragma("unroll 32")
+#define SIMT_NO_UNROLL _Pragma("unroll 1")
 
 namespace thimble::cuda::simt {
 
 SIMT int thread() {
   return threadIdx.x;
+}
+/// The same, read anew: what is worked out from it once for each of many items takes no register in between.
+SIMT int thread_again() {
+  int r;
+  asm volatile("mov.u32 %0,%%tid.x;" : "=r"(r));
+  return r;
 }
 SIMT int threads() {
   return blockDim.x;
@@ -44,6 +52,10 @@ SIMT void sync() {
 }
 SIMT void sync_warp() {
   __syncwarp();
+}
+/// A barrier, too.
+SIMT bool any_in_block(bool x) {
+  return __syncthreads_or(x);
 }
 SIMT bool any(bool x) {
   return __any_sync(~0u, x);
@@ -163,12 +175,16 @@ SIMT uint4 load_vector(const void* p) {
   asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
   return r;
 }
-/// Asks for memory to come to L2, a line a lane. All lanes of a warp call it.
+/// Asks for the line of 128 bytes at `p` to come to L2.
+SIMT void prefetch_line(const uint8_t* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+/// The same for more memory, a line a lane. All lanes of a warp call it.
 template <int Bytes>
 SIMT void prefetch_l2(const uint8_t* p, int lane) {
   SIMT_UNROLL
   for (int first = 0; first < Bytes; first += 32 * 128) {
-    if (first + lane * 128 < Bytes) asm volatile("prefetch.global.L2 [%0];" ::"l"(p + first + lane * 128));
+    if (first + lane * 128 < Bytes) prefetch_line(p + first + lane * 128);
   }
 }
 /// 4 or 16 bytes from global to shared memory, without a register in between; there after wait_for_copies and a

@@ -14,13 +14,16 @@
 #include <limits>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "codec/half.h"
 
 #define SIMT inline
 #define SIMT_UNROLL
+#define SIMT_NO_UNROLL
 #define SIMT_UNROLL_SOME
+#define SIMT_NO_UNROLL
 
 struct uint2 {
   uint32_t x, y;
@@ -81,9 +84,16 @@ public:
     if (block_arrived_ == threads) {
       block_arrived_ = 0;
       block_round_++;
+      any_result_ = std::exchange(any_, false);
       progress_++;
     }
     while (block_round_ == round) yield();
+  }
+
+  bool any(bool x) {
+    any_ = any_ || x;
+    sync();
+    return any_result_;
   }
 
   /// Shows `n` words to the warp and waits until all 32 lanes have. Returns the warp's first slot and which half holds
@@ -166,11 +176,15 @@ private:
   std::vector<uint8_t> memory_;
   ucontext_t scheduler_;
   int block_arrived_ = 0, block_round_ = 0;
+  bool any_ = false, any_result_ = false;
   long progress_ = 0;
 };
 
 inline int thread() {
   return Machine::current()->thread;
+}
+inline int thread_again() {
+  return thread();
 }
 inline int threads() {
   return Machine::current()->threads;
@@ -189,6 +203,9 @@ inline uint8_t* shared() {
 }
 inline void sync() {
   Machine::current()->sync();
+}
+inline bool any_in_block(bool x) {
+  return Machine::current()->any(x);
 }
 
 template <typename T>
@@ -301,6 +318,7 @@ inline uint4 load_vector(const void* p) {
   std::memcpy(&r, p, 16);
   return r;
 }
+inline void prefetch_line(const uint8_t*) {}
 template <int Bytes>
 void prefetch_l2(const uint8_t*, int) {}
 template <int Bytes>

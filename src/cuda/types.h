@@ -11,6 +11,12 @@ namespace thimble::cuda {
 inline constexpr int kRowGroup = 4;
 inline constexpr int kMaxTokens = 8;  // of one attend call, a stream
 
+inline constexpr int kMaxTop = 4096;  // cells that retrieval chooses for a stream and KV head
+
+inline int row_groups(int n_tokens, int group) {
+  return (n_tokens * group + kRowGroup - 1) / kRowGroup;
+}
+
 /// What keys or values of one layer are coded with; tables.h makes it from HeadCodecs.
 struct CodecTables {
   int head_dim = 0;
@@ -36,7 +42,7 @@ struct CacheView {
   size_t stream_stride = 0, head_stride = 0, block_stride = 0;
 };
 
-/// Cells whose keys and values are at hand in full: transformed, f16.
+/// Cells whose keys and values are at hand in full: f16, as the model wrote them.
 struct ExactRows {
   const uint16_t* keys = nullptr;    // [n_streams][n_kv_heads][capacity][head_dim]
   const uint16_t* values = nullptr;  // the same
@@ -46,7 +52,8 @@ struct ExactRows {
   bool per_head = false;
 };
 
-/// Where to put the exact rows of cells that are being written; the same memory as an ExactRows with `per_head` off.
+/// The window's rows, where cells that are being written have theirs; the same memory as an ExactRows with `per_head`
+/// off.
 struct WindowRows {
   uint16_t* keys = nullptr;  // [n_streams][n_kv_heads][capacity][head_dim]
   uint16_t* values = nullptr;
@@ -54,8 +61,16 @@ struct WindowRows {
   int capacity = 0;
 };
 
+/// New tokens' keys and values that attention reads where the model put them, and writes into the window on its way.
+struct NewRows {
+  const float *keys = nullptr, *values = nullptr;  // as in PrepareArgs; null: none
+  size_t key_token_stride = 0, key_head_stride = 0, value_token_stride = 0, value_head_stride = 0;
+  const int32_t* tokens = nullptr;                            // [n_streams][capacity], see WindowArgs
+  uint16_t *window_keys = nullptr, *window_values = nullptr;  // the rows of AttendArgs::exact[0]
+};
+
 /// Which cells the window holds, the same for all layers: the first `n_first` cells of each stream for good, and the
-/// last ones written in a ring. All arrays start as: written 0, window_cells -1, hidden 0.
+/// last ones written in a ring. All arrays start as: written 0, window_cells and tokens -1, hidden 0.
 struct WindowArgs {
   int n_streams = 1, n_tokens = 0;
   const int64_t* cells = nullptr;  // [n_tokens], as in PrepareArgs
@@ -64,23 +79,25 @@ struct WindowArgs {
   int32_t* written = nullptr;       // [n_streams]: tokens that went through the ring, modulo its size
   int32_t* window_cells = nullptr;  // [n_streams][capacity], for ExactRows
   int32_t* slots = nullptr;         // [n_tokens], for WindowRows
+  int32_t* tokens = nullptr;        // [n_streams][capacity]: the token that a row is to be written for, or -1
+  int64_t* displaced = nullptr;     // [n_tokens]: the cell that leaves the window for a token, to be coded; -1: none
   uint32_t* hidden = nullptr;       // for AttendArgs; words of a stream: hidden_stream_stride
   size_t hidden_stream_stride = 0;
 };
 
-/// Decoded rows, transformed as they are coded, f16: [n_streams][n_kv_heads][n_cells][head_dim].
+/// Rows by cell, f16: [n_streams][n_kv_heads][n_cells][head_dim].
 struct DenseRows {
   uint16_t *keys = nullptr, *values = nullptr;
   int first_stream = 0, n_streams = 0;  // that are here
   int n_cells = 0;                      // of each, from cell 0 on
 };
 
-/// One layer's new keys and values to code, and queries to transform. Keys or values may be null: none of these.
+/// One layer's keys and values to code.
 struct PrepareArgs {
-  int n_kv_heads = 1, group = 1, head_dim = 128;
+  int n_kv_heads = 1, head_dim = 128;
 
   // Tokens to encode, of all streams. Token i goes to cell cells[i] % cells_per_stream of stream cells[i] /
-  // cells_per_stream. Strides in elements.
+  // cells_per_stream; -1: it is not there. Strides in elements. Keys or values may be null: none of these.
   int n_tokens = 0;
   const float *keys = nullptr, *values = nullptr;  // head h of token i at i * token_stride + h * head_stride
   size_t key_token_stride = 0, key_head_stride = 0, value_token_stride = 0, value_head_stride = 0;
@@ -88,17 +105,27 @@ struct PrepareArgs {
   int cells_per_stream = 0;
   CacheView key_cache, value_cache;
   CodecTables key_codec, value_codec;
-  WindowRows window;
-  DenseRows dense;  // where the new tokens' rows go, too, in full precision; null: nowhere
+  WindowRows window;  // where new tokens' rows go, too
+  DenseRows dense;    // and these, for dense attention: transformed as they are coded; null: nowhere
+  DenseRows store;    // and these, as the model wrote them; may be pinned host memory; null: nowhere
 
-  // Queries, n_query_tokens of each stream; 0: none. `queries` and `query_factors` are as AttendArgs wants them.
-  int n_streams = 1, n_query_tokens = 0;
-  const float* raw_queries = nullptr;
-  size_t query_stream_stride = 0, query_token_stride = 0, query_head_stride = 0;
-  float scale = 1;  // of the scores
-  float *queries = nullptr, *query_factors = nullptr;
+  // The window's rows instead of new tokens: those of `window.slots`, which leave it, are coded; or, where
+  // `window_cells` [n_streams * capacity] is given, all rows of these cells are only taken to `dense`. n_tokens counts
+  // either.
+  bool from_window = false;
+  const int32_t* window_cells = nullptr;
 
-  int tokens_per_block = 1;  // filled in by `prepare`
+  int tokens_per_block = 1;  // filled in by the launchers
+};
+
+/// The cells that leave the window, for all layers at once; what is the same for all stands here.
+struct LeaveArgs {
+  const PrepareArgs* layers = nullptr;  // device memory, [n_layers]
+  int n_layers = 0, n_kv_heads = 1;     // the most that a layer has
+  int n_tokens = 0;
+  const int64_t* cells = nullptr;  // WindowArgs::displaced
+  const int32_t* slots = nullptr;
+  int tokens_per_block = 1;  // filled in by the launcher
 };
 
 /// Cells to decode to f16 rows, transformed as they are coded: for dense attention over many queries, which are then
@@ -109,7 +136,6 @@ struct DecodeArgs {
   CacheView cache;
   CodecTables codec;
   bool is_key = true;
-  ExactRows exact;           // these cells come from here instead; capacity 0: none
   uint16_t* rows = nullptr;  // [n_streams][n_kv_heads][n_cells][head_dim]
 };
 
@@ -127,19 +153,20 @@ struct TransformArgs {
 /// Choosing the cells that matter most to one step's queries, and fetching their exact keys and values.
 struct RetrieveArgs {
   int n_streams = 1, n_kv_heads = 1, head_dim = 128;
-  int n_cells = 0;                // as in AttendArgs
-  int top = 0;                    // cells to choose for each stream and KV head
-  const float* scores = nullptr;  // [n_streams][n_kv_heads][n_cells], of score_cells
-  // The store: pinned host memory or device memory, transformed, f16, [n_streams][n_kv_heads][store_cells][head_dim].
+  int n_cells = 0;     // as in AttendArgs
+  int row_groups = 1;  // that have scores of their own
+  int top = 0;         // cells to choose for each stream and KV head
+  // The store: pinned host memory or device memory, as ExactRows are, [n_streams][n_kv_heads][store_cells][head_dim].
   const uint16_t *store_keys = nullptr, *store_values = nullptr;
   int store_cells = 0;
-  // Bits of cells that are exact already, as AttendArgs::hidden of all heads alike; null: none.
-  const uint32_t* hidden = nullptr;
-  size_t hidden_stream_stride = 0;
-  // Out: what AttendArgs wants as ExactRows with `per_head`, and as `hidden` with a word stride of n_cells / 32 a head.
-  int32_t* cells = nullptr;                     // [n_streams][n_kv_heads][top]
-  uint16_t *keys = nullptr, *values = nullptr;  // [n_streams][n_kv_heads][top][head_dim]
-  uint32_t* all_hidden = nullptr;               // [n_streams][n_kv_heads][n_cells / 32]
+
+  // What the kernels leave for one another, in scratch memory (place_retrieval). Scores are the greatest over a group
+  // of 4 query rows, in units of log2 e; -infinity: masked or hidden.
+  float* scores = nullptr;                      // [n_streams][n_kv_heads][row_groups][n_cells]
+  float* tops = nullptr;                        // [n_streams][n_kv_heads][row_groups][n_cells / 64]: the greatest there
+  uint32_t* all_hidden = nullptr;               // [n_streams][n_kv_heads][n_cells / 32]: of window and chosen cells
+  int32_t* cells = nullptr;                     // [n_streams][n_kv_heads][top]: the chosen, in order; -1: none
+  uint16_t *keys = nullptr, *values = nullptr;  // [n_streams][n_kv_heads][top][head_dim]: their rows
 };
 
 /// Everything about one attention operation over one layer.
@@ -147,16 +174,16 @@ struct RetrieveArgs {
 /// Rows: the queries of one KV head, row = token * group + head within the group, padded to `row_groups` groups of 4.
 struct AttendArgs {
   int n_streams = 1, n_tokens = 1, n_kv_heads = 1, group = 1, head_dim = 128;
-  int n_cells = 0;  // attended to, from cell 0 on; a multiple of 64. 0: exact rows only
+  int n_cells = 0;  // attended to, from cell 0 on, exact rows' included; a multiple of 64
   int row_groups = 1;
 
   CacheView keys, values;
   CodecTables key_codec, value_codec;
 
-  // Transformed queries (see transform_queries), [n_streams][n_kv_heads][row_groups * 4][head_dim] and one factor a
-  // row.
+  // As the model wrote them. Strides in elements, multiples of 4.
   const float* queries = nullptr;
-  const float* query_factors = nullptr;
+  size_t query_stream_stride = 0, query_token_stride = 0, query_head_stride = 0;
+  float scale = 1;  // of the scores
 
   /// f16, added to the scores: [n_streams][n_tokens][cells]. Strides in elements, multiples of 8. Null: none.
   const uint16_t* mask = nullptr;
@@ -170,14 +197,38 @@ struct AttendArgs {
   const uint32_t* hidden = nullptr;
   size_t hidden_stream_stride = 0, hidden_head_stride = 0;
   ExactRows exact[2];  // the window, and what retrieval fetched
+  NewRows fresh;       // rows of the window that are being written
+  // Rows of cells from this one on are left out: the window may hold cells that were removed since, for which there is
+  // no mask.
+  int end_cell = INT32_MAX;
 
   /// f32 [n_streams][n_tokens][n_heads][head_dim].
   float* output = nullptr;
 
   // Filled by `attend` from its workspace.
   int n_splits = 1;
-  float* partials = nullptr;  // [items][n_kv_heads * row_groups][4 * head_dim + 8]
+  int exact_blocks = 0;       // blocks of coded cells that the first split has less than others, for its exact rows
+  float* partials = nullptr;  // [n_streams][n_splits, then exact rows][n_kv_heads * row_groups][4 * head_dim + 8]
   int* arrived = nullptr;     // [n_streams][n_kv_heads * row_groups], zero between calls
 };
+
+/// Scoring of all cells. Of `attend`, values, exact rows, sinks and output are not looked at; what there is to fill in
+/// is as in RetrieveArgs.
+struct ScoreArgs {
+  AttendArgs attend;
+  float *scores = nullptr, *tops = nullptr;
+  uint32_t* all_hidden = nullptr;  // a copy of attend.hidden, for each KV head
+};
+
+/// What is attended to after retrieval: `args`, with the chosen cells taken from their rows. `drop_tail`: and the cells
+/// that are left from their codes not at all.
+inline AttendArgs with_retrieved(AttendArgs args, const RetrieveArgs& retrieve, bool drop_tail) {
+  args.exact[1] = {retrieve.keys, retrieve.values, retrieve.cells, retrieve.top, true};
+  args.hidden = drop_tail ? nullptr : retrieve.all_hidden;
+  args.hidden_head_stride = size_t(args.n_cells / 32);
+  args.hidden_stream_stride = args.hidden_head_stride * args.n_kv_heads;
+  if (drop_tail) args.n_cells = 0;
+  return args;
+}
 
 }  // namespace thimble::cuda

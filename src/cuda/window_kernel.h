@@ -30,6 +30,7 @@ struct WindowKernel {
       before += simt::popcount(lanes);
       if (cell < 0) continue;
       a.slots[i] = cell < a.n_first ? cell : at < total - ring ? -1 : a.n_first + (written + at) % ring;
+      a.displaced[i] = -1;
     }
     if (lane == 0) a.written[stream] = (written + total) % ring;
   }
@@ -40,22 +41,23 @@ struct WindowKernel {
     const int stream = simt::block_y();
     int32_t* window = a.window_cells + size_t(stream) * a.capacity;
     uint32_t* hidden = a.hidden + stream * a.hidden_stream_stride;
-    const auto vacate = [&](int slot) {
-      const int cell = window[slot];
-      if (cell < 0) return;
-      simt::atomic_and(hidden + cell / 32, ~(1u << cell % 32));
-      window[slot] = -1;
-    };
     if (simt::thread() < 32) assign(a, stream);
     simt::sync();
     // What is displaced, and cells that are written again, by row: each row is one thread's.
     for (int slot = simt::thread(); slot < a.capacity; slot += kThreads) {
-      bool leaves = false;
+      const int old = window[slot];
+      bool again = false;
+      int token = -1;
       for (int i = 0; i < a.n_tokens; i++) {
         const int cell = cell_of(a, stream, i);
-        leaves = leaves || (cell >= 0 && (a.slots[i] == slot || cell == window[slot]));
+        again = again || (cell >= 0 && cell == old);
+        if (cell >= 0 && a.slots[i] == slot) token = i;
       }
-      if (leaves) vacate(slot);
+      a.tokens[size_t(stream) * a.capacity + slot] = token;
+      if (old < 0 || !(again || token >= 0)) continue;
+      simt::atomic_and(hidden + old / 32, ~(1u << old % 32));
+      window[slot] = -1;
+      if (!again) a.displaced[token] = int64_t(stream) * a.cells_per_stream + old;
     }
     simt::sync();
     for (int i = simt::thread(); i < a.n_tokens; i += kThreads) {

@@ -1,8 +1,12 @@
 #include "plugin/cuda_cache.h"
 
+#include <algorithm>
+#include <set>
 #include <stdexcept>
+#include <utility>
 
 #include "cuda/layout.h"
+#include "cuda/prepare.h"
 #include "plugin/kv_buffer.h"
 
 namespace thimble {
@@ -27,15 +31,21 @@ cuda::DeviceInfo cuda_device(ggml_backend_dev_t inner) {
 
 CudaCache::CudaCache(ggml_backend_dev_t inner, const Settings& settings)
     : device_(cuda_device(inner)), window_size_(settings.window) {
-  const std::string where = "on a CUDA device ";
-  if (settings.top > 0) {
-    throw std::runtime_error(where + "top=" + std::to_string(settings.top) +
-                             " cannot be served yet: leave it out, or use device=CPU");
+  using Store = Settings::Store;
+  if (settings.top == 0) return;
+  if (settings.store != Store::automatic && settings.store != Store::pinned) {
+    throw std::runtime_error(
+        "a CUDA device reads the exact store over the bus, from pinned RAM: use store=pinned, or device=CPU for a "
+        "store in plain RAM or a file");
+  }
+  if (settings.top > cuda::kMaxTop) {
+    throw std::runtime_error("a CUDA device chooses at most " + std::to_string(cuda::kMaxTop) +
+                             " cells: use a smaller top=, or device=CPU");
   }
 }
 
-void CudaCache::bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
-                     const std::vector<HeadCodec>& values, uint8_t* const memory[2]) {
+size_t CudaCache::bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
+                       const std::vector<HeadCodec>& values, uint8_t* const memory[2], bool retrieves) {
   const std::string where = "layer " + std::to_string(index) + " on a CUDA device: ";
   const Format &k = keys.front().format, &v = values.front().format;
   if (!cuda::cuda_supports(k) || !cuda::cuda_supports(v) || k.head_dim != v.head_dim ||
@@ -56,7 +66,14 @@ void CudaCache::bind(int index, const CacheShape& shape, const std::vector<HeadC
   }
   auto layer = std::make_unique<cuda::DeviceLayer>();
   require(layer->init(shape, keys, values, window_.capacity(), memory), where.c_str());
+  if (const cuda::Status status = retrieves ? layer->add_store() : cuda::Status(); !status.ok()) {
+    throw std::runtime_error(where + "no pinned RAM for its exact store (" + status.message +
+                             "), which takes as much as an f16 cache: use a smaller context, a machine or a limit "
+                             "(ulimit -l) with more of it, or leave top= out");
+  }
+  const size_t store_bytes = layer->store_bytes();
   layers_[index] = std::move(layer);
+  return store_bytes;
 }
 
 std::string CudaCache::problem(const ggml_tensor* node, NodeKind kind) const {
@@ -80,9 +97,36 @@ std::string CudaCache::problem(const ggml_tensor* node, NodeKind kind) const {
   return {};
 }
 
+void CudaCache::begin_batch(const int64_t* cells, int n_tokens, cudaStream_t stream) {
+  std::set<int> head_dims;
+  cuda::LeaveArgs leave;
+  std::vector<cuda::PrepareArgs> layers;
+  for (const auto& [index, layer] : layers_) {
+    if (layer->has_store()) continue;  // its tokens are coded as they come
+    layers.push_back(layer->prepare_args(window_));
+    leave.n_kv_heads = std::max(leave.n_kv_heads, layer->shape().n_kv_heads);
+    head_dims.insert(layer->head_dim());
+  }
+  const size_t bytes = layers.size() * sizeof(layers[0]);
+  if (std::exchange(n_leaving_, layers.size()) != layers.size()) {
+    require(leaving_.emplace_back().reserve(bytes), "memory for the layers");
+    require(cuda::Status::from(cudaMemcpy(leaving_.back().as<void>(), layers.data(), bytes, cudaMemcpyHostToDevice)),
+            "the layers");
+  }
+  require(cuda::update_window(device_, window_.begin_batch(cells, n_tokens), stream), "the window");
+  if (layers.empty()) return;
+  leave.layers = leaving_.back().as<cuda::PrepareArgs>();
+  leave.n_layers = int(layers.size());
+  leave.n_tokens = n_tokens;
+  leave.cells = window_.displaced();
+  leave.slots = window_.slots();
+  for (int head_dim : head_dims) require(cuda::code_leaving(device_, leave, head_dim, stream), "encoding");
+}
+
 void CudaCache::clear() {
   failure_.clear();
   require(window_.clear(), "the window");
+  for (auto& [index, layer] : layers_) require(layer->clear(), "the exact store");
 }
 
 void CudaCache::copy_stream(int layer, Kind kind, int from, int to) {

@@ -13,8 +13,8 @@ class CudaCache : public DeviceCache {
 public:
   CudaCache(ggml_backend_dev_t inner, const Settings& settings);
 
-  void bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
-            const std::vector<HeadCodec>& values, uint8_t* const memory[2]) override;
+  size_t bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
+              const std::vector<HeadCodec>& values, uint8_t* const memory[2], bool retrieves) override;
   std::string problem(const ggml_tensor* node, NodeKind kind) const override;
   void clear() override;
   void copy_stream(int layer, Kind kind, int from, int to) override;
@@ -24,11 +24,17 @@ public:
   size_t n_layers() const { return layers_.size(); }
   cuda::DeviceLayer& layer(int index) { return *layers_.at(index); }
 
+  /// Takes a batch's tokens into the window, and codes the cells that leave it, of all layers.
+  void begin_batch(const int64_t* cells, int n_tokens, cudaStream_t stream);
+
 private:
   cuda::DeviceInfo device_;
   WindowSize window_size_;
   cuda::DeviceWindow window_;
   std::map<int, std::unique_ptr<cuda::DeviceLayer>> layers_;
+  // The layers as code_leaving wants them. Captured graphs may go on reading older tables than the last.
+  std::vector<cuda::DeviceMemory> leaving_;
+  size_t n_leaving_ = 0;
 };
 
 /// What a ggml device of the CUDA backend is to the CUDA runtime. Throws std::runtime_error where it is none.

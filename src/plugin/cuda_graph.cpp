@@ -270,15 +270,7 @@ cuda::PrepareArgs CudaGraph::prepare_args(const Cut& cut) {
   CudaCache& cache = cache_of(cut);
   cuda::DeviceLayer& layer = cache.layer(cut.layer->index);
   cuda::DeviceWindow& window = cache.window();
-  cuda::PrepareArgs p;
-  p.n_kv_heads = layer.shape().n_kv_heads;
-  p.head_dim = layer.head_dim();
-  p.key_codec = layer.codec(Kind::key);
-  p.value_codec = layer.codec(Kind::value);
-  p.key_cache = layer.view(Kind::key);
-  p.value_cache = layer.view(Kind::value);
-  p.cells_per_stream = int(layer.shape().cells_per_stream);
-  p.window = layer.window_slots(window);
+  cuda::PrepareArgs p = layer.prepare_args(window);
   for (Kind kind : {Kind::key, Kind::value}) {
     const ggml_tensor* write = cut.writes[int(kind)];
     if (!write) continue;
@@ -291,7 +283,7 @@ cuda::PrepareArgs CudaGraph::prepare_args(const Cut& cut) {
     uint64_t& batch = layer.batch[int(kind)];
     if (batch == window.batch()) {  // the first of this batch to be written
       if (p.n_tokens > cuda::kMaxTokens) require(window.keep_cells(stream_), "the window");
-      require(cuda::update_window(device_, window.begin_batch(p.cells, p.n_tokens), stream_), "the window");
+      cache.begin_batch(p.cells, p.n_tokens, stream_);
     }
     batch = window.batch();
   }
@@ -310,7 +302,9 @@ void CudaGraph::run_cut(const Cut& cut) {
   }
 }
 
-void CudaGraph::attend(const Cut& cut, cuda::PrepareArgs& p) {
+// New tokens wait for their coding until they leave the window: attention takes their rows into it. Where there is an
+// exact store they are coded at once, by the kernel that puts their rows there, before retrieval looks for them.
+void CudaGraph::attend(const Cut& cut, const cuda::PrepareArgs& p) {
   const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1], *mask = cut.attend->src[3];
   const auto [scale, max_bias, softcap] = attention_parameters(cut.attend);
   CudaCache& cache = cache_of(cut);
@@ -319,23 +313,17 @@ void CudaGraph::attend(const Cut& cut, cuda::PrepareArgs& p) {
   const int n_heads = int(q->ne[2]), stream = first_stream(cut);
 
   cuda::AttendArgs a;
-  a.n_streams = p.n_streams = int(q->ne[3]);
-  a.n_tokens = p.n_query_tokens = int(q->ne[1]);
+  a.n_streams = int(q->ne[3]);
+  a.n_tokens = int(q->ne[1]);
   a.n_kv_heads = p.n_kv_heads;
-  a.group = p.group = n_heads / p.n_kv_heads;
+  a.group = n_heads / p.n_kv_heads;
   a.head_dim = p.head_dim;
-  a.n_cells = int(k->ne[1]);
-  p.raw_queries = data<float>(q);
-  p.query_token_stride = q->nb[1] / sizeof(float);
-  p.query_head_stride = q->nb[2] / sizeof(float);
-  p.query_stream_stride = q->nb[3] / sizeof(float);
-  p.scale = scale;
-  const size_t rows = cuda::query_rows(a.n_streams, a.n_tokens, a.n_kv_heads, a.group);
-  p.queries = scratch<float>(queries_, rows * a.head_dim);
-  p.query_factors = scratch<float>(factors_, rows);
-  a.queries = p.queries;
-  a.query_factors = p.query_factors;
-
+  a.n_cells = a.end_cell = int(k->ne[1]);
+  a.queries = data<float>(q);
+  a.query_token_stride = q->nb[1] / sizeof(float);
+  a.query_head_stride = q->nb[2] / sizeof(float);
+  a.query_stream_stride = q->nb[3] / sizeof(float);
+  a.scale = scale;
   a.keys = layer.view(Kind::key, stream);
   a.values = layer.view(Kind::value, stream);
   a.key_codec = p.key_codec;
@@ -349,38 +337,106 @@ void CudaGraph::attend(const Cut& cut, cuda::PrepareArgs& p) {
   a.slopes = slopes(max_bias, n_heads);
   a.sinks = cut.attend->src[4] ? data<float>(cut.attend->src[4]) : nullptr;
   a.exact[0] = layer.window_rows(window, stream);
+  if (p.keys && p.values && !layer.has_store()) {
+    a.fresh = {p.keys,
+               p.values,
+               p.key_token_stride,
+               p.key_head_stride,
+               p.value_token_stride,
+               p.value_head_stride,
+               window.tokens(stream),
+               p.window.keys,
+               p.window.values};
+    const size_t rows = size_t(stream) * p.n_kv_heads * p.window.capacity * p.head_dim;
+    a.fresh.window_keys += rows;
+    a.fresh.window_values += rows;
+  } else {
+    require(cuda::prepare(device_, p, stream_), "encoding");
+  }
   a.hidden = window.hidden(stream);
   a.hidden_stream_stride = window.hidden_stride();
   a.output = data<float>(cut.attend);
+  if (cut.layer->top > 0) return retrieve(cut, a);
   const size_t bytes = cuda::attend_workspace_bytes(device_, a);
   char* workspace = scratch<char>(workspace_, bytes);
-  require(cuda::step(device_, p, a, workspace, bytes, stream_), "attention");
+  require(cuda::attend(device_, a, workspace, bytes, stream_), "attention");
 }
 
-// Many query tokens: all cells are decoded to f16 rows, and the inner backend's flash attention does the rest.
-void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
-  const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1];
+void CudaGraph::retrieve(const Cut& cut, const cuda::AttendArgs& a) {
+  const cuda::DeviceLayer& layer = cache_of(cut).layer(cut.layer->index);
+  const cuda::DenseRows store = layer.store_rows(first_stream(cut));
+  cuda::RetrieveArgs r;
+  r.n_streams = a.n_streams;
+  r.n_kv_heads = a.n_kv_heads;
+  r.head_dim = a.head_dim;
+  r.row_groups = cuda::row_groups(a.n_tokens, a.group);
+  r.top = cut.layer->top;
+  r.store_keys = store.keys;
+  r.store_values = store.values;
+  r.store_cells = store.n_cells;
+  r.n_cells = int(layer.shape().cells_per_stream);  // what it may grow to
+  char* memory = scratch<char>(retrieval_, cuda::retrieval_bytes(r));
+  r.n_cells = a.n_cells;
+  cuda::place_retrieval(memory, &r);
+  const bool drop_tail = cut.layer->drop_tail;
+  const size_t bytes = cuda::attend_workspace_bytes(device_, cuda::with_retrieved(a, r, drop_tail));
+  char* workspace = scratch<char>(workspace_, bytes);
+  require(cuda::retrieve_step(device_, a, r, drop_tail, workspace, bytes, stream_), "attention");
+}
+
+// All cells' rows, from the exact store.
+void CudaGraph::read_store(const Cut& cut, const cuda::DenseRows& rows) {
+  const cuda::DeviceLayer& layer = cache_of(cut).layer(cut.layer->index);
+  const cuda::DenseRows store = layer.store_rows(rows.first_stream);
+  const size_t row = layer.head_dim() * sizeof(uint16_t), width = rows.n_cells * row;
+  for (const auto& [to, from] : {std::pair{rows.keys, store.keys}, {rows.values, store.values}}) {
+    check(cudaMemcpy2DAsync(to, width, from, store.n_cells * row, width,
+                            size_t(rows.n_streams) * layer.shape().n_kv_heads, cudaMemcpyDefault, stream_),
+          "reading the exact store");
+  }
+}
+
+// All cells' rows as they were before a batch whose tokens are not written yet, transformed as they are coded.
+void CudaGraph::decode(const Cut& cut, const cuda::DenseRows& rows, bool before_batch) {
   CudaCache& cache = cache_of(cut);
   cuda::DeviceLayer& layer = cache.layer(cut.layer->index);
-  const int n_streams = int(q->ne[3]), n_tokens = int(q->ne[1]), n_heads = int(q->ne[2]), n_cells = int(k->ne[1]);
-  const int dim = p.head_dim, stream = first_stream(cut);
-  const size_t n_rows = size_t(n_streams) * p.n_kv_heads * layer.shape().cells_per_stream * dim;
-  uint16_t* dense = scratch<uint16_t>(dense_, 2 * n_rows);
-  p.dense = {dense, dense + n_rows, stream, n_streams, n_cells};
-
   for (Kind kind : {Kind::key, Kind::value}) {
     cuda::DecodeArgs d;
-    d.n_streams = n_streams;
-    d.n_kv_heads = p.n_kv_heads;
-    d.n_cells = n_cells;
-    d.cache = layer.view(kind, stream);
+    d.n_streams = rows.n_streams;
+    d.n_kv_heads = layer.shape().n_kv_heads;
+    d.n_cells = rows.n_cells;
+    d.cache = layer.view(kind, rows.first_stream);
     d.codec = layer.codec(kind);
     d.is_key = kind == Kind::key;
-    d.exact = layer.window_rows(cache.window(), stream, /*kept=*/p.n_tokens > 0);
-    d.rows = kind == Kind::key ? p.dense.keys : p.dense.values;
+    d.rows = kind == Kind::key ? rows.keys : rows.values;
     require(cuda::decode_cells(device_, d, stream_), "decoding");
   }
+  // The window's cells need not be coded. While new tokens' rows are not written, it holds those of before.
+  cuda::PrepareArgs exact = layer.prepare_args(cache.window());
+  exact.from_window = true;
+  exact.window_cells = before_batch ? cache.window().kept_cells() : cache.window().cells(0);
+  exact.n_tokens = cache.window().n_streams() * exact.window.capacity;
+  exact.dense = rows;
+  require(cuda::prepare(device_, exact, stream_), "rows of the window");
+}
+
+// Many query tokens: all cells become f16 rows, and the inner backend's flash attention does the rest. Without an exact
+// store it is over transformed rows, and queries and outputs are transformed for it.
+void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
+  const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1];
+  const cuda::DeviceLayer& layer = cache_of(cut).layer(cut.layer->index);
+  const int n_streams = int(q->ne[3]), n_tokens = int(q->ne[1]), n_heads = int(q->ne[2]), n_cells = int(k->ne[1]);
+  const int dim = p.head_dim;
+  const size_t n_rows = size_t(n_streams) * p.n_kv_heads * layer.shape().cells_per_stream * dim;
+  uint16_t* dense = scratch<uint16_t>(dense_, 2 * n_rows);
+  const cuda::DenseRows rows{dense, dense + n_rows, first_stream(cut), n_streams, n_cells};
+  const bool is_transformed = !layer.has_store();
+  if (is_transformed) {
+    decode(cut, rows, /*before_batch=*/p.n_tokens > 0);
+    p.dense = rows;
+  }
   require(cuda::prepare(device_, p, stream_), "encoding");
+  if (!is_transformed) read_store(cut, rows);
 
   cuda::TransformArgs t;
   t.n_streams = n_streams;
@@ -393,8 +449,10 @@ void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
   t.head_stride = q->nb[2] / sizeof(float);
   t.stream_stride = q->nb[3] / sizeof(float);
   t.codec = p.key_codec;
-  t.out = scratch<float>(queries_, size_t(n_streams) * n_tokens * n_heads * dim);
-  require(cuda::transform_rows(device_, t, stream_), "queries");
+  if (is_transformed) {
+    t.out = scratch<float>(queries_, size_t(n_streams) * n_tokens * n_heads * dim);
+    require(cuda::transform_rows(device_, t, stream_), "queries");
+  }
 
   const auto stand_in = [&](int i, void* data, ggml_type type, std::array<int64_t, 4> ne, std::array<size_t, 3> nb) {
     ggml_tensor& tensor = stand_ins_[i];
@@ -409,14 +467,17 @@ void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
   };
   const size_t row = dim * sizeof(float), cell = dim * sizeof(uint16_t), head = n_cells * cell;
   ggml_tensor& node = stand_ins_[0] = *cut.attend;
-  node.src[0] = stand_in(1, t.out, GGML_TYPE_F32, {dim, n_tokens, n_heads, n_streams},
-                         {n_heads * row, row, n_tokens * n_heads * row});
+  if (is_transformed) {
+    node.src[0] = stand_in(1, t.out, GGML_TYPE_F32, {dim, n_tokens, n_heads, n_streams},
+                           {n_heads * row, row, n_tokens * n_heads * row});
+  }
   for (int i = 0; i < 2; i++) {
-    node.src[1 + i] = stand_in(2 + i, i == 0 ? p.dense.keys : p.dense.values, GGML_TYPE_F16,
+    node.src[1 + i] = stand_in(2 + i, i == 0 ? rows.keys : rows.values, GGML_TYPE_F16,
                                {dim, n_cells, p.n_kv_heads, n_streams}, {cell, head, p.n_kv_heads * head});
   }
   ggml_cgraph whole{};
   run_inner({&node}, &whole);
+  if (!is_transformed) return;
 
   go_to_ours();
   t.in = t.out = data<float>(cut.attend);

@@ -15,6 +15,7 @@
 #include "cuda/attend.h"
 #include "cuda/memory.h"
 #include "cuda/prepare.h"
+#include "cuda/retrieve.h"
 #include "plugin/cuda_cache.h"
 #include "plugin/graph.h"
 #include "plugin/plan.h"
@@ -47,8 +48,11 @@ private:
   void run(const std::vector<Step>& steps, ggml_cgraph* graph);
   void run_inner(std::vector<ggml_tensor*> nodes, const ggml_cgraph* graph);
   void run_cut(const Cut& cut);
-  void attend(const Cut& cut, cuda::PrepareArgs& prepare);
+  void attend(const Cut& cut, const cuda::PrepareArgs& prepare);
+  void retrieve(const Cut& cut, const cuda::AttendArgs& attend);
   void prefill(const Cut& cut, cuda::PrepareArgs& prepare);
+  void read_store(const Cut& cut, const cuda::DenseRows& rows);
+  void decode(const Cut& cut, const cuda::DenseRows& rows, bool before_batch);
   cuda::PrepareArgs prepare_args(const Cut& cut);
   const float* slopes(float max_bias, int n_heads);
   template <typename T>
@@ -64,7 +68,7 @@ private:
   std::vector<Seen> seen_;
   ggml_tensor marker_{};  // see run_inner
   ggml_tensor stand_ins_[4]{};
-  cuda::DeviceMemory workspace_, queries_, factors_, dense_;
+  cuda::DeviceMemory workspace_, queries_, dense_, retrieval_;
   std::map<std::pair<float, int>, cuda::DeviceMemory> slopes_;
 };
 

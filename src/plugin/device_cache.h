@@ -19,10 +19,10 @@ public:
 
   virtual ~DeviceCache() = default;
 
-  /// Binds layer `index` to its shape. `memory`, by Kind, is of `bytes(...)`. Throws std::runtime_error with what the
-  /// user should change.
-  virtual void bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
-                    const std::vector<HeadCodec>& values, uint8_t* const memory[2]) = 0;
+  /// Binds layer `index` to its shape. `memory`, by Kind, is of `bytes(...)`. Returns the bytes of an exact store,
+  /// which it makes where the layer `retrieves`. Throws std::runtime_error with what the user should change.
+  virtual size_t bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
+                      const std::vector<HeadCodec>& values, uint8_t* const memory[2], bool retrieves) = 0;
   /// Why a node that `classify` found to touch the cache cannot be run here, or nothing.
   virtual std::string problem(const ggml_tensor* node, NodeKind kind) const = 0;
   virtual void clear() = 0;

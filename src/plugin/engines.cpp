@@ -31,11 +31,13 @@ bool can_wrap(ggml_backend_dev_t inner) {
   return is_cpu(inner) || is_cuda(inner);
 }
 
-std::unique_ptr<DeviceCache> make_device_cache([[maybe_unused]] ggml_backend_dev_t inner,
-                                               [[maybe_unused]] const Settings& settings) {
+std::unique_ptr<DeviceCache> make_device_cache([[maybe_unused]] ggml_backend_dev_t inner, const Settings& settings) {
 #ifdef THIMBLE_CUDA
   if (is_cuda(inner)) return std::make_unique<CudaCache>(inner, settings);
 #endif
+  if (settings.store == Settings::Store::pinned) {
+    throw std::runtime_error("store=pinned is for CUDA devices: use store=ram or store=file here");
+  }
   return nullptr;
 }
 

@@ -32,7 +32,6 @@ KvBuffer& context_of(ggml_backend_buffer_t buffer) {
   return *static_cast<KvBuffer*>(buffer->context);
 }
 
-// Of a layer without an exact store.
 int window_slots(const Settings& settings, int64_t n_streams, bool on_cpu) {
   const WindowSize& window = settings.window;
   if (settings.passthrough()) return 0;
@@ -52,6 +51,8 @@ size_t reserved_bytes(const ggml_tensor* tensor, const CacheName& name, const Se
   const int head_dim = std::clamp(source.head_dim(name.layer, name.kind).value_or(assumed), 2, kMaxHeadDim);
   const Format format = source.format(name.layer, name.kind, head_dim);
   const CacheShape shape{int(width / format.head_dim), tensor->ne[1], int(tensor->ne[2])};
+  if (!on_cpu) return CacheSide::memory_bytes(shape, format, window_slots(settings, shape.n_streams, on_cpu));
+  // The exact store has the window's rows, too.
   return CacheSide::memory_bytes(shape, format,
                                  source.retrieves(name.layer) ? 0 : window_slots(settings, shape.n_streams, on_cpu),
                                  is_coded(name.kind, name.layer, settings, source));
@@ -292,7 +293,10 @@ void KvBuffer::bind_on_device(ManagedLayer& layer, int key_dim, int value_dim, i
     codecs[int(kind)] = source_->codecs(layer.index, kind, dim, n_kv_heads);
     memory[int(kind)] = static_cast<uint8_t*>(tensor->data);
   }
-  device_cache_->bind(layer.index, shape, *codecs[int(Kind::key)], *codecs[int(Kind::value)], memory);
+  layer.top = source_->retrieves(layer.index) ? settings_.top : 0;
+  layer.drop_tail = settings_.drop_tail;
+  store_bytes_ += device_cache_->bind(layer.index, shape, *codecs[int(Kind::key)], *codecs[int(Kind::value)], memory,
+                                      layer.top > 0);
   bound_bytes_ += bytes;
 }
 
@@ -305,8 +309,8 @@ void KvBuffer::bind_in_ram(ManagedLayer& layer, int key_dim, int value_dim, int 
     auto codecs = source_->codecs(layer.index, kind, dim, n_kv_heads);
     std::unique_ptr<ExactStore> store;
     if (source_->retrieves(layer.index)) {
-      store = settings_.store_in_file ? ExactStore::file(settings_.path, shape.n_cells(), tensor->ne[0])
-                                      : ExactStore::ram(shape.n_cells(), tensor->ne[0]);
+      store = in_file() ? ExactStore::file(settings_.path, shape.n_cells(), tensor->ne[0])
+                        : ExactStore::ram(shape.n_cells(), tensor->ne[0]);
       store_bytes_ += store->total_bytes();
     }
     const int n_slots = store ? 0 : window_slots(settings_, shape.n_streams, /*on_cpu=*/true);
@@ -348,7 +352,9 @@ void KvBuffer::use(const char* kernels) {
     const auto n =
         std::count_if(layers_.begin(), layers_.end(), [](const auto& layer) { return layer.second.top > 0; });
     GGML_LOG_INFO("thimble: exact store of %d layers: up to %.2f MiB in %s\n", int(n), double(store_bytes_) / (1 << 20),
-                  settings_.store_in_file ? settings_.path.c_str() : "RAM");
+                  in_file()       ? settings_.path.c_str()
+                  : device_cache_ ? "pinned RAM"
+                                  : "RAM");
   }
 }
 

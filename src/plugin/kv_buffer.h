@@ -85,6 +85,7 @@ private:
     Kind kind;
     int64_t first, count;
   };
+  bool in_file() const { return settings_.store == Settings::Store::file; }
   Rows rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const;
   void bind_in_ram(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
   void bind_on_device(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);

@@ -32,6 +32,7 @@ double parse_bits(const std::string& text) {
 }
 
 constexpr std::initializer_list<const char*> kPolicies = {"auto", "all", "none"};
+constexpr std::initializer_list<const char*> kStores = {"auto", "ram", "file", "pinned"};
 
 // Which of some words a value is.
 int choose(const std::string& key, const std::string& value, std::initializer_list<const char*> words) {
@@ -87,7 +88,7 @@ Settings Settings::parse(const std::string& text) {
     } else if (key == "top") {
       s.top = parse_int(key, value, 0, 65536);
     } else if (key == "store") {
-      s.store_in_file = choose(key, value, {"ram", "file"}) == 1;
+      s.store = Settings::Store(choose(key, value, kStores));
     } else if (key == "path") {
       if (value.empty()) fail("path= needs a directory");
       s.path = value;
@@ -106,8 +107,9 @@ Settings Settings::parse(const std::string& text) {
     }
   }
   if (s.top > 0 && s.passthrough()) fail("top=" + std::to_string(s.top) + " has no meaning with bits=16: all is exact");
-  if (s.store_in_file && s.path.empty()) fail("store=file needs path=DIR, a directory on a disk with room");
-  if (!s.store_in_file && !s.path.empty()) fail("path= has no meaning without store=file");
+  const bool in_file = s.store == Store::file;
+  if (in_file && s.path.empty()) fail("store=file needs path=DIR, a directory on a disk with room");
+  if (!in_file && !s.path.empty()) fail("path= has no meaning without store=file");
   return s;
 }
 
@@ -124,7 +126,8 @@ std::string Settings::to_string() const {
   if (!profile.empty()) text += ",profile=" + profile;
   if (!device.empty()) text += ",device=" + device;
   if (top > 0) {
-    text += ",top=" + std::to_string(top) + ",store=" + (store_in_file ? "file,path=" + path : "ram");
+    text += ",top=" + std::to_string(top) + ",store=" + kStores.begin()[int(store)];
+    if (store == Store::file) text += ",path=" + path;
     text += std::string(",tail=") + (drop_tail ? "drop" : "quantized") + ",policy=" + kPolicies.begin()[int(policy)];
   }
   return text;

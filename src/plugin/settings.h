@@ -12,9 +12,10 @@
 //   first CUDA device where there is one and the plugin is built for it, else the CPU.
 //   - top=64: cells that each KV head attends to exactly when decoding, chosen at every step from an exact store of all
 //     cells; 0, the default, keeps no store.
-//   - store=ram: where the exact store is, RAM or a file (store=file) in the directory path=DIR.
+//   - store=auto: where the exact store is: RAM (store=ram) or a file (store=file) in the directory path=DIR for the
+//     CPU, pinned RAM (store=pinned) for a CUDA device; auto is the RAM that the device reads.
 //   - tail=quantized: what becomes of the cells that are neither retrieved nor in the window: attended to from their
-//     codes, or dropped (tail=drop; values then have no codes at all).
+//     codes, or dropped (tail=drop; values then have no codes at all on the CPU).
 //   - policy=auto: which layers retrieve: those that the profile calls sparse, all where there is no profile (auto),
 //   all
 //     or none.
@@ -36,7 +37,7 @@ struct Settings {
   std::string profile;
   std::string device;
   int top = 0;
-  bool store_in_file = false;
+  enum class Store { automatic, ram, file, pinned } store = Store::automatic;
   std::string path;
   bool drop_tail = false;
   enum class Policy { automatic, all, none } policy = Policy::automatic;
