@@ -144,15 +144,20 @@ struct Head {
   Matrix keys, queries;
 };
 
-/// Keys of spread-out variances, and queries that weight channels unevenly; with `outliers`, three channels at 20, 50
-/// and 100 times the rest's size by a constant offset, as Qwen's keys have them.
-Head synthetic_head(bool outliers, unsigned seed) {
+/// Keys of spread-out variances, and 64 queries of each of the `group` heads that read them, every head looking at
+/// channels of its own; with `outliers`, three channels at 20, 50 and 100 times the rest's size by a constant offset,
+/// as Qwen's keys have them.
+Head synthetic_head(bool outliers, unsigned seed, int group = 1) {
   const int dim = 64, n = 8192;
-  Head head{gaussian(n, dim, seed), gaussian(64, dim, seed + 1)};
+  Head head{gaussian(n, dim, seed), gaussian(64 * group, dim, seed + 1)};
   for (int d = 0; d < dim; d++) head.keys.col(d) *= std::pow(0.93f, float(d));
   const Matrix turn = Eigen::HouseholderQR<Eigen::MatrixXf>(Eigen::MatrixXf(gaussian(dim, dim, 77))).householderQ();
   head.keys = head.keys * turn;
   head.queries *= 0.8f;
+  const Matrix looks = gaussian(group, dim, seed + 2);
+  for (int h = 1; h < group; h++) {
+    head.queries.middleRows(64 * h, 64).array().rowwise() *= (0.5f * looks.row(h).array()).exp();
+  }
   if (outliers) {
     const float size[] = {20, 50, -100};
     for (int i = 0; i < 3; i++) head.keys.col(7 + 19 * i).array() += size[i];
@@ -205,17 +210,20 @@ HeadCodec calibrated(const Head& head, const std::string& transform, double bits
 }
 
 TEST(Outliers, KltHoldsWherePlainRotationCollapses) {
-  const Head plain = synthetic_head(false, 20), outliers = synthetic_head(true, 20);
-  const HeadCodec rotation = make_uncalibrated_codec(Kind::key, make_format(64, 2));
-  const double rotation_plain = attention_divergence(plain, rotation);
-  const double rotation_outliers = attention_divergence(outliers, rotation);
-  const double klt_plain = attention_divergence(plain, calibrated(plain, "klt", 2));
-  const double klt_outliers = attention_divergence(outliers, calibrated(outliers, "klt", 2));
-  RecordProperty("rotation", std::to_string(rotation_plain) + " " + std::to_string(rotation_outliers));
-  RecordProperty("klt", std::to_string(klt_plain) + " " + std::to_string(klt_outliers));
-  EXPECT_LT(klt_plain, rotation_plain);
-  EXPECT_LT(klt_outliers, 2 * klt_plain);
-  EXPECT_GT(rotation_outliers, 10 * rotation_plain);
+  for (int group : {1, 8}) {
+    SCOPED_TRACE(testing::Message() << "group of " << group);
+    const Head plain = synthetic_head(false, 20, group), outliers = synthetic_head(true, 20, group);
+    const HeadCodec rotation = make_uncalibrated_codec(Kind::key, make_format(64, 2));
+    const double rotation_plain = attention_divergence(plain, rotation);
+    const double rotation_outliers = attention_divergence(outliers, rotation);
+    const double klt_plain = attention_divergence(plain, calibrated(plain, "klt", 2));
+    const double klt_outliers = attention_divergence(outliers, calibrated(outliers, "klt", 2));
+    std::printf("group of %d, KL without and with outliers: rotation %.4f, %.4f; klt %.4f, %.4f\n", group,
+                rotation_plain, rotation_outliers, klt_plain, klt_outliers);
+    EXPECT_LT(klt_plain, rotation_plain);
+    EXPECT_LT(klt_outliers, 2 * klt_plain);
+    EXPECT_GT(rotation_outliers, 10 * rotation_plain);
+  }
 }
 
 TEST(Fit, MoreBitsCostLess) {
