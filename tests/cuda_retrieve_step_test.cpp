@@ -3,6 +3,7 @@
 #define THIMBLE_SIMT_HOST
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 
 #include "cuda/attend_kernel.h"
@@ -198,8 +199,8 @@ private:
     r.values = rows_[1].data();
 
     const ScoreArgs score{a, r.scores, r.tops, r.all_hidden};
-    simt::Machine::launch(2, c_.n_kv_heads * a.row_groups, S::kThreads, S::kSharedBytes,
-                          [&] { ScoreKernel<S>::run(score); });
+    simt::Machine::launch(std::min(2, a.n_streams * a.n_splits), c_.n_kv_heads * a.row_groups, S::kThreads,
+                          S::kSharedBytes, [&] { ScoreKernel<S>::run(score); });
     best_.assign(size_t(pairs_) * c_.n_cells, -INFINITY);
     for (size_t i = 0; i < best_.size(); i++) {
       const size_t pair = i / c_.n_cells, cell = i % c_.n_cells;
@@ -283,7 +284,8 @@ private:
     a.partials = partials.data();
     a.arrived = arrived.data();
     a.output = output.data();
-    simt::Machine::launch(2, n_pairs, S::kThreads, S::kSharedBytes, [&] { AttendKernel<S>::run(a); });
+    simt::Machine::launch(std::min(2, a.n_streams * a.n_splits), n_pairs, S::kThreads, S::kSharedBytes,
+                          [&] { AttendKernel<S>::run(a); });
 
     std::vector<double> expected;
     for (int i = 0; i < c_.n_streams * c_.n_tokens * n_heads; i++) {
