@@ -206,8 +206,9 @@ private:
       const size_t pair = i / c_.n_cells, cell = i % c_.n_cells;
       double expected = -INFINITY;
       for (int row = 0; row < c_.n_tokens * c_.group; row++) {
-        const double x = 1.44269504 * logit(int(pair), row, int(cell), transformed(int(pair), row),
-                                            &heads_[0][pair].decoded[cell * D]);
+        const double x = 1.44269504 * (logit(int(pair), row, int(cell), transformed(int(pair), row),
+                                             &heads_[0][pair].decoded[cell * D]) +
+                                       kScale * along_mean(int(pair), row));
         if (!in_window(int(cell))) expected = std::max(expected, x);
       }
       for (int g = 0; g < a.row_groups; g++) {
@@ -227,7 +228,11 @@ private:
     const int stream = pair / c_.n_kv_heads, h = pair % c_.n_kv_heads, token = row / c_.group;
     return size_t(stream * c_.n_tokens + token) * c_.n_kv_heads * c_.group + h * c_.group + row % c_.group;
   }
-  // A query as the codes want it: scores lack its product with the mean, the same for all cells.
+  // A query's product with the mean, which codes lack. It is the same for all cells, but rows of a group compete.
+  double along_mean(int pair, int row) const {
+    return codecs_[0][pair % c_.n_kv_heads].transform.query_bias(&raw_[head_of(pair, row) * D]);
+  }
+  // A query as the codes want it.
   const float* transformed(int pair, int row) {
     std::vector<float>& q = transformed_[head_of(pair, row)];
     if (q.empty()) {

@@ -88,7 +88,7 @@ struct ScoreKernel {
         }
         const float unit = Cells::adjust(a, row, x, mask, skip >> l.g % 4 * 8 & 255);
         SIMT_UNROLL
-        for (int j = 0; j < 8; j++) x[j] = pads ? -INFINITY : x[j] * unit;
+        for (int j = 0; j < 8; j++) x[j] = pads ? -INFINITY : x[j] * unit + row.offset();
         const float2 two = over_rows(l, x);
         *reinterpret_cast<float2*>(scores + index * kBlockCells + l.g * 8 + l.t * 2) = two;
         float top = fmaxf(two.x, two.y);
