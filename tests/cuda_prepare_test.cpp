@@ -58,7 +58,7 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
 
   using Kernel = PrepareKernel<D>;
   const int blocks = (n_tokens + tokens_per_block - 1) / tokens_per_block;
-  simt::Machine::launch(blocks, 2 * kHeads, Kernel::kThreads, Kernel::kSharedBytes, [&] { Kernel::run(a); });
+  simt::Machine::launch({blocks, 2 * kHeads}, Kernel::kThreads, Kernel::kSharedBytes, [&] { Kernel::run(a); });
 
   std::vector<float> y(D);
   const auto check_vector = [&](const HeadCodec& codec, const float* x, const uint8_t* block, int cell,
@@ -116,7 +116,7 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
   leave.cells = displaced.data();
   leave.slots = slots.data();
   leave.tokens_per_block = tokens_per_block;
-  simt::Machine::launch(blocks, 2 * 2 * leave.n_kv_heads, Kernel::kThreads, Kernel::kSharedBytes,
+  simt::Machine::launch({blocks, 2 * 2 * leave.n_kv_heads}, Kernel::kThreads, Kernel::kSharedBytes,
                         [&] { Kernel::run_leaving(leave); });
   std::vector<float> x(D);
   for (int i = 0; i < n_tokens; i++) {
@@ -149,7 +149,7 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
   rows.n_tokens = kStreams * kCapacity;
   rows.dense = a.dense;
   const std::vector<uint8_t> coded = key_cache;
-  simt::Machine::launch((rows.n_tokens + tokens_per_block - 1) / tokens_per_block, 2 * kHeads, Kernel::kThreads,
+  simt::Machine::launch({(rows.n_tokens + tokens_per_block - 1) / tokens_per_block, 2 * kHeads}, Kernel::kThreads,
                         Kernel::kSharedBytes, [&] { Kernel::run(rows); });
   EXPECT_EQ(key_cache, coded);
   for (int h = 0; h < kHeads; h++) {
@@ -194,7 +194,7 @@ void check_transform(bool dense) {
   a.out = out.data();
   using Kernel = TransformKernel<D>;
   const int blocks = (kStreams * kTokens * kGroup + kTransformRows - 1) / kTransformRows;
-  simt::Machine::launch(blocks, kHeads, D, Kernel::kSharedBytes, [&] { Kernel::run(a); });
+  simt::Machine::launch({blocks, kHeads}, D, Kernel::kSharedBytes, [&] { Kernel::run(a); });
   for (int s = 0; s < kStreams; s++) {
     for (int t = 0; t < kTokens; t++) {
       for (int h = 0; h < kAll; h++) {
@@ -254,7 +254,7 @@ TEST(CudaWindow, HoldsTheFirstAndTheLastCells) {
     a.displaced = displaced.data();
     a.hidden = hidden.data();
     a.hidden_stream_stride = kCells / 32;
-    simt::Machine::launch(1, kStreams, WindowKernel::kThreads, 0, [&] { WindowKernel::run(a); });
+    simt::Machine::launch({1, kStreams}, WindowKernel::kThreads, 0, [&] { WindowKernel::run(a); });
 
     for (int64_t cell : cells) {
       std::vector<int>& o = order[cell / kCells];

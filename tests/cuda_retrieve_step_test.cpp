@@ -118,7 +118,7 @@ private:
     if (c_.n_window > 0) p.window = {window_[0].data(), window_[1].data(), slots.data(), c_.n_window};
     p.store = {store_[0].data(), store_[1].data(), 0, c_.n_streams, store_cells_};
     using Kernel = PrepareKernel<D>;
-    simt::Machine::launch((n_new + 2) / 3, 2 * c_.n_kv_heads, Kernel::kThreads, Kernel::kSharedBytes,
+    simt::Machine::launch({(n_new + 2) / 3, 2 * c_.n_kv_heads}, Kernel::kThreads, Kernel::kSharedBytes,
                           [&] { Kernel::run(p); });
 
     // What the new cells are from now on: rows in the store, and codes.
@@ -150,8 +150,7 @@ private:
     a.group = c_.group;
     a.head_dim = D;
     a.n_cells = c_.n_cells;
-    a.row_groups = row_groups(c_.n_tokens, c_.group);
-    a.n_splits = c_.n_splits;
+    deal_out(a, c_.n_splits, 0);
     a.keys = view(0);
     a.values = view(1);
     a.key_codec = tables_[0].view();
@@ -199,7 +198,7 @@ private:
     r.values = rows_[1].data();
 
     const ScoreArgs score{a, r.scores, r.tops, r.all_hidden};
-    simt::Machine::launch(std::min(2, a.n_streams * a.n_splits), c_.n_kv_heads * a.row_groups, S::kThreads,
+    simt::Machine::launch({std::min(2, a.n_streams * a.n_splits), c_.n_kv_heads, a.row_groups}, S::kThreads,
                           S::kSharedBytes, [&] { ScoreKernel<S>::run(score); });
     best_.assign(size_t(pairs_) * c_.n_cells, -INFINITY);
     for (size_t i = 0; i < best_.size(); i++) {
@@ -253,9 +252,9 @@ private:
   }
 
   void choose_and_gather() {
-    simt::Machine::launch(1, pairs_, RetrieveKernel::kThreads, RetrieveKernel::kSharedBytes,
+    simt::Machine::launch({1, pairs_}, RetrieveKernel::kThreads, RetrieveKernel::kSharedBytes,
                           [&] { RetrieveKernel::choose<false>(retrieve_); });
-    simt::Machine::launch(2, pairs_, RetrieveKernel::kThreads, 0, [&] { RetrieveKernel::gather(retrieve_); });
+    simt::Machine::launch({2, pairs_}, RetrieveKernel::kThreads, 0, [&] { RetrieveKernel::gather(retrieve_); });
     is_exact_.assign(best_.size(), 0);
     for (int pair = 0; pair < pairs_; pair++) {
       const std::vector<float> best(&best_[size_t(pair) * c_.n_cells], &best_[size_t(pair) * c_.n_cells] + c_.n_cells);
@@ -282,6 +281,7 @@ private:
 
   void attend() {
     AttendArgs a = with_retrieved(attend_, retrieve_, c_.drop_tail);
+    deal_out(a, c_.n_splits, 0);
     const int n_pairs = c_.n_kv_heads * a.row_groups, n_heads = c_.n_kv_heads * c_.group;
     std::vector<float> partials(size_t(c_.n_streams) * (c_.n_splits + 1) * n_pairs * S::kPartialFloats, NAN);
     std::vector<int> arrived(c_.n_streams * n_pairs);
@@ -289,8 +289,8 @@ private:
     a.partials = partials.data();
     a.arrived = arrived.data();
     a.output = output.data();
-    simt::Machine::launch(std::min(2, a.n_streams * a.n_splits), n_pairs, S::kThreads, S::kSharedBytes,
-                          [&] { AttendKernel<S>::run(a); });
+    simt::Machine::launch({std::min(2, a.n_streams * a.n_splits), c_.n_kv_heads, a.row_groups}, S::kThreads,
+                          S::kSharedBytes, [&] { AttendKernel<S>::run(a); });
 
     std::vector<double> expected;
     for (int i = 0; i < c_.n_streams * c_.n_tokens * n_heads; i++) {

@@ -12,7 +12,7 @@ namespace thimble::cuda {
 namespace {
 
 void run_choose(const RetrieveArgs& a) {
-  simt::Machine::launch(1, a.n_streams * a.n_kv_heads, RetrieveKernel::kThreads, RetrieveKernel::kSharedBytes, [&] {
+  simt::Machine::launch({1, a.n_streams * a.n_kv_heads}, RetrieveKernel::kThreads, RetrieveKernel::kSharedBytes, [&] {
     a.row_groups == 1 ? RetrieveKernel::choose<true>(a) : RetrieveKernel::choose<false>(a);
   });
 }
@@ -98,7 +98,7 @@ TEST(CudaRetrieve, GathersRows) {
   a.cells = cells.data();
   a.keys = out_keys.data();
   a.values = out_values.data();
-  simt::Machine::launch(2, kPairs, RetrieveKernel::kThreads, 0, [&] { RetrieveKernel::gather(a); });
+  simt::Machine::launch({2, kPairs}, RetrieveKernel::kThreads, 0, [&] { RetrieveKernel::gather(a); });
   for (int i = 0; i < kPairs * kTop; i++) {
     if (cells[i] < 0) continue;
     const size_t from = (size_t(i / kTop) * kCells + cells[i]) * kDim;
@@ -130,7 +130,7 @@ void check_decode(Kind kind) {
   a.cache = {cache.data(), 0, 2 * a.codec.block_bytes(), a.codec.block_bytes()};
   a.is_key = kind == Kind::key;
   a.rows = rows.data();
-  simt::Machine::launch(kCells / 64, kHeads, 256, 0, [&] { DecodeKernel<D, W>::run(a); });
+  simt::Machine::launch({kCells / 64, kHeads}, 256, 0, [&] { DecodeKernel<D, W>::run(a); });
   for (int i = 0; i < kHeads * kCells * D; i++) {
     EXPECT_EQ(rows[i], float_to_half(heads[i / D / kCells].decoded[i % (kCells * D)]));
   }

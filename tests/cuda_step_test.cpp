@@ -69,7 +69,7 @@ public:
     w.displaced = displaced.data();
     w.hidden = hidden_.data();
     w.hidden_stream_stride = hidden_.size();
-    simt::Machine::launch(1, 1, WindowKernel::kThreads, 0, [&] { WindowKernel::run(w); });
+    simt::Machine::launch({1, 1}, WindowKernel::kThreads, 0, [&] { WindowKernel::run(w); });
     LeaveArgs leave;
     leave.layers = &layer_;
     leave.n_layers = 1;
@@ -78,7 +78,7 @@ public:
     leave.cells = displaced.data();
     leave.slots = slots.data();
     leave.tokens_per_block = 4;
-    simt::Machine::launch((n + 3) / 4, 2 * kHeads, Prepare::kThreads, Prepare::kSharedBytes,
+    simt::Machine::launch({(n + 3) / 4, 2 * kHeads}, Prepare::kThreads, Prepare::kSharedBytes,
                           [&] { Prepare::run_leaving(leave); });
     if (n > kMaxTokens) {
       PrepareArgs p = layer_;
@@ -89,7 +89,7 @@ public:
       p.key_head_stride = p.value_head_stride = kDim;
       p.cells = cells.data();
       p.window.slots = slots.data();
-      simt::Machine::launch(n, 2 * kHeads, Prepare::kThreads, Prepare::kSharedBytes, [&] { Prepare::run(p); });
+      simt::Machine::launch({n, 2 * kHeads}, Prepare::kThreads, Prepare::kSharedBytes, [&] { Prepare::run(p); });
       return 0;
     }
     return attend(cells, keys, values);
@@ -109,7 +109,6 @@ private:
     a.group = kGroup;
     a.head_dim = kDim;
     a.n_cells = kCells;
-    a.row_groups = (n * kGroup + kRowGroup - 1) / kRowGroup;
     a.keys = view_[0];
     a.values = view_[1];
     a.key_codec = layer_.key_codec;
@@ -129,13 +128,15 @@ private:
     a.fresh.tokens = tokens_.data();
     a.fresh.window_keys = rows_[0].data();
     a.fresh.window_values = rows_[1].data();
+    deal_out(a, 1, 0);
     const int pairs = kHeads * a.row_groups;
     std::vector<float> partials(2 * pairs * Shape::kPartialFloats), output(queries.size(), NAN);
     std::vector<int> arrived(pairs);
     a.partials = partials.data();
     a.arrived = arrived.data();
     a.output = output.data();
-    simt::Machine::launch(1, pairs, Shape::kThreads, Shape::kSharedBytes, [&] { AttendKernel<Shape>::run(a); });
+    simt::Machine::launch({1, kHeads, a.row_groups}, Shape::kThreads, Shape::kSharedBytes,
+                          [&] { AttendKernel<Shape>::run(a); });
 
     std::vector<double> expected;
     std::vector<float> transformed(kDim), k(kDim), v(kDim), mean(kDim), out(kDim);

@@ -15,8 +15,8 @@ int blocks_per_pair(const DeviceInfo& device, int pairs) {
 // Blocks of coded cells that take as long as a stream's exact rows, which are one split's; where that is more than a
 // split's share, all of it.
 int exact_blocks(int n_blocks, int n_exact, int splits) {
-  constexpr int kRowsPerBlock = 6;
-  return splits == 1 ? 0 : std::min(n_exact / kRowsPerBlock, n_blocks / (splits - 1));
+  constexpr int kFixed = 8, kRowsPerBlock = 32;
+  return splits == 1 || n_exact == 0 ? 0 : std::min(kFixed + n_exact / kRowsPerBlock, n_blocks / (splits - 1));
 }
 
 // Splits of a stream's cells: the number that makes the busiest thread block end first. Each warp of a block takes
@@ -95,12 +95,11 @@ Status check(const AttendArgs& args) {
 }
 
 void plan(const DeviceInfo& device, AttendArgs& args) {
-  args.row_groups = row_groups(args.n_tokens, args.group);
-  const int lanes = blocks_per_pair(device, args.n_kv_heads * args.row_groups);
+  const int lanes = blocks_per_pair(device, args.n_kv_heads * row_groups(args.n_tokens, args.group));
   const int n_blocks = args.n_cells / kBlockCells, n_exact = args.exact[0].capacity + args.exact[1].capacity;
-  args.n_splits = choose_splits(args.n_streams, n_blocks, n_exact, lanes,
-                                attend_warps(args.head_dim, args.key_codec.width, args.value_codec.width));
-  args.exact_blocks = exact_blocks(n_blocks, n_exact, args.n_splits);
+  const int n_splits = choose_splits(args.n_streams, n_blocks, n_exact, lanes,
+                                     attend_warps(args.head_dim, args.key_codec.width, args.value_codec.width));
+  deal_out(args, n_splits, exact_blocks(n_blocks, n_exact, n_splits));
 }
 
 // Counters come first in a workspace, in a part of constant size: calls of other shapes must find them zero.
@@ -125,7 +124,8 @@ Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t
   if (size_t(args.n_streams) * pairs * sizeof(int) > kCounterBytes) return Status::unsupported("too many streams");
   args.arrived = static_cast<int*>(workspace);
   args.partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + kCounterBytes);
-  const dim3 grid(std::min(blocks_per_pair(device, pairs), args.n_streams * args.n_splits), pairs);
+  const dim3 grid(std::min(blocks_per_pair(device, pairs), args.n_streams * args.n_splits), args.n_kv_heads,
+                  args.row_groups);
   switch (args.head_dim) {
     case 64:
       return launch_attend_64(device, args, grid, stream);
@@ -150,7 +150,8 @@ Status score_cells(const DeviceInfo& device, ScoreArgs score, cudaStream_t strea
   if (!score.scores || !score.tops || !score.all_hidden) return Status::invalid("place for scores is missing");
   plan(device, args);
   const int pairs = args.n_kv_heads * args.row_groups;
-  const dim3 grid(std::min(blocks_per_pair(device, pairs), args.n_streams * args.n_splits), pairs);
+  const dim3 grid(std::min(blocks_per_pair(device, pairs), args.n_streams * args.n_splits), args.n_kv_heads,
+                  args.row_groups);
   switch (args.head_dim) {
     case 64:
       return launch_score_64(device, score, grid, stream);

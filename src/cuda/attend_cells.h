@@ -72,7 +72,7 @@ struct AttendCells {
 
   SIMT static Row make_row(const AttendArgs& a, int stream, int t) {
     // Rows that only pad the group follow the last token; nobody reads their results.
-    const int token = (simt::block_y() % a.row_groups * S::kRows + t) / a.group;
+    const int token = Items::query_row(a, t).token;
     Row r;
     r.t = t;
     r.mask =
@@ -81,11 +81,10 @@ struct AttendCells {
   }
 
   SIMT static void store_slopes(const AttendArgs& a) {
-    const int t = simt::thread(), head = simt::block_y() / a.row_groups;
+    const int t = simt::thread();
     if (t >= S::kRows) return;
-    const int row = simt::block_y() % a.row_groups * S::kRows + t;
     reinterpret_cast<float*>(simt::shared() + S::kSlopes)[t] =
-        a.slopes ? a.slopes[head * a.group + row % a.group] * kLog2e : kLog2e;
+        a.slopes ? a.slopes[Items::query_row(a, t).head] * kLog2e : kLog2e;
   }
 
   // ---- one block of 64 cells

@@ -21,11 +21,10 @@ struct AttendCombine {
   /// Normalizes one output component, coded (still transformed) and exact, and puts them where `write_output` looks for
   /// them.
   SIMT static void normalize(const AttendArgs& a, int r, int d, const Part& coded, const Part& exact) {
-    const int head = simt::block_y() / a.row_groups, row = simt::block_y() % a.row_groups * S::kRows + r;
     const float maximum = fmaxf(coded.maximum, exact.maximum);
     const float c = simt::exp2_fast(coded.maximum - maximum), e = simt::exp2_fast(exact.maximum - maximum);
     float total = c * coded.weight + e * exact.weight;
-    if (a.sinks) total += simt::exp2_fast(a.sinks[head * a.group + row % a.group] * Cells::kLog2e - maximum);
+    if (a.sinks) total += simt::exp2_fast(a.sinks[Items::query_row(a, r).head] * Cells::kLog2e - maximum);
     const float inverse = total == 0 ? 0.0f : 1 / total;
     uint8_t* shared = simt::shared();
     reinterpret_cast<float*>(shared + S::kOutputs)[r * D + d] = c * coded.sum * inverse;
@@ -35,15 +34,14 @@ struct AttendCombine {
 
   /// Undoes the values' transform and writes the 4 rows out.
   SIMT static void write_output(const AttendArgs& a, int stream) {
-    const int head = simt::block_y() / a.row_groups, row_group = simt::block_y() % a.row_groups;
+    const int head = simt::block_y();
     const float* rows = reinterpret_cast<const float*>(simt::shared() + S::kOutputs);
     const float* weights = reinterpret_cast<const float*>(simt::shared() + S::kWeights);
     const float* exact = rows + S::kRows * D;
     const auto target = [&](int r) -> float* {
-      const int row = row_group * S::kRows + r, token = row / a.group;
-      if (token >= a.n_tokens) return nullptr;
-      const size_t at = (size_t(stream) * a.n_tokens + token) * a.n_kv_heads * a.group + head * a.group + row % a.group;
-      return a.output + at * D;
+      const auto row = Items::query_row(a, r);
+      if (row.token >= a.n_tokens) return nullptr;
+      return a.output + ((size_t(stream) * a.n_tokens + row.token) * a.n_kv_heads * a.group + row.head) * D;
     };
     if (a.value_codec.undo) {
       // Threads share each component's sum, so that few loads wait for one another.
@@ -54,7 +52,7 @@ struct AttendCombine {
       static_assert(kParts >= 1 && kParts * S::kRows * D * 4 <= S::kSumsBytes);
       const int thread = simt::thread_again(), d = thread % D, part = thread / D;
       float sum[S::kRows] = {};
-      SIMT_UNROLL_SOME
+      SIMT_UNROLL_BY(16)
       for (int k = 0; k < kTerms; k++) {
         const int i = part * kTerms + k;
         const float m = simt::load_constant(matrix + i * D + d);
@@ -64,6 +62,7 @@ struct AttendCombine {
       SIMT_UNROLL
       for (int r = 0; r < S::kRows; r++) partial[(part * S::kRows + r) * D + d] = sum[r];
       simt::sync();
+      SIMT_NO_UNROLL
       for (int o = simt::thread_again(); o < S::kRows * D; o += S::kThreads) {
         const int r = o / D;
         float* out = target(r);
@@ -88,8 +87,9 @@ struct AttendCombine {
     }
   }
 
-  /// Adds the warps up; then either writes the output or leaves a partial result for the last block to arrive.
-  SIMT static void finish_item(const AttendArgs& a, const Lane& l, Running& run, int item) {
+  /// Adds the warps up; then either normalizes or leaves a partial result for the last block to arrive. Returns whether
+  /// the outputs are there, after a barrier.
+  SIMT static bool finish_item(const AttendArgs& a, const Lane& l, Running& run, int item) {
     uint8_t* shared = simt::shared();
     float* sums = reinterpret_cast<float*>(shared + S::kSums);
     float* states = reinterpret_cast<float*>(shared + S::kStates);
@@ -111,6 +111,7 @@ struct AttendCombine {
       const float* at = Partials::at(a, stream, a.n_splits);
       return Exact::any(a) ? Part{Partials::maximum(at, o), Partials::weight(at, o), Partials::sum(at, o)} : Part();
     };
+    SIMT_NO_UNROLL
     for (int o = simt::thread_again(); o < S::kRows * D; o += S::kThreads) {
       const int r = o / D, d = o % D;
       const Part part = combine(
@@ -126,14 +127,15 @@ struct AttendCombine {
       int* last = reinterpret_cast<int*>(shared + S::kLast);
       simt::fence();
       simt::sync();
-      int* arrived = a.arrived + size_t(stream) * pairs + simt::block_y();
+      int* arrived = a.arrived + size_t(stream) * pairs + Items::pair(a);
       if (simt::thread() == 0) {
         *last = simt::atomic_add(arrived, 1) == a.n_splits - 1;
         if (*last) *arrived = 0;
       }
       simt::sync();
-      if (!*last) return;  // all threads alike
+      if (!*last) return false;  // all threads alike
       simt::fence();
+      SIMT_NO_UNROLL
       for (int o = simt::thread_again(); o < S::kRows * D; o += S::kThreads) {
         const float* first = Partials::at(a, stream, 0);
         const size_t stride = size_t(pairs) * S::kPartialFloats;
@@ -145,9 +147,7 @@ struct AttendCombine {
         normalize(a, o / D, o % D, coded, exact);
       }
     }
-    simt::sync();
-    write_output(a, stream);
-    if constexpr (!S::kOwnOutputs) simt::sync();
+    return true;
   }
 };
 

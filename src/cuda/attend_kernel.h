@@ -15,6 +15,8 @@ struct AttendKernel {
   using Tables = AttendTables<S>;
   using Cells = AttendCells<S>;
   using Exact = AttendExact<S>;
+  using Combine = AttendCombine<S>;
+  using Partials = AttendPartials<S>;
   using Lane = typename Cells::Lane;
   using Running = typename Cells::Running;
   using Row = typename Cells::Row;
@@ -33,7 +35,7 @@ struct AttendKernel {
   SIMT static void find(const AttendArgs& a, int warp, Blocks& b) {
     for (; b.item < Items::n_items(a); b.item += simt::blocks_x()) {
       const int stream = Items::stream_of(a, b.item), split = b.item - stream * a.n_splits;
-      const int head = simt::block_y() / a.row_groups;
+      const int head = simt::block_y();
       b.index = Items::block_begin(a, split) + warp;
       b.left = (Items::block_begin(a, split + 1) - b.index + S::kWarps - 1) / S::kWarps;
       if (b.left <= 0) continue;
@@ -53,7 +55,7 @@ struct AttendKernel {
     if (n > S::kWarps || !(a.mask || a.hidden)) return n > 0;
     bool sees = false;
     if (l.warp < n) {
-      const int block = l.warp, head = simt::block_y() / a.row_groups;
+      const int block = l.warp, head = simt::block_y();
       uint32_t cells = 3;  // two of them, a lane
       if (a.hidden) {
         const size_t word = stream * a.hidden_stream_stride + head * a.hidden_head_stride + block * 2 + l.lane / 16;
@@ -71,22 +73,30 @@ struct AttendKernel {
   }
 
   /// Before any codes, which would take registers: the exact rows of this block's items, first splits all, with the
-  /// first one's queries on their way. Returns whether there is anything coded to attend to, too.
-  SIMT static bool attend_exact(const AttendArgs& a, const Lane& l) {
-    if (!Exact::any(a)) return true;
+  /// first item's queries and new rows on their way. Where nothing is `coded`, the only item's outputs are at hand
+  /// then.
+  SIMT static void attend_exact(const AttendArgs& a, bool coded) {
     const int first = simt::block_x();
     SIMT_NO_UNROLL
     for (int item = first; item < Items::n_items(a); item += simt::blocks_x()) {
       const int stream = Items::stream_of(a, item);
       if (item != stream * a.n_splits) continue;
-      if (item != first) Tables::fetch_queries(a, item);
+      if (item != first) {
+        Tables::fetch_queries(a, item);
+        Exact::write_new_rows(a, stream);
+      }
       simt::wait_for_copies();
       simt::sync();
-      Exact::attend(a, stream);
+      Exact::attend(a, stream, [&](int o, const Part& part) {
+        if (coded) {
+          Partials::leave(Partials::at(a, stream, a.n_splits), o, part);
+        } else {
+          Combine::normalize(a, o / D, o % D, Part(), part);
+        }
+      });
+      simt::sync();
     }
-    const bool is_alone = first + simt::blocks_x() >= Items::n_items(a);
-    if (!is_alone) Tables::fetch_queries(a, first);
-    return !is_alone || a.n_splits > 1 || sees_codes(a, l, first);
+    if (first + simt::blocks_x() < Items::n_items(a)) Tables::fetch_queries(a, first);
   }
 
   SIMT static void run(const AttendArgs& a) {
@@ -106,9 +116,8 @@ struct AttendKernel {
     };
     for (int n = 0; n < 2 && n < next.left; n++) prefetch(n);
     constexpr int kShare = kCodewords * D / S::kWarps;  // of the head's codewords, for the score table
-    simt::prefetch_l2<kShare>(reinterpret_cast<const uint8_t*>(a.key_codec.packed) +
-                                  (simt::block_y() / a.row_groups * S::kWarps + l.warp) * kShare,
-                              l.lane);
+    simt::prefetch_l2<kShare>(
+        reinterpret_cast<const uint8_t*>(a.key_codec.packed) + (simt::block_y() * S::kWarps + l.warp) * kShare, l.lane);
     if (Exact::any(a) && simt::block_x() % a.n_splits == 0) Exact::prefetch(a, Items::stream_of(a, simt::block_x()));
     Tables::copy_scales(a);
     Cells::store_slopes(a);
@@ -116,9 +125,20 @@ struct AttendKernel {
     Tables::load_value_words(a, value_words);
     simt::wait_for_previous_grid();
 
-    Tables::fetch_queries(a, simt::block_x());
-    const bool coded = attend_exact(a, l);
+    const int first = simt::block_x();
+    Tables::fetch_queries(a, first);
+    bool coded = true;
+    if (Exact::any(a)) {
+      if (first % a.n_splits == 0) Exact::write_new_rows(a, Items::stream_of(a, first));
+      const bool is_alone = first + simt::blocks_x() >= Items::n_items(a);
+      coded = !is_alone || a.n_splits > 1 || sees_codes(a, l, first);
+    }
     if (coded) Tables::fill_value_table(value_words);
+    if (Exact::any(a)) attend_exact(a, coded);
+    if (!coded) {
+      Combine::write_output(a, first);
+      return;
+    }
     uint4 key_codes[kKeyLoads], value_codes[kValueLoads], key_scales, value_scales;
     const auto load_keys = [&] {
       SIMT_UNROLL
@@ -138,12 +158,10 @@ struct AttendKernel {
     simt::sync();
 
     for (int item = simt::block_x(); item < Items::n_items(a); item += simt::blocks_x()) {
-      const int stream = Items::stream_of(a, item), head = simt::block_y() / a.row_groups;
+      const int stream = Items::stream_of(a, item), head = simt::block_y();
       const Row row = Cells::make_row(a, stream, l.t);
-      if (coded) {
-        Tables::transform_queries(a);
-        Tables::fill_score_table(a);
-      }
+      Tables::transform_queries(a);
+      Tables::fill_score_table(a);
       Running run;
       run.maximum = kNoMaximum;
       run.weight = 0;
@@ -167,7 +185,7 @@ struct AttendKernel {
       uint32_t mask_at = row.mask + now.index * kBlockCells + l.g * 8;
       uint32_t hidden_at =
           uint32_t(stream * a.hidden_stream_stride + head * a.hidden_head_stride) + now.index * 2 + l.g / 4;
-      for (int left = mine && coded ? now.left : 0; left > 0;
+      for (int left = mine ? now.left : 0; left > 0;
            left--, mask_at += S::kWarps * kBlockCells, hidden_at += S::kWarps * 2) {
         const uint8_t* these_values = values;
         // After the last block of all the pointers stay, and it is read once more in vain.
@@ -223,9 +241,12 @@ struct AttendKernel {
         if constexpr (S::kDeep) load_values(values);
         value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
       }
-      if (coded) run.maximum += row.offset();
+      run.maximum += row.offset();
       simt::wait_for_copies();
-      AttendCombine<S>::finish_item(a, l, run, item);
+      if (!Combine::finish_item(a, l, run, item)) continue;
+      simt::sync();
+      Combine::write_output(a, stream);
+      if constexpr (!S::kOwnOutputs) simt::sync();
     }
   }
 };

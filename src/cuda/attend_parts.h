@@ -19,6 +19,7 @@ template <typename M, typename W, typename V>
 SIMT Part combine(int n, M m, W w, V v) {
   constexpr int kBatch = 8;
   Part all;
+  SIMT_NO_UNROLL
   for (int first = 0; first < n; first += kBatch) {
     float maxima[kBatch], weights[kBatch], sums[kBatch];
     SIMT_UNROLL
@@ -54,7 +55,8 @@ struct AttendPartials {
   SIMT static float* at(const AttendArgs& a, int stream, int i) {
     const bool has_exact = a.exact[0].capacity + a.exact[1].capacity > 0;
     const size_t part = size_t(stream) * (a.n_splits + has_exact) + i;
-    return a.partials + (part * a.n_kv_heads * a.row_groups + simt::block_y()) * S::kPartialFloats;
+    return a.partials +
+           (part * a.n_kv_heads * a.row_groups + simt::block_y() * a.row_groups + simt::block_z()) * S::kPartialFloats;
   }
   SIMT static void leave(float* at, int o, const Part& part) {
     at[o] = part.sum;

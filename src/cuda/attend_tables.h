@@ -13,12 +13,25 @@ template <typename S>
 struct AttendItems {
   static constexpr int D = S::kHeadDim;
 
-  // Divisions are slow, and there is seldom anything to divide. A first split that has exact rows, too, takes fewer
-  // blocks.
-  SIMT static int stream_of(const AttendArgs& a, int item) { return a.n_splits == 1 ? item : item / a.n_splits; }
+  /// What query row r of this thread block's 4 belongs to. Rows that only pad the group are of tokens that are not
+  /// there.
+  struct QueryRow {
+    int token, head;
+  };
+  SIMT static QueryRow query_row(const AttendArgs& a, int r) {
+    const int row = simt::block_z() * S::kRows + r, token = int(uint32_t(row) * a.group_inverse >> 16);
+    return {token, simt::block_y() * a.group + row - token * a.group};
+  }
+  /// The thread block's number among those of a split.
+  SIMT static int pair(const AttendArgs& a) { return simt::block_y() * a.row_groups + simt::block_z(); }
+
+  SIMT static int stream_of(const AttendArgs& a, int item) {
+    return a.n_splits == 1 ? item : int(simt::multiply_high(uint32_t(item), a.splits_inverse));
+  }
+  /// A first split that has exact rows, too, takes fewer blocks.
   SIMT static int block_begin(const AttendArgs& a, int split) {
-    if (a.n_splits == 1) return a.n_cells / kBlockCells * split;
-    const int at = int(uint32_t(a.n_cells / kBlockCells + a.exact_blocks) * split / a.n_splits) - a.exact_blocks;
+    const int larger = split < a.n_larger_splits ? split : a.n_larger_splits;
+    const int at = split * a.split_blocks + larger - a.exact_blocks;
     return at > 0 ? at : 0;
   }
   SIMT static int n_items(const AttendArgs& a) { return a.n_streams * a.n_splits; }
@@ -41,7 +54,7 @@ struct AttendTables {
   using ValueWords = uint32_t[kThreadEntries][kEntryWords];
 
   SIMT static void load_value_words(const AttendArgs& a, ValueWords& words) {
-    const uint32_t* packed = a.value_codec.packed + size_t(simt::block_y() / a.row_groups) * kCodewords * (D / 4);
+    const uint32_t* packed = a.value_codec.packed + size_t(simt::block_y()) * kCodewords * (D / 4);
     SIMT_UNROLL
     for (int k = 0; k < kThreadEntries; k++) {
       SIMT_UNROLL
@@ -82,13 +95,10 @@ struct AttendTables {
   }
 
   SIMT static void copy_scales(const AttendArgs& a) {
-    const int head = simt::block_y() / a.row_groups;
-    for (int m = simt::thread(); m < MV; m += S::kThreads) {
-      simt::copy_async<4>(simt::shared() + S::kScales + m * 4, a.value_codec.scale + head * MV + m);
-    }
-    for (int m = simt::thread(); m < MK; m += S::kThreads) {
-      simt::copy_async<4>(simt::shared() + S::kKeyScales + m * 4, a.key_codec.scale + head * MK + m);
-    }
+    static_assert(MK <= S::kThreads && MV <= S::kThreads);
+    const int head = simt::block_y(), m = simt::thread();
+    if (m < MV) simt::copy_async<4>(simt::shared() + S::kScales + m * 4, a.value_codec.scale + head * MV + m);
+    if (m < MK) simt::copy_async<4>(simt::shared() + S::kKeyScales + m * 4, a.key_codec.scale + head * MK + m);
   }
 
   /// Signed byte `i` of a word whose bytes were XORed with 0x80, without the slow conversion unit.
@@ -99,16 +109,16 @@ struct AttendTables {
   /// Starts copying an item's queries to shared memory, as the model wrote them.
   SIMT static void fetch_queries(const AttendArgs& a, int item) {
     if (item >= Items::n_items(a)) return;
-    const int stream = Items::stream_of(a, item), head = simt::block_y() / a.row_groups;
-    for (int i = simt::thread_again(); i < S::kRows * D / 4; i += S::kThreads) {
-      const int row = simt::block_y() % a.row_groups * S::kRows + i / (D / 4), token = row / a.group;
-      uint4* to = reinterpret_cast<uint4*>(simt::shared() + S::kQueries) + i;
-      if (token < a.n_tokens) {
-        simt::copy_async<16>(to, a.queries + stream * a.query_stream_stride + token * a.query_token_stride +
-                                     (head * a.group + row % a.group) * a.query_head_stride + i % (D / 4) * 4);
-      } else {
-        *to = make_uint4(0, 0, 0, 0);
-      }
+    static_assert(S::kRows * D / 4 <= S::kThreads);
+    const int i = simt::thread_again();
+    if (i >= S::kRows * D / 4) return;
+    const auto row = Items::query_row(a, i / (D / 4));
+    uint4* to = reinterpret_cast<uint4*>(simt::shared() + S::kQueries) + i;
+    if (row.token < a.n_tokens) {
+      simt::copy_async<16>(to, a.queries + Items::stream_of(a, item) * a.query_stream_stride +
+                                   row.token * a.query_token_stride + row.head * a.query_head_stride + i % (D / 4) * 4);
+    } else {
+      *to = make_uint4(0, 0, 0, 0);
     }
   }
 
@@ -122,10 +132,10 @@ struct AttendTables {
     constexpr int kParts = S::kThreads / D, kTerms = D / kParts;
     if (a.key_codec.undo) {
       static_assert(kParts >= 1 && kParts * S::kRows * D * 4 <= S::kSumsBytes);
-      const float* matrix = a.key_codec.undo + size_t(simt::block_y() / a.row_groups) * D * D;
+      const float* matrix = a.key_codec.undo + size_t(simt::block_y()) * D * D;
       const int thread = simt::thread_again(), d = thread % D, part = thread / D;
       float sum[S::kRows] = {};
-      SIMT_UNROLL_SOME
+      SIMT_UNROLL_BY(16)
       for (int k = 0; k < kTerms; k++) {
         const int i = part * kTerms + k;
         const float m = simt::load_constant(matrix + i * D + d);
@@ -156,7 +166,7 @@ struct AttendTables {
       for (int mask = 1; mask < 32; mask *= 2) top = simt::max_nan(top, simt::shuffle_xor(top, mask));
       float along_mean = 0;
       if (a.key_codec.mean && a.softcap == 0) {
-        const float* mean = a.key_codec.mean + size_t(simt::block_y() / a.row_groups) * D;
+        const float* mean = a.key_codec.mean + size_t(simt::block_y()) * D;
         for (int d = lane; d < D; d += 32) along_mean += queries[r * D + d] * simt::load_constant(mean + d);
         SIMT_UNROLL
         for (int mask = 1; mask < 32; mask *= 2) along_mean += simt::shuffle_xor(along_mean, mask);
@@ -175,7 +185,7 @@ struct AttendTables {
 
   SIMT static void fill_score_table(const AttendArgs& a) {
     constexpr int W = S::kKeyWidth;
-    const int head = simt::block_y() / a.row_groups;
+    const int head = simt::block_y();
     const float* queries = reinterpret_cast<const float*>(simt::shared() + S::kQueries);
     const uint8_t* packed = reinterpret_cast<const uint8_t*>(a.key_codec.packed) + size_t(head) * kCodewords * D;
     const int thread = simt::thread_again(), slot = thread % S::kKeySlots, first = thread / S::kKeySlots;

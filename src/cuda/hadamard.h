@@ -20,7 +20,7 @@ SIMT void hadamard_warp(float (&x)[D / 32], int lane) {
       x[i + half] = simt::sub_rn(a, b);
     }
   }
-  SIMT_UNROLL
+  SIMT_NO_UNROLL
   for (int mask = 1; mask < 32; mask *= 2) {
     SIMT_UNROLL
     for (int i = 0; i < N; i++) {

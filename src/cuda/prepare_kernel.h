@@ -35,7 +35,7 @@ struct PrepareKernel {
       const int d = simt::thread() % D;
       for (int i = simt::thread() / D; i < n; i += kThreads / D) {
         float sum = 0;
-        SIMT_UNROLL_SOME
+        SIMT_UNROLL_BY(32)
         for (int k = 0; k < D; k++) {
           sum = simt::add_rn(sum, simt::mul_rn(s.x[i][k], simt::load_constant(matrix + k * D + d)));
         }
@@ -64,7 +64,7 @@ struct PrepareKernel {
     const int i = simt::thread();
     if (i < n) {
       float square = 0;
-      SIMT_UNROLL_SOME
+      SIMT_UNROLL_BY(32)
       for (int d = 0; d < D; d++) square = simt::add_rn(square, simt::mul_rn(s.y[i][d], s.y[i][d]));
       const bool plain = square != 0 && finite(square);
       s.inverse_rms[i] = plain ? simt::div_rn(1.0f, simt::sqrt_rn(simt::div_rn(square, float(D)))) : 0.0f;
@@ -130,7 +130,7 @@ struct PrepareKernel {
     const int i = simt::thread();
     if (i < n && s.inverse_rms[i] != 0) {
       float along = 0, length = 0;
-      SIMT_UNROLL_SOME
+      SIMT_UNROLL_BY(32)
       for (int d = 0; d < D; d++) {
         along = simt::add_rn(along, simt::mul_rn(s.y[i][d], s.x[i][d]));
         length = simt::add_rn(length, simt::mul_rn(s.x[i][d], s.x[i][d]));

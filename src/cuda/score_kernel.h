@@ -35,7 +35,7 @@ struct ScoreKernel {
     const AttendArgs& a = args.attend;
     simt::launch_dependents();
     const Lane l = Cells::make_lane();
-    const int head = simt::block_y() / a.row_groups, row_group = simt::block_y() % a.row_groups;
+    const int head = simt::block_y(), row_group = simt::block_z();
     Tables::copy_scales(a);
     Cells::store_slopes(a);
     simt::wait_for_previous_grid();

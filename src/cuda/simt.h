@@ -13,8 +13,8 @@
 
 #define SIMT __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
-#define SIMT_NO_UNROLL _Pragma("unroll 1")
-#define SIMT_UNROLL_SOME _Pragma("unroll 32")
+#define SIMT_TEXT(x) #x
+#define SIMT_UNROLL_BY(n) _Pragma(SIMT_TEXT(unroll n))
 #define SIMT_NO_UNROLL _Pragma("unroll 1")
 
 namespace thimble::cuda::simt {
@@ -36,6 +36,9 @@ SIMT int block_x() {
 }
 SIMT int block_y() {
   return blockIdx.y;
+}
+SIMT int block_z() {
+  return blockIdx.z;
 }
 SIMT int blocks_x() {
   return gridDim.x;
@@ -101,6 +104,10 @@ SIMT void wait_for_previous_grid() {
 #endif
 }
 
+/// The upper half of a product.
+SIMT uint32_t multiply_high(uint32_t a, uint32_t b) {
+  return __umulhi(a, b);
+}
 /// Bytes of (b:a) picked by the four nibbles of `selector`.
 SIMT uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t r;

@@ -21,8 +21,7 @@
 
 #define SIMT inline
 #define SIMT_UNROLL
-#define SIMT_NO_UNROLL
-#define SIMT_UNROLL_SOME
+#define SIMT_UNROLL_BY(n)
 #define SIMT_NO_UNROLL
 
 struct uint2 {
@@ -64,18 +63,26 @@ public:
     return machine;
   }
 
-  /// Runs `body` once for every thread of every block of a grid [blocks_y][blocks_x].
+  struct Grid {
+    int x = 1, y = 1, z = 1;  // blocks
+  };
+
+  /// Runs `body` once for every thread of every block of a grid.
   /// Throws std::logic_error where some threads of a warp or block wait for others that have ended.
-  static void launch(int blocks_x, int blocks_y, int threads, size_t shared_bytes, const std::function<void()>& body) {
+  static void launch(Grid grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
     Machine machine(threads, shared_bytes, body);
     current() = &machine;
-    for (int y = 0; y < blocks_y; y++) {
-      for (int x = 0; x < blocks_x; x++) machine.run_block(x, y, blocks_x);
+    machine.blocks_x = grid.x;
+    for (int i = 0; i < grid.x * grid.y * grid.z; i++) {
+      machine.block_x = i % grid.x;
+      machine.block_y = i / grid.x % grid.y;
+      machine.block_z = i / grid.x / grid.y;
+      machine.run_block();
     }
     current() = nullptr;
   }
 
-  int thread = 0, threads, block_x = 0, block_y = 0, blocks_x = 1;
+  int thread = 0, threads, block_x = 0, block_y = 0, block_z = 0, blocks_x = 1;
   uint8_t* shared = nullptr;
 
   void sync() {
@@ -129,10 +136,7 @@ private:
     for (Fiber& fiber : fibers_) fiber.stack.resize(kStackBytes);
   }
 
-  void run_block(int x, int y, int n_blocks_x) {
-    block_x = x;
-    block_y = y;
-    blocks_x = n_blocks_x;
+  void run_block() {
     std::fill(memory_.begin(), memory_.end(), uint8_t{0xcd});  // shared memory is not cleared between blocks
     for (int i = 0; i < threads; i++) {
       Fiber& fiber = fibers_[i];
@@ -195,6 +199,9 @@ inline int block_x() {
 inline int block_y() {
   return Machine::current()->block_y;
 }
+inline int block_z() {
+  return Machine::current()->block_z;
+}
 inline int blocks_x() {
   return Machine::current()->blocks_x;
 }
@@ -255,6 +262,9 @@ inline void atomic_and(uint32_t* p, uint32_t x) {
 inline void launch_dependents() {}
 inline void wait_for_previous_grid() {}
 
+inline uint32_t multiply_high(uint32_t a, uint32_t b) {
+  return uint32_t(uint64_t(a) * b >> 32);
+}
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t r = 0;

@@ -13,7 +13,7 @@ inline constexpr int kMaxTokens = 8;  // of one attend call, a stream
 
 inline constexpr int kMaxTop = 4096;  // cells that retrieval chooses for a stream and KV head
 
-inline int row_groups(int n_tokens, int group) {
+inline constexpr int row_groups(int n_tokens, int group) {
   return (n_tokens * group + kRowGroup - 1) / kRowGroup;
 }
 
@@ -205,12 +205,30 @@ struct AttendArgs {
   /// f32 [n_streams][n_tokens][n_heads][head_dim].
   float* output = nullptr;
 
-  // Filled by `attend` from its workspace.
+  // Filled by deal_out.
   int n_splits = 1;
-  int exact_blocks = 0;       // blocks of coded cells that the first split has less than others, for its exact rows
+  int exact_blocks = 0;  // blocks of coded cells that the first split has less than others, for its exact rows
+  int split_blocks = 0, n_larger_splits = 0;       // blocks of coded cells of a split; the first ones have one more
+  uint32_t group_inverse = 0, splits_inverse = 0;  // for divisions, which take dozens of instructions otherwise
+
+  // Filled by `attend` from its workspace.
   float* partials = nullptr;  // [n_streams][n_splits, then exact rows][n_kv_heads * row_groups][4 * head_dim + 8]
   int* arrived = nullptr;     // [n_streams][n_kv_heads * row_groups], zero between calls
 };
+
+/// Says how `args`' cells are split. A stream's cells are `n_splits` items for thread blocks; what is the same for all
+/// is worked out here.
+inline void deal_out(AttendArgs& args, int n_splits, int exact_blocks) {
+  args.row_groups = row_groups(args.n_tokens, args.group);
+  args.n_splits = n_splits;
+  args.exact_blocks = exact_blocks;
+  args.split_blocks = (args.n_cells / 64 + exact_blocks) / n_splits;
+  args.n_larger_splits = (args.n_cells / 64 + exact_blocks) % n_splits;
+  // x / n is x * (2^k / n + 1) / 2^k where x / 2^k < 1 / n: query rows are less than 2^9, of groups of at most 2^6;
+  // items less than 2^22, of at most 2^8 splits.
+  args.group_inverse = (1u << 16) / uint32_t(args.group) + 1;
+  args.splits_inverse = n_splits == 1 ? 0 : uint32_t((1ull << 32) / uint32_t(n_splits) + 1);
+}
 
 /// Scoring of all cells. Of `attend`, values, exact rows, sinks and output are not looked at; what there is to fill in
 /// is as in RetrieveArgs.
