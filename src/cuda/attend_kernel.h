@@ -129,9 +129,10 @@ struct AttendKernel {
     Tables::fetch_queries(a, first);
     bool coded = true;
     if (Exact::any(a)) {
-      if (first % a.n_splits == 0) Exact::write_new_rows(a, Items::stream_of(a, first));
       const bool is_alone = first + simt::blocks_x() >= Items::n_items(a);
       coded = !is_alone || a.n_splits > 1 || sees_codes(a, l, first);
+      const int stream = Items::stream_of(a, first);
+      if (first == stream * a.n_splits) Exact::write_new_rows(a, stream);
     }
     if (coded) Tables::fill_value_table(value_words);
     if (Exact::any(a)) attend_exact(a, coded);
@@ -149,11 +150,6 @@ struct AttendKernel {
       SIMT_UNROLL
       for (int i = 0; i < kValueLoads; i++) value_codes[i] = simt::load_stream(p + i * 512 + l.lane * 16);
     };
-    if (next.left > 0) {
-      load_keys();
-      if constexpr (S::kDeep) load_values(values);
-      value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
-    }
     simt::wait_for_copies();
     simt::sync();
 
@@ -167,6 +163,11 @@ struct AttendKernel {
       run.weight = 0;
       SIMT_UNROLL
       for (int i = 0; i < Cells::kLaneSums; i++) run.sum[i] = 0;
+      if (item == first && next.left > 0) {  // not earlier: whatever reads shared memory would wait for them
+        load_keys();
+        if constexpr (S::kDeep) load_values(values);
+        value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
+      }
       simt::sync();
       Tables::fetch_queries(a, item + simt::blocks_x());
 

@@ -13,34 +13,35 @@ struct Part {
   float maximum = kNoMaximum, weight = 0, sum = 0;
 };
 
-/// Adds up `n` parts, part i with maximum m(i), weight w(i) and sum v(i), relative to the greatest maximum. Reads 8
-/// parts at a time before it uses any: they come from far away.
+/// Adds up `n` parts, part i with maximum m(i), weight w(i) and this lane's sum v(i), relative to the greatest maximum.
+/// A warp's lanes call it together, for numbers that share the maxima and weights: each looks at another part's, and
+/// reads 8 sums before it uses any, as they come from far away.
 template <typename M, typename W, typename V>
 SIMT Part combine(int n, M m, W w, V v) {
   constexpr int kBatch = 8;
+  const int lane = simt::thread_again() % 32;
   Part all;
   SIMT_NO_UNROLL
-  for (int first = 0; first < n; first += kBatch) {
-    float maxima[kBatch], weights[kBatch], sums[kBatch];
+  for (int first = 0; first < n; first += 32) {
+    const bool there = first + lane < n;
+    const float maximum = there ? m(first + lane) : kNoMaximum, weight = there ? w(first + lane) : 0.0f;
+    float top = fmaxf(all.maximum, maximum);
     SIMT_UNROLL
-    for (int i = 0; i < kBatch; i++) {
-      const bool there = first + i < n;
-      maxima[i] = there ? m(first + i) : kNoMaximum;
-      weights[i] = there ? w(first + i) : 0.0f;
-      sums[i] = there ? v(first + i) : 0.0f;
-    }
-    float top = all.maximum;
+    for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, simt::shuffle_xor(top, mask));
+    const float old = simt::exp2_fast(all.maximum - top), factor = simt::exp2_fast(maximum - top);
+    float total = factor * weight;
     SIMT_UNROLL
-    for (int i = 0; i < kBatch; i++) top = fmaxf(top, maxima[i]);
-    const float old = simt::exp2_fast(all.maximum - top);
+    for (int mask = 1; mask < 32; mask *= 2) total += simt::shuffle_xor(total, mask);
     all.maximum = top;
-    all.weight *= old;
+    all.weight = all.weight * old + total;
     all.sum *= old;
-    SIMT_UNROLL
-    for (int i = 0; i < kBatch; i++) {
-      const float factor = simt::exp2_fast(maxima[i] - all.maximum);
-      all.weight += factor * weights[i];
-      all.sum += factor * sums[i];
+    SIMT_NO_UNROLL
+    for (int batch = first; batch < n && batch < first + 32; batch += kBatch) {
+      float sums[kBatch];
+      SIMT_UNROLL
+      for (int i = 0; i < kBatch; i++) sums[i] = batch + i < n ? v(batch + i) : 0.0f;
+      SIMT_UNROLL
+      for (int i = 0; i < kBatch; i++) all.sum += simt::shuffle(factor, batch + i - first) * sums[i];
     }
   }
   return all;
