@@ -123,11 +123,9 @@ public:
     attention_.prepare(p_, n_threads_, kernels_);
     if (n_threads_ == 1) {
       attention_.attend(0);
-      attention_.combine(0);
       return;
     }
     all([this](int thread) { attention_.attend(thread); });
-    all([this](int thread) { attention_.combine(thread); });
   }
 
 private:

@@ -20,6 +20,7 @@ struct Case {
   WindowSize window{4, 20};
   float max_bias = 0, softcap = 0;
   bool sinks = false, mask = true;
+  bool blind = false;  // the mask hides everything
   int threads = 1;
   bool dense_transform = false;
   int top = 0;  // cells to retrieve; above 0 with an exact store
@@ -150,7 +151,7 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
       for (int i = 0; i < c.n_cells; i++) {
         const int position = before + t;
         uint16_t& m = mask[(size_t(s) * c.n_tokens + t) * c.n_cells + i];
-        if (i > position || i % 11 == 5)
+        if (i > position || i % 11 == 5 || c.blind)
           m = 0xfc00;
         else if (c.max_bias > 0)
           m = float_to_half(float(i - position));
@@ -194,7 +195,6 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
     all(&Attention::select);
   }
   all(&Attention::attend);
-  all(&Attention::combine);
   const bool from_store = c.top > 0 && c.n_tokens > kMaxCodeTokens;
   std::vector<std::set<int>> chosen;
   if (attention.retrieves()) chosen = retrieved(c, kernels, layer, p);
@@ -252,7 +252,7 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
           for (int d = 0; d < c.v_dim; d++) expected[d] += w * vs[i][h / c.group * c.v_dim + d];
         }
         for (int d = 0; d < c.v_dim; d++) {
-          const double e = expected[d] / sum;
+          const double e = sum > 0 ? expected[d] / sum : 0;  // nothing visible: zeros
           const double o = out[((size_t(s) * c.n_tokens + t) * n_heads + h) * c.v_dim + d];
           error += (e - o) * (e - o);
           size += e * e;
@@ -260,7 +260,7 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
       }
     }
   }
-  return error / size;
+  return size > 0 ? error / size : error;
 }
 
 class AttentionOn : public testing::TestWithParam<const Kernels*> {
@@ -305,6 +305,18 @@ TEST_P(AttentionOn, GroupsTokensStreamsAndThreads) {
         SCOPED_TRACE(testing::Message() << "group " << group << " tokens " << n_tokens << " threads " << threads);
         expect(c);
       }
+    }
+  }
+}
+
+TEST_P(AttentionOn, NothingToSeeGivesZeros) {
+  for (int n_tokens : {1, 9}) {
+    for (int threads : {1, 3}) {
+      Case c;
+      c.blind = true;
+      c.n_tokens = n_tokens;
+      c.threads = threads;
+      EXPECT_EQ(nmse_of(c, *GetParam()), 0) << n_tokens << " tokens, threads " << threads;
     }
   }
 }

@@ -1,6 +1,7 @@
 #include "attention/attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <functional>
@@ -95,7 +96,7 @@ void Attention::prepare_parts() {
     const int n_units = block_units() + units_of_tile() * (int(streams_[stream].exact.size()) + retrieved_tiles());
     for (int head = 0; head < n_kv_heads; head++) {
       for (int t = 0; t < p_.n_tokens; t += tokens_per_item) {
-        items_.push_back({stream, head, t, std::min(tokens_per_item, p_.n_tokens - t), n_units, 0, 0});
+        items_.push_back({stream, head, t, std::min(tokens_per_item, p_.n_tokens - t), n_units, 0, 0, 0});
         total += n_units;
       }
     }
@@ -107,6 +108,11 @@ void Attention::prepare_parts() {
   for (int i = 0; i < int(items_.size()); i++) {
     Item& item = items_[i];
     item.first_part = int(parts_.size());
+    const auto add_part = [&](int first_unit, int last_unit) {
+      parts_.push_back({i, thread, first_unit, last_unit, result});
+      result += 2 * softmax_size(item.n_tokens * group_);
+    };
+    if (item.n_units == 0) add_part(0, 0);  // whose result is zeros
     for (int unit = 0; unit < item.n_units;) {
       int64_t end = total * (thread + 1) / n_threads_ - begin;  // of the thread's stretch, from the item's first unit
       if (end <= unit) {
@@ -114,14 +120,13 @@ void Attention::prepare_parts() {
         continue;
       }
       end = std::min<int64_t>(end, item.n_units);
-      parts_.push_back({i, thread, unit, int(end), result});
-      result += 2 * softmax_size(item.n_tokens * group_);
+      add_part(unit, int(end));
       unit = int(end);
     }
-    item.n_parts = int(parts_.size()) - item.first_part;
+    item.n_parts = item.parts_left = int(parts_.size()) - item.first_part;
     begin += item.n_units;
   }
-  results_.resize(result);
+  results_ = reinterpret_cast<float*>(results_memory_.room(result * sizeof(float)));
   if (retrieves()) {
     scores_.resize(items_.size() * n_blocks_ * kBlockCells);
     retrieved_.resize(items_.size());
@@ -284,8 +289,8 @@ void Attention::attend_coded(const Item& item, int first_block, int last_block, 
     return;
   }
   const HeadCodec &k_codec = *cells.keys, &v_codec = *cells.values;
-  float* k_tile = memory.k_tile.data();
-  float* v_tile = memory.v_tile.data();
+  float* k_tile = tile(memory, Kind::key);
+  float* v_tile = tile(memory, Kind::value);
   for (int b = first_block; b < last_block; b++) {
     const int n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - int64_t(b) * kBlockCells));
     const Mask block_mask = mask.at(ptrdiff_t(b) * kBlockCells);
@@ -340,9 +345,10 @@ void Attention::attend_exact(const Item& item, const ExactTile& exact, const Que
     for (int i = 0; i < n; i++) {
       rows[i] = reinterpret_cast<const uint8_t*>(exact.rows[int(kind)][i] + size_t(item.kv_head) * dim);
     }
-    kernels_->load_rows(kind, rows, n, dim, kind == Kind::key ? memory.k_tile.data() : memory.v_tile.data());
+    kernels_->load_rows(kind, rows, n, dim, tile(memory, kind));
   }
-  kernels_->attend_tile(queries, {n, memory.k_tile.data(), memory.v_tile.data(), 0}, mask, softmax, memory.scratch);
+  kernels_->attend_tile(queries, {n, tile(memory, Kind::key), tile(memory, Kind::value), 0}, mask, softmax,
+                        memory.scratch);
 }
 
 void Attention::attend_part(const Part& part, ThreadMemory& memory) {
@@ -352,8 +358,6 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   const bool codes = !from_store() && sees_codes(item, hidden_of(item), part.first_unit, last_block);
   Queries plain, coded;
   load_queries(item, memory, plain, codes ? &coded : nullptr);
-  memory.k_tile.resize(size_t(kBlockCells) * p_.layer->keys().format().head_dim);
-  memory.v_tile.resize(size_t(kBlockCells) * p_.layer->values().format().head_dim);
   Softmax softmax[2];
   for (int i = 0; i < 2; i++) {
     float* at = &results_[part.result + i * softmax_size(n_rows)];
@@ -386,16 +390,11 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
 
 void Attention::attend(int thread) {
   for (const Part& part : parts_) {
-    if (part.thread == thread) attend_part(part, memory_[thread]);
-  }
-}
-
-void Attention::combine(int thread) {
-  int turn = 0;
-  for (const Item& item : items_) {
-    for (int t = 0; t < item.n_tokens; t++) {
-      if (turn++ % n_threads_ == thread) combine_token(item, t, memory_[thread]);
-    }
+    if (part.thread != thread) continue;
+    attend_part(part, memory_[thread]);
+    Item& item = items_[part.item];
+    if (std::atomic_ref(item.parts_left).fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+    for (int t = 0; t < item.n_tokens; t++) combine_token(item, t, memory_[thread]);
   }
 }
 

@@ -49,7 +49,7 @@ float alibi_slope(float max_bias, int n_heads, int head);
 /// Runs a problem on a team of threads:
 ///   one thread: attention.prepare(problem, n_threads)
 ///   barrier; where attention.retrieves(): all: attention.score(i); barrier; all: attention.select(i); barrier
-///   all: attention.attend(i); barrier; all: attention.combine(i)
+///   all: attention.attend(i)
 /// The same inputs and n_threads give the same bits. An object may be used for one problem after another.
 class Attention {
 public:
@@ -58,7 +58,6 @@ public:
   void score(int thread);
   void select(int thread);
   void attend(int thread);
-  void combine(int thread);
 
 private:
   // Query tokens that are attended together, for one stream and KV head. Their cells come in units of equal work,
@@ -67,9 +66,10 @@ private:
     int stream, kv_head, first_token, n_tokens;
     int n_units;
     int first_part, n_parts;
+    int parts_left;  // whoever brings it to 0 has seen the last part done, and combines them
   };
   // A thread's share of an item. Its result lies in results_: for the coded cells and then for the exact ones, each
-  // max[rows], sum[rows], acc[rows][value_dim].
+  // acc[rows][value_dim], max[rows], sum[rows], on cache lines of its own.
   struct Part {
     int item, thread;
     int first_unit, last_unit;
@@ -95,7 +95,8 @@ private:
     int cell;
   };
   struct ThreadMemory {
-    std::vector<float> q, q_coded, bias, slope, k_tile, v_tile;
+    std::vector<float> q, q_coded, bias, slope;
+    Scratch k_tile, v_tile;                 // a block's keys and values as tiles
     std::vector<float> sums, out, weights;  // of combine
     std::vector<uint16_t> exact_mask;
     std::vector<float> block_tops;  // of select
@@ -110,13 +111,21 @@ private:
   bool prefills() const { return p_.n_tokens > kMaxCodeTokens; }
   bool from_store() const { return p_.top > 0 && prefills(); }
   int block_units() const { return retrieves() && p_.drop_tail ? 0 : n_blocks_; }
-  int units_of_tile() const { return prefills() ? 1 : 4; }  // 64 exact rows take as long as four blocks of codes
+  // 64 exact rows take as long as six blocks of codes, but the last tile is seldom full.
+  int units_of_tile() const { return prefills() ? 1 : 5; }
   int retrieved_tiles() const {
     return retrieves() ? int((std::min<int64_t>(p_.top, p_.n_cells) + kBlockCells - 1) / kBlockCells) : 0;
   }
-  size_t softmax_size(int n_rows) const { return size_t(n_rows) * (2 + p_.value_dim); }
-  Softmax softmax_at(float* at, int n_rows) const { return {p_.value_dim, at, at + n_rows, at + 2 * n_rows}; }
-  Item all_tokens(int stream) const { return {stream, 0, 0, p_.n_tokens, 0, 0, 0}; }
+  size_t softmax_size(int n_rows) const { return (size_t(n_rows) * (2 + p_.value_dim) + 15) / 16 * 16; }
+  Softmax softmax_at(float* at, int n_rows) const {
+    float* max = at + size_t(n_rows) * p_.value_dim;
+    return {p_.value_dim, max, max + n_rows, at};
+  }
+  float* tile(ThreadMemory& memory, Kind kind) const {
+    const size_t floats = size_t(kBlockCells) * p_.layer->side(kind).format().head_dim;
+    return reinterpret_cast<float*>((kind == Kind::key ? memory.k_tile : memory.v_tile).room(floats * sizeof(float)));
+  }
+  Item all_tokens(int stream) const { return {stream, 0, 0, p_.n_tokens, 0, 0, 0, 0}; }
   Mask mask_of(const Item& item) const;
   uint64_t seen_by(const Item& item, const Mask& mask, int n_cells) const;
 
@@ -145,7 +154,8 @@ private:
   std::vector<float> scores_;         // [item][block][64], where retrieves()
   std::vector<Retrieved> retrieved_;  // by item, where retrieves()
   std::vector<Part> parts_;           // in order of items and of their cells
-  std::vector<float> results_;
+  Scratch results_memory_;
+  float* results_ = nullptr;
   std::vector<ThreadMemory> memory_;
 };
 

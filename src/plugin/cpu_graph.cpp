@@ -157,9 +157,8 @@ void CpuGraph::run_attend(ggml_tensor* dst, int thread, int n_threads, void* dat
     op.barrier.wait(n_threads);
   }
   attention.attend(thread);
-  op.barrier.wait(n_threads);
-  attention.combine(thread);
   if (!op.commits) return;
+  op.barrier.wait(n_threads);  // what leaves the window is coded into blocks that are being read
   op.layer->cache->code_leaving(thread, n_threads);
   if (op.barrier.is_last(n_threads)) op.layer->cache->end_commit();
 }
