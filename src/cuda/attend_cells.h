@@ -105,8 +105,7 @@ struct AttendCells {
   }
 
   /// Sums of score table entries of this lane's 8 cells.
-  template <typename Refill>
-  SIMT static void table_scores(const Lane& l, const uint4 (&codes)[kKeyLoads], float (&score)[8], Refill refill) {
+  SIMT static void table_scores(const Lane& l, const uint4 (&codes)[kKeyLoads], float (&score)[8]) {
     SIMT_UNROLL
     for (int j = 0; j < 8; j++) {
       float d[4] = {0, 0, 0, 0};
@@ -116,7 +115,6 @@ struct AttendCells {
         const uint32_t word = word_of(codes[n / 16], n % 16 / 4);
         const uint2 x = score_entry(l, word, n % 4, step), y = score_entry(l, word, n % 4 + 1, step + 1);
         simt::mma_f16(d, x.x, x.y, y.x, y.y, l.select, l.select);
-        if ((n + 2) % 16 == 0) refill(n / 16);
       }
       score[j] = l.t / 2 ? d[2] : d[0];
     }
@@ -256,9 +254,8 @@ struct AttendCells {
     }
   }
 
-  template <typename Refill>
   SIMT static void add_values(const Lane& l, Running& run, const uint4 (&codes)[kValueLoads], const uint32_t (&b)[2][2],
-                              float unit, Refill refill) {
+                              float unit) {
     constexpr int W = S::kValueWidth;
     SIMT_UNROLL
     for (int u = 0; u < kValueLoads; u++) {
@@ -274,7 +271,6 @@ struct AttendCells {
                        b[chunk][1]);
         }
       }
-      refill(u);
       const float scale = unit * reinterpret_cast<const float*>(simt::shared() + S::kScales)[l.g + 8 * u];
       SIMT_UNROLL
       for (int h = 0; h < W / 2; h++) {

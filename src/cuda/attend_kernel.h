@@ -207,14 +207,8 @@ struct AttendKernel {
           if (a.hidden) skip = a.hidden[hidden_at];
         }
         float x[8];
-        Cells::table_scores(l, key_codes, x, [&](int i) {
-          if constexpr (!S::kDeep) {
-            SIMT_UNROLL
-            for (int k = i * kValueLoads / kKeyLoads; k < (i + 1) * kValueLoads / kKeyLoads; k++) {
-              value_codes[k] = simt::load_stream(these_values + k * 512 + l.lane * 16);
-            }
-          }
-        });
+        if constexpr (!S::kDeep) load_values(these_values);
+        Cells::table_scores(l, key_codes, x);
         SIMT_UNROLL
         for (int i = 0; i < 4; i++) {
           const float2 scale = simt::unpack_half2(Cells::word_of(key_scales, i));
@@ -230,15 +224,8 @@ struct AttendKernel {
         if constexpr (S::kDeep) load_keys();
         uint32_t b[2][2];
         const float sum_unit = Cells::weigh(l, run, x, unit, value_scales, b);
-        Cells::add_values(l, run, value_codes, b, sum_unit, [&](int i) {
-          if constexpr (!S::kDeep) {
-            SIMT_UNROLL
-            for (int k = i * kKeyLoads / kValueLoads; k < (i + 1) * kKeyLoads / kValueLoads; k++) {
-              key_codes[k] = simt::load_stream(keys + k * 512 + l.lane * 16);
-            }
-          }
-        });
-        if constexpr (!S::kDeep) key_scales = simt::load_stream(keys + MK * kBlockCells + l.g * 16);
+        if constexpr (!S::kDeep) load_keys();
+        Cells::add_values(l, run, value_codes, b, sum_unit);
         if constexpr (S::kDeep) load_values(values);
         value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
       }

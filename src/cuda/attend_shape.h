@@ -81,7 +81,7 @@ struct AttendShape {
   static_assert(kAfter % 32 == 0 && kFactors % 16 == 0 && kMasks % 16 == 0 && kOutputs % 16 == 0);
   static_assert(Large || HeadDim == 256 || kSharedBytes <= 99 * 1024);
 
-  /// Codes are fetched a whole block ahead where registers allow it; else values while the same block's keys are used
+  /// Codes are fetched a whole block ahead where registers allow it; else values while the same block's keys are looked
   /// up, and keys while the values before them are. They are in L2 by then.
   static constexpr bool kDeep = kWarps == 8 && kKeySubspaces + kValueSubspaces <= 128;
 

@@ -79,7 +79,7 @@ struct ScoreKernel {
         if (a.mask) mask = simt::load_vector(a.mask + row.mask + index * kBlockCells + l.g * 8);
         const uint32_t skip = hidden ? hidden[index * 2 + l.g / 4] : 0;
         float x[8];
-        Cells::table_scores(l, codes, x, [](int) {});
+        Cells::table_scores(l, codes, x);
         SIMT_UNROLL
         for (int i = 0; i < 4; i++) {
           const float2 scale = simt::unpack_half2(Cells::word_of(scales, i));
