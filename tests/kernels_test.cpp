@@ -4,11 +4,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <random>
+#include <tuple>
 
 #include "codec/half.h"
 
@@ -176,13 +179,19 @@ struct Problem {
     v = gaussian(size_t(n_cells) * dim, seed + 1);
     q = gaussian(size_t(n_rows()) * dim, seed + 2);
     for (float& x : q) x *= query_size / std::sqrt(float(dim));
-    for (auto [memory, codec, x] : {std::tuple{&k_memory, &keys, &k}, {&v_memory, &values, &v}}) {
+    // Coding is slow, and most problems of a test have the same cells.
+    static std::map<std::tuple<int, int, double, size_t, unsigned>, std::array<std::vector<uint8_t>, 2>> coded;
+    auto& memories = coded[{dim, n_cells, bits, misalign, seed}];
+    for (auto [memory, codec, x] : {std::tuple{&memories[0], &keys, &k}, {&memories[1], &values, &v}}) {
+      if (!memory->empty()) continue;
       // Cells never written hold NaN.
       memory->assign(misalign + n_blocks() * codec->format.block_bytes(), 0xff);
       for (int i = 0; i < n_cells; i++) {
         store_cell(*codec, &(*x)[size_t(i) * dim], block(*memory, *codec, i / kBlockCells), i % kBlockCells);
       }
     }
+    k_memory = memories[0];
+    v_memory = memories[1];
     biases = gaussian(n_rows(), seed + 3);
     slopes.resize(n_rows());
     for (int row = 0; row < n_rows(); row++) slopes[row] = 1.0f / float(1 + row % group);
