@@ -4,15 +4,19 @@
 outliers_test.py THIMBLE OUTLIER_MODEL MODEL CALIBRATION_TEXT TEXT
 
 Measures the same model with and without outliers (tests/outlier_model.cpp), each against its own f16 cache, with
-calibrated 2-bit codes and with the uncalibrated codec, which only rotates.
+calibrated 2-bit codes and with the uncalibrated codec, which only rotates. THIMBLE_TEST_SIZE=small: less text, for
+sanitizers.
 """
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 thimble, outlier_model, plain, calibration_text, text = sys.argv[1:]
+small = os.environ.get("THIMBLE_TEST_SIZE") == "small"
+context, n_decode, n_calibrate, iterations = (320, 24, 384, 2) if small else (768, 64, 1024, 5)
 
 
 def run(*command):
@@ -21,8 +25,8 @@ def run(*command):
 
 def divergence(directory, model, *profile):
     result = directory / "result.json"
-    run(thimble, "eval", "-m", model, "-f", text, "-c", 768, "--decode", 64, "--first", 4, "--last", 32, "-t", 1,
-        "--kv", "2", "--json", result, *profile)
+    run(thimble, "eval", "-m", model, "-f", text, "-c", context, "--decode", n_decode, "--first", 4, "--last", 32,
+        "-t", 1, "--exact-run", model.with_suffix(".f16"), "--kv", "2", "--json", result, *profile)
     rows = json.loads(result.read_text())["rows"]
     assert [row["kv"] for row in rows] == ["f16", "2"]
     return rows[1]["kld_mean"]
@@ -37,8 +41,8 @@ with tempfile.TemporaryDirectory() as name:
     for model in ("plain", "outliers"):
         path, profile = directory / f"{model}.gguf", directory / f"{model}.profile"
         kld[model, "rotated"] = divergence(directory, path)  # before there is a profile beside the model
-        run(thimble, "calibrate", "-m", path, "-f", calibration_text, "-o", profile, "-n", 1024, "--window", 512,
-            "--context", 2048, "--bits", 2, "--even", "--iterations", 5, "-t", 1)
+        run(thimble, "calibrate", "-m", path, "-f", calibration_text, "-o", profile, "-n", n_calibrate,
+            "--window", n_calibrate // 2, "--context", 2048, "--bits", 2, "--even", "--iterations", iterations, "-t", 1)
         kld[model, "calibrated"] = divergence(directory, path, "--profile", profile)
     print({" ".join(k): round(v, 4) for k, v in kld.items()})
     assert kld["outliers", "calibrated"] < 2 * kld["plain", "calibrated"]

@@ -19,9 +19,9 @@ rng = random.Random(1)
 requests = []
 for i in range(N_REQUESTS):
     # Most are short; one in twenty is so long that most of its cells are neither in the window nor retrieved.
-    n_words = rng.randint(3, 25) if i % 20 else rng.randint(120, 200)
+    n_words = rng.randint(3, 15) if i % 20 else rng.randint(120, 200)
     first = rng.randrange(len(words) - n_words)
-    requests.append((" ".join(words[first:first + n_words]), rng.randint(2, 5)))
+    requests.append((" ".join(words[first:first + n_words]), rng.randint(2, 3)))
 
 
 def answer(s, request):
