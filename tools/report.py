@@ -32,6 +32,8 @@ def label(result, row):
     if row["method"] == "tailorkv":
         return f"TailorKV, {row['kv'].split('+')[1]} cells"
     name = row["kv"] if "+" in row["kv"] else row["kv"] + (" bit" if row["kv"] == "1" else " bits")
+    if "+" in row["kv"] and result.get("policy", "all") != "all":
+        name += ", policy=" + result["policy"]
     if row["method"] == "vecinfer":
         return name + ", VecInfer"
     return name + (", self-made text" if "sampled" in result["profile"] else "")
