@@ -51,6 +51,8 @@ def median_us(fn, n, repeats=11):
     with torch.cuda.graph(graph):
         for i in range(n):
             fn(i)
+    for _ in range(10):  # clocks settle
+        graph.replay()
     times = []
     for _ in range(repeats):
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -15,7 +15,7 @@ int blocks_per_pair(const DeviceInfo& device, int pairs) {
 // Blocks of coded cells that take as long as a stream's exact rows, which are one split's; where that is more than a
 // split's share, all of it.
 int exact_blocks(int n_blocks, int n_exact, int splits) {
-  constexpr int kFixed = 20, kRowsPerBlock = 32;
+  constexpr int kFixed = 32, kRowsPerBlock = 32;
   return splits == 1 || n_exact == 0 ? 0 : std::min(kFixed + n_exact / kRowsPerBlock, n_blocks / (splits - 1));
 }
 

@@ -123,6 +123,9 @@ struct AttendKernel {
     Cells::store_slopes(a);
     typename Tables::ValueWords value_words;
     Tables::load_value_words(a, value_words);
+    // The grid before this one need not have ended for the value table; whether a short context needs one is not known.
+    const bool is_short = Exact::any(a) && a.n_cells <= S::kWarps * kBlockCells;
+    if (!is_short) Tables::fill_value_table(value_words);
     simt::wait_for_previous_grid();
 
     const int first = simt::block_x();
@@ -134,7 +137,7 @@ struct AttendKernel {
       const int stream = Items::stream_of(a, first);
       if (first == stream * a.n_splits) Exact::write_new_rows(a, stream);
     }
-    if (coded) Tables::fill_value_table(value_words);
+    if (coded && is_short) Tables::fill_value_table(value_words);
     if (Exact::any(a)) attend_exact(a, coded);
     if (!coded) {
       Combine::write_output(a, first);
