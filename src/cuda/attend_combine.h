@@ -79,7 +79,7 @@ struct AttendCombine {
       float x[D / 32];
       SIMT_UNROLL
       for (int i = 0; i < D / 32; i++) x[i] = rows[r * D + lane * (D / 32) + i];
-      hadamard_warp<D>(x, lane);
+      hadamard_warp<D, true>(x, lane);
       if (float* out = target(r)) {
         SIMT_UNROLL
         for (int i = 0; i < D / 32; i++) out[lane * (D / 32) + i] = x[i] + exact[r * D + lane * (D / 32) + i];

@@ -159,7 +159,7 @@ struct AttendTables {
           x[i] = queries[r * D + lane * N + i];
         }
       }
-      if (!a.key_codec.undo) hadamard_warp<D>(x, lane);
+      if (!a.key_codec.undo) hadamard_warp<D, true>(x, lane);
       SIMT_UNROLL
       for (int i = 0; i < N; i++) top = simt::max_nan(top, fabsf(x[i]));
       SIMT_UNROLL

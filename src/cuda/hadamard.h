@@ -6,8 +6,9 @@
 
 namespace thimble::cuda {
 
-/// In place. Lane i holds components i * N .. i * N + N - 1 of a vector of D = 32 N, a power of two.
-template <int D>
+/// In place. Lane i holds components i * N .. i * N + N - 1 of a vector of D = 32 N, a power of two. `Short`: as a
+/// loop, where code that runs once or twice should be short.
+template <int D, bool Short = false>
 SIMT void hadamard_warp(float (&x)[D / 32], int lane) {
   constexpr int N = D / 32;
   SIMT_UNROLL
@@ -20,13 +21,19 @@ SIMT void hadamard_warp(float (&x)[D / 32], int lane) {
       x[i + half] = simt::sub_rn(a, b);
     }
   }
-  SIMT_NO_UNROLL
-  for (int mask = 1; mask < 32; mask *= 2) {
+  const auto exchange = [&](int mask) {
     SIMT_UNROLL
     for (int i = 0; i < N; i++) {
       const float other = simt::shuffle_xor(x[i], mask);
       x[i] = lane & mask ? simt::sub_rn(other, x[i]) : simt::add_rn(x[i], other);
     }
+  };
+  if constexpr (Short) {
+    SIMT_NO_UNROLL
+    for (int mask = 1; mask < 32; mask *= 2) exchange(mask);
+  } else {
+    SIMT_UNROLL
+    for (int mask = 1; mask < 32; mask *= 2) exchange(mask);
   }
   const float norm = simt::div_rn(1.0f, simt::sqrt_rn(float(D)));
   SIMT_UNROLL

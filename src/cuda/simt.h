@@ -13,8 +13,8 @@
 
 #define SIMT __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
-#define SIMT_TEXT(x) #x
-#define SIMT_UNROLL_BY(n) _Pragma(SIMT_TEXT(unroll n))
+#define SIMT_PRAGMA(x) _Pragma(#x)
+#define SIMT_UNROLL_BY(n) SIMT_PRAGMA(unroll n)
 #define SIMT_NO_UNROLL _Pragma("unroll 1")
 
 namespace thimble::cuda::simt {
