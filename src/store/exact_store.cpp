@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,6 +26,17 @@ constexpr size_t kChunkBytes = size_t{1} << 20;
            "directory (path=), a smaller context, or store=ram";
   }
   throw std::runtime_error(what);
+}
+
+size_t page_size() {
+  static const size_t size = size_t(sysconf(_SC_PAGESIZE));
+  return size;
+}
+
+uint32_t seconds_since_boot() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+  return uint32_t(now.tv_sec);
 }
 
 // A file without a name. File systems that cannot make one get a name that goes away at once.
@@ -61,7 +73,9 @@ ExactStore::ExactStore(int64_t n_rows, size_t row_size, int file, std::string di
   }
   data_ = static_cast<uint16_t*>(data);
   // Single rows are fetched from all over the file: what lies around them is not worth reading.
-  if (file_ >= 0) madvise(data, total_bytes(), MADV_RANDOM);
+  if (file_ < 0) return;
+  madvise(data, total_bytes(), MADV_RANDOM);
+  asked_at_ = std::make_unique<std::atomic<uint32_t>[]>(total_bytes() / page_size() + 1);
 }
 
 ExactStore::~ExactStore() {
@@ -113,9 +127,18 @@ void ExactStore::will_need(int64_t first, int64_t n) const {
     }
     return;
   }
-  static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t from = reinterpret_cast<uintptr_t>(begin) / page * page;
-  madvise(reinterpret_cast<void*>(from), reinterpret_cast<uintptr_t>(begin) + bytes - from, MADV_WILLNEED);
+  // Much of what a token reads was read for the one before it, and a system call for each row takes longer than the
+  // row.
+  const size_t page = page_size(), offset = size_t(first) * row_size_ * sizeof(uint16_t);
+  const size_t last = (offset + bytes + page - 1) / page;
+  const uint32_t now = seconds_since_boot() + 2;  // more than the 0 of pages never asked for, by more than a second
+  for (size_t i = offset / page; i < last; i++) {
+    size_t n_pages = 0;
+    while (i + n_pages < last && now - asked_at_[i + n_pages].exchange(now, std::memory_order_relaxed) > 1) n_pages++;
+    if (n_pages == 0) continue;
+    madvise(reinterpret_cast<char*>(data_) + i * page, n_pages * page, MADV_WILLNEED);
+    i += n_pages;
+  }
 }
 
 void ExactStore::copy(int64_t from, int64_t to, int64_t n) {

@@ -2,6 +2,7 @@
 // memory that costs little: plain RAM, or a file that the system keeps in its page cache as far as it has room.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -30,7 +31,8 @@ public:
   uint16_t* row(int64_t row) const {
     return reserved_[size_t(row / rows_per_chunk_)] ? data_ + size_t(row) * row_size_ : nullptr;
   }
-  /// Says that `n` rows from `first` on will be read soon: starts reading them from the disk, or towards the cache.
+  /// Says that `n` rows from `first` on will be read soon: starts reading them from the disk, or towards the cache. Of
+  /// a file, pages that were asked for within about a second are not asked for again: they are there or on their way.
   void will_need(int64_t first, int64_t n) const;
   /// Rows [from, from + n) to [to, to + n), which do not overlap. Throws as `reserve`.
   void copy(int64_t from, int64_t to, int64_t n);
@@ -52,7 +54,8 @@ private:
   int file_;  // -1: RAM
   std::string directory_;
   uint16_t* data_ = nullptr;
-  std::vector<char> reserved_;  // by chunk
+  std::vector<char> reserved_;                         // by chunk
+  std::unique_ptr<std::atomic<uint32_t>[]> asked_at_;  // seconds, by page of the file; 0: never
 };
 
 }  // namespace thimble
