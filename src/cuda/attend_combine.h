@@ -11,6 +11,7 @@ namespace thimble::cuda {
 template <typename S>
 struct AttendCombine {
   using Items = AttendItems<S>;
+  using Tables = AttendTables<S>;
   using Cells = AttendCells<S>;
   using Lane = typename Cells::Lane;
   using Running = typename Cells::Running;
@@ -44,24 +45,8 @@ struct AttendCombine {
       return a.output + ((size_t(stream) * a.n_tokens + row.token) * a.n_kv_heads * a.group + row.head) * D;
     };
     if (a.value_codec.undo) {
-      // Threads share each component's sum, so that few loads wait for one another.
-      constexpr int kParts = S::kThreads / D, kTerms = D / kParts;
       const float* mean = a.value_codec.mean + head * D;
-      const float* matrix = a.value_codec.undo + size_t(head) * D * D;
-      float* partial = reinterpret_cast<float*>(simt::shared() + S::kSums);  // [kParts][4][D]
-      static_assert(kParts >= 1 && kParts * S::kRows * D * 4 <= S::kSumsBytes);
-      const int thread = simt::thread_again(), d = thread % D, part = thread / D;
-      float sum[S::kRows] = {};
-      SIMT_UNROLL_BY(16)
-      for (int k = 0; k < kTerms; k++) {
-        const int i = part * kTerms + k;
-        const float m = simt::load_constant(matrix + i * D + d);
-        SIMT_UNROLL
-        for (int r = 0; r < S::kRows; r++) sum[r] += rows[r * D + i] * m;
-      }
-      SIMT_UNROLL
-      for (int r = 0; r < S::kRows; r++) partial[(part * S::kRows + r) * D + d] = sum[r];
-      simt::sync();
+      const float* partial = Tables::multiply_rows(rows, a.value_codec.undo);
       SIMT_NO_UNROLL
       for (int o = simt::thread_again(); o < S::kRows * D; o += S::kThreads) {
         const int r = o / D;
@@ -69,7 +54,7 @@ struct AttendCombine {
         if (!out) continue;
         float total = exact[o] + weights[r] * mean[o % D];
         SIMT_UNROLL
-        for (int i = 0; i < kParts; i++) total += partial[i * S::kRows * D + o];
+        for (int i = 0; i < Tables::kParts; i++) total += partial[i * S::kRows * D + o];
         out[o % D] = total;
       }
       simt::sync();  // the next score table takes this place

@@ -122,30 +122,37 @@ struct AttendTables {
     }
   }
 
+  /// The 4 query rows in shared memory times this head's matrix of [n_kv_heads][D][D]. All threads share each
+  /// component's sum, so that few loads wait for one another: component o's is the sum of o, o + 4 D, ... of kParts
+  /// parts, at kSums when this returns.
+  static constexpr int kParts = S::kThreads / D;
+  SIMT static float* multiply_rows(const float* rows, const float* matrices) {
+    constexpr int kTerms = D / kParts;
+    static_assert(kParts >= 1 && kParts * S::kRows * D * 4 <= S::kSumsBytes);
+    const float* matrix = matrices + size_t(simt::block_y()) * D * D;
+    float* partial = reinterpret_cast<float*>(simt::shared() + S::kSums);
+    const int thread = simt::thread_again(), d = thread % D, part = thread / D;
+    float sum[S::kRows] = {};
+    SIMT_UNROLL_BY(16)
+    for (int k = 0; k < kTerms; k++) {
+      const int i = part * kTerms + k;
+      const float m = simt::load_constant(matrix + i * D + d);
+      SIMT_UNROLL
+      for (int r = 0; r < S::kRows; r++) sum[r] += rows[r * D + i] * m;
+    }
+    SIMT_UNROLL
+    for (int r = 0; r < S::kRows; r++) partial[(part * S::kRows + r) * D + d] = sum[r];
+    simt::sync();
+    return partial;
+  }
+
   /// Transforms the item's queries where they are. They become unit in their greatest component, so that score tables
   /// fit f16 whatever the queries' size; the factors make up for that. Codes tell a key less the mean, so logits lack
   /// the query's product with it: the same for every cell, it is added to their maximum.
   SIMT static void transform_queries(const AttendArgs& a) {
     uint8_t* shared = simt::shared();
     float* queries = reinterpret_cast<float*>(shared + S::kQueries);
-    float* partial = reinterpret_cast<float*>(shared + S::kSums);  // [kParts][4][D]
-    constexpr int kParts = S::kThreads / D, kTerms = D / kParts;
-    if (a.key_codec.undo) {
-      static_assert(kParts >= 1 && kParts * S::kRows * D * 4 <= S::kSumsBytes);
-      const float* matrix = a.key_codec.undo + size_t(simt::block_y()) * D * D;
-      const int thread = simt::thread_again(), d = thread % D, part = thread / D;
-      float sum[S::kRows] = {};
-      SIMT_UNROLL_BY(16)
-      for (int k = 0; k < kTerms; k++) {
-        const int i = part * kTerms + k;
-        const float m = simt::load_constant(matrix + i * D + d);
-        SIMT_UNROLL
-        for (int r = 0; r < S::kRows; r++) sum[r] += queries[r * D + i] * m;
-      }
-      SIMT_UNROLL
-      for (int r = 0; r < S::kRows; r++) partial[(part * S::kRows + r) * D + d] = sum[r];
-      simt::sync();
-    }
+    const float* partial = a.key_codec.undo ? multiply_rows(queries, a.key_codec.undo) : nullptr;
     const int thread = simt::thread_again(), r = thread / 32, lane = thread % 32;
     if (r < S::kRows) {
       constexpr int N = D / 32;
