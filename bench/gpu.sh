@@ -1,60 +1,86 @@
 #!/bin/bash
-# Builds the CUDA kernels, checks them and measures them beside their peers, on a machine with a GPU, nvcc and PyTorch and
-# no network, in less than ten minutes. Made for one H200.
+# Builds what is needed, checks it, measures it beside its peers and prints one table, on a machine with a GPU, nvcc and
+# PyTorch and no network, in less than ten minutes. Made for one H200 or H100.
 #
-# usage: bench/gpu.sh [output folder [part...]]
+# usage: [THIMBLE_BUILD=...] bench/gpu.sh [output folder [part...]]
 #
 # The parts, all by default:
-# 1. check: every kernel against the codec's specification (cuda_check), and small cases under compute-sanitizer
-# 2. attention: decode attention against cuDNN and flash attention in f16 (cuda_attention.py)
-# 3. step: what else a step does: encoding, window, retrieval, tile decode (cuda_bench)
-# 4. limiters: ncu's limiter for each kernel
+#   check       every kernel against the codec's specification (cuda_check), and small cases under compute-sanitizer
+#   attention   decode attention against cuDNN and flash attention in f16 (cuda_attention.py)
+#   step        what else a step does: encoding, window, retrieval, tile decode (cuda_bench)
+#   limiters    ncu's limiter for each kernel
+#   hf          a decoded token with HF transformers' DynamicCache (hf_decode.py)
+#   end_to_end  a decoded token with llama.cpp's f16 cache and with 2 bits
+#   retrieval   a decoded token with 2 bits and the 64 best cells from pinned memory, and the GPU memory that takes
+#   prefill     a prompt of 32768 tokens, f16 and 2 bits
+#   quality     perplexity of a small real model: THIMBLE_MODEL=<GGUF> and THIMBLE_TEXT=<text of 5000 tokens or more>
+# The last four run programs from THIMBLE_BUILD, a build directory whose bin has thimble, the plugin for CUDA, llama.cpp's
+# programs and its ggml-cuda. Without it they are built in build-cuda while the kernels are measured, from the source of
+# llama.cpp at THIMBLE_LLAMA_CPP or where scripts/fetch-llama-cpp has left it. A first build takes half of the ten minutes,
+# which some rows will lack; the next call has them all. The random model (16 GB) stays in the output folder, or is
+# THIMBLE_RANDOM=<GGUF>.
+#
+# Each part's output is in <output folder>/<part>.txt. A part that fails, or is ended after its own time or THIMBLE_SECONDS
+# (590) in all, does not stop the others: the table and the exit status show it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/gpu}
+all=(check attention step limiters hf end_to_end retrieval prefill quality)
 parts=("${@:2}")
-[ ${#parts[@]} -eq 0 ] && parts=(check attention step limiters)
+[ ${#parts[@]} -eq 0 ] && parts=("${all[@]}")
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+for part in status "${all[@]}"; do rm -f "$out/$part.txt"; done  # the table is of one run
 export PYTHONUNBUFFERED=1
+bin=${THIMBLE_BUILD:-build-cuda}/bin
+model=${THIMBLE_RANDOM:-$out/llama-8b-random.gguf}
+not_run=77
 
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee "$out/card.txt"
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
 [ "$capability" = 90 ] && capability=90a
-flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests -Xcompiler -fPIC,-ffp-contract=off)
-objects=()
-pids=()
-compile() { # source
-  local object="$out/$(basename "$1").o"
-  nvcc "${flags[@]}" -c "$1" -o "$object" &
-  pids+=($!)
-  objects+=("$object")
+
+within() { # seconds, command: nor past the end of the ten minutes
+  local left=$((${THIMBLE_SECONDS:-590} - SECONDS))
+  [ $left -gt 0 ] || { echo "no time is left for $2"; return 124; }
+  timeout -k 10 $(($1 < left ? $1 : left)) "${@:2}"
 }
-for source in src/cuda/*.cu src/cuda/*.cpp src/codec/*.cpp; do compile "$source"; done
-library=("${objects[@]}")
-for program in cuda_check cuda_bench cuda_shim; do compile "bench/$program.cu"; done
-for pid in "${pids[@]}"; do wait "$pid"; done
-nvcc -o "$out/cuda_check" "$out/cuda_check.cu.o" "${library[@]}"
-nvcc -o "$out/cuda_bench" "$out/cuda_bench.cu.o" "${library[@]}"
-nvcc -shared -o "$out/shim.so" "$out/cuda_shim.cu.o" "${library[@]}"
+
+wants() { [[ " ${parts[*]} " =~ \ ($1)\  ]]; }
+
+kernels() {
+  local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests
+               -Xcompiler "-fPIC,-ffp-contract=off")
+  local library=() pids=() source program
+  for source in src/cuda/*.cu src/cuda/*.cpp src/codec/*.cpp; do library+=("$out/$(basename "$source").o"); done
+  for source in src/cuda/*.cu src/cuda/*.cpp src/codec/*.cpp bench/*.cu; do
+    nvcc "${flags[@]}" -c "$source" -o "$out/$(basename "$source").o" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid"; done
+  for program in cuda_check cuda_bench; do nvcc -o "$out/$program" "$out/$program.cu.o" "${library[@]}"; done
+  nvcc -shared -o "$out/shim.so" "$out/cuda_shim.cu.o" "${library[@]}"
+}
 
 check() {
-  "$out/cuda_check" > "$out/check.txt" || { cat "$out/check.txt"; exit 1; }
-  grep -c '^ok' "$out/check.txt" | sed 's/$/ checks passed/'
-  grep '^none' "$out/check.txt" || true
+  within 100 "$out/cuda_check" > "$out/cuda_check.txt" || { cat "$out/cuda_check.txt"; exit 1; }
+  grep -c '^ok' "$out/cuda_check.txt" | sed 's/$/ checks passed/'
+  grep '^none' "$out/cuda_check.txt" || true
   command -v compute-sanitizer > /dev/null || return 0
+  local tool
   for tool in memcheck racecheck; do
     echo "== compute-sanitizer $tool"
-    timeout 150 compute-sanitizer --tool $tool "$out/cuda_check" --quick > "$out/$tool.txt" 2>&1 || echo "exit status $?"
+    within 100 compute-sanitizer --tool $tool "$out/cuda_check" --quick > "$out/$tool.txt" 2>&1 || echo "exit status $?"
     tail -2 "$out/$tool.txt"
   done
 }
 
-attention() { python3 bench/cuda_attention.py "$out/shim.so" | tee "$out/attention.txt"; }
+attention() { within 120 python3 bench/cuda_attention.py "$out/shim.so"; }
 
-step() { "$out/cuda_bench" | tee "$out/step.txt"; }
+step() { within 60 "$out/cuda_bench"; }
 
 limiters() {
-  command -v ncu > /dev/null || return 0
+  command -v ncu > /dev/null || { echo "no ncu"; exit $not_run; }
   local metrics=gpu__time_duration.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,l1tex__data_pipe_lsu_wavefronts_mem_shared.avg.pct_of_peak_sustained_elapsed
@@ -63,11 +89,92 @@ limiters() {
   metrics+=,smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio
   metrics+=,smsp__average_warps_issue_stalled_short_scoreboard_per_issue_active.ratio
   metrics+=,smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio
-  timeout 100 ncu --clock-control none --metrics $metrics "$out/cuda_bench" --once 2>&1 |
-    grep -E 'Context|duration|throughput|wavefronts|pipe_alu|issue' | tee "$out/ncu.txt" || true
+  within 100 ncu --clock-control none --metrics $metrics "$out/cuda_bench" --once 2>&1 |
+    grep -E 'Context|duration|throughput|wavefronts|pipe_alu|issue'
 }
 
+hf() {
+  python3 -c 'import transformers' 2> /dev/null || { echo "no transformers for this python3"; exit $not_run; }
+  within 120 python3 bench/hf_decode.py
+}
+
+programs() { # in the background: thimble, the plugin and llama.cpp
+  cmake -S . -B build-cuda -DTHIMBLE_CUDA=ON -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DTHIMBLE_TESTS=OFF \
+    -DCMAKE_CUDA_ARCHITECTURES="$capability" ${THIMBLE_LLAMA_CPP:+-DTHIMBLE_LLAMA_CPP="$THIMBLE_LLAMA_CPP"} &&
+    within 590 nice cmake --build build-cuda -j "$(nproc)" --target thimble ggml-thimble llama-perplexity
+}
+
+has() { # program...: says what is missing, if anything is
+  local program
+  for program in "$@" libggml-thimble.so; do
+    [ -e "$bin/$program" ] && continue
+    echo "No $bin/$program: give a build by THIMBLE_BUILD, or see $out/programs.txt for what building one lacks" \
+      "(llama.cpp's source by THIMBLE_LLAMA_CPP, the packages that scripts/install-deps names)."
+    exit $not_run
+  done
+}
+
+bench() { # seconds, arguments
+  has thimble
+  within "$1" "$bin/thimble" bench -m "$model" --rounds 3 --ubatch 2048 "${@:2}"
+}
+
+end_to_end() { bench 280 --depths 0,131072,196608 --kv f16,2 --decode 24 --prompt 2048; }
+
+retrieval() {
+  nvidia-smi -i 0 --query-gpu=memory.used --format=csv,noheader,nounits -lms 500 > "$out/memory.txt" 2>&1 &
+  trap "kill $!" EXIT
+  bench 150 --depths 131072 --kv 2+64 --decode 24 --prompt 2048
+  echo "GPU memory: $(grep -x '[0-9]*' "$out/memory.txt" | sort -n | tail -1) MiB at most"
+}
+
+prefill() { bench 90 --depths 0 --kv f16,2 --decode 1 --prompt 32768; }
+
+quality() {
+  [ -n "${THIMBLE_MODEL:-}" ] && [ -n "${THIMBLE_TEXT:-}" ] ||
+    { echo "THIMBLE_MODEL and THIMBLE_TEXT say what to measure quality on."; exit $not_run; }
+  has llama-perplexity
+  local batch bits environment
+  for batch in 512 8; do
+    for bits in f16 4 2; do
+      environment=(GGML_BACKEND_PATH="$bin/libggml-thimble.so" THIMBLE_KV="bits=$bits,small=0")
+      [ $bits = f16 ] && environment=()
+      printf '%s, batches of %s: ' $bits $batch
+      within 60 env "${environment[@]}" "$bin/llama-perplexity" -m "$THIMBLE_MODEL" -f "$THIMBLE_TEXT" -c 2048 --chunks 2 \
+        -fa on -b $batch -ub $batch --device "$([ $bits = f16 ] && echo CUDA0 || echo THIMBLE0)" > "$out/perplexity.txt" 2>&1 ||
+        { tail -5 "$out/perplexity.txt"; exit 1; }
+      grep -o 'PPL = .*' "$out/perplexity.txt" | tail -1
+    done
+  done
+}
+
+failed=0
+run() { # part
+  echo "== $1"
+  local start=$SECONDS status
+  set +e
+  (set -e; "$1") 2>&1 | tee "$out/$1.txt"
+  status=${PIPESTATUS[0]}
+  set -e
+  echo "$1 $status $((SECONDS - start))" >> "$out/status.txt"
+  [ "$status" -eq 0 ] || [ "$status" -eq $not_run ] || { echo "exit status $status"; failed=1; }
+}
+
+jobs=()
+if wants 'end_to_end|retrieval|prefill'; then
+  [ -f "$model" ] || { python3 bench/random_gguf.py "$model" & jobs+=($!); }
+fi
+if wants 'check|attention|step|limiters'; then run kernels; fi
+if [ -z "${THIMBLE_BUILD:-}" ] && wants 'end_to_end|retrieval|prefill|quality'; then
+  programs > "$out/programs.txt" 2>&1 & jobs+=($!)
+fi
 for part in "${parts[@]}"; do
-  echo "== $part"
-  "$part"
+  if [[ $part =~ ^(end_to_end|retrieval|prefill|quality)$ ]]; then
+    for job in "${jobs[@]}"; do wait "$job" || true; done  # what is missing then, the part says
+    jobs=()
+  fi
+  run "$part"
 done
+echo
+python3 bench/gpu_table.py "$out" | tee "$out/table.txt"
+exit $failed
