@@ -40,7 +40,7 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | 
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
 [ "$capability" = 90 ] && capability=90a
 
-within() { # seconds, command: nor past the end of the ten minutes
+within() { # seconds, command: nor past the end of all
   local left=$((${THIMBLE_SECONDS:-590} - SECONDS))
   [ $left -gt 0 ] || { echo "no time is left for $2"; return 124; }
   timeout -k 10 $(($1 < left ? $1 : left)) "${@:2}"
@@ -51,7 +51,7 @@ wants() { [[ " ${parts[*]} " =~ \ ($1)\  ]]; }
 kernels() {
   local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests
                -Xcompiler "-fPIC,-ffp-contract=off")
-  local library=() pids=() source program
+  local library=() pids=() source program pid
   for source in src/cuda/*.cu src/cuda/*.cpp src/codec/*.cpp; do library+=("$out/$(basename "$source").o"); done
   for source in src/cuda/*.cu src/cuda/*.cpp src/codec/*.cpp bench/*.cu; do
     nvcc "${flags[@]}" -c "$source" -o "$out/$(basename "$source").o" &
@@ -63,11 +63,11 @@ kernels() {
 }
 
 check() {
-  within 100 "$out/cuda_check" > "$out/cuda_check.txt" || { cat "$out/cuda_check.txt"; exit 1; }
+  local status tool
+  within 100 "$out/cuda_check" > "$out/cuda_check.txt" || { status=$?; cat "$out/cuda_check.txt"; exit $status; }
   grep -c '^ok' "$out/cuda_check.txt" | sed 's/$/ checks passed/'
   grep '^none' "$out/cuda_check.txt" || true
   command -v compute-sanitizer > /dev/null || return 0
-  local tool
   for tool in memcheck racecheck; do
     echo "== compute-sanitizer $tool"
     within 100 compute-sanitizer --tool $tool "$out/cuda_check" --quick > "$out/$tool.txt" 2>&1 || echo "exit status $?"
@@ -134,7 +134,7 @@ quality() {
   [ -n "${THIMBLE_MODEL:-}" ] && [ -n "${THIMBLE_TEXT:-}" ] ||
     { echo "THIMBLE_MODEL and THIMBLE_TEXT say what to measure quality on."; exit $not_run; }
   has llama-perplexity
-  local batch bits environment
+  local batch bits environment status
   for batch in 512 8; do
     for bits in f16 4 2; do
       environment=(GGML_BACKEND_PATH="$bin/libggml-thimble.so" THIMBLE_KV="bits=$bits,small=0")
@@ -142,7 +142,7 @@ quality() {
       printf '%s, batches of %s: ' $bits $batch
       within 60 env "${environment[@]}" "$bin/llama-perplexity" -m "$THIMBLE_MODEL" -f "$THIMBLE_TEXT" -c 2048 --chunks 2 \
         -fa on -b $batch -ub $batch --device "$([ $bits = f16 ] && echo CUDA0 || echo THIMBLE0)" > "$out/perplexity.txt" 2>&1 ||
-        { tail -5 "$out/perplexity.txt"; exit 1; }
+        { status=$?; tail -5 "$out/perplexity.txt"; exit $status; }
       grep -o 'PPL = .*' "$out/perplexity.txt" | tail -1
     done
   done
@@ -169,7 +169,7 @@ if [ -z "${THIMBLE_BUILD:-}" ] && wants 'end_to_end|retrieval|prefill|quality'; 
   programs > "$out/programs.txt" 2>&1 & jobs+=($!)
 fi
 for part in "${parts[@]}"; do
-  if [[ $part =~ ^(end_to_end|retrieval|prefill|quality)$ ]]; then
+  if [[ $part =~ ^(hf|end_to_end|retrieval|prefill|quality)$ ]]; then  # the host's time counts in all of these
     for job in "${jobs[@]}"; do wait "$job" || true; done  # what is missing then, the part says
     jobs=()
   fi
