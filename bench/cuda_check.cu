@@ -9,6 +9,8 @@
 #include <type_traits>
 
 #include "cuda/attend.h"
+#include "cuda/attend_launch.h"
+#include "cuda/attend_shape.h"
 #include "cuda/prepare.h"
 #include "cuda/retrieve.h"
 #include "cuda_fixture.h"
@@ -58,6 +60,7 @@ struct Case {
   bool dense = false, mask = false, sinks = false;
   float softcap = 0;
   int n_window = 0, top = 0;
+  int batch = 1;  // streams that a thread block is to take at once
 };
 
 int failures = 0;
@@ -199,6 +202,7 @@ void run(const DeviceInfo& device, const Case& c) {
   require(cudaMemset(output.device(), 0xff, output.host.size() * 4));
   Array<uint8_t> workspace(attend_workspace_bytes(device, a));
   require(cudaMemset(workspace.device(), 0, workspace.host.size()));
+  report(c, "streams at once", attend_batch(device, a) == c.batch, attend_batch(device, a));
   if (!accept(c, attend(device, a, workspace.device(), workspace.host.size(), nullptr), "attend")) return;
   require(cudaDeviceSynchronize());
 
@@ -450,6 +454,29 @@ int main(int argc, char** argv) {
       run(device, {.head_dim = head_dim, .key_width = key, .value_width = value});
       if (!quick) run(small, {.head_dim = head_dim, .key_width = key, .value_width = value, .mask = true});
     }
+  }
+  DeviceInfo narrow = device;  // whose thread blocks take many streams at once
+  narrow.multiprocessors = 4;
+  if (has_large_tables(device)) {
+    for (const int head_dim : {64, 128}) {
+      for (const auto& [key, value] : {std::pair(8, 8), {4, 4}, {2, 2}, {2, 4}, {4, 8}}) {
+        if (!has_direct(head_dim, key) || (quick && key != value)) continue;
+        run(narrow,
+            {.head_dim = head_dim, .key_width = key, .value_width = value, .n_streams = 11, .mask = true, .batch = 8});
+      }
+    }
+    run(narrow, {.head_dim = 128,
+                 .key_width = 4,
+                 .value_width = 4,
+                 .n_streams = 7,
+                 .n_tokens = 3,
+                 .group = 3,
+                 .n_cells = 512,
+                 .dense = true,
+                 .mask = true,
+                 .sinks = true,
+                 .n_window = 24,
+                 .batch = 4});
   }
   run(device, {.head_dim = 128,
                .key_width = 4,

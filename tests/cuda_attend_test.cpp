@@ -2,6 +2,8 @@
 #define THIMBLE_SIMT_HOST
 #include <gtest/gtest.h>
 
+#include <set>
+
 #include "cuda/attend_kernel.h"
 #include "cuda_fixture.h"
 
@@ -16,6 +18,7 @@ struct Case {
   int n_exact = 0;
   int n_fresh = 0;  // of the exact rows: new, not in the window yet
   bool nothing_coded = false;
+  int batch_shift = 0;
 };
 
 template <typename S>
@@ -139,7 +142,7 @@ double error_of(const Case& c, unsigned seed = 1) {
     a.fresh.window_values = window_values.data();
   }
 
-  deal_out(a, c.n_splits, c.n_splits > 1 && c.n_exact > 0 ? 1 : 0);
+  deal_out(a, c.n_splits, c.n_splits > 1 && c.n_exact > 0 ? 1 : 0, c.batch_shift);
   const int pairs = c.n_kv_heads * a.row_groups;
   std::vector<float> partials(size_t(c.n_streams) * (c.n_splits + 1) * pairs * S::kPartialFloats, NAN);
   std::vector<int> arrived(c.n_streams * pairs);
@@ -296,6 +299,94 @@ TEST(CudaAttend, NewRows) {
   EXPECT_LT(
       error_of<Small>({.n_streams = 2, .n_cells = 64 * 20, .n_splits = 4, .blocks_x = 3, .n_exact = 90, .n_fresh = 2}),
       kTolerance);
+}
+
+template <int HeadDim, int KeyWidth, int ValueWidth>
+using Direct = AttendShape<HeadDim, KeyWidth, ValueWidth, true, true>;
+
+// Lanes that look into shared memory at once (half a warp, of entries of 8 bytes) find what they look for in banks of
+// their own.
+template <typename S>
+void expect_no_bank_conflicts() {
+  using D = AttendDirect<S>;
+  const int lanes = D::kEntryBytes == 8 ? 16 : 32;
+  for (int step = 0; step < D::kSteps; step++) {
+    for (int first = 0; first < 32; first += lanes) {
+      std::set<uint32_t> banks;
+      for (int lane = first; lane < first + lanes; lane++) {
+        for (int word = 0; word < D::kEntryBytes / 4; word++) {
+          banks.insert((D::offset(lane / 4, lane % 4, step) / 4 + word) % 32);
+        }
+      }
+      EXPECT_EQ(banks.size(), 32) << "step " << step;
+    }
+  }
+}
+
+TEST(CudaAttend, CodewordsLieInBanksOfTheirOwn) {
+  expect_no_bank_conflicts<Direct<64, 8, 8>>();
+  expect_no_bank_conflicts<Direct<64, 4, 4>>();
+  expect_no_bank_conflicts<Direct<128, 8, 8>>();
+  expect_no_bank_conflicts<Direct<128, 4, 4>>();
+  expect_no_bank_conflicts<Direct<128, 2, 2>>();
+}
+
+// Several streams to a thread block, and scores from the codewords themselves.
+TEST(CudaAttend, Batches) {
+  const Case c{.n_streams = 3, .n_cells = 64 * 7, .mask = true, .batch_shift = 1};
+  EXPECT_LT((error_of<Direct<64, 8, 8>>(c)), kTolerance);
+  EXPECT_LT((error_of<Direct<64, 4, 4>>(c)), kTolerance);
+  EXPECT_LT((error_of<Direct<64, 4, 8>>(c)), kTolerance);
+  EXPECT_LT((error_of<Direct<128, 8, 8>>(c)), kTolerance);
+  EXPECT_LT((error_of<Direct<128, 4, 8>>(c)), kTolerance);
+  EXPECT_LT((error_of<Direct<128, 4, 4>>(c)), kTolerance);
+  EXPECT_LT((error_of<Direct<128, 2, 4>>(c)), kTolerance);
+  EXPECT_LT((error_of<Direct<128, 2, 2>>(c)), kTolerance);
+}
+
+TEST(CudaAttend, BatchesOfAllSizes) {
+  using S = Direct<64, 4, 4>;
+  for (int shift = 0; shift <= 3; shift++) {  // a last batch that is not full, and thread blocks with two batches
+    const Case c{.n_streams = 11, .n_kv_heads = 2, .group = 3, .n_cells = 64 * 5, .blocks_x = 1, .batch_shift = shift};
+    EXPECT_LT(error_of<S>(c), kTolerance) << shift;
+  }
+  EXPECT_LT(error_of<S>({.n_streams = 5,
+                         .n_tokens = 3,
+                         .n_cells = 192,
+                         .blocks_x = 2,
+                         .dense = true,
+                         .mask = true,
+                         .alibi = true,
+                         .sinks = true,
+                         .softcap = 2,
+                         .batch_shift = 1}),
+            kTolerance);
+  EXPECT_LT((error_of<Direct<128, 2, 2>>({.n_streams = 9, .n_cells = 64, .dense = true, .batch_shift = 3})),
+            kTolerance);
+}
+
+TEST(CudaAttend, BatchesWithExactRows) {
+  EXPECT_LT((error_of<Direct<128, 4, 4>>(
+                {.n_streams = 5, .n_cells = 64 * 18, .mask = true, .n_exact = 150, .n_fresh = 3, .batch_shift = 2})),
+            kTolerance);
+  EXPECT_LT((error_of<Direct<64, 8, 8>>({.n_streams = 7,
+                                         .n_tokens = 2,
+                                         .n_kv_heads = 2,
+                                         .group = 3,
+                                         .n_cells = 256,
+                                         .blocks_x = 2,
+                                         .dense = true,
+                                         .mask = true,
+                                         .sinks = true,
+                                         .n_exact = 40,
+                                         .batch_shift = 1})),
+            kTolerance);
+  for (int blocks_x : {1, 2}) {
+    const Case c{
+        .n_streams = 6, .blocks_x = blocks_x, .n_exact = 60, .n_fresh = 1, .nothing_coded = true, .batch_shift = 2};
+    EXPECT_LT((error_of<Direct<64, 4, 4>>(c)), 2e-4) << blocks_x;
+    EXPECT_LT((error_of<Direct<128, 2, 2>>(c)), 2e-4) << blocks_x;
+  }
 }
 
 // Tables are not made where nothing is to be attended to from codes.

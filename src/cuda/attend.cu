@@ -19,20 +19,28 @@ int exact_blocks(int n_blocks, int n_exact, int splits) {
   return splits == 1 || n_exact == 0 ? 0 : std::min(kFixed + n_exact / kRowsPerBlock, n_blocks / (splits - 1));
 }
 
-// Splits of a stream's cells: the number that makes the busiest thread block end first. Each warp of a block takes
-// blocks of 64 cells in turns; an item costs about three turns for its score table and for adding up, and where the
-// cells are split, thread blocks meet.
-int choose_splits(int n_streams, int n_blocks, int n_exact, int lanes, int warps) {
+// How a stream's cells are split, or how many streams a thread block takes at once.
+struct Deal {
+  int n_splits = 1, batch_shift = 0, cost = 0;
+};
+
+// The deal that makes the busiest thread block end first. Each warp of a block takes blocks of 64 cells in turns; an
+// item costs about three turns for its score table and for adding up, a batch of them the same, and where the cells are
+// split, thread blocks meet.
+Deal choose_deal(int n_streams, int n_blocks, int n_exact, int lanes, int warps, bool batches) {
   constexpr int kItemCost = 3, kMeetCost = 1;
-  int best = 1, best_cost = 0;
+  const auto rounds = [&](int n) { return (n + lanes - 1) / lanes; };
+  Deal best;
   for (int splits = 1; splits <= std::max(1, std::min(lanes, n_blocks + (n_exact > 0))); splits++) {
-    const int items = (n_streams * splits + lanes - 1) / lanes;
     const int share = (n_blocks + exact_blocks(n_blocks, n_exact, splits) + splits - 1) / splits;
-    const int cost = items * ((share + warps - 1) / warps + kItemCost) + (splits > 1 ? kMeetCost : 0);
-    if (splits == 1 || cost < best_cost) {
-      best = splits;
-      best_cost = cost;
-    }
+    const int cost =
+        rounds(n_streams * splits) * ((share + warps - 1) / warps + kItemCost) + (splits > 1 ? kMeetCost : 0);
+    if (splits == 1 || cost < best.cost) best = {splits, 0, cost};
+  }
+  for (int shift = 1; batches && 1 << shift <= std::min(kMaxBatch, n_streams); shift++) {
+    const int share = warps >> shift;
+    const int cost = rounds((n_streams + (1 << shift) - 1) >> shift) * ((n_blocks + share - 1) / share + kItemCost);
+    if (cost < best.cost) best = {1, shift, cost};
   }
   return best;
 }
@@ -94,12 +102,14 @@ Status check(const AttendArgs& args) {
   return check_cache(args.values, args.value_codec, args);
 }
 
-void plan(const DeviceInfo& device, AttendArgs& args) {
+// `batches`: whether the kernel can take several streams at once.
+void plan(const DeviceInfo& device, AttendArgs& args, bool batches) {
   const int lanes = blocks_per_pair(device, args.n_kv_heads * row_groups(args.n_tokens, args.group));
   const int n_blocks = args.n_cells / kBlockCells, n_exact = args.exact[0].capacity + args.exact[1].capacity;
-  const int n_splits = choose_splits(args.n_streams, n_blocks, n_exact, lanes,
-                                     attend_warps(args.head_dim, args.key_codec.width, args.value_codec.width));
-  deal_out(args, n_splits, exact_blocks(n_blocks, n_exact, n_splits));
+  const Deal deal = choose_deal(args.n_streams, n_blocks, n_exact, lanes,
+                                attend_warps(args.head_dim, args.key_codec.width, args.value_codec.width),
+                                batches && has_large_tables(device) && has_direct(args.head_dim, args.key_codec.width));
+  deal_out(args, deal.n_splits, exact_blocks(n_blocks, n_exact, deal.n_splits), deal.batch_shift);
 }
 
 // Counters come first in a workspace, in a part of constant size: calls of other shapes must find them zero.
@@ -109,9 +119,15 @@ constexpr size_t kCounterBytes = 64 << 10;
 
 size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args) {
   AttendArgs planned = args;
-  plan(device, planned);
+  plan(device, planned, true);
   const size_t parts = size_t(planned.n_streams) * (planned.n_splits + 1) * planned.n_kv_heads * planned.row_groups;
   return kCounterBytes + parts * (kRowGroup * size_t(args.head_dim) + 2 * kRowGroup) * sizeof(float);
+}
+
+int attend_batch(const DeviceInfo& device, const AttendArgs& args) {
+  AttendArgs planned = args;
+  plan(device, planned, true);
+  return 1 << planned.batch_shift;
 }
 
 Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
@@ -119,13 +135,12 @@ Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t
   if (!workspace || !aligned(workspace, 256) || workspace_bytes < attend_workspace_bytes(device, args)) {
     return Status::invalid("workspace is missing, too small or not aligned to 256 bytes");
   }
-  plan(device, args);
+  plan(device, args, true);
   const int pairs = args.n_kv_heads * args.row_groups;
   if (size_t(args.n_streams) * pairs * sizeof(int) > kCounterBytes) return Status::unsupported("too many streams");
   args.arrived = static_cast<int*>(workspace);
   args.partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + kCounterBytes);
-  const dim3 grid(std::min(blocks_per_pair(device, pairs), args.n_streams * args.n_splits), args.n_kv_heads,
-                  args.row_groups);
+  const dim3 grid(std::min(blocks_per_pair(device, pairs), n_batches(args)), args.n_kv_heads, args.row_groups);
   switch (args.head_dim) {
     case 64:
       return launch_attend_64(device, args, grid, stream);
@@ -148,7 +163,7 @@ Status score_cells(const DeviceInfo& device, ScoreArgs score, cudaStream_t strea
   args.fresh = {};
   if (Status s = check(args); !s.ok()) return s;
   if (!score.scores || !score.tops || !score.all_hidden) return Status::invalid("place for scores is missing");
-  plan(device, args);
+  plan(device, args, false);
   const int pairs = args.n_kv_heads * args.row_groups;
   const dim3 grid(std::min(blocks_per_pair(device, pairs), args.n_streams * args.n_splits), args.n_kv_heads,
                   args.row_groups);

@@ -12,6 +12,10 @@ namespace thimble::cuda {
 /// first use; then calls of any shape may share the largest.
 size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args);
 
+/// How many streams a thread block takes at once for such a call: above 1, scores come from the codewords themselves
+/// (attend_direct.h).
+int attend_batch(const DeviceInfo& device, const AttendArgs& args);
+
 /// Enqueues one kernel on `stream`, which waits for what is before it there. Row groups, splits, partials and counters
 /// of `args` are filled in here.
 Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t workspace_bytes, cudaStream_t stream);

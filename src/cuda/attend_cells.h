@@ -2,11 +2,13 @@
 //
 // In a warp, lane (g, t) = (lane / 4, lane % 4) has the scores of cells 8g .. 8g+7 for query row t.
 //   scores:  a cell's score is the sum of its codes' entries in the score table. One load brings the entries of all 4
-//            rows; the tensor cores add up over lanes and steps, with a B that selects even or odd halves.
+//            rows; the tensor cores add up over lanes and steps, with a B that selects even or odd halves. For many
+//            items at once: attend_direct.h.
 //   values:  weights become 16-bit integers relative to the block's greatest, as two bytes in two columns of B; A is V
 //            transposed, straight from the codeword table. Integer sums are exact; each block's are added in f32.
 #pragma once
 
+#include "cuda/attend_direct.h"
 #include "cuda/attend_tables.h"
 
 namespace thimble::cuda {
@@ -14,6 +16,7 @@ namespace thimble::cuda {
 template <typename S>
 struct AttendCells {
   using Items = AttendItems<S>;
+  using Direct = AttendDirect<S>;
   static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces, MV = S::kValueSubspaces;
   static constexpr int kKeyLoads = MK / 8, kValueLoads = MV / 8;  // 16 bytes each, a lane and block
   static constexpr int kSteps = MK / 4;                           // look-ups a lane makes for one key
@@ -45,6 +48,10 @@ struct AttendCells {
       uint32_t word = 0;
       SIMT_UNROLL
       for (int k = 0; k < 2; k++) {
+        if constexpr (S::kDirect) {
+          word |= Direct::offset(l.g, l.t, 2 * i + k) << (8 * k);
+          continue;
+        }
         const int turned = (2 * i + k + l.g) % kPlaneSteps;
         const int copy = MK == 8 ? l.g / 2 % 2 * 8 : 0;  // 8 subspaces stand twice in a row: one for each half of 4 g
         word |= uint32_t(l.t + 4 * turned + copy) * 8 << (8 * k);
@@ -59,22 +66,28 @@ struct AttendCells {
 
   /// This lane's query row. What scores are multiplied with stands in shared memory, registers being scarce.
   struct Row {
-    int t;
+    int t, slot;
     uint32_t mask;  // element of a.mask where the mask of its token begins
 
     /// From products of table entries to logits, in units of log2 e.
-    SIMT float factor() const { return reinterpret_cast<const float*>(simt::shared() + S::kFactors)[t]; }
+    SIMT float factor() const { return of_slot(S::kFactors); }
     /// What all the logits of coded cells lack, in the same units.
-    SIMT float offset() const { return reinterpret_cast<const float*>(simt::shared() + S::kOffsets)[t]; }
+    SIMT float offset() const { return of_slot(S::kOffsets); }
     /// On the mask, in the same units.
     SIMT float slope() const { return reinterpret_cast<const float*>(simt::shared() + S::kSlopes)[t]; }
+
+  private:
+    SIMT float of_slot(int at) const {
+      return reinterpret_cast<const float*>(simt::shared() + at)[(S::kDirect ? slot * S::kRows : 0) + t];
+    }
   };
 
-  SIMT static Row make_row(const AttendArgs& a, int stream, int t) {
+  SIMT static Row make_row(const AttendArgs& a, int stream, int slot, int t) {
     // Rows that only pad the group follow the last token; nobody reads their results.
     const int token = Items::query_row(a, t).token;
     Row r;
     r.t = t;
+    r.slot = slot;
     r.mask =
         uint32_t(stream * a.mask_stream_stride + (token < a.n_tokens ? token : a.n_tokens - 1) * a.mask_token_stride);
     return r;
@@ -117,6 +130,14 @@ struct AttendCells {
         simt::mma_f16(d, x.x, x.y, y.x, y.y, l.select, l.select);
       }
       score[j] = l.t / 2 ? d[2] : d[0];
+    }
+  }
+
+  SIMT static void scores(const Lane& l, int slot, const uint4 (&codes)[kKeyLoads], float (&score)[8]) {
+    if constexpr (S::kDirect) {
+      Direct::scores(l.lane, l.key_offsets, simt::shared() + S::kQueries + slot * Direct::kFragmentBytes, codes, score);
+    } else {
+      table_scores(l, codes, score);
     }
   }
 

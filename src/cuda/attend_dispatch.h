@@ -26,16 +26,16 @@ __global__ void __launch_bounds__(S::kThreads, 1) score_kernel(const __grid_cons
 #endif
 }
 
-/// Whether a device takes the kernels that use all of Hopper's shared memory.
-template <typename S>
-bool fits(const DeviceInfo& device) {
-  return device.capability >= 90 && device.shared_bytes >= S::kSharedBytes;
-}
-
 template <int HeadDim, int KeyWidth, int ValueWidth>
 Status launch_attend(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream) {
   using Large = AttendShape<HeadDim, KeyWidth, ValueWidth, true>;
-  if (fits<Large>(device)) {
+  if constexpr (has_direct(HeadDim, KeyWidth)) {
+    using Direct = AttendShape<HeadDim, KeyWidth, ValueWidth, true, true>;
+    if (args.batch_shift > 0) {
+      return launch(device, attend_kernel<Direct, true>, args, grid, Direct::kThreads, Direct::kSharedBytes, stream);
+    }
+  }
+  if (has_large_tables(device)) {
     return launch(device, attend_kernel<Large, true>, args, grid, Large::kThreads, Large::kSharedBytes, stream);
   }
   using Small = AttendShape<HeadDim, KeyWidth, ValueWidth, false>;
@@ -64,7 +64,7 @@ Status launch_attend_any(const DeviceInfo& device, const AttendArgs& args, dim3 
 template <int HeadDim, int Width>
 Status launch_score(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream) {
   using Large = AttendShape<HeadDim, Width, Width, true>;
-  if (fits<Large>(device)) {
+  if (has_large_tables(device)) {
     return launch(device, score_kernel<Large, true>, args, grid, Large::kThreads, Large::kSharedBytes, stream);
   }
   using Small = AttendShape<HeadDim, Width, Width, false>;

@@ -17,17 +17,16 @@ namespace thimble::cuda {
 
 template <typename S>
 struct AttendExact {
+  using Items = AttendItems<S>;
   using Cells = AttendCells<S>;
   using Row = typename Cells::Row;
   static constexpr int D = S::kHeadDim, kRows = S::kRows;
-  static constexpr int kTile = 16;                // exact rows a warp takes at once
-  static constexpr int kKeyLoads = D / 32;        // 16 bytes each, of each of a lane's two rows
-  static constexpr int kValueLoads = D / 64;      // the same, of each of its four
-  static constexpr int kSplitQueries = S::kSums;  // f16 [2][4][D]: queries in units of log2 e, two parts of them
-  static constexpr int kSplitBytes = 2 * kRows * D * 2;
-  static constexpr int kSums = kSplitQueries + kSplitBytes;  // float [kWarps][4][kSumStride]
-  static constexpr int kStates = kSums + S::kSumsBytes;      // float [kWarps][8]: maxima, then weights
-  static_assert(kStates + S::kWarps * 2 * kRows * 4 <= S::kValueTable);
+  static constexpr int kTile = 16;                       // exact rows a warp takes at once
+  static constexpr int kKeyLoads = D / 32;               // 16 bytes each, of each of a lane's two rows
+  static constexpr int kValueLoads = D / 64;             // the same, of each of its four
+  static constexpr int kSplitBytes = 2 * kRows * D * 2;  // f16 [2][4][D]: an item's queries in units of log2 e, in two
+                                                         // parts, at S::kSplitQueries
+  static_assert(S::kSplitQueries + S::kSlots * kSplitBytes <= S::kValueTable);
 
   struct Running {
     float maximum = kNoMaximum, weight = 0;  // of query row g % 4; weight: this lane's share, to be added over t
@@ -74,14 +73,14 @@ struct AttendExact {
   }
 
   /// Queries, in shared memory as the model wrote them, to the first product's A.
-  SIMT static void split_queries(const AttendArgs& a) {
+  SIMT static void split_queries(const AttendArgs& a, int n_slots) {
     uint8_t* shared = simt::shared();
     const float unit = a.scale * Cells::kLog2e;
     SIMT_NO_UNROLL
-    for (int i = simt::thread(); i < kRows * D; i += S::kThreads) {
+    for (int i = simt::thread(); i < n_slots * kRows * D; i += S::kThreads) {
       const float x = reinterpret_cast<const float*>(shared + S::kQueries)[i] * unit;
       const uint16_t rounded = simt::float_to_half(x);
-      uint16_t* to = reinterpret_cast<uint16_t*>(shared + kSplitQueries) + i;
+      uint16_t* to = reinterpret_cast<uint16_t*>(shared + S::kSplitQueries) + i + i / (kRows * D) * (kRows * D);
       to[0] = rounded;
       to[kRows * D] = simt::float_to_half(x - simt::half_to_float(rounded));
     }
@@ -102,7 +101,7 @@ struct AttendExact {
     for (int half = 0; half < 2; half++) {
       const int i = first + g + half * 8;
       const uint16_t* key = exact.keys + (rows_begin + (i < last ? i : last)) * D + t * 8;
-      const uint8_t* query = simt::shared() + kSplitQueries + (g * D + t * 8) * 2;
+      const uint8_t* query = simt::shared() + S::kSplitQueries + row.slot * kSplitBytes + (g * D + t * 8) * 2;
       float d[4] = {};
       SIMT_UNROLL
       for (int c = 0; c < kKeyLoads; c++) {
@@ -173,30 +172,33 @@ struct AttendExact {
     }
   }
 
-  /// Attends to all exact rows of a stream with the queries in shared memory. Calls leave(o, part) for each component
-  /// o = r * D + d of the outputs, in the thread o % kThreads. The place of the score table must be free, and is after
-  /// a barrier.
+  /// Attends to all exact rows of a batch of streams with the queries in shared memory. Calls leave(slot, o, part) for
+  /// each component o = r * D + d of an item's outputs, in the thread (slot * 4 * D + o) % kThreads. The place of the
+  /// keys' table must be free, and is after a barrier.
   template <typename Leave>
-  SIMT static void attend(const AttendArgs& a, int stream, Leave leave) {
+  SIMT static void attend(const AttendArgs& a, int batch, Leave leave) {
     const int warp = simt::thread() / 32, lane = simt::thread() % 32, g = lane / 4, t = lane % 4;
     uint8_t* shared = simt::shared();
-    split_queries(a);
+    const int n_slots = Items::n_slots(a, batch), n_warps = Items::n_warps(a), slot = Items::slot_of(a, warp);
+    split_queries(a, n_slots);
     simt::sync();
+    const int stream = Items::stream_of(a, Items::first_item(a, batch) + (slot < n_slots ? slot : 0));
     const size_t pair = size_t(stream) * a.n_kv_heads + simt::block_y();
-    const Row row = Cells::make_row(a, stream, g % kRows);
+    const Row row = Cells::make_row(a, stream, slot, g % kRows);
     const int window_tiles = (a.exact[0].capacity + kTile - 1) / kTile;
     const int n_tiles = window_tiles + (a.exact[1].capacity + kTile - 1) / kTile;
+    const int own_first = warp - slot * n_warps;
     Running run;
     SIMT_NO_UNROLL
-    for (int tile = warp; tile < n_tiles; tile += S::kWarps) {
+    for (int tile = own_first; tile < n_tiles && slot < n_slots; tile += n_warps) {
       const bool is_window = tile < window_tiles;
       const ExactRows& exact = is_window ? a.exact[0] : a.exact[1];
       const int32_t* cells = exact.cells + (exact.per_head ? pair : size_t(stream)) * exact.capacity;
       const int first = (is_window ? tile : tile - window_tiles) * kTile;
-      attend_tile(a, exact, cells, pair * exact.capacity, row, first, tile == warp, run);
+      attend_tile(a, exact, cells, pair * exact.capacity, row, first, tile == own_first, run);
     }
-    float* sums = reinterpret_cast<float*>(shared + kSums);
-    float* states = reinterpret_cast<float*>(shared + kStates);
+    float* sums = reinterpret_cast<float*>(shared + S::kSums);
+    float* states = reinterpret_cast<float*>(shared + S::kStates);
     if (t < kRows / 2) {
       SIMT_UNROLL
       for (int i = 0; i < 4 * kValueLoads; i++) {
@@ -213,12 +215,14 @@ struct AttendExact {
     }
     simt::sync();
     SIMT_NO_UNROLL
-    for (int o = simt::thread(); o < kRows * D; o += S::kThreads) {
-      const int r = o / D, d = o % D;
-      leave(o, combine(
-                   n_tiles < S::kWarps ? n_tiles : S::kWarps, [&](int i) { return states[i * 8 + r]; },
-                   [&](int i) { return states[i * 8 + 4 + r]; },
-                   [&](int i) { return sums[(i * kRows + r) * S::kSumStride + d]; }));
+    for (int i = simt::thread(); i < n_slots * kRows * D; i += S::kThreads) {
+      const int from = i / (kRows * D), o = i % (kRows * D), r = o / D, d = o % D;
+      const int first = from * n_warps;
+      leave(from, o,
+            combine(
+                n_tiles < n_warps ? n_tiles : n_warps, [&](int w) { return states[(first + w) * 8 + r]; },
+                [&](int w) { return states[(first + w) * 8 + 4 + r]; },
+                [&](int w) { return sums[((first + w) * kRows + r) * S::kSumStride + d]; }));
     }
   }
 };

@@ -2,7 +2,9 @@
 // attend_cells.h what becomes of a block of 64 cells, attend_exact.h of exact rows, attend_combine.h how it is all
 // added up.
 //
-// A thread block's warps each take whole blocks of 64 cells, with a running maximum and sums of their own.
+// A thread block's warps each take whole blocks of 64 cells, with a running maximum and sums of their own. Where there
+// are more streams than thread blocks, a thread block takes a batch of them at once: what an item costs besides its
+// cells is then paid once a batch.
 #pragma once
 
 #include "cuda/attend_combine.h"
@@ -13,6 +15,7 @@ template <typename S>
 struct AttendKernel {
   using Items = AttendItems<S>;
   using Tables = AttendTables<S>;
+  using Direct = AttendDirect<S>;
   using Cells = AttendCells<S>;
   using Exact = AttendExact<S>;
   using Combine = AttendCombine<S>;
@@ -23,21 +26,25 @@ struct AttendKernel {
   static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces, MV = S::kValueSubspaces;
   static constexpr int kKeyLoads = Cells::kKeyLoads, kValueLoads = Cells::kValueLoads;
 
-  /// The blocks of 64 cells that a warp takes in an item: `index`, then every kWarps-th, `left` in all.
+  /// The blocks of 64 cells that a warp takes in a batch of items, all of one of them: `index`, then every n-th, n
+  /// being the warps that share the item; `left` in all.
   struct alignas(16) Blocks {
     const uint8_t *keys, *values;
-    int item, index, left, padding;
+    int batch, index, left, padding;
   };
   static_assert(sizeof(Blocks) == 32);
 
-  /// This warp's blocks in b.item or the first later item of this thread block in which it has any. Without one,
-  /// b.item becomes n_items, and the pointers stay as they are.
+  /// This warp's blocks in b.batch or the first later one of this thread block in which it has any. Without one,
+  /// b.batch becomes n_batches or more, and the pointers stay as they are.
   SIMT static void find(const AttendArgs& a, int warp, Blocks& b) {
-    for (; b.item < Items::n_items(a); b.item += simt::blocks_x()) {
-      const int stream = Items::stream_of(a, b.item), split = b.item - stream * a.n_splits;
+    const int slot = Items::slot_of(a, warp), n_warps = Items::n_warps(a);
+    for (; b.batch < Items::n_batches(a); b.batch += simt::blocks_x()) {
+      const int item = Items::first_item(a, b.batch) + slot;
+      if (S::kDirect && item >= Items::n_items(a)) continue;
+      const int stream = Items::stream_of(a, item), split = item - stream * a.n_splits;
       const int head = simt::block_y();
-      b.index = Items::block_begin(a, split) + warp;
-      b.left = (Items::block_begin(a, split + 1) - b.index + S::kWarps - 1) / S::kWarps;
+      b.index = Items::block_begin(a, split) + warp - slot * n_warps;
+      b.left = (Items::block_begin(a, split + 1) - b.index + n_warps - 1) / n_warps;
       if (b.left <= 0) continue;
       const auto at = [&](const CacheView& cache) {
         return cache.data + stream * cache.stream_stride + head * cache.head_stride + b.index * cache.block_stride;
@@ -48,14 +55,16 @@ struct AttendKernel {
     }
   }
 
-  /// Whether any cell of a stream is to be attended to from its codes. Where every warp has one block at most it is
-  /// looked up: in a short context the window holds all there is, and tables would be made in vain.
-  SIMT static bool sees_codes(const AttendArgs& a, const Lane& l, int stream) {
-    const int n = a.n_cells / kBlockCells;
+  /// Whether any cell of a batch's streams is to be attended to from its codes. Where every warp has one block of an
+  /// item at most it is looked up: in a short context the window holds all there is, and tables would be made in vain.
+  SIMT static bool sees_codes(const AttendArgs& a, const Lane& l, int batch) {
+    const int n = a.n_cells / kBlockCells, n_slots = Items::n_slots(a, batch);
     if (n > S::kWarps || !(a.mask || a.hidden)) return n > 0;
     bool sees = false;
-    if (l.warp < n) {
-      const int block = l.warp, head = simt::block_y();
+    SIMT_NO_UNROLL
+    for (int i = l.warp; i < n * n_slots; i += S::kWarps) {
+      const int slot = i / n, block = i - slot * n, head = simt::block_y();
+      const int stream = Items::stream_of(a, Items::first_item(a, batch) + slot);
       uint32_t cells = 3;  // two of them, a lane
       if (a.hidden) {
         const size_t word = stream * a.hidden_stream_stride + head * a.hidden_head_stride + block * 2 + l.lane / 16;
@@ -67,58 +76,76 @@ struct AttendKernel {
         const uint32_t pair = reinterpret_cast<const uint32_t*>(a.mask + at)[l.lane];
         masked &= uint32_t((pair & 0xffff) == 0xfc00) | uint32_t(pair >> 16 == 0xfc00) << 1;  // minus infinity
       }
-      sees = (cells & ~masked) != 0;
+      sees |= (cells & ~masked) != 0;
     }
     return simt::any_in_block(sees);
   }
 
-  /// Before any codes, which would take registers: the exact rows of this block's items, first splits all, with the
-  /// first item's queries and new rows on their way. Where nothing is `coded`, the only item's outputs are at hand
-  /// then.
+  /// New rows of a batch's streams.
+  SIMT static void write_new_rows(const AttendArgs& a, int batch) {
+    const int first = Items::first_item(a, batch), n_slots = S::kDirect ? Items::n_slots(a, batch) : 1;
+    SIMT_NO_UNROLL
+    for (int slot = 0; slot < n_slots; slot++) Exact::write_new_rows(a, Items::stream_of(a, first + slot));
+  }
+  /// Whether a batch is to attend to exact rows: of first splits.
+  SIMT static bool has_exact(const AttendArgs& a, int batch) {
+    return S::kDirect || batch == Items::stream_of(a, batch) * a.n_splits;
+  }
+
+  /// Before any codes, which would take registers: the exact rows of this block's batches, with the first one's queries
+  /// and new rows on their way. Where nothing is `coded`, the only batch's outputs are at hand then.
   SIMT static void attend_exact(const AttendArgs& a, bool coded) {
     const int first = simt::block_x();
     SIMT_NO_UNROLL
-    for (int item = first; item < Items::n_items(a); item += simt::blocks_x()) {
-      const int stream = Items::stream_of(a, item);
-      if (item != stream * a.n_splits) continue;
-      if (item != first) {
-        Tables::fetch_queries(a, item);
-        Exact::write_new_rows(a, stream);
+    for (int batch = first; batch < Items::n_batches(a); batch += simt::blocks_x()) {
+      if (!has_exact(a, batch)) continue;
+      if (batch != first) {
+        Tables::fetch_queries(a, batch);
+        write_new_rows(a, batch);
       }
       simt::wait_for_copies();
       simt::sync();
-      Exact::attend(a, stream, [&](int o, const Part& part) {
+      Exact::attend(a, batch, [&](int slot, int o, const Part& part) {
         if (coded) {
+          const int stream = Items::stream_of(a, Items::first_item(a, batch) + slot);
           Partials::leave(Partials::at(a, stream, a.n_splits), o, part);
         } else {
-          Combine::normalize(a, o / D, o % D, Part(), part);
+          Combine::normalize(a, slot, o, Part(), part);
         }
       });
       simt::sync();
     }
-    if (first + simt::blocks_x() < Items::n_items(a)) Tables::fetch_queries(a, first);
+    if (first + simt::blocks_x() < Items::n_batches(a)) Tables::fetch_queries(a, first);
   }
 
   SIMT static void run(const AttendArgs& a) {
     simt::launch_dependents();
     const Lane l = Cells::make_lane();
+    const int stride = Items::n_warps(a);  // of a warp's blocks
     // Where each warp goes on lives in shared memory, not in registers that the inner loop needs.
     Blocks* const place_of_next = reinterpret_cast<Blocks*>(simt::shared() + S::kAfter) + l.warp;
     Blocks next = {};
-    next.item = simt::block_x();
+    next.batch = simt::block_x();
     find(a, l.warp, next);
     if (l.lane == 0) *place_of_next = next;
     simt::sync_warp();
     const uint8_t *keys = next.keys, *values = next.values;  // of the block whose loads are under way
     const auto prefetch = [&](int n) {                       // of the n-th block after that
-      simt::prefetch_l2<S::kKeyBlock>(keys + n * S::kWarps * a.keys.block_stride, l.lane);
-      simt::prefetch_l2<S::kValueBlock>(values + n * S::kWarps * a.values.block_stride, l.lane);
+      simt::prefetch_l2<S::kKeyBlock>(keys + n * stride * a.keys.block_stride, l.lane);
+      simt::prefetch_l2<S::kValueBlock>(values + n * stride * a.values.block_stride, l.lane);
     };
     for (int n = 0; n < 2 && n < next.left; n++) prefetch(n);
-    constexpr int kShare = kCodewords * D / S::kWarps;  // of the head's codewords, for the score table
+    constexpr int kShare = kCodewords * D / S::kWarps;  // of the head's codewords, for the keys' table
     simt::prefetch_l2<kShare>(
         reinterpret_cast<const uint8_t*>(a.key_codec.packed) + (simt::block_y() * S::kWarps + l.warp) * kShare, l.lane);
-    if (Exact::any(a) && simt::block_x() % a.n_splits == 0) Exact::prefetch(a, Items::stream_of(a, simt::block_x()));
+    const int first = simt::block_x();
+    if (Exact::any(a) && has_exact(a, first)) {
+      const int n_slots = S::kDirect ? Items::n_slots(a, first) : 1;
+      SIMT_NO_UNROLL
+      for (int slot = 0; slot < n_slots; slot++) {
+        Exact::prefetch(a, Items::stream_of(a, Items::first_item(a, first) + slot));
+      }
+    }
     Tables::copy_scales(a);
     Cells::store_slopes(a);
     typename Tables::ValueWords value_words;
@@ -128,14 +155,12 @@ struct AttendKernel {
     if (!is_short) Tables::fill_value_table(value_words);
     simt::wait_for_previous_grid();
 
-    const int first = simt::block_x();
     Tables::fetch_queries(a, first);
     bool coded = true;
     if (Exact::any(a)) {
-      const bool is_alone = first + simt::blocks_x() >= Items::n_items(a);
+      const bool is_alone = first + simt::blocks_x() >= Items::n_batches(a);
       coded = !is_alone || a.n_splits > 1 || sees_codes(a, l, first);
-      const int stream = Items::stream_of(a, first);
-      if (first == stream * a.n_splits) Exact::write_new_rows(a, stream);
+      if (has_exact(a, first)) write_new_rows(a, first);
     }
     if (coded && is_short) Tables::fill_value_table(value_words);
     if (Exact::any(a)) attend_exact(a, coded);
@@ -156,32 +181,40 @@ struct AttendKernel {
     simt::wait_for_copies();
     simt::sync();
 
-    for (int item = simt::block_x(); item < Items::n_items(a); item += simt::blocks_x()) {
-      const int stream = Items::stream_of(a, item), head = simt::block_y();
-      const Row row = Cells::make_row(a, stream, l.t);
-      Tables::transform_queries(a);
-      Tables::fill_score_table(a);
+    for (int batch = first; batch < Items::n_batches(a); batch += simt::blocks_x()) {
+      const int slot = Items::slot_of(a, l.warp), head = simt::block_y();
+      const int item = Items::first_item(a, batch) + slot;
+      // A last batch may leave warps without an item.
+      const int stream = Items::stream_of(a, !S::kDirect || item < Items::n_items(a) ? item : 0);
+      const Row row = Cells::make_row(a, stream, slot, l.t);
+      if constexpr (S::kDirect) {
+        Direct::prepare_queries(a, Items::n_slots(a, batch));
+        Direct::fill_codewords(a);
+      } else {
+        Tables::transform_queries(a);
+        Tables::fill_score_table(a);
+      }
       Running run;
       run.maximum = kNoMaximum;
       run.weight = 0;
       SIMT_UNROLL
       for (int i = 0; i < Cells::kLaneSums; i++) run.sum[i] = 0;
-      if (item == first && next.left > 0) {  // not earlier: whatever reads shared memory would wait for them
+      if (batch == first && next.left > 0) {  // not earlier: whatever reads shared memory would wait for them
         load_keys();
         if constexpr (S::kDeep) load_values(values);
         value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
       }
       simt::sync();
-      Tables::fetch_queries(a, item + simt::blocks_x());
+      if constexpr (!S::kDirect) Tables::fetch_queries(a, batch + simt::blocks_x());
 
-      // Where the warp goes on after this item is worked out here: divisions in the loop would wait for the loads in
+      // Where the warp goes on after this batch is worked out here: divisions in the loop would wait for the loads in
       // flight there.
       const Blocks now = *place_of_next;
       simt::sync_warp();
-      const bool mine = now.item == item;
+      const bool mine = now.batch == batch;
       if (mine) {
         Blocks b = now;
-        b.item += simt::blocks_x();
+        b.batch += simt::blocks_x();
         find(a, l.warp, b);
         if (l.lane == 0) *place_of_next = b;
       }
@@ -189,12 +222,11 @@ struct AttendKernel {
       uint32_t mask_at = row.mask + now.index * kBlockCells + l.g * 8;
       uint32_t hidden_at =
           uint32_t(stream * a.hidden_stream_stride + head * a.hidden_head_stride) + now.index * 2 + l.g / 4;
-      for (int left = mine ? now.left : 0; left > 0;
-           left--, mask_at += S::kWarps * kBlockCells, hidden_at += S::kWarps * 2) {
+      for (int left = mine ? now.left : 0; left > 0; left--, mask_at += stride * kBlockCells, hidden_at += stride * 2) {
         const uint8_t* these_values = values;
         // After the last block of all the pointers stay, and it is read once more in vain.
-        keys = left > 1 ? keys + S::kWarps * a.keys.block_stride : place_of_next->keys;
-        values = left > 1 ? values + S::kWarps * a.values.block_stride : place_of_next->values;
+        keys = left > 1 ? keys + stride * a.keys.block_stride : place_of_next->keys;
+        values = left > 1 ? values + stride * a.values.block_stride : place_of_next->values;
         if (left > 2) prefetch(1);
         uint4* const staged_mask = reinterpret_cast<uint4*>(simt::shared() + S::kMasks) + simt::thread();
         uint32_t* const staged_hidden = reinterpret_cast<uint32_t*>(simt::shared() + S::kHidden) + simt::thread();
@@ -211,7 +243,7 @@ struct AttendKernel {
         }
         float x[8];
         if constexpr (!S::kDeep) load_values(these_values);
-        Cells::table_scores(l, key_codes, x);
+        Cells::scores(l, slot, key_codes, x);
         SIMT_UNROLL
         for (int i = 0; i < 4; i++) {
           const float2 scale = simt::unpack_half2(Cells::word_of(key_scales, i));
@@ -234,10 +266,15 @@ struct AttendKernel {
       }
       run.maximum += row.offset();
       simt::wait_for_copies();
-      if (!Combine::finish_item(a, l, run, item)) continue;
+      if (!Combine::finish_batch(a, l, run, batch)) continue;
       simt::sync();
-      Combine::write_output(a, stream);
+      Combine::write_output(a, batch);
       if constexpr (!S::kOwnOutputs) simt::sync();
+      if constexpr (S::kDirect) {  // the outputs were in their place
+        Tables::fetch_queries(a, batch + simt::blocks_x());
+        simt::wait_for_copies();
+        simt::sync();
+      }
     }
   }
 };

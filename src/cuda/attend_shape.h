@@ -1,9 +1,9 @@
 // How decode attention uses a multiprocessor, by format: threads, and the two tables in shared memory.
 //
-//   keys:   score table. A row for each code, 256 bytes: 32 slots of the 4 query rows' products with that codeword,
-//   f16.
-//           Slots are subspaces; more than 32 of them make more planes. `expanded`: rows for the negated codewords too,
-//           at twice the memory, so that the sign bit costs no instruction.
+//   keys:   score table, made anew for each item. A row for each code, 256 bytes: 32 slots of the 4 query rows'
+//           products with that codeword, f16. Slots are subspaces; more than 32 of them make more planes. `expanded`:
+//           rows for the negated codewords too, at twice the memory, so that the sign bit costs no instruction.
+//           `Direct`: the codewords themselves, which many items share (attend_direct.h).
 //   values: codewords. A row for each code and sign: units of 8 entries (subspaces g, g + 8, ...), `copies` of each, so
 //           that the 4 lanes that look into one subspace find it in banks of their own.
 #pragma once
@@ -20,9 +20,20 @@ constexpr int attend_warps(int head_dim, int key_width, int value_width) {
   return head_dim == 256 || key_width == 2 || value_width == 2 ? 8 : 16;
 }
 
-/// `Large`: for devices that give a block 227 KiB (Hopper); else as little as the format allows.
-template <int HeadDim, int KeyWidth, int ValueWidth, bool Large>
+inline constexpr int kMaxBatch = 8;  // items that a thread block takes at once
+
+/// Whether there is a kernel for many items at once: formats whose codeword tables fit.
+constexpr bool has_direct(int head_dim, int key_width) {
+  return head_dim == 128 || (head_dim == 64 && key_width > 2);
+}
+
+/// `Large`: for devices that give a block 227 KiB (Hopper); else as little as the format allows. `Direct`: a thread
+/// block takes up to kMaxBatch items at once, each with a share of its warps; else one, with all of them.
+template <int HeadDim, int KeyWidth, int ValueWidth, bool Large, bool Direct = false>
 struct AttendShape {
+  static_assert(!Direct || (Large && has_direct(HeadDim, KeyWidth)));
+  static constexpr bool kDirect = Direct;
+  static constexpr int kSlots = Direct ? kMaxBatch : 1;
   static constexpr int kHeadDim = HeadDim, kKeyWidth = KeyWidth, kValueWidth = ValueWidth;
   static constexpr int kRows = kRowGroup;
   static constexpr int kKeySubspaces = HeadDim / KeyWidth, kValueSubspaces = HeadDim / ValueWidth;
@@ -35,10 +46,10 @@ struct AttendShape {
   static constexpr int kKeySlots = kKeySubspaces < 32 ? 16 : 32;  // 8 subspaces take 16: half a warp reads 16 at once
   static constexpr bool kKeyExpanded = Large && kKeyPlanes <= (HeadDim == 256 ? 1 : 2);
   static constexpr int kKeyPlaneBytes = (kKeyExpanded ? 256 : 128) * 256;
-  static constexpr int kKeyTableBytes = kKeyPlanes * kKeyPlaneBytes;
+  static constexpr int kKeyTableBytes = Direct ? 256 * 256 : kKeyPlanes * kKeyPlaneBytes;
 
   static constexpr int kCopies = Large ? (HeadDim == 64    ? 4
-                                          : HeadDim == 128 ? (KeyWidth == 2 ? 2 : 4)
+                                          : HeadDim == 128 ? (KeyWidth == 2 && !Direct ? 2 : 4)
                                                            : (KeyWidth == 2 ? 1 : 2))
                                        : (HeadDim == 64 ? 2 : 1);
   static constexpr int kEntryBytes = ValueWidth == 8 ? 8 : 4;  // width 2: two subspaces, 8 apart, to an entry
@@ -49,36 +60,40 @@ struct AttendShape {
   static constexpr int kValuePlaneBytes = 256 * kValueRowBytes;
   static constexpr int kValueTableBytes = (kUnits + kUnitsPerRow - 1) / kUnitsPerRow * kValuePlaneBytes;
 
-  // Combining takes the place of the score table once that is used up; what follows the tables has its own place.
-  static constexpr int kSumStride = HeadDim + 8;  // floats; keeps warps' rows in different banks
-  static constexpr int kSums = 0;                 // float [kWarps][4][kSumStride]
+  // Combining takes the place of the keys' table once that is used up; what follows the tables has its own place.
+  static constexpr int kRowBytes = kSlots * kRows * HeadDim * 4;  // of all query rows, f32
+  static constexpr int kSumStride = HeadDim + 8;                  // floats; keeps warps' rows in different banks
+  static constexpr int kSums = 0;                                 // float [kWarps][4][kSumStride]
   static constexpr int kSumsBytes = kWarps * kRows * kSumStride * 4;
-  static constexpr int kStates = kSums + kSumsBytes;                       // float [kWarps][8]: maxima, then weights
-  static constexpr int kSharedOutputs = kStates + kWarps * 2 * kRows * 4;  // see kOutputs
-  static constexpr int kCombineBytes = kSharedOutputs + (Large ? 0 : 2 * kRows * HeadDim * 4);
+  static constexpr int kStates = kSums + kSumsBytes;                   // float [kWarps][8]: maxima, then weights
+  static constexpr int kAfterSums = kStates + kWarps * 2 * kRows * 4;  // see kSplitQueries, kOutputs
+  static constexpr int kCombineBytes = kAfterSums + (Large && !Direct ? kRowBytes : 2 * kRowBytes);
   static constexpr int kValueTable = kKeyTableBytes > kCombineBytes ? kKeyTableBytes
                                                                     : (kCombineBytes + 1023) / 1024 * 1024;
-  static constexpr int kQueries = kValueTable + kValueTableBytes;   // float [4][HeadDim], see transform_queries
-  static constexpr int kScales = kQueries + kRows * HeadDim * 4;    // float [kValueSubspaces]
+  static constexpr int kQueries = kValueTable + kValueTableBytes;   // float [kSlots][4][HeadDim], see transform_queries
+  static constexpr int kScales = kQueries + kRowBytes;              // float [kValueSubspaces]
   static constexpr int kKeyScales = kScales + kValueSubspaces * 4;  // float [kKeySubspaces]
   static constexpr int kAfter = kKeyScales + kKeySubspaces * 4;     // AttendKernel::Blocks [kWarps]
-  static constexpr int kFactors = kAfter + kWarps * 32;             // float [4], of the transformed queries
-  static constexpr int kOffsets = kFactors + kRows * 4;             // float [4], what coded cells' logits lack
-  static constexpr int kSlopes = kOffsets + kRows * 4;              // float [4], on the mask, in units of log2 e
-  static constexpr int kWeights = kSlopes + kRows * 4;              // float [4]
-  static constexpr int kLast = kWeights + kRows * 4;                // int
+  static constexpr int kFactors = kAfter + kWarps * 32;             // float [kSlots][4], of the transformed queries
+  static constexpr int kOffsets = kFactors + kSlots * kRows * 4;    // the same, what coded cells' logits lack
+  static constexpr int kWeights = kOffsets + kSlots * kRows * 4;    // the same, of coded cells
+  static constexpr int kSlopes = kWeights + kSlots * kRows * 4;     // float [4], on the mask, in units of log2 e
+  static constexpr int kLast = kSlopes + kRows * 4;                 // int
   // What a lane needs of the mask and of the hidden cells' bits on the way from memory, where there is room for that:
   // uint4 [kWarps][32], uint32_t [kWarps][32].
   static constexpr bool kStaged = Large;
   static constexpr int kMasks = kLast + 16;
   static constexpr int kHidden = kMasks + (kStaged ? kWarps * 32 * 16 : 0);
   static constexpr int kEnd = kHidden + (kStaged ? kWarps * 32 * 4 : 0);
-  // Of coded cells, then of exact rows, float [2][4][HeadDim]. Where memory is short, behind the sums: then the next
-  // score table must wait for its readers.
-  static constexpr bool kOwnOutputs = Large;
-  static constexpr int kOutputs = kOwnOutputs ? kEnd : kSharedOutputs;
-  static constexpr size_t kSharedBytes = kEnd + (kOwnOutputs ? 2 * kRows * HeadDim * 4 : 0);
-  static_assert(kAfter % 32 == 0 && kFactors % 16 == 0 && kMasks % 16 == 0 && kOutputs % 16 == 0);
+  // What is written out, float [kSlots][4][HeadDim] each: of coded cells, and of exact rows. Where memory is short,
+  // behind the sums: then the next table must wait for its readers. Many items' go where their queries were.
+  static constexpr bool kOwnOutputs = Large && !Direct;
+  static constexpr int kCodedOutputs = Direct ? kQueries : kOwnOutputs ? kEnd : kAfterSums;
+  static constexpr int kExactOutputs = Direct ? kAfterSums : kCodedOutputs + kRowBytes;
+  static constexpr size_t kSharedBytes = kEnd + (kOwnOutputs ? 2 * kRowBytes : 0);
+  // f16 [kSlots][2][4][HeadDim], while exact rows are attended to: the queries, see attend_exact.h.
+  static constexpr int kSplitQueries = kAfterSums;
+  static_assert(kAfter % 32 == 0 && kFactors % 16 == 0 && kMasks % 16 == 0 && kCodedOutputs % 16 == 0);
   static_assert(Large || HeadDim == 256 || kSharedBytes <= 99 * 1024);
 
   /// Codes are fetched a whole block ahead where registers allow it; else values while the same block's keys are looked

@@ -8,10 +8,22 @@
 namespace thimble::cuda {
 
 /// Items are splits of a stream's cells. A thread block serves one KV head and one group of 4 query rows, and takes
-/// every blocks_x-th item.
+/// every blocks_x-th batch of items. The items of a batch have slots in shared memory, and each its share of the warps.
 template <typename S>
 struct AttendItems {
   static constexpr int D = S::kHeadDim;
+
+  SIMT static int batch_shift(const AttendArgs& a) { return S::kDirect ? a.batch_shift : 0; }
+  SIMT static int n_batches(const AttendArgs& a) { return (n_items(a) + (1 << batch_shift(a)) - 1) >> batch_shift(a); }
+  /// Of a batch.
+  SIMT static int first_item(const AttendArgs& a, int batch) { return batch << batch_shift(a); }
+  SIMT static int n_slots(const AttendArgs& a, int batch) {
+    const int left = n_items(a) - first_item(a, batch), all = 1 << batch_shift(a);
+    return left < all ? left : all;
+  }
+  /// Warps that share an item.
+  SIMT static int n_warps(const AttendArgs& a) { return S::kWarps >> batch_shift(a); }
+  SIMT static int slot_of(const AttendArgs& a, int warp) { return S::kDirect ? warp / n_warps(a) : 0; }
 
   /// What query row r of this thread block's 4 belongs to. Rows that only pad the group are of tokens that are not
   /// there.
@@ -106,19 +118,24 @@ struct AttendTables {
     return simt::bits_to_float(simt::permute(biased, 0x4b000000u, 0x7440u | i)) - 8388736.0f;
   }
 
-  /// Starts copying an item's queries to shared memory, as the model wrote them.
-  SIMT static void fetch_queries(const AttendArgs& a, int item) {
-    if (item >= Items::n_items(a)) return;
-    static_assert(S::kRows * D / 4 <= S::kThreads);
-    const int i = simt::thread_again();
-    if (i >= S::kRows * D / 4) return;
-    const auto row = Items::query_row(a, i / (D / 4));
-    uint4* to = reinterpret_cast<uint4*>(simt::shared() + S::kQueries) + i;
-    if (row.token < a.n_tokens) {
-      simt::copy_async<16>(to, a.queries + Items::stream_of(a, item) * a.query_stream_stride +
-                                   row.token * a.query_token_stride + row.head * a.query_head_stride + i % (D / 4) * 4);
-    } else {
-      *to = make_uint4(0, 0, 0, 0);
+  /// Starts copying a batch's queries to shared memory, as the model wrote them.
+  SIMT static void fetch_queries(const AttendArgs& a, int batch) {
+    if (batch >= Items::n_batches(a)) return;
+    constexpr int kVectors = S::kRows * D / 4;  // of an item
+    static_assert(kVectors <= S::kThreads);
+    const int end = S::kDirect ? Items::n_slots(a, batch) * kVectors : kVectors;
+    SIMT_NO_UNROLL
+    for (int i = simt::thread_again(); i < end; i += S::kThreads) {
+      const int slot = i / kVectors, at = i % kVectors;
+      const auto row = Items::query_row(a, at / (D / 4));
+      uint4* to = reinterpret_cast<uint4*>(simt::shared() + S::kQueries) + i;
+      if (row.token < a.n_tokens) {
+        simt::copy_async<16>(
+            to, a.queries + Items::stream_of(a, Items::first_item(a, batch) + slot) * a.query_stream_stride +
+                    row.token * a.query_token_stride + row.head * a.query_head_stride + at % (D / 4) * 4);
+      } else {
+        *to = make_uint4(0, 0, 0, 0);
+      }
     }
   }
 
@@ -146,48 +163,79 @@ struct AttendTables {
     return partial;
   }
 
-  /// Transforms the item's queries where they are. They become unit in their greatest component, so that score tables
-  /// fit f16 whatever the queries' size; the factors make up for that. Codes tell a key less the mean, so logits lack
-  /// the query's product with it: the same for every cell, it is added to their maximum.
-  SIMT static void transform_queries(const AttendArgs& a) {
+  /// Transforms a batch's queries, and hands each row to put(slot, r, x, lane): lane has the components from x's size *
+  /// lane on. `put` says what their greatest is to become and returns what it was; score tables and codewords' products
+  /// have a range of their own, and the factors make up for that. Codes tell a key less the mean, so logits lack the
+  /// query's product with it: the same for every cell, it is added to their maximum.
+  template <typename Put>
+  SIMT static void transform_queries(const AttendArgs& a, int n_slots, Put put) {
     uint8_t* shared = simt::shared();
-    float* queries = reinterpret_cast<float*>(shared + S::kQueries);
-    const float* partial = a.key_codec.undo ? multiply_rows(queries, a.key_codec.undo) : nullptr;
-    const int thread = simt::thread_again(), r = thread / 32, lane = thread % 32;
-    if (r < S::kRows) {
-      constexpr int N = D / 32;
-      float x[N] = {}, top = 0;
+    constexpr int N = D / 32;
+    const auto transform_row = [&](int slot, int r, int lane, const float* partial) {
+      float* query = reinterpret_cast<float*>(shared + S::kQueries) + (slot * S::kRows + r) * D;
+      float x[N] = {};
       SIMT_UNROLL
       for (int i = 0; i < N; i++) {
-        if (a.key_codec.undo) {
+        if (partial) {
           SIMT_UNROLL
           for (int part = 0; part < kParts; part++) x[i] += partial[(part * S::kRows + r) * D + lane * N + i];
         } else {
-          x[i] = queries[r * D + lane * N + i];
+          x[i] = query[lane * N + i];
         }
       }
-      if (!a.key_codec.undo) hadamard_warp<D, true>(x, lane);
-      SIMT_UNROLL
-      for (int i = 0; i < N; i++) top = simt::max_nan(top, fabsf(x[i]));
-      SIMT_UNROLL
-      for (int mask = 1; mask < 32; mask *= 2) top = simt::max_nan(top, simt::shuffle_xor(top, mask));
+      if (!partial) hadamard_warp<D, true>(x, lane);
       float along_mean = 0;
       if (a.key_codec.mean && a.softcap == 0) {
         const float* mean = a.key_codec.mean + size_t(simt::block_y()) * D;
-        for (int d = lane; d < D; d += 32) along_mean += queries[r * D + d] * simt::load_constant(mean + d);
+        for (int d = lane; d < D; d += 32) along_mean += query[d] * simt::load_constant(mean + d);
         SIMT_UNROLL
         for (int mask = 1; mask < 32; mask *= 2) along_mean += simt::shuffle_xor(along_mean, mask);
       }
       simt::sync_warp();
-      const float inverse = top == 0 ? 0.0f : 1 / top;
-      SIMT_UNROLL
-      for (int i = 0; i < N; i++) queries[r * D + lane * N + i] = x[i] * inverse;
+      const float top = put(slot, r, x, lane);
       if (lane == 0) {
-        reinterpret_cast<float*>(shared + S::kFactors)[r] = top * a.scale * kLog2e;
-        reinterpret_cast<float*>(shared + S::kOffsets)[r] = along_mean * a.scale * kLog2e;
+        reinterpret_cast<float*>(shared + S::kFactors)[slot * S::kRows + r] = top * a.scale * kLog2e;
+        reinterpret_cast<float*>(shared + S::kOffsets)[slot * S::kRows + r] = along_mean * a.scale * kLog2e;
+      }
+    };
+    const int thread = simt::thread_again(), warp = thread / 32, lane = thread % 32;
+    if (a.key_codec.undo) {
+      SIMT_NO_UNROLL
+      for (int slot = 0; slot < n_slots; slot++) {
+        const float* queries = reinterpret_cast<const float*>(shared + S::kQueries) + slot * S::kRows * D;
+        const float* partial = multiply_rows(queries, a.key_codec.undo);
+        if (warp < S::kRows) transform_row(slot, warp, lane, partial);
+        if constexpr (S::kDirect) simt::sync();
+      }
+    } else {
+      SIMT_NO_UNROLL
+      for (int row = warp; row < n_slots * S::kRows; row += S::kWarps) {
+        transform_row(row / S::kRows, row % S::kRows, lane, nullptr);
       }
     }
     simt::sync();
+  }
+
+  /// A row's greatest component, in all lanes.
+  template <int N>
+  SIMT static float top_of(const float (&x)[N]) {
+    float top = 0;
+    SIMT_UNROLL
+    for (int i = 0; i < N; i++) top = simt::max_nan(top, fabsf(x[i]));
+    SIMT_UNROLL
+    for (int mask = 1; mask < 32; mask *= 2) top = simt::max_nan(top, simt::shuffle_xor(top, mask));
+    return top;
+  }
+
+  /// The one item's queries, where they are: unit in their greatest component, so that score tables fit f16.
+  SIMT static void transform_queries(const AttendArgs& a) {
+    transform_queries(a, 1, [&](int, int r, const float(&x)[D / 32], int lane) {
+      float* query = reinterpret_cast<float*>(simt::shared() + S::kQueries) + r * D;
+      const float top = top_of(x), inverse = top == 0 ? 0.0f : 1 / top;
+      SIMT_UNROLL
+      for (int i = 0; i < D / 32; i++) query[lane * (D / 32) + i] = x[i] * inverse;
+      return top;
+    });
   }
 
   SIMT static void fill_score_table(const AttendArgs& a) {

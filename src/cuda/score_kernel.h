@@ -58,7 +58,7 @@ struct ScoreKernel {
       Tables::fetch_queries(a, item);
       simt::wait_for_copies();
       simt::sync();
-      const Row row = Cells::make_row(a, stream, l.t);
+      const Row row = Cells::make_row(a, stream, 0, l.t);
       Tables::transform_queries(a);
       const bool pads = row_group * S::kRows + l.t >= a.n_tokens * a.group;
       Tables::fill_score_table(a);

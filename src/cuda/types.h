@@ -207,6 +207,7 @@ struct AttendArgs {
 
   // Filled by deal_out.
   int n_splits = 1;
+  int batch_shift = 0;   // a thread block takes 2^batch_shift items at once; above 0 only where n_splits is 1
   int exact_blocks = 0;  // blocks of coded cells that the first split has less than others, for its exact rows
   int split_blocks = 0, n_larger_splits = 0;       // blocks of coded cells of a split; the first ones have one more
   uint32_t group_inverse = 0, splits_inverse = 0;  // for divisions, which take dozens of instructions otherwise
@@ -216,9 +217,10 @@ struct AttendArgs {
   int* arrived = nullptr;     // [n_streams][n_kv_heads * row_groups], zero between calls
 };
 
-/// Says how `args`' cells are split. A stream's cells are `n_splits` items for thread blocks; what is the same for all
-/// is worked out here.
-inline void deal_out(AttendArgs& args, int n_splits, int exact_blocks) {
+/// Says how `args`' cells are split. A stream's cells are `n_splits` items for thread blocks, each of which takes
+/// 2^batch_shift at once; what is the same for all is worked out here.
+inline void deal_out(AttendArgs& args, int n_splits, int exact_blocks, int batch_shift = 0) {
+  args.batch_shift = batch_shift;
   args.row_groups = row_groups(args.n_tokens, args.group);
   args.n_splits = n_splits;
   args.exact_blocks = exact_blocks;
@@ -228,6 +230,11 @@ inline void deal_out(AttendArgs& args, int n_splits, int exact_blocks) {
   // items less than 2^22, of at most 2^8 splits.
   args.group_inverse = (1u << 16) / uint32_t(args.group) + 1;
   args.splits_inverse = n_splits == 1 ? 0 : uint32_t((1ull << 32) / uint32_t(n_splits) + 1);
+}
+
+/// Batches of items, of all thread blocks that share a KV head and a group of query rows.
+inline int n_batches(const AttendArgs& args) {
+  return (args.n_streams * args.n_splits + (1 << args.batch_shift) - 1) >> args.batch_shift;
 }
 
 /// Scoring of all cells. Of `attend`, values, exact rows, sinks and output are not looked at; what there is to fill in

@@ -1,0 +1,194 @@
+// Decode attention: scores from the codewords themselves, where a thread block takes many items at once. Their queries
+// differ, so score tables would be one an item; the keys' codewords are one table for all.
+//
+// A warp's 64 cells are four tiles of 16 rows of A, whose columns are components: one look-up brings a register of A
+// (or two). B is the item's queries, as 16-bit integers: high bytes in even columns, low bytes in odd ones, a pair of
+// columns for each of the 4 query rows. So integer sums are exact but for the queries' rounding.
+//
+// The 8 lanes that look into the same subspaces have to find them in different banks of shared memory. Halves of these
+// lanes have copies of their own (odd g: with the banks of subspaces s and s ^ 4 exchanged), and pairs of g walk the
+// subspaces in orders of their own, rotated by g with its lowest bit cleared. As all rows of A meet the same B, there
+// is a product for each rotation, of which each lane keeps its own.
+#pragma once
+
+#include "cuda/attend_tables.h"
+
+namespace thimble::cuda {
+
+template <typename S>
+struct AttendDirect {
+  using Items = AttendItems<S>;
+  using Tables = AttendTables<S>;
+  static constexpr int D = S::kHeadDim, W = S::kKeyWidth, MK = S::kKeySubspaces;
+  static constexpr int kSteps = key_steps(MK);                  // look-ups in which a lane walks its subspaces
+  static constexpr int kRotations = kSteps / 2;                 // of them, as the lowest bit is cleared
+  static constexpr int kCellCodes = MK / 4;                     // bytes a lane has of a cell
+  static constexpr int kPairWords = kCellCodes / 2;             // words a lane has of two cells
+  static constexpr int kEntryBytes = W == 8 ? 8 : 4;            // W 2: subspaces s and s + 32 side by side
+  static constexpr int kSlots = MK < 32 ? MK : 32;              // entries of a code
+  static constexpr int kCopies = 128 / (kSlots * kEntryBytes);  // in either half of a row of the table
+  static constexpr int kQueryWords = D / 16;                    // of B that a lane holds
+  // An item's queries as B, uint32_t [kQueryWords / 4][32 lanes][4]. They take the place of the queries, by way of the
+  // table's, as the rows of an item are transformed by several warps.
+  static constexpr int kFragmentBytes = kQueryWords * 128;
+  static constexpr int kOnTheWay = S::kSums + Tables::kParts * S::kRows * D * 4;
+  static_assert(kOnTheWay + S::kSlots * kFragmentBytes <= S::kValueTable);
+
+  /// Puts the head's codewords and their negatives into the table: a row of 256 bytes for each code, whose two halves
+  /// are for even and odd g.
+  SIMT static void fill_codewords(const AttendArgs& a) {
+    const uint8_t* packed =
+        reinterpret_cast<const uint8_t*>(a.key_codec.packed) + size_t(simt::block_y()) * kCodewords * D;
+    constexpr int kVectors = kCodewords * 16, kEach = kVectors / S::kThreads;  // of 16 bytes
+    SIMT_UNROLL
+    for (int k = 0; k < kEach; k++) {
+      const int i = simt::thread() + k * S::kThreads, code = i / 16, half = i / 8 % 2;
+      // The subspaces that stand here, the first of them.
+      const int slot = (i % 8 * 16 / kEntryBytes) % kSlots ^ half * 4;
+      const uint8_t* word = packed + code * D;
+      uint4 v;
+      if constexpr (W == 2) {
+        const uint2 low = simt::load_constant(reinterpret_cast<const uint2*>(word + slot * 2));
+        const uint2 high = simt::load_constant(reinterpret_cast<const uint2*>(word + (slot + 32) * 2));
+        v = make_uint4(simt::permute(low.x, high.x, 0x5410), simt::permute(low.x, high.x, 0x7632),
+                       simt::permute(low.y, high.y, 0x5410), simt::permute(low.y, high.y, 0x7632));
+      } else {
+        v = simt::load_constant(reinterpret_cast<const uint4*>(word + slot * W));
+      }
+      uint4* to = reinterpret_cast<uint4*>(simt::shared() + code * 256 + i % 16 * 16);
+      to[0] = v;
+      to[kCodewords * 16] = make_uint4(Tables::negate_bytes(v.x), Tables::negate_bytes(v.y), Tables::negate_bytes(v.z),
+                                       Tables::negate_bytes(v.w));
+    }
+  }
+
+  /// Transforms a batch's queries to B. Codewords' scales go with them.
+  SIMT static void prepare_queries(const AttendArgs& a, int n_slots) {
+    Tables::transform_queries(a, n_slots, [&](int slot, int r, const float(&x)[D / 32], int lane) {
+      constexpr int N = D / 32, kUnit = 32512;  // two bytes' greatest
+      const float* scales = reinterpret_cast<const float*>(simt::shared() + S::kKeyScales);
+      float y[N];
+      SIMT_UNROLL
+      for (int i = 0; i < N; i++) y[i] = x[i] * scales[(lane * N + i) / W];
+      const float top = Tables::top_of(y), to_integer = top == 0 ? 0.0f : kUnit / top;
+      uint8_t* row = simt::shared() + kOnTheWay + slot * kFragmentBytes + r * 128;
+      SIMT_UNROLL
+      for (int i = 0; i < N; i++) {
+        // 3 * 2^22 + 128 + v: the low bytes of the float are v's, high byte and low byte (plus 128).
+        const uint32_t bits = simt::float_to_bits(y[i] * to_integer + 12583040.0f);
+        const int d = lane * N + i, subspace = d / W % 32;
+        const int word = W == 8 ? subspace / 4 * 2 + d % 8 / 4 : subspace / 4;
+        const int byte = W == 2 ? d / 64 * 2 + d % 2 : d % 4;
+        uint8_t* at = row + word / 4 * 512 + subspace % 4 * 16 + word % 4 * 4 + byte;
+        at[0] = uint8_t(bits >> 8);
+        at[64] = uint8_t(bits) ^ 0x80;
+      }
+      return top * (1.0f / kUnit);
+    });
+    const int thread = simt::thread();
+    SIMT_NO_UNROLL
+    for (int i = thread * 16; i < n_slots * kFragmentBytes; i += S::kThreads * 16) {
+      *reinterpret_cast<uint4*>(simt::shared() + S::kQueries + i) =
+          *reinterpret_cast<const uint4*>(simt::shared() + kOnTheWay + i);
+    }
+    simt::sync();
+  }
+
+  /// Bytes within a row of the table at which a lane looks at step `step`.
+  SIMT static uint32_t offset(int g, int t, int step) {
+    const int subspace = t + 4 * ((step + (g & ~1)) % kSteps), copy = g / kSteps % kCopies;
+    return uint32_t(g % 2 * 128 + copy * kSlots * kEntryBytes + (subspace ^ g % 2 * 4) * kEntryBytes);
+  }
+
+  /// Brings a lane's codes of two cells into the order of its steps: those of odd g are one further round.
+  SIMT static uint32_t turn_selector(int g) {
+    return g % 2 == 0 ? 0x3210 : kSteps == 8 ? 0x2107 : kSteps == 4 ? 0x2103 : 0x2301;
+  }
+  SIMT static void turn(uint32_t selector, uint32_t (&codes)[kPairWords]) {
+    if constexpr (kSteps == 8) {
+      SIMT_UNROLL
+      for (int i = 0; i < kPairWords; i += 2) {
+        const uint32_t low = codes[i], high = codes[i + 1];
+        codes[i] = simt::permute(low, high, selector);
+        codes[i + 1] = simt::permute(high, low, selector);
+      }
+    } else {
+      SIMT_UNROLL
+      for (int i = 0; i < kPairWords; i++) codes[i] = simt::permute(codes[i], codes[i], selector);
+    }
+  }
+
+  /// What stands in the table for byte n of a lane's codes of two cells, at step `step`.
+  template <typename T>
+  SIMT static T entry(const uint32_t (&offsets)[kSteps / 2], const uint32_t (&codes)[kPairWords], int n, int step) {
+    const uint32_t pick = 0x7700u | uint32_t(n % 4) << 4 | uint32_t(4 + step % 2);
+    return *reinterpret_cast<const T*>(simt::shared() + simt::permute(codes[n / 4], offsets[step / 2], pick));
+  }
+
+  /// Sums of products of this lane's 8 cells with its query row. `fragments`: of the item.
+  SIMT static void scores(int lane, const uint32_t (&offsets)[kSteps / 2], const uint8_t* fragments,
+                          const uint4 (&codes)[MK / 8], float (&score)[8]) {
+    const int g = lane / 4;
+    const uint32_t selector = turn_selector(g);
+    uint32_t query[kQueryWords];
+    SIMT_UNROLL
+    for (int i = 0; i < kQueryWords / 4; i++) {
+      const uint4 v = *reinterpret_cast<const uint4*>(fragments + i * 512 + lane * 16);
+      query[4 * i] = v.x;
+      query[4 * i + 1] = v.y;
+      query[4 * i + 2] = v.z;
+      query[4 * i + 3] = v.w;
+    }
+    SIMT_UNROLL
+    for (int pair = 0; pair < 4; pair++) {
+      uint32_t mine[kPairWords];
+      SIMT_UNROLL
+      for (int i = 0; i < kPairWords; i++) {
+        const uint4& v = codes[(pair * kPairWords + i) / 4];
+        const int word = (pair * kPairWords + i) % 4;
+        mine[i] = word == 0 ? v.x : word == 1 ? v.y : word == 2 ? v.z : v.w;
+      }
+      turn(selector, mine);
+      int d[kRotations][4] = {};
+      SIMT_UNROLL
+      for (int step = 0; step < kSteps; step += W == 8 ? 1 : 2) {
+        uint32_t a[4];  // of the two cells; the second one's are odd
+        if constexpr (W == 8) {
+          SIMT_UNROLL
+          for (int cell = 0; cell < 2; cell++) {
+            const uint2 e = entry<uint2>(offsets, mine, cell * kCellCodes + step, step);
+            a[cell] = e.x;
+            a[2 + cell] = e.y;
+          }
+        } else {
+          SIMT_UNROLL
+          for (int i = 0; i < 4; i++) {
+            const int s = step + i / 2, n = i % 2 * kCellCodes + s;
+            a[i] = entry<uint32_t>(offsets, mine, n, s);
+            if constexpr (W == 2) {
+              a[i] = simt::permute(a[i], entry<uint32_t>(offsets, mine, n + kSteps, s), 0x7610);
+            }
+          }
+        }
+        SIMT_UNROLL
+        for (int k = 0; k < kRotations; k++) {
+          const int first = W == 8 ? (step + 2 * k) % kSteps * 2 : (step + 2 * k) % kSteps;
+          const int second = W == 8 ? first + 1 : (step + 1 + 2 * k) % kSteps;
+          simt::mma_s8(d[k], a[0], a[1], a[2], a[3], query[first], query[second]);
+        }
+      }
+      SIMT_UNROLL
+      for (int cell = 0; cell < 2; cell++) {
+        int sum = d[0][2 * cell] * 256 + d[0][2 * cell + 1];
+        SIMT_UNROLL
+        for (int k = 1; k < kRotations; k++) {
+          const int other = d[k][2 * cell] * 256 + d[k][2 * cell + 1];
+          sum = g / 2 % kRotations == k ? other : sum;
+        }
+        score[2 * pair + cell] = float(sum);
+      }
+    }
+  }
+};
+
+}  // namespace thimble::cuda
