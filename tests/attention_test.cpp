@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <random>
@@ -27,6 +28,7 @@ struct Case {
   int threads = 1;
   bool dense_transform = false;
   int top = 0;  // cells to retrieve; above 0 with an exact store
+  bool in_file = false;
   bool drop_tail = false;
 };
 
@@ -121,8 +123,11 @@ Filled fill(const Case& c, unsigned seed) {
     for (int h = 0; h < c.n_kv_heads; h++) codecs->push_back(codec_for(c, kind, 10 * h + int(kind)));
     if (c.top > 0) {
       memory.emplace_back(CacheSide::memory_bytes(shape, codecs->front().format, 0));
+      const size_t row_size = size_t(c.n_kv_heads) * codecs->front().format.head_dim;
+      const std::string directory = std::filesystem::temp_directory_path();
       return CacheSide(shape, codecs, 0, memory.back().data(),
-                       ExactStore::ram(shape.n_cells(), size_t(c.n_kv_heads) * codecs->front().format.head_dim));
+                       c.in_file ? ExactStore::file(directory, shape.n_cells(), row_size)
+                                 : ExactStore::ram(shape.n_cells(), row_size));
     }
     memory.emplace_back(CacheSide::memory_bytes(shape, codecs->front().format, n_slots));
     return CacheSide(shape, codecs, n_slots, memory.back().data());
@@ -172,19 +177,27 @@ const CacheLayer& filled_layer(const Case& c, unsigned seed) {
   return *filled.layer;
 }
 
-// Runs a case and returns the normalized squared error against the dense computation.
-double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
-  const CacheLayer& layer = filled_layer(c, seed);
+// A case as attention gets it.
+struct Inputs {
+  std::vector<float> q, out, sinks;
+  std::vector<uint16_t> mask;
+  AttentionProblem p;
+};
+
+Inputs inputs_of(const Case& c, const CacheLayer& layer, unsigned seed) {
+  Inputs inputs;
+  auto& [q, out, sinks, mask, p] = inputs;
   std::mt19937 random(seed + 1000);
   std::normal_distribution<float> normal;
   const int before = c.n_cells - c.n_tokens;
-
   const int n_heads = c.n_kv_heads * c.group;
   const size_t n_q = size_t(c.n_streams) * c.n_tokens * n_heads;
-  std::vector<float> q(n_q * c.k_dim), out(n_q * c.v_dim, NAN), sinks(n_heads);
+  q.resize(n_q * c.k_dim);
+  out.assign(n_q * c.v_dim, NAN);
+  sinks.resize(n_heads);
   for (float& v : q) v = normal(random);
   for (float& v : sinks) v = normal(random);
-  std::vector<uint16_t> mask(size_t(c.n_streams) * c.n_tokens * c.n_cells, 0);
+  mask.assign(size_t(c.n_streams) * c.n_tokens * c.n_cells, 0);
   for (int s = 0; s < c.n_streams; s++) {
     for (int t = 0; t < c.n_tokens; t++) {
       for (int i = 0; i < c.n_cells; i++) {
@@ -197,8 +210,6 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
       }
     }
   }
-
-  AttentionProblem p;
   p.layer = &layer;
   p.n_heads = n_heads;
   p.n_tokens = c.n_tokens;
@@ -222,18 +233,28 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
   p.sinks = c.sinks ? sinks.data() : nullptr;
   p.top = c.top;
   p.drop_tail = c.drop_tail;
-  Attention attention;
-  attention.prepare(p, c.threads, kernels);
+  return inputs;
+}
+
+void retrieve_and_attend(Attention& attention, const AttentionProblem& p, int threads, const Kernels& kernels) {
+  attention.prepare(p, threads, kernels);
   const auto all = [&](auto work) {
     std::vector<std::thread> team;
-    for (int i = 0; i < c.threads; i++) team.emplace_back([&, i] { (attention.*work)(i); });
+    for (int i = 0; i < threads; i++) team.emplace_back([&, i] { (attention.*work)(i); });
     for (auto& t : team) t.join();
   };
-  if (attention.retrieves()) {
-    all(&Attention::score);
-    all(&Attention::select);
-  }
+  if (attention.retrieves()) all(&Attention::retrieve);
   all(&Attention::attend);
+}
+
+// Runs a case and returns the normalized squared error against the dense computation.
+double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
+  const CacheLayer& layer = filled_layer(c, seed);
+  const Inputs inputs = inputs_of(c, layer, seed);
+  const auto& [q, out, sinks, mask, p] = inputs;
+  const int n_heads = c.n_kv_heads * c.group;
+  Attention attention;
+  retrieve_and_attend(attention, p, c.threads, kernels);
   const bool from_store = c.top > 0 && c.n_tokens > kMaxCodeTokens;
   std::vector<std::set<int>> chosen;
   if (attention.retrieves()) chosen = retrieved(c, kernels, layer, p);
@@ -449,6 +470,50 @@ TEST_P(AttentionOn, RetrievalWithoutAWindowOrWithF16Keys) {
   expect(c);
   c.bits = 16;
   expect(c);
+}
+
+TEST_P(AttentionOn, RetrievalOfHeadsThatThreadsShare) {
+  for (int threads : {1, 2, 3, 7}) {
+    Case c;
+    c.top = 64;
+    c.k_dim = c.v_dim = 32;
+    c.cells = c.n_cells = 7000;
+    c.threads = threads;
+    c.drop_tail = true;
+    SCOPED_TRACE(testing::Message() << threads << " threads");
+    expect(c);
+  }
+}
+
+// What a head reads is on its way while the next head's cells are still to be scored.
+TEST_P(AttentionOn, RowsOfOneHeadAreAskedForBeforeTheNextIsScored) {
+  Case c;
+  c.top = 8;
+  c.in_file = true;
+  c.cells = c.n_cells = 1000;
+  c.n_kv_heads = 3;
+  const Filled filled = fill(c, 1);
+  const Inputs inputs = inputs_of(c, *filled.layer, 1);
+  static const Kernels* real;
+  static const CacheLayer* layer;
+  static std::vector<int64_t> asked;  // rows, before each call
+  real = GetParam();
+  layer = filled.layer.get();
+  asked.clear();
+  Kernels watched = *real;
+  watched.score_codes = [](const Queries& queries, const CodedCells& cells, const Mask& mask, float* scores,
+                           Scratch& scratch) {
+    int64_t n = 0;
+    for (Kind kind : {Kind::key, Kind::value}) n += layer->side(kind).store()->n_asked();
+    asked.push_back(n);
+    real->score_codes(queries, cells, mask, scores, scratch);
+  };
+  Attention attention;
+  retrieve_and_attend(attention, inputs.p, 1, watched);
+  ASSERT_EQ(asked.size(), 3u);
+  EXPECT_EQ(asked[0], 0);
+  EXPECT_GT(asked[1], 0);
+  EXPECT_GT(asked[2], asked[1]);
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, AttentionOn, testing::ValuesIn(available_kernels()),

@@ -1,15 +1,18 @@
 // The exact store: rows in, rows out, what is left behind, and full disks.
 #include <gtest/gtest.h>
 #include <sched.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -55,13 +58,15 @@ void use(ExactStore& store, int64_t n_rows, size_t size) {
   for (int64_t row : rows) EXPECT_EQ(store.row(row), nullptr);
   for (int64_t row : rows) put(store, row, pattern(row, size));
   for (int64_t row : rows) {
-    store.will_need(row, 1);
+    store.will_need(std::vector<int64_t>{row}, 0, size);
     EXPECT_EQ(get(store, row, size), pattern(row, size));
   }
   EXPECT_GT(store.reserved_bytes(), 0u);
   EXPECT_LE(store.reserved_bytes(), store.total_bytes());
   EXPECT_EQ(store.total_bytes(), size_t(n_rows) * size * 2);
-  store.will_need(0, n_rows);
+  std::vector<int64_t> all(n_rows);
+  std::iota(all.begin(), all.end(), 0);
+  store.will_need(all, size / 2, size - size / 2);
 
   store.copy(0, n_rows / 2, n_rows / 4);
   EXPECT_EQ(get(store, n_rows / 2, size), pattern(0, size));
@@ -87,6 +92,33 @@ TEST(ExactStore, RowsInAFile) {
     use(*ExactStore::file(directory.path(), n_rows, size), n_rows, size);
     EXPECT_TRUE(directory.empty());
   }
+}
+
+// Pages that left memory are on their way back when will_need returns, and no others.
+TEST(ExactStore, RowsOfAFileAreReadAhead) {
+  Directory directory;
+  const auto store = ExactStore::file(directory.path(), 64, 4096);  // a row is pages of its own, however large they are
+  const size_t row_bytes = 4096 * sizeof(uint16_t), page = size_t(sysconf(_SC_PAGESIZE));
+  if (page > row_bytes) GTEST_SKIP() << "pages of " << page << " bytes hold several rows";
+  for (int64_t row = 0; row < 64; row++) {
+    store->reserve(row);
+    std::fill_n(store->row(row), 4096, uint16_t(row));
+  }
+  const auto in_memory = [&](int64_t row) {
+    std::vector<unsigned char> pages(row_bytes / page);
+    EXPECT_EQ(mincore(store->row(row), row_bytes, pages.data()), 0);
+    return std::all_of(pages.begin(), pages.end(), [](unsigned char p) { return p & 1; });
+  };
+  ASSERT_EQ(msync(store->row(0), 64 * row_bytes, MS_SYNC), 0);
+  if (madvise(store->row(0), 64 * row_bytes, MADV_PAGEOUT) != 0 || in_memory(7)) {
+    GTEST_SKIP() << "what the page cache has does not leave it here, as on tmpfs";
+  }
+  store->will_need(std::vector<int64_t>{7, 9, 60}, 0, 4096);
+  EXPECT_EQ(store->n_asked(), 3);
+  for (int i = 0; i < 1000 && !(in_memory(7) && in_memory(9) && in_memory(60)); i++) usleep(1000);
+  for (int64_t row : {7, 9, 60}) EXPECT_TRUE(in_memory(row)) << row;
+  for (int64_t row : {0, 8, 10, 59, 63}) EXPECT_FALSE(in_memory(row)) << row;
+  for (int64_t row = 0; row < 64; row++) EXPECT_EQ(*store->row(row), row);
 }
 
 TEST(ExactStore, AFileIsAsLargeAsWhatWasReserved) {

@@ -96,7 +96,7 @@ void Attention::prepare_parts() {
     const int n_units = block_units() + units_of_tile() * (int(streams_[stream].exact.size()) + retrieved_tiles());
     for (int head = 0; head < n_kv_heads; head++) {
       for (int t = 0; t < p_.n_tokens; t += tokens_per_item) {
-        items_.push_back({stream, head, t, std::min(tokens_per_item, p_.n_tokens - t), n_units, 0, 0, 0});
+        items_.push_back({stream, head, t, std::min(tokens_per_item, p_.n_tokens - t), n_units, 0, 0, 0, 0});
         total += n_units;
       }
     }
@@ -127,9 +127,18 @@ void Attention::prepare_parts() {
     begin += item.n_units;
   }
   results_ = reinterpret_cast<float*>(results_memory_.room(result * sizeof(float)));
-  if (retrieves()) {
-    scores_.resize(items_.size() * n_blocks_ * kBlockCells);
-    retrieved_.resize(items_.size());
+  if (retrieves()) prepare_retrieval();
+}
+
+// All blocks of all items, laid end to end, are cut into one stretch a thread, as `attend` cuts them: what a thread has
+// scored it finds in its own cache there.
+void Attention::prepare_retrieval() {
+  scores_.resize(items_.size() * n_blocks_ * kBlockCells);
+  retrieved_.resize(items_.size());
+  for (Retrieved& retrieved : retrieved_) retrieved.tiles.clear();
+  for (Item& item : items_) item.scorers_left = 0;
+  for (int thread = 0; thread < n_threads_; thread++) {
+    for_stretch(thread, [&](int item, int, int) { items_[item].scorers_left++; });
   }
 }
 
@@ -160,7 +169,7 @@ bool Attention::sees_codes(const Item& item, const uint64_t* hidden, int first_b
 }
 
 const uint64_t* Attention::hidden_of(const Item& item) const {
-  return (retrieves() ? retrieved_[&item - items_.data()].hidden : streams_[item.stream].hidden).data();
+  return (retrieves() ? retrieved_[index_of(item)].hidden : streams_[item.stream].hidden).data();
 }
 
 void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries* coded) const {
@@ -198,21 +207,21 @@ CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int 
           int(p_.n_cells)};
 }
 
-// All blocks of all items, laid end to end, are cut into one stretch a thread.
-void Attention::score(int thread) {
-  const int64_t total = int64_t(items_.size()) * n_blocks_;
-  const int64_t end = total * (thread + 1) / n_threads_;
-  ThreadMemory& memory = memory_[thread];
-  for (int64_t at = total * thread / n_threads_; at < end;) {
-    const int64_t index = at / n_blocks_, first = at % n_blocks_;
-    const int64_t last = std::min<int64_t>(n_blocks_, first + end - at);
-    const Item& item = items_[index];
-    Queries plain, coded;
-    load_queries(item, memory, plain, &coded);
-    kernels_->score_codes(coded, coded_cells(item, streams_[item.stream].hidden.data(), int(first), int(last)),
-                          mask_of(item), &scores_[index * n_blocks_ * kBlockCells], memory.scratch);
-    at += last - first;
-  }
+// Whoever scores the last of an item's blocks chooses its cells, and asks for their rows, at once: they are read while
+// other threads, and then this one, score other items.
+void Attention::retrieve(int thread) {
+  for_stretch(thread, [&](int index, int first_block, int last_block) {
+    Item& item = items_[index];
+    score(item, first_block, last_block, memory_[thread]);
+    if (std::atomic_ref(item.scorers_left).fetch_sub(1, std::memory_order_acq_rel) == 1) fetch(item, memory_[thread]);
+  });
+}
+
+void Attention::score(const Item& item, int first_block, int last_block, ThreadMemory& memory) {
+  Queries plain, coded;
+  load_queries(item, memory, plain, &coded);
+  kernels_->score_codes(coded, coded_cells(item, streams_[item.stream].hidden.data(), first_block, last_block),
+                        mask_of(item), scores_of(item), memory.scratch);
 }
 
 // Fills memory.candidates with the cells of the `top` greatest scores, in order of cells. Every block whose greatest
@@ -259,23 +268,25 @@ void Attention::choose(const float* scores, ThreadMemory& memory) const {
   std::sort(candidates.begin(), candidates.end(), [](const Scored& a, const Scored& b) { return a.cell < b.cell; });
 }
 
-void Attention::select(int thread) {
-  ThreadMemory& memory = memory_[thread];
-  for (size_t i = thread; i < items_.size(); i += n_threads_) {
-    const Item& item = items_[i];
-    const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
-    const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
-    choose(&scores_[i * n_blocks_ * kBlockCells], memory);
-    Retrieved& retrieved = retrieved_[i];
-    retrieved.hidden = streams_[item.stream].hidden;
-    retrieved.tiles.clear();
-    for (const auto& [score, cell] : memory.candidates) {
-      const uint16_t *key = keys.store()->row(cell0 + cell), *value = values.store()->row(cell0 + cell);
-      if (!key || !value) continue;  // seen, but never written
-      for (const CacheSide* side : {&keys, &values}) side->store()->will_need(cell0 + cell, 1);
-      retrieved.hidden[cell / kBlockCells] |= uint64_t{1} << (cell % kBlockCells);
-      add_row(retrieved.tiles, cell, key, value);
-    }
+// Chooses the item's cells and starts reading their rows.
+void Attention::fetch(const Item& item, ThreadMemory& memory) {
+  const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
+  const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
+  choose(scores_of(item), memory);
+  Retrieved& retrieved = retrieved_[index_of(item)];
+  retrieved.hidden = streams_[item.stream].hidden;
+  retrieved.tiles.clear();
+  memory.rows.clear();
+  for (const auto& [score, cell] : memory.candidates) {
+    const uint16_t *key = keys.store()->row(cell0 + cell), *value = values.store()->row(cell0 + cell);
+    if (!key || !value) continue;  // seen, but never written
+    memory.rows.push_back(cell0 + cell);
+    retrieved.hidden[cell / kBlockCells] |= uint64_t{1} << (cell % kBlockCells);
+    add_row(retrieved.tiles, cell, key, value);
+  }
+  for (const CacheSide* side : {&keys, &values}) {
+    const size_t head_dim = side->format().head_dim;
+    side->store()->will_need(memory.rows, item.kv_head * head_dim, head_dim);
   }
 }
 

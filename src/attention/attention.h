@@ -48,15 +48,14 @@ float alibi_slope(float max_bias, int n_heads, int head);
 
 /// Runs a problem on a team of threads:
 ///   one thread: attention.prepare(problem, n_threads)
-///   barrier; where attention.retrieves(): all: attention.score(i); barrier; all: attention.select(i); barrier
+///   barrier; where attention.retrieves(): all: attention.retrieve(i); barrier
 ///   all: attention.attend(i)
 /// The same inputs and n_threads give the same bits. An object may be used for one problem after another.
 class Attention {
 public:
   void prepare(const AttentionProblem& problem, int n_threads, const Kernels& kernels);
   bool retrieves() const { return p_.top > 0 && !prefills(); }
-  void score(int thread);
-  void select(int thread);
+  void retrieve(int thread);
   void attend(int thread);
 
 private:
@@ -66,7 +65,8 @@ private:
     int stream, kv_head, first_token, n_tokens;
     int n_units;
     int first_part, n_parts;
-    int parts_left;  // whoever brings it to 0 has seen the last part done, and combines them
+    // Whoever brings one to 0 has seen the last of them done, and goes on: chooses the cells, combines the parts.
+    int scorers_left, parts_left;
   };
   // A thread's share of an item. Its result lies in results_: for the coded cells and then for the exact ones, each
   // acc[rows][value_dim], max[rows], sum[rows], on cache lines of its own.
@@ -99,8 +99,9 @@ private:
     Scratch k_tile, v_tile;                 // a block's keys and values as tiles
     std::vector<float> sums, out, weights;  // of combine
     std::vector<uint16_t> exact_mask;
-    std::vector<float> block_tops;  // of select
+    std::vector<float> block_tops;  // of choose
     std::vector<Scored> candidates;
+    std::vector<int64_t> rows;      // of fetch
     std::vector<ExactTile> stored;  // of attend_stored
     Scratch scratch;
   };
@@ -108,6 +109,18 @@ private:
   void prepare_streams();
   void leave_out_blocks();
   void prepare_parts();
+  void prepare_retrieval();
+  /// Calls f(item, first block, last block) for what a thread has to score.
+  template <typename F>
+  void for_stretch(int thread, F f) const {
+    const int64_t total = int64_t(items_.size()) * n_blocks_, end = total * (thread + 1) / n_threads_;
+    for (int64_t at = total * thread / n_threads_; at < end;) {
+      const int64_t item = at / n_blocks_, first = at % n_blocks_,
+                    last = std::min<int64_t>(n_blocks_, first + end - at);
+      f(int(item), int(first), int(last));
+      at += last - first;
+    }
+  }
   bool prefills() const { return p_.n_tokens > kMaxCodeTokens; }
   bool from_store() const { return p_.top > 0 && prefills(); }
   int block_units() const { return retrieves() && p_.drop_tail ? 0 : n_blocks_; }
@@ -125,13 +138,17 @@ private:
     const size_t floats = size_t(kBlockCells) * p_.layer->side(kind).format().head_dim;
     return reinterpret_cast<float*>((kind == Kind::key ? memory.k_tile : memory.v_tile).room(floats * sizeof(float)));
   }
-  Item all_tokens(int stream) const { return {stream, 0, 0, p_.n_tokens, 0, 0, 0, 0}; }
+  size_t index_of(const Item& item) const { return size_t(&item - items_.data()); }
+  float* scores_of(const Item& item) { return scores_.data() + index_of(item) * n_blocks_ * kBlockCells; }
+  Item all_tokens(int stream) const { return {stream, 0, 0, p_.n_tokens, 0, 0, 0, 0, 0}; }
   Mask mask_of(const Item& item) const;
   uint64_t seen_by(const Item& item, const Mask& mask, int n_cells) const;
 
   CodedCells coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const;
   static void add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t* key, const uint16_t* value);
+  void score(const Item& item, int first_block, int last_block, ThreadMemory& memory);
   void choose(const float* scores, ThreadMemory& memory) const;
+  void fetch(const Item& item, ThreadMemory& memory);
 
   bool sees_codes(const Item& item, const uint64_t* hidden, int first_block, int last_block) const;
   const uint64_t* hidden_of(const Item& item) const;

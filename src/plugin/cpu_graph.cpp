@@ -151,9 +151,7 @@ void CpuGraph::run_attend(ggml_tensor* dst, int thread, int n_threads, void* dat
   op.barrier.wait(n_threads);
   if (op.failed) return;
   if (attention.retrieves()) {
-    attention.score(thread);
-    op.barrier.wait(n_threads);
-    attention.select(thread);
+    attention.retrieve(thread);
     op.barrier.wait(n_threads);
   }
   attention.attend(thread);

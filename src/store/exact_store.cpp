@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -31,12 +30,6 @@ constexpr size_t kChunkBytes = size_t{1} << 20;
 size_t page_size() {
   static const size_t size = size_t(sysconf(_SC_PAGESIZE));
   return size;
-}
-
-uint32_t seconds_since_boot() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-  return uint32_t(now.tv_sec);
 }
 
 // A file without a name. File systems that cannot make one get a name that goes away at once.
@@ -73,9 +66,7 @@ ExactStore::ExactStore(int64_t n_rows, size_t row_size, int file, std::string di
   }
   data_ = static_cast<uint16_t*>(data);
   // Single rows are fetched from all over the file: what lies around them is not worth reading.
-  if (file_ < 0) return;
-  madvise(data, total_bytes(), MADV_RANDOM);
-  asked_at_ = std::make_unique<std::atomic<uint32_t>[]>(total_bytes() / page_size() + 1);
+  if (file_ >= 0) madvise(data, total_bytes(), MADV_RANDOM);
 }
 
 ExactStore::~ExactStore() {
@@ -117,27 +108,35 @@ void ExactStore::reserve(int64_t row) {
   reserved = 1;
 }
 
-void ExactStore::will_need(int64_t first, int64_t n) const {
-  const uint16_t* begin = data_ + size_t(first) * row_size_;
-  const size_t bytes = size_t(n) * row_size_ * sizeof(uint16_t);
+void ExactStore::will_need(std::span<const int64_t> rows, size_t first, size_t n) const {
+  n_asked_.fetch_add(int64_t(rows.size()), std::memory_order_relaxed);
+  if (rows.empty() || n == 0) return;
+  char* const data = reinterpret_cast<char*>(data_);
+  const auto begin_of = [&](int64_t row) { return (size_t(row) * row_size_ + first) * sizeof(uint16_t); };
+  const size_t bytes = n * sizeof(uint16_t);
   if (file_ < 0) {
     constexpr size_t kLine = 64, kAtMost = 4096;  // more would push itself out again
-    for (size_t i = 0; i < std::min(bytes, kAtMost); i += kLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(begin) + i);
+    for (int64_t row : rows) {
+      for (size_t i = 0; i < std::min(bytes, kAtMost); i += kLine) __builtin_prefetch(data + begin_of(row) + i);
     }
     return;
   }
-  // Much of what a token reads was read for the one before it, and a system call for each row takes longer than the
-  // row.
-  const size_t page = page_size(), offset = size_t(first) * row_size_ * sizeof(uint16_t);
-  const size_t last = (offset + bytes + page - 1) / page;
-  const uint32_t now = seconds_since_boot() + 2;  // more than the 0 of pages never asked for, by more than a second
-  for (size_t i = offset / page; i < last; i++) {
-    size_t n_pages = 0;
-    while (i + n_pages < last && now - asked_at_[i + n_pages].exchange(now, std::memory_order_relaxed) > 1) n_pages++;
-    if (n_pages == 0) continue;
-    madvise(reinterpret_cast<char*>(data_) + i * page, n_pages * page, MADV_WILLNEED);
-    i += n_pages;
+  // Most pages are in memory, most of the time, and to ask for one that is takes longer than to read its row. One look
+  // at which are takes less than those calls, unless rows lie far apart.
+  constexpr size_t kPagesToARow = 16;
+  const size_t page = page_size(), first_page = begin_of(rows.front()) / page;
+  const size_t n_pages = (begin_of(rows.back()) + bytes - 1) / page + 1 - first_page;
+  std::vector<unsigned char> in_memory;
+  if (n_pages <= kPagesToARow * rows.size()) {
+    in_memory.resize(n_pages);
+    if (mincore(data + first_page * page, n_pages * page, in_memory.data()) != 0) in_memory.clear();
+  }
+  size_t i = first_page;
+  for (int64_t row : rows) {  // which share pages
+    const size_t last = (begin_of(row) + bytes - 1) / page;
+    for (i = std::max(i, begin_of(row) / page); i <= last; i++) {
+      if (in_memory.empty() || !(in_memory[i - first_page] & 1)) madvise(data + i * page, page, MADV_WILLNEED);
+    }
   }
 }
 

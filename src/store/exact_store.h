@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -31,9 +32,11 @@ public:
   uint16_t* row(int64_t row) const {
     return reserved_[size_t(row / rows_per_chunk_)] ? data_ + size_t(row) * row_size_ : nullptr;
   }
-  /// Says that `n` rows from `first` on will be read soon: starts reading them from the disk, or towards the cache. Of
-  /// a file, pages that were asked for within about a second are not asked for again: they are there or on their way.
-  void will_need(int64_t first, int64_t n) const;
+  /// Says that `n` numbers from `first` on will be read soon of each of these rows, which were reserved and are in
+  /// ascending order: starts reading from the disk what is not in memory of them, or what is towards the processor.
+  void will_need(std::span<const int64_t> rows, size_t first, size_t n) const;
+  /// Of how many rows this was said.
+  int64_t n_asked() const { return n_asked_.load(std::memory_order_relaxed); }
   /// Rows [from, from + n) to [to, to + n), which do not overlap. Throws as `reserve`.
   void copy(int64_t from, int64_t to, int64_t n);
   /// Forgets all rows and gives their room back.
@@ -54,8 +57,8 @@ private:
   int file_;  // -1: RAM
   std::string directory_;
   uint16_t* data_ = nullptr;
-  std::vector<char> reserved_;                         // by chunk
-  std::unique_ptr<std::atomic<uint32_t>[]> asked_at_;  // seconds, by page of the file; 0: never
+  std::vector<char> reserved_;  // by chunk
+  mutable std::atomic<int64_t> n_asked_{0};
 };
 
 }  // namespace thimble
