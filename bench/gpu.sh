@@ -119,12 +119,12 @@ bench() { # seconds, arguments
   within "$1" "$bin/thimble" bench -m "$model" --rounds 3 --ubatch 2048 "${@:2}"
 }
 
-end_to_end() { bench 280 --depths 0,131072,196608 --kv f16,2 --decode 24 --prompt 2048; }
+end_to_end() { bench 280 --depths 0,131072,196608 --kv f16,2 --decode 64 --prompt 2048; }
 
 retrieval() {
   nvidia-smi -i 0 --query-gpu=memory.used --format=csv,noheader,nounits -lms 500 > "$out/memory.txt" 2>&1 &
   trap "kill $!" EXIT
-  bench 150 --depths 131072 --kv 2+64 --decode 24 --prompt 2048
+  bench 150 --depths 131072 --kv 2+64 --decode 64 --prompt 2048
   echo "GPU memory: $(grep -x '[0-9]*' "$out/memory.txt" | sort -n | tail -1) MiB at most"
 }
 

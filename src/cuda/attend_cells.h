@@ -162,7 +162,7 @@ struct AttendCells {
       }
       unit = 1;
     }
-    if (simt::any(skip != 0)) {
+    if (a.hidden && simt::any(skip != 0)) {
       SIMT_UNROLL
       for (int j = 0; j < 8; j++) {
         if (skip >> j & 1) x[j] = -INFINITY;
@@ -238,10 +238,10 @@ struct AttendCells {
   SIMT static void value_entry(const Lane& l, uint32_t codes, int byte, int u, uint32_t (&entry)[Words]) {
     const int unit = S::kValueWidth == 2 ? u / 2 : u, high = S::kValueWidth == 2 ? u % 2 * 2 : 0;
     uint32_t address;
-    if constexpr (S::kValueRowBytes == 256) {
+    if constexpr (S::kValueWidth == 2 && S::kValueRowBytes == 256) {
       address = simt::permute(codes, l.value_offset, 0x7704u | uint32_t(byte) << 4);
-    } else {
-      address = simt::permute(codes, 0, 0x4440u | uint32_t(byte)) * S::kValueRowBytes + l.value_offset;
+    } else {  // permutes are most of what there is to do
+      address = simt::scale_byte(codes, byte, S::kValueRowBytes, l.value_offset);
     }
     const uint8_t* at = simt::shared() + S::kValueTable + unit / S::kUnitsPerRow * S::kValuePlaneBytes +
                         unit % S::kUnitsPerRow * S::kUnitBytes + high + address;

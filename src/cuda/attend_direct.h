@@ -8,7 +8,8 @@
 // The 8 lanes that look into the same subspaces have to find them in different banks of shared memory. Halves of these
 // lanes have copies of their own (odd g: with the banks of subspaces s and s ^ 4 exchanged), and pairs of g walk the
 // subspaces in orders of their own, rotated by g with its lowest bit cleared. As all rows of A meet the same B, there
-// is a product for each rotation, of which each lane keeps its own.
+// is a product for each rotation, of which each lane keeps its own: at width 4 two look-ups for each bank cost less
+// than four products.
 #pragma once
 
 #include "cuda/attend_tables.h"
@@ -20,8 +21,9 @@ struct AttendDirect {
   using Items = AttendItems<S>;
   using Tables = AttendTables<S>;
   static constexpr int D = S::kHeadDim, W = S::kKeyWidth, MK = S::kKeySubspaces;
-  static constexpr int kSteps = key_steps(MK);                  // look-ups in which a lane walks its subspaces
-  static constexpr int kRotations = kSteps / 2;                 // of them, as the lowest bit is cleared
+  static constexpr int kSteps = key_steps(MK);   // look-ups in which a lane walks its subspaces
+  static constexpr int kTurns = W == 4 ? 2 : 1;  // of lanes that look into the same bank
+  static constexpr int kRotations = kSteps / 2 / kTurns;
   static constexpr int kCellCodes = MK / 4;                     // bytes a lane has of a cell
   static constexpr int kPairWords = kCellCodes / 2;             // words a lane has of two cells
   static constexpr int kEntryBytes = W == 8 ? 8 : 4;            // W 2: subspaces s and s + 32 side by side
@@ -94,15 +96,23 @@ struct AttendDirect {
     simt::sync();
   }
 
+  /// By how many steps lane group g is ahead.
+  SIMT static int rotation(int g) { return (g & ~1) % (2 * kRotations); }
+
   /// Bytes within a row of the table at which a lane looks at step `step`.
   SIMT static uint32_t offset(int g, int t, int step) {
-    const int subspace = t + 4 * ((step + (g & ~1)) % kSteps), copy = g / kSteps % kCopies;
+    const int subspace = t + 4 * ((step + rotation(g)) % kSteps), copy = g / kSteps % kCopies;
     return uint32_t(g % 2 * 128 + copy * kSlots * kEntryBytes + (subspace ^ g % 2 * 4) * kEntryBytes);
   }
 
-  /// Brings a lane's codes of two cells into the order of its steps: those of odd g are one further round.
+  /// Brings a lane's codes of two cells, which are rotated by g, into the order of its steps.
   SIMT static uint32_t turn_selector(int g) {
-    return g % 2 == 0 ? 0x3210 : kSteps == 8 ? 0x2107 : kSteps == 4 ? 0x2103 : 0x2301;
+    const int by = (rotation(g) - g + 8) % kSteps;
+    if constexpr (kSteps == 2) return by ? 0x2301 : 0x3210;
+    uint32_t selector = 0;
+    SIMT_UNROLL
+    for (int i = 0; i < 4; i++) selector |= uint32_t((by + i) % kSteps) << (4 * i);
+    return selector;
   }
   SIMT static void turn(uint32_t selector, uint32_t (&codes)[kPairWords]) {
     if constexpr (kSteps == 8) {

@@ -172,7 +172,10 @@ struct AttendKernel {
     const auto load_keys = [&] {
       SIMT_UNROLL
       for (int i = 0; i < kKeyLoads; i++) key_codes[i] = simt::load_stream(keys + i * 512 + l.lane * 16);
-      key_scales = simt::load_stream(keys + MK * kBlockCells + l.g * 16);
+      if constexpr (!S::kStaged) key_scales = simt::load_stream(keys + MK * kBlockCells + l.g * 16);
+    };
+    const auto load_value_scales = [&] {
+      if constexpr (!S::kStaged) value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
     };
     const auto load_values = [&](const uint8_t* p) {
       SIMT_UNROLL
@@ -202,7 +205,7 @@ struct AttendKernel {
       if (batch == first && next.left > 0) {  // not earlier: whatever reads shared memory would wait for them
         load_keys();
         if constexpr (S::kDeep) load_values(values);
-        value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
+        load_value_scales();
       }
       simt::sync();
       if constexpr (!S::kDirect) Tables::fetch_queries(a, batch + simt::blocks_x());
@@ -224,6 +227,15 @@ struct AttendKernel {
           uint32_t(stream * a.hidden_stream_stride + head * a.hidden_head_stride) + now.index * 2 + l.g / 4;
       for (int left = mine ? now.left : 0; left > 0; left--, mask_at += stride * kBlockCells, hidden_at += stride * 2) {
         const uint8_t* these_values = values;
+        uint4* const staged_scales = reinterpret_cast<uint4*>(simt::shared() + S::kStagedScales) + l.warp * 16;
+        if constexpr (S::kStaged) {
+          simt::sync_warp();  // the last block's were read
+          if (l.lane < 16) {
+            simt::copy_async<16>(
+                staged_scales + l.lane,
+                (l.lane < 8 ? keys + MK * kBlockCells : values + MV * kBlockCells - 128) + l.lane * 16);
+          }
+        }
         // After the last block of all the pointers stay, and it is read once more in vain.
         keys = left > 1 ? keys + stride * a.keys.block_stride : place_of_next->keys;
         values = left > 1 ? values + stride * a.values.block_stride : place_of_next->values;
@@ -231,38 +243,41 @@ struct AttendKernel {
         uint4* const staged_mask = reinterpret_cast<uint4*>(simt::shared() + S::kMasks) + simt::thread();
         uint32_t* const staged_hidden = reinterpret_cast<uint32_t*>(simt::shared() + S::kHidden) + simt::thread();
         uint4 mask = make_uint4(0, 0, 0, 0);
-        uint32_t skip = 0;
+        uint32_t skip = 0;  // bits of the lane's 8 cells
         if constexpr (S::kStaged) {
           // By way of shared memory: a register that waits for memory would share its counter with codes that are
-          // asked for later, and wait for those as well.
+          // asked for later, and wait for those as well; and there are none to spare.
           if (a.mask) simt::copy_async<16>(staged_mask, a.mask + mask_at);
           if (a.hidden) simt::copy_async<4>(staged_hidden, a.hidden + hidden_at);
         } else {
           if (a.mask) mask = simt::load_vector(a.mask + mask_at);
-          if (a.hidden) skip = a.hidden[hidden_at];
+          if (a.hidden) skip = a.hidden[hidden_at] >> l.g % 4 * 8 & 255;
         }
         float x[8];
         if constexpr (!S::kDeep) load_values(these_values);
         Cells::scores(l, slot, key_codes, x);
+        if constexpr (S::kStaged) {
+          simt::wait_for_copies();
+          simt::sync_warp();
+          key_scales = staged_scales[l.g];
+          if (a.mask) mask = *staged_mask;
+          if (a.hidden) skip = reinterpret_cast<const uint8_t*>(staged_hidden)[l.g % 4];
+        }
         SIMT_UNROLL
         for (int i = 0; i < 4; i++) {
           const float2 scale = simt::unpack_half2(Cells::word_of(key_scales, i));
           x[2 * i] *= scale.x;
           x[2 * i + 1] *= scale.y;
         }
-        if constexpr (S::kStaged) {
-          if (a.mask || a.hidden) simt::wait_for_copies();
-          if (a.mask) mask = *staged_mask;
-          if (a.hidden) skip = *staged_hidden;
-        }
-        const float unit = Cells::adjust(a, row, x, mask, skip >> l.g % 4 * 8 & 255);
+        const float unit = Cells::adjust(a, row, x, mask, skip);
         if constexpr (S::kDeep) load_keys();
+        if constexpr (S::kStaged) value_scales = staged_scales[8 + l.g];
         uint32_t b[2][2];
         const float sum_unit = Cells::weigh(l, run, x, unit, value_scales, b);
         if constexpr (!S::kDeep) load_keys();
         Cells::add_values(l, run, value_codes, b, sum_unit);
         if constexpr (S::kDeep) load_values(values);
-        value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
+        load_value_scales();
       }
       run.maximum += row.offset();
       simt::wait_for_copies();

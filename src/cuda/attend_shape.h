@@ -79,12 +79,13 @@ struct AttendShape {
   static constexpr int kWeights = kOffsets + kSlots * kRows * 4;    // the same, of coded cells
   static constexpr int kSlopes = kWeights + kSlots * kRows * 4;     // float [4], on the mask, in units of log2 e
   static constexpr int kLast = kSlopes + kRows * 4;                 // int
-  // What a lane needs of the mask and of the hidden cells' bits on the way from memory, where there is room for that:
-  // uint4 [kWarps][32], uint32_t [kWarps][32].
+  // What a block of 64 cells needs of the mask, of the hidden cells' bits and of scales (keys', then values', f16) on
+  // the way from memory, where there is room for that: uint4 [kWarps][32], uint32_t [kWarps][32], uint4 [kWarps][2][8].
   static constexpr bool kStaged = Large;
   static constexpr int kMasks = kLast + 16;
   static constexpr int kHidden = kMasks + (kStaged ? kWarps * 32 * 16 : 0);
-  static constexpr int kEnd = kHidden + (kStaged ? kWarps * 32 * 4 : 0);
+  static constexpr int kStagedScales = kHidden + (kStaged ? kWarps * 32 * 4 : 0);
+  static constexpr int kEnd = kStagedScales + (kStaged ? kWarps * 256 : 0);
   // What is written out, float [kSlots][4][HeadDim] each: of coded cells, and of exact rows. Where memory is short,
   // behind the sums: then the next table must wait for its readers. Many items' go where their queries were.
   static constexpr bool kOwnOutputs = Large && !Direct;

@@ -265,6 +265,9 @@ inline void wait_for_previous_grid() {}
 inline uint32_t multiply_high(uint32_t a, uint32_t b) {
   return uint32_t(uint64_t(a) * b >> 32);
 }
+inline uint32_t scale_byte(uint32_t bytes, int i, uint32_t stride, uint32_t base) {
+  return base + stride * (bytes >> (8 * i) & 255);
+}
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t r = 0;
