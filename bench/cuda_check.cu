@@ -394,6 +394,7 @@ void run(const DeviceInfo& device, const Case& c) {
   place_retrieval(scratch.device(), &r);
   a.fresh = {};  // they are in the store and in the window
   for (const bool drop_tail : {false, true}) {
+    if (drop_tail) a.values = {};  // of which there need not be codes
     Array<uint8_t> more_workspace(attend_workspace_bytes(device, with_retrieved(a, r, drop_tail)));
     require(cudaMemset(more_workspace.device(), 0, more_workspace.host.size()));
     const Status status =

@@ -112,7 +112,7 @@ private:
     p.cells = cells.data();
     p.cells_per_stream = c_.n_cells;
     p.key_cache = view(0);
-    p.value_cache = view(1);
+    if (!c_.drop_tail) p.value_cache = view(1);  // else there are no codes of values
     p.key_codec = tables_[0].view();
     p.value_codec = tables_[1].view();
     if (c_.n_window > 0) p.window = {window_[0].data(), window_[1].data(), slots.data(), c_.n_window};
@@ -152,7 +152,7 @@ private:
     a.n_cells = c_.n_cells;
     deal_out(a, c_.n_splits, 0);
     a.keys = view(0);
-    a.values = view(1);
+    if (!c_.drop_tail) a.values = view(1);
     a.key_codec = tables_[0].view();
     a.value_codec = tables_[1].view();
     a.queries = raw_.data();

@@ -65,9 +65,11 @@ WindowArgs DeviceWindow::begin_batch(const int64_t* cells, int n_tokens) {
 }
 
 Status DeviceLayer::init(const CacheShape& shape, const std::vector<HeadCodec>& keys,
-                         const std::vector<HeadCodec>& values, int capacity, uint8_t* const memory[2]) {
+                         const std::vector<HeadCodec>& values, int capacity, uint8_t* const memory[2],
+                         bool values_coded) {
   shape_ = shape;
   capacity_ = capacity;
+  values_coded_ = values_coded;
   for (Kind kind : {Kind::key, Kind::value}) {
     memory_[int(kind)] = memory[int(kind)];
     if (Status s = tables_[int(kind)].upload(pack_tables(kind == Kind::key ? keys : values)); !s.ok()) return s;
@@ -76,6 +78,7 @@ Status DeviceLayer::init(const CacheShape& shape, const std::vector<HeadCodec>& 
 }
 
 CacheView DeviceLayer::view(Kind kind, int stream) const {
+  if (!coded(kind)) return {};
   const size_t bytes = stream_bytes(kind);
   return {memory_[int(kind)] + stream * bytes, bytes, bytes * shape_.n_streams, codec(kind).block_bytes()};
 }
@@ -109,7 +112,7 @@ PrepareArgs DeviceLayer::prepare_args(const DeviceWindow& window) const {
 
 Status DeviceLayer::copy_stream(Kind kind, int from, int to) {
   const CacheView all = view(kind);
-  for (int head = 0; head < shape_.n_kv_heads; head++) {
+  for (int head = 0; coded(kind) && head < shape_.n_kv_heads; head++) {
     uint8_t* data = all.data + head * all.head_stride;
     if (Status s = copy(data + to * all.stream_stride, data + from * all.stream_stride, all.stream_stride); !s.ok()) {
       return s;

@@ -51,15 +51,15 @@ private:
 /// One layer's codes, codecs and window rows; with an exact store, the rows of all cells as well.
 class DeviceLayer {
 public:
-  /// `memory`, by Kind: device memory of CacheSide::memory_bytes(shape, format, capacity * n_streams), which outlives
-  /// the layer.
+  /// `memory`, by Kind: device memory of CacheSide::memory_bytes(shape, format, capacity * n_streams, coded), which
+  /// outlives the layer. Values of which only the window's and retrieved ones are read need not be coded.
   Status init(const CacheShape& shape, const std::vector<HeadCodec>& keys, const std::vector<HeadCodec>& values,
-              int capacity, uint8_t* const memory[2]);
+              int capacity, uint8_t* const memory[2], bool values_coded);
 
   const CacheShape& shape() const { return shape_; }
   int head_dim() const { return codec(Kind::key).head_dim; }
   const CodecTables& codec(Kind kind) const { return tables_[int(kind)].view(); }
-  /// From `stream` on.
+  /// From `stream` on. Without data where there are no codes.
   CacheView view(Kind kind, int stream = 0) const;
   ExactRows window_rows(const DeviceWindow& window, int stream) const;
   WindowRows window_slots(const DeviceWindow& window) const;
@@ -81,12 +81,16 @@ public:
   uint64_t batch[2] = {0, 0};  // by Kind: the window's batch that was written last
 
 private:
-  size_t stream_bytes(Kind kind) const { return size_t(shape_.blocks_per_stream()) * codec(kind).block_bytes(); }
+  bool coded(Kind kind) const { return kind == Kind::key || values_coded_; }
+  size_t stream_bytes(Kind kind) const {
+    return coded(kind) ? size_t(shape_.blocks_per_stream()) * codec(kind).block_bytes() : 0;
+  }
   uint16_t* rows(Kind kind, int stream) const;
   size_t stored_stream() const { return size_t(shape_.n_kv_heads) * shape_.cells_per_stream * head_dim(); }  // numbers
 
   CacheShape shape_;
   int capacity_ = 0;
+  bool values_coded_ = true;
   DeviceTables tables_[2];
   uint8_t* memory_[2] = {nullptr, nullptr};
   PinnedMemory store_[2];

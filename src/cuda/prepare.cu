@@ -84,7 +84,9 @@ Status prepare(const DeviceInfo& device, PrepareArgs args, cudaStream_t stream) 
   } else if ((!args.keys && !args.values) || !args.cells) {
     return Status::invalid("keys and values or cells are missing");
   }
-  if (!args.key_cache.data || !args.value_cache.data) return Status::invalid("caches are missing");
+  if (!args.key_cache.data || !(args.value_cache.data || args.store.values)) {
+    return Status::invalid("caches are missing");
+  }
   if (args.cells_per_stream < 1) return Status::invalid("streams have no cells");
   if (args.window.slots && (!args.window.keys || !args.window.values || args.window.capacity < 1)) {
     return Status::invalid("window rows are missing");

@@ -199,8 +199,10 @@ struct PrepareKernel {
       s.x[i][d] = codec.forward ? simt::sub_rn(x, codec.mean[head * D + d]) : x;
     }
     simt::sync();
-    transform(s, n, codec.forward ? codec.forward + size_t(head) * D * D : nullptr);
-    const bool coding = !a.window_cells;
+    const bool coding = cache.data && !a.window_cells;
+    if (coding || (kIsKey ? a.dense.keys : a.dense.values)) {
+      transform(s, n, codec.forward ? codec.forward + size_t(head) * D * D : nullptr);
+    }
     if (coding) {
       normalize(s, n);
       if (codec.width == 2) find_codes<2>(s, n, codec, head);

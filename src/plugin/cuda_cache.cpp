@@ -45,7 +45,8 @@ CudaCache::CudaCache(ggml_backend_dev_t inner, const Settings& settings)
 }
 
 size_t CudaCache::bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
-                       const std::vector<HeadCodec>& values, uint8_t* const memory[2], bool retrieves) {
+                       const std::vector<HeadCodec>& values, uint8_t* const memory[2], bool retrieves,
+                       bool values_coded) {
   const std::string where = "layer " + std::to_string(index) + " on a CUDA device: ";
   const Format &k = keys.front().format, &v = values.front().format;
   if (!cuda::cuda_supports(k) || !cuda::cuda_supports(v) || k.head_dim != v.head_dim ||
@@ -65,7 +66,7 @@ size_t CudaCache::bind(int index, const CacheShape& shape, const std::vector<Hea
     throw std::runtime_error(where + "layers of one cache must have the same cells");
   }
   auto layer = std::make_unique<cuda::DeviceLayer>();
-  require(layer->init(shape, keys, values, window_.capacity(), memory), where.c_str());
+  require(layer->init(shape, keys, values, window_.capacity(), memory, values_coded), where.c_str());
   if (const cuda::Status status = retrieves ? layer->add_store() : cuda::Status(); !status.ok()) {
     throw std::runtime_error(where + "no pinned RAM for its exact store (" + status.message +
                              "), which takes as much as an f16 cache: use a smaller context, a machine or a limit "

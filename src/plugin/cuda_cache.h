@@ -14,7 +14,8 @@ public:
   CudaCache(ggml_backend_dev_t inner, const Settings& settings);
 
   size_t bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
-              const std::vector<HeadCodec>& values, uint8_t* const memory[2], bool retrieves) override;
+              const std::vector<HeadCodec>& values, uint8_t* const memory[2], bool retrieves,
+              bool values_coded) override;
   std::string problem(const ggml_tensor* node, NodeKind kind) const override;
   void clear() override;
   void copy_stream(int layer, Kind kind, int from, int to) override;

@@ -51,11 +51,9 @@ size_t reserved_bytes(const ggml_tensor* tensor, const CacheName& name, const Se
   const int head_dim = std::clamp(source.head_dim(name.layer, name.kind).value_or(assumed), 2, kMaxHeadDim);
   const Format format = source.format(name.layer, name.kind, head_dim);
   const CacheShape shape{int(width / format.head_dim), tensor->ne[1], int(tensor->ne[2])};
-  if (!on_cpu) return CacheSide::memory_bytes(shape, format, window_slots(settings, shape.n_streams, on_cpu));
-  // The exact store has the window's rows, too.
-  return CacheSide::memory_bytes(shape, format,
-                                 source.retrieves(name.layer) ? 0 : window_slots(settings, shape.n_streams, on_cpu),
-                                 is_coded(name.kind, name.layer, settings, source));
+  // In RAM the exact store has the window's rows, too.
+  const int n_slots = on_cpu && source.retrieves(name.layer) ? 0 : window_slots(settings, shape.n_streams, on_cpu);
+  return CacheSide::memory_bytes(shape, format, n_slots, is_coded(name.kind, name.layer, settings, source));
 }
 
 // ---- buffer
@@ -283,8 +281,9 @@ void KvBuffer::bind_on_device(ManagedLayer& layer, int key_dim, int value_dim, i
     const int dim = kind == Kind::key ? key_dim : value_dim;
     const ggml_tensor* tensor = layer.tensors[int(kind)];
     const Format format = checked_format(layer, kind, dim, shape);
+    const int n_slots = window_slots(settings_, shape.n_streams, /*on_cpu=*/false);
     const size_t needed =
-        CacheSide::memory_bytes(shape, format, window_slots(settings_, shape.n_streams, /*on_cpu=*/false));
+        CacheSide::memory_bytes(shape, format, n_slots, is_coded(kind, layer.index, settings_, *source_));
     if (needed > reserved_bytes(tensor, {kind, layer.index}, settings_, *source_, /*on_cpu=*/false)) {
       throw std::runtime_error("layer " + std::to_string(layer.index) + ": heads of size " + std::to_string(dim) +
                                " cannot be coded on this device; use bits=16 or device=CPU");
@@ -296,7 +295,7 @@ void KvBuffer::bind_on_device(ManagedLayer& layer, int key_dim, int value_dim, i
   layer.top = source_->retrieves(layer.index) ? settings_.top : 0;
   layer.drop_tail = settings_.drop_tail;
   store_bytes_ += device_cache_->bind(layer.index, shape, *codecs[int(Kind::key)], *codecs[int(Kind::value)], memory,
-                                      layer.top > 0);
+                                      layer.top > 0, is_coded(Kind::value, layer.index, settings_, *source_));
   bound_bytes_ += bytes;
 }
 
