@@ -240,7 +240,7 @@ struct AttendCells {
     uint32_t address;
     if constexpr (S::kValueWidth == 2 && S::kValueRowBytes == 256) {
       address = simt::permute(codes, l.value_offset, 0x7704u | uint32_t(byte) << 4);
-    } else {  // permutes are most of what there is to do
+    } else {  // permutes are most of what there is to do; width 2 gains nothing by this
       address = simt::scale_byte(codes, byte, S::kValueRowBytes, l.value_offset);
     }
     const uint8_t* at = simt::shared() + S::kValueTable + unit / S::kUnitsPerRow * S::kValuePlaneBytes +

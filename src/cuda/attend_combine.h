@@ -37,7 +37,7 @@ struct AttendCombine {
 
   /// Undoes the values' transform and writes a batch's rows out.
   SIMT static void write_output(const AttendArgs& a, int batch) {
-    const int head = simt::block_y(), n_slots = S::kDirect ? Items::n_slots(a, batch) : 1;
+    const int head = simt::block_y(), n_slots = Items::n_slots(a, batch);
     const float* coded = reinterpret_cast<const float*>(simt::shared() + S::kCodedOutputs);
     const float* weights = reinterpret_cast<const float*>(simt::shared() + S::kWeights);
     const float* exact = reinterpret_cast<const float*>(simt::shared() + S::kExactOutputs);
@@ -103,7 +103,7 @@ struct AttendCombine {
     const int item = Items::first_item(a, batch), stream = Items::stream_of(a, item),
               split = item - stream * a.n_splits;
     const int pairs = a.n_kv_heads * a.row_groups;  // of KV head and row group
-    const int n_warps = Items::n_warps(a), n_slots = S::kDirect ? Items::n_slots(a, batch) : 1;
+    const int n_warps = Items::n_warps(a), n_slots = Items::n_slots(a, batch);
     const auto exact_part = [&](int slot, int o) {
       const float* at = Partials::at(a, stream + slot, a.n_splits);
       return Exact::any(a) ? Part{Partials::maximum(at, o), Partials::weight(at, o), Partials::sum(at, o)} : Part();

@@ -83,7 +83,7 @@ struct AttendKernel {
 
   /// New rows of a batch's streams.
   SIMT static void write_new_rows(const AttendArgs& a, int batch) {
-    const int first = Items::first_item(a, batch), n_slots = S::kDirect ? Items::n_slots(a, batch) : 1;
+    const int first = Items::first_item(a, batch), n_slots = Items::n_slots(a, batch);
     SIMT_NO_UNROLL
     for (int slot = 0; slot < n_slots; slot++) Exact::write_new_rows(a, Items::stream_of(a, first + slot));
   }
@@ -140,7 +140,7 @@ struct AttendKernel {
         reinterpret_cast<const uint8_t*>(a.key_codec.packed) + (simt::block_y() * S::kWarps + l.warp) * kShare, l.lane);
     const int first = simt::block_x();
     if (Exact::any(a) && has_exact(a, first)) {
-      const int n_slots = S::kDirect ? Items::n_slots(a, first) : 1;
+      const int n_slots = Items::n_slots(a, first);
       SIMT_NO_UNROLL
       for (int slot = 0; slot < n_slots; slot++) {
         Exact::prefetch(a, Items::stream_of(a, Items::first_item(a, first) + slot));

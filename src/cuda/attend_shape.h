@@ -66,7 +66,7 @@ struct AttendShape {
   static constexpr int kSums = 0;                                 // float [kWarps][4][kSumStride]
   static constexpr int kSumsBytes = kWarps * kRows * kSumStride * 4;
   static constexpr int kStates = kSums + kSumsBytes;                   // float [kWarps][8]: maxima, then weights
-  static constexpr int kAfterSums = kStates + kWarps * 2 * kRows * 4;  // see kSplitQueries, kOutputs
+  static constexpr int kAfterSums = kStates + kWarps * 2 * kRows * 4;  // see kSplitQueries, kCodedOutputs
   static constexpr int kCombineBytes = kAfterSums + (Large && !Direct ? kRowBytes : 2 * kRowBytes);
   static constexpr int kValueTable = kKeyTableBytes > kCombineBytes ? kKeyTableBytes
                                                                     : (kCombineBytes + 1023) / 1024 * 1024;

@@ -18,6 +18,7 @@ struct AttendItems {
   /// Of a batch.
   SIMT static int first_item(const AttendArgs& a, int batch) { return batch << batch_shift(a); }
   SIMT static int n_slots(const AttendArgs& a, int batch) {
+    if constexpr (!S::kDirect) return 1;
     const int left = n_items(a) - first_item(a, batch), all = 1 << batch_shift(a);
     return left < all ? left : all;
   }
@@ -123,7 +124,7 @@ struct AttendTables {
     if (batch >= Items::n_batches(a)) return;
     constexpr int kVectors = S::kRows * D / 4;  // of an item
     static_assert(kVectors <= S::kThreads);
-    const int end = S::kDirect ? Items::n_slots(a, batch) * kVectors : kVectors;
+    const int end = Items::n_slots(a, batch) * kVectors;
     SIMT_NO_UNROLL
     for (int i = simt::thread_again(); i < end; i += S::kThreads) {
       const int slot = i / kVectors, at = i % kVectors;
