@@ -172,10 +172,10 @@ struct AttendKernel {
     const auto load_keys = [&] {
       SIMT_UNROLL
       for (int i = 0; i < kKeyLoads; i++) key_codes[i] = simt::load_stream(keys + i * 512 + l.lane * 16);
-      if constexpr (!S::kStaged) key_scales = simt::load_stream(keys + MK * kBlockCells + l.g * 16);
+      if constexpr (!S::kStagesScales) key_scales = simt::load_stream(keys + MK * kBlockCells + l.g * 16);
     };
     const auto load_value_scales = [&] {
-      if constexpr (!S::kStaged) value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
+      if constexpr (!S::kStagesScales) value_scales = simt::load_stream(values + MV * kBlockCells + l.g * 16);
     };
     const auto load_values = [&](const uint8_t* p) {
       SIMT_UNROLL
@@ -228,7 +228,7 @@ struct AttendKernel {
       for (int left = mine ? now.left : 0; left > 0; left--, mask_at += stride * kBlockCells, hidden_at += stride * 2) {
         const uint8_t* these_values = values;
         uint4* const staged_scales = reinterpret_cast<uint4*>(simt::shared() + S::kStagedScales) + l.warp * 16;
-        if constexpr (S::kStaged) {
+        if constexpr (S::kStagesScales) {
           simt::sync_warp();  // the last block's were read
           if (l.lane < 16) {
             simt::copy_async<16>(
@@ -257,9 +257,11 @@ struct AttendKernel {
         if constexpr (!S::kDeep) load_values(these_values);
         Cells::scores(l, slot, key_codes, x);
         if constexpr (S::kStaged) {
-          simt::wait_for_copies();
-          simt::sync_warp();
-          key_scales = staged_scales[l.g];
+          if (S::kStagesScales || a.mask || a.hidden) simt::wait_for_copies();
+          if constexpr (S::kStagesScales) {
+            simt::sync_warp();
+            key_scales = staged_scales[l.g];
+          }
           if (a.mask) mask = *staged_mask;
           if (a.hidden) skip = reinterpret_cast<const uint8_t*>(staged_hidden)[l.g % 4];
         }
@@ -271,7 +273,7 @@ struct AttendKernel {
         }
         const float unit = Cells::adjust(a, row, x, mask, skip);
         if constexpr (S::kDeep) load_keys();
-        if constexpr (S::kStaged) value_scales = staged_scales[8 + l.g];
+        if constexpr (S::kStagesScales) value_scales = staged_scales[8 + l.g];
         uint32_t b[2][2];
         const float sum_unit = Cells::weigh(l, run, x, unit, value_scales, b);
         if constexpr (!S::kDeep) load_keys();

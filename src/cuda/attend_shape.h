@@ -84,8 +84,9 @@ struct AttendShape {
   static constexpr bool kStaged = Large;
   static constexpr int kMasks = kLast + 16;
   static constexpr int kHidden = kMasks + (kStaged ? kWarps * 32 * 16 : 0);
+  static constexpr bool kStagesScales = kStaged && (kWarps == 16 || Direct);  // where registers are scarce
   static constexpr int kStagedScales = kHidden + (kStaged ? kWarps * 32 * 4 : 0);
-  static constexpr int kEnd = kStagedScales + (kStaged ? kWarps * 256 : 0);
+  static constexpr int kEnd = kStagedScales + (kStagesScales ? kWarps * 256 : 0);
   // What is written out, float [kSlots][4][HeadDim] each: of coded cells, and of exact rows. Where memory is short,
   // behind the sums: then the next table must wait for its readers. Many items' go where their queries were.
   static constexpr bool kOwnOutputs = Large && !Direct;
