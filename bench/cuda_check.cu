@@ -278,7 +278,7 @@ void run(const DeviceInfo& device, const Case& c) {
   std::vector<char> is_exact(pairs * c.n_cells);
   for (int i = 0; i < pairs * c.n_cells; i++) is_exact[i] = i % c.n_cells >= c.n_cells - c.n_window;
   double error = relative_error(output.download(), attention(is_exact));
-  report(c, "attention, relative error", error < 1.5e-3, error);
+  report(c, "attention, relative error", error < tolerance(c.key_width, c.value_width), error);
   const std::vector<float> first = output.host;
   if (!accept(c, attend(device, a, workspace.device(), workspace.host.size(), nullptr), "attend")) return;
   report(c, "differs when run again", std::memcmp(first.data(), output.download().data(), first.size() * 4) == 0, 0);
@@ -431,7 +431,7 @@ void run(const DeviceInfo& device, const Case& c) {
     report(c,
            drop_tail ? "attention to retrieved cells alone, relative error"
                      : "attention with retrieved cells, relative error",
-           error < 1.5e-3, error);
+           error < tolerance(c.key_width, c.value_width), error);
   }
   require(cudaFreeHost(store));
 }

@@ -24,22 +24,32 @@ struct Deal {
   int n_splits = 1, batch_shift = 0, cost = 0;
 };
 
+// What a device and a format allow.
+struct Options {
+  int lanes, warps;     // thread blocks that share a KV head and a row group; warps of each
+  bool pairs, batches;  // of streams
+};
+
 // The deal that makes the busiest thread block end first. Each warp of a block takes blocks of 64 cells in turns; an
-// item costs about three turns for its score table and for adding up, a batch of them the same, and where the cells are
-// split, thread blocks meet.
-Deal choose_deal(int n_streams, int n_blocks, int n_exact, int lanes, int warps, bool batches) {
-  constexpr int kItemCost = 3, kMeetCost = 1;
-  const auto rounds = [&](int n) { return (n + lanes - 1) / lanes; };
+// item costs about three turns for its score table and for adding up, a batch of them the same, or a fourth for the
+// second of a pair's tables, and where the cells are split, thread blocks meet. Without score tables, as in batches, a
+// turn takes a fifth longer. In fifths of a turn:
+Deal choose_deal(int n_streams, int n_blocks, int n_exact, const Options& options) {
+  constexpr int kTurn = 5, kBatchTurn = 6, kItemCost = 3 * kTurn, kPairCost = 4 * kTurn, kMeetCost = kTurn;
+  const auto rounds = [&](int n) { return (n + options.lanes - 1) / options.lanes; };
   Deal best;
-  for (int splits = 1; splits <= std::max(1, std::min(lanes, n_blocks + (n_exact > 0))); splits++) {
+  for (int splits = 1; splits <= std::max(1, std::min(options.lanes, n_blocks + (n_exact > 0))); splits++) {
     const int share = (n_blocks + exact_blocks(n_blocks, n_exact, splits) + splits - 1) / splits;
-    const int cost =
-        rounds(n_streams * splits) * ((share + warps - 1) / warps + kItemCost) + (splits > 1 ? kMeetCost : 0);
+    const int turns = (share + options.warps - 1) / options.warps;
+    const int cost = rounds(n_streams * splits) * (turns * kTurn + kItemCost) + (splits > 1 ? kMeetCost : 0);
     if (splits == 1 || cost < best.cost) best = {splits, 0, cost};
   }
-  for (int shift = 1; batches && 1 << shift <= std::min(kMaxBatch, n_streams); shift++) {
-    const int share = warps >> shift;
-    const int cost = rounds((n_streams + (1 << shift) - 1) >> shift) * ((n_blocks + share - 1) / share + kItemCost);
+  for (int shift = 1; 1 << shift <= std::min(kMaxBatch, n_streams); shift++) {
+    const bool is_pair = shift == 1 && options.pairs;
+    if (!is_pair && !options.batches) continue;
+    const int share = options.warps >> shift, turns = (n_blocks + share - 1) / share;
+    const int cost = rounds((n_streams + (1 << shift) - 1) >> shift) *
+                     (is_pair ? turns * kTurn + kPairCost : turns * kBatchTurn + kItemCost);
     if (cost < best.cost) best = {1, shift, cost};
   }
   return best;
@@ -104,11 +114,15 @@ Status check(const AttendArgs& args) {
 
 // `batches`: whether the kernel can take several streams at once.
 void plan(const DeviceInfo& device, AttendArgs& args, bool batches) {
-  const int lanes = blocks_per_pair(device, args.n_kv_heads * row_groups(args.n_tokens, args.group));
   const int n_blocks = args.n_cells / kBlockCells, n_exact = args.exact[0].capacity + args.exact[1].capacity;
-  const Deal deal = choose_deal(args.n_streams, n_blocks, n_exact, lanes,
-                                attend_warps(args.head_dim, args.key_codec.width, args.value_codec.width),
-                                batches && has_large_tables(device) && has_direct(args.head_dim, args.key_codec.width));
+  const int width = args.key_codec.width;
+  batches &= has_large_tables(device);
+  const Deal deal =
+      choose_deal(args.n_streams, n_blocks, n_exact,
+                  {.lanes = blocks_per_pair(device, args.n_kv_heads * row_groups(args.n_tokens, args.group)),
+                   .warps = attend_warps(args.head_dim, width, args.value_codec.width),
+                   .pairs = batches && has_pairs(args.head_dim, width),
+                   .batches = batches && has_direct(args.head_dim, width)});
   deal_out(args, deal.n_splits, exact_blocks(n_blocks, n_exact, deal.n_splits), deal.batch_shift);
 }
 

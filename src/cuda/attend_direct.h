@@ -2,14 +2,14 @@
 // differ, so score tables would be one an item; the keys' codewords are one table for all.
 //
 // A warp's 64 cells are four tiles of 16 rows of A, whose columns are components: one look-up brings a register of A
-// (or two). B is the item's queries, as 16-bit integers: high bytes in even columns, low bytes in odd ones, a pair of
-// columns for each of the 4 query rows. So integer sums are exact but for the queries' rounding.
+// (or two). B is the item's queries, a pair of columns for each of the 4 query rows, as integers of 8 bits, or wide, of
+// 16: high bytes in even columns, low bytes in odd ones. So integer sums are exact but for the queries' rounding.
 //
 // The 8 lanes that look into the same subspaces have to find them in different banks of shared memory. Halves of these
 // lanes have copies of their own (odd g: with the banks of subspaces s and s ^ 4 exchanged), and pairs of g walk the
-// subspaces in orders of their own, rotated by g with its lowest bit cleared. As all rows of A meet the same B, there
-// is a product for each rotation, of which each lane keeps its own: at width 4 two look-ups for each bank cost less
-// than four products.
+// subspaces in orders of their own, rotated by g with its lowest bit cleared. As all rows of A meet the same B, even
+// columns are for the one rotation and odd ones for the other (wide: there is a product for each rotation); each lane
+// keeps its own. At width 4 two look-ups for each bank cost less than four rotations.
 #pragma once
 
 #include "cuda/attend_tables.h"
@@ -24,6 +24,8 @@ struct AttendDirect {
   static constexpr int kSteps = key_steps(MK);   // look-ups in which a lane walks its subspaces
   static constexpr int kTurns = W == 4 ? 2 : 1;  // of lanes that look into the same bank
   static constexpr int kRotations = kSteps / 2 / kTurns;
+  static constexpr int kProducts = S::kWideKeys ? kRotations : 1;
+  static_assert(S::kWideKeys || kRotations <= 2);
   static constexpr int kCellCodes = MK / 4;                     // bytes a lane has of a cell
   static constexpr int kPairWords = kCellCodes / 2;             // words a lane has of two cells
   static constexpr int kEntryBytes = W == 8 ? 8 : 4;            // W 2: subspaces s and s + 32 side by side
@@ -67,23 +69,37 @@ struct AttendDirect {
   /// Transforms a batch's queries to B. Codewords' scales go with them.
   SIMT static void prepare_queries(const AttendArgs& a, int n_slots) {
     Tables::transform_queries(a, n_slots, [&](int slot, int r, const float(&x)[D / 32], int lane) {
-      constexpr int N = D / 32, kUnit = 32512;  // two bytes' greatest
+      constexpr int N = D / 32, kUnit = S::kWideKeys ? 32512 : 127;
       const float* scales = reinterpret_cast<const float*>(simt::shared() + S::kKeyScales);
       float y[N];
       SIMT_UNROLL
       for (int i = 0; i < N; i++) y[i] = x[i] * scales[(lane * N + i) / W];
-      const float top = Tables::top_of(y), to_integer = top == 0 ? 0.0f : kUnit / top;
+      const float top = Tables::top_of(y), to_integer = top == 0 ? 0.0f : kUnit * simt::reciprocal_fast(top);
       uint8_t* row = simt::shared() + kOnTheWay + slot * kFragmentBytes + r * 128;
       SIMT_UNROLL
-      for (int i = 0; i < N; i++) {
-        // 3 * 2^22 + 128 + v: the low bytes of the float are v's, high byte and low byte (plus 128).
-        const uint32_t bits = simt::float_to_bits(y[i] * to_integer + 12583040.0f);
+      for (int i = 0; i < N; i += 2) {  // two components, of the same subspace
         const int d = lane * N + i, subspace = d / W % 32;
-        const int word = W == 8 ? subspace / 4 * 2 + d % 8 / 4 : subspace / 4;
-        const int byte = W == 2 ? d / 64 * 2 + d % 2 : d % 4;
-        uint8_t* at = row + word / 4 * 512 + subspace % 4 * 16 + word % 4 * 4 + byte;
-        at[0] = uint8_t(bits >> 8);
-        at[64] = uint8_t(bits) ^ 0x80;
+        const int byte = W == 2 ? d / 64 * 2 : d % 4;
+        const auto place = [&](int column, int word) {  // of the components; columns: of the query row
+          return reinterpret_cast<uint16_t*>(row + column * 64 + word / 4 * 512 + subspace % 4 * 16 + word % 4 * 4 +
+                                             byte);
+        };
+        // 3 * 2^22 + v: the low bytes of the float are v's. Wide: + 128, so that the low byte is signed but for 0x80.
+        constexpr float kStart = S::kWideKeys ? 12583040 : 12582912;
+        const uint32_t first = simt::float_to_bits(y[i] * to_integer + kStart);
+        const uint32_t second = simt::float_to_bits(y[i + 1] * to_integer + kStart);
+        const uint16_t low = uint16_t(simt::permute(first, second, 0x4040));
+        if constexpr (S::kWideKeys) {
+          *place(0, subspace / 4) = uint16_t(simt::permute(first, second, 0x5151));
+          *place(1, subspace / 4) = low ^ 0x8080;
+        } else if constexpr (W == 8) {
+          const int word = subspace / 4 * 2 + d % 8 / 4;
+          *place(0, word) = low;
+          *place(1, (word + 2 * kSteps - 4 * (kRotations - 1)) % (2 * kSteps)) = low;
+        } else {
+          *place(0, subspace / 4) = low;
+          *place(1, (subspace / 4 + kSteps - 2 * (kRotations - 1)) % kSteps) = low;
+        }
       }
       return top * (1.0f / kUnit);
     });
@@ -130,13 +146,54 @@ struct AttendDirect {
 
   /// What stands in the table for byte n of a lane's codes of two cells, at step `step`.
   template <typename T>
-  SIMT static T entry(const uint32_t (&offsets)[kSteps / 2], const uint32_t (&codes)[kPairWords], int n, int step) {
-    const uint32_t pick = 0x7700u | uint32_t(n % 4) << 4 | uint32_t(4 + step % 2);
-    return *reinterpret_cast<const T*>(simt::shared() + simt::permute(codes[n / 4], offsets[step / 2], pick));
+  SIMT static T entry(const uint32_t (&rows)[kSteps], const uint32_t (&codes)[kPairWords], int n, int step) {
+    return simt::load_shared<T>(simt::scale_byte(codes[n / 4], n % 4, S::kKeyRowBytes, rows[step]));
   }
 
-  /// Sums of products of this lane's 8 cells with its query row. `fragments`: of the item.
-  SIMT static void scores(int lane, const uint32_t (&offsets)[kSteps / 2], const uint8_t* fragments,
+  /// Of a lane's pair of cells.
+  SIMT static void sum_pair(int g, const uint32_t (&rows)[kSteps], const uint32_t (&query)[kQueryWords],
+                            const uint32_t (&codes)[kPairWords], float& score0, float& score1) {
+    int d[kProducts][4] = {};
+    SIMT_UNROLL
+    for (int step = 0; step < kSteps; step += W == 8 ? 1 : 2) {
+      uint32_t a[4];  // of the two cells; the second one's are odd
+      if constexpr (W == 8) {
+        SIMT_UNROLL
+        for (int cell = 0; cell < 2; cell++) {
+          const uint2 e = entry<uint2>(rows, codes, cell * kCellCodes + step, step);
+          a[cell] = e.x;
+          a[2 + cell] = e.y;
+        }
+      } else {
+        SIMT_UNROLL
+        for (int i = 0; i < 4; i++) {
+          const int s = step + i / 2, n = i % 2 * kCellCodes + s;
+          a[i] = entry<uint32_t>(rows, codes, n, s);
+          if constexpr (W == 2) a[i] = simt::permute(a[i], entry<uint32_t>(rows, codes, n + kSteps, s), 0x7610);
+        }
+      }
+      SIMT_UNROLL
+      for (int k = 0; k < kProducts; k++) {
+        const int first = W == 8 ? step * 2 : (step + 2 * k) % kSteps;
+        simt::mma_s8(d[k], a[0], a[1], a[2], a[3], query[first], query[first + 1]);
+      }
+    }
+    SIMT_UNROLL
+    for (int cell = 0; cell < 2; cell++) {
+      int sum = 0;
+      SIMT_UNROLL
+      for (int k = 0; k < kRotations; k++) {
+        const int other =
+            S::kWideKeys ? d[k % kProducts][2 * cell] * 256 + d[k % kProducts][2 * cell + 1] : d[0][2 * cell + k % 2];
+        sum = g / 2 % kRotations == k ? other : sum;
+      }
+      (cell == 0 ? score0 : score1) = float(sum);
+    }
+  }
+
+  /// Sums of products of this lane's 8 cells with its query row. `rows`: the lane's place in row 0 of the table, by
+  /// step. `fragments`: of the item.
+  SIMT static void scores(int lane, const uint32_t (&rows)[kSteps], const uint8_t* fragments,
                           const uint4 (&codes)[MK / 8], float (&score)[8]) {
     const int g = lane / 4;
     const uint32_t selector = turn_selector(g);
@@ -159,44 +216,7 @@ struct AttendDirect {
         mine[i] = word == 0 ? v.x : word == 1 ? v.y : word == 2 ? v.z : v.w;
       }
       turn(selector, mine);
-      int d[kRotations][4] = {};
-      SIMT_UNROLL
-      for (int step = 0; step < kSteps; step += W == 8 ? 1 : 2) {
-        uint32_t a[4];  // of the two cells; the second one's are odd
-        if constexpr (W == 8) {
-          SIMT_UNROLL
-          for (int cell = 0; cell < 2; cell++) {
-            const uint2 e = entry<uint2>(offsets, mine, cell * kCellCodes + step, step);
-            a[cell] = e.x;
-            a[2 + cell] = e.y;
-          }
-        } else {
-          SIMT_UNROLL
-          for (int i = 0; i < 4; i++) {
-            const int s = step + i / 2, n = i % 2 * kCellCodes + s;
-            a[i] = entry<uint32_t>(offsets, mine, n, s);
-            if constexpr (W == 2) {
-              a[i] = simt::permute(a[i], entry<uint32_t>(offsets, mine, n + kSteps, s), 0x7610);
-            }
-          }
-        }
-        SIMT_UNROLL
-        for (int k = 0; k < kRotations; k++) {
-          const int first = W == 8 ? (step + 2 * k) % kSteps * 2 : (step + 2 * k) % kSteps;
-          const int second = W == 8 ? first + 1 : (step + 1 + 2 * k) % kSteps;
-          simt::mma_s8(d[k], a[0], a[1], a[2], a[3], query[first], query[second]);
-        }
-      }
-      SIMT_UNROLL
-      for (int cell = 0; cell < 2; cell++) {
-        int sum = d[0][2 * cell] * 256 + d[0][2 * cell + 1];
-        SIMT_UNROLL
-        for (int k = 1; k < kRotations; k++) {
-          const int other = d[k][2 * cell] * 256 + d[k][2 * cell + 1];
-          sum = g / 2 % kRotations == k ? other : sum;
-        }
-        score[2 * pair + cell] = float(sum);
-      }
+      sum_pair(g, rows, query, mine, score[2 * pair], score[2 * pair + 1]);
     }
   }
 };

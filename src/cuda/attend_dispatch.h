@@ -29,8 +29,14 @@ __global__ void __launch_bounds__(S::kThreads, 1) score_kernel(const __grid_cons
 template <int HeadDim, int KeyWidth, int ValueWidth>
 Status launch_attend(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream) {
   using Large = AttendShape<HeadDim, KeyWidth, ValueWidth, true>;
+  if constexpr (has_pairs(HeadDim, KeyWidth)) {
+    using Pair = AttendShape<HeadDim, KeyWidth, ValueWidth, true, 2>;
+    if (args.batch_shift == 1) {
+      return launch(device, attend_kernel<Pair, true>, args, grid, Pair::kThreads, Pair::kSharedBytes, stream);
+    }
+  }
   if constexpr (has_direct(HeadDim, KeyWidth)) {
-    using Direct = AttendShape<HeadDim, KeyWidth, ValueWidth, true, true>;
+    using Direct = AttendShape<HeadDim, KeyWidth, ValueWidth, true, kMaxBatch>;
     if (args.batch_shift > 0) {
       return launch(device, attend_kernel<Direct, true>, args, grid, Direct::kThreads, Direct::kSharedBytes, stream);
     }

@@ -20,6 +20,7 @@ struct AttendExact {
   using Items = AttendItems<S>;
   using Cells = AttendCells<S>;
   using Row = typename Cells::Row;
+  using Warps = WarpParts<S>;
   static constexpr int D = S::kHeadDim, kRows = S::kRows;
   static constexpr int kTile = 16;                       // exact rows a warp takes at once
   static constexpr int kKeyLoads = D / 32;               // 16 bytes each, of each of a lane's two rows
@@ -172,13 +173,12 @@ struct AttendExact {
     }
   }
 
-  /// Attends to all exact rows of a batch of streams with the queries in shared memory. Calls leave(slot, o, part) for
-  /// each component o = r * D + d of an item's outputs, in the thread (slot * 4 * D + o) % kThreads. The place of the
-  /// keys' table must be free, and is after a barrier.
+  /// Attends to all exact rows of a batch of streams with the queries in shared memory. Calls leave(slot, r, lane,
+  /// part) for each query row, in the warp (slot * 4 + r) % kWarps. The place of the keys' table must be free, and is
+  /// after a barrier.
   template <typename Leave>
   SIMT static void attend(const AttendArgs& a, int batch, Leave leave) {
     const int warp = simt::thread() / 32, lane = simt::thread() % 32, g = lane / 4, t = lane % 4;
-    uint8_t* shared = simt::shared();
     const int n_slots = Items::n_slots(a, batch), n_warps = Items::n_warps(a), slot = Items::slot_of(a, warp);
     split_queries(a, n_slots);
     simt::sync();
@@ -197,32 +197,22 @@ struct AttendExact {
       const int first = (is_window ? tile : tile - window_tiles) * kTile;
       attend_tile(a, exact, cells, pair * exact.capacity, row, first, tile == own_first, run);
     }
-    float* sums = reinterpret_cast<float*>(shared + S::kSums);
-    float* states = reinterpret_cast<float*>(shared + S::kStates);
     if (t < kRows / 2) {
       SIMT_UNROLL
       for (int i = 0; i < 4 * kValueLoads; i++) {
-        float* at = sums + (warp * kRows + 2 * t) * S::kSumStride + i / 4 * 64 + g * 8 + i % 4 * 2;
-        *reinterpret_cast<float2*>(at) = make_float2(run.sum[i][0], run.sum[i][2]);
-        *reinterpret_cast<float2*>(at + S::kSumStride) = make_float2(run.sum[i][1], run.sum[i][3]);
+        const int d = i / 4 * 64 + g * 8 + i % 4 * 2;
+        write_floats(Warps::sums(warp, 2 * t) + d, {run.sum[i][0], run.sum[i][2]});
+        write_floats(Warps::sums(warp, 2 * t + 1) + d, {run.sum[i][1], run.sum[i][3]});
       }
     }
     run.weight += simt::shuffle_xor(run.weight, 1);
     run.weight += simt::shuffle_xor(run.weight, 2);
-    if (t == 0 && g < kRows) {
-      states[warp * 8 + g] = run.maximum;
-      states[warp * 8 + 4 + g] = run.weight;
-    }
+    if (t == 0 && g < kRows) Warps::leave_state(warp, g, run.maximum, run.weight);
     simt::sync();
     SIMT_NO_UNROLL
-    for (int i = simt::thread(); i < n_slots * kRows * D; i += S::kThreads) {
-      const int from = i / (kRows * D), o = i % (kRows * D), r = o / D, d = o % D;
-      const int first = from * n_warps;
-      leave(from, o,
-            combine(
-                n_tiles < n_warps ? n_tiles : n_warps, [&](int w) { return states[(first + w) * 8 + r]; },
-                [&](int w) { return states[(first + w) * 8 + 4 + r]; },
-                [&](int w) { return sums[((first + w) * kRows + r) * S::kSumStride + d]; }));
+    for (int i = warp; i < n_slots * kRows; i += S::kWarps) {
+      const int from = i / kRows, r = i % kRows;
+      leave(from, r, lane, Warps::add_up(from * n_warps, n_tiles < n_warps ? n_tiles : n_warps, r, lane));
     }
   }
 };

@@ -40,7 +40,7 @@ struct AttendKernel {
     const int slot = Items::slot_of(a, warp), n_warps = Items::n_warps(a);
     for (; b.batch < Items::n_batches(a); b.batch += simt::blocks_x()) {
       const int item = Items::first_item(a, b.batch) + slot;
-      if (S::kDirect && item >= Items::n_items(a)) continue;
+      if (S::kSlots > 1 && item >= Items::n_items(a)) continue;
       const int stream = Items::stream_of(a, item), split = item - stream * a.n_splits;
       const int head = simt::block_y();
       b.index = Items::block_begin(a, split) + warp - slot * n_warps;
@@ -89,7 +89,7 @@ struct AttendKernel {
   }
   /// Whether a batch is to attend to exact rows: of first splits.
   SIMT static bool has_exact(const AttendArgs& a, int batch) {
-    return S::kDirect || batch == Items::stream_of(a, batch) * a.n_splits;
+    return batch == Items::stream_of(a, batch) * a.n_splits;
   }
 
   /// Before any codes, which would take registers: the exact rows of this block's batches, with the first one's queries
@@ -105,12 +105,12 @@ struct AttendKernel {
       }
       simt::wait_for_copies();
       simt::sync();
-      Exact::attend(a, batch, [&](int slot, int o, const Part& part) {
+      Exact::attend(a, batch, [&](int slot, int r, int lane, const typename Combine::Part& part) {
         if (coded) {
           const int stream = Items::stream_of(a, Items::first_item(a, batch) + slot);
-          Partials::leave(Partials::at(a, stream, a.n_splits), o, part);
+          Partials::leave(Partials::at(a, stream, a.n_splits), r, lane, part);
         } else {
-          Combine::normalize(a, slot, o, Part(), part);
+          Combine::finish_row(a, batch, slot, r, lane, {}, part);
         }
       });
       simt::sync();
@@ -120,7 +120,9 @@ struct AttendKernel {
 
   SIMT static void run(const AttendArgs& a) {
     simt::launch_dependents();
-    const Lane l = Cells::make_lane();
+    typename Tables::ValueWords value_words;
+    Tables::load_value_words(a, value_words);
+    const Lane l = Cells::make_lane(a);
     const int stride = Items::n_warps(a);  // of a warp's blocks
     // Where each warp goes on lives in shared memory, not in registers that the inner loop needs.
     Blocks* const place_of_next = reinterpret_cast<Blocks*>(simt::shared() + S::kAfter) + l.warp;
@@ -130,14 +132,16 @@ struct AttendKernel {
     if (l.lane == 0) *place_of_next = next;
     simt::sync_warp();
     const uint8_t *keys = next.keys, *values = next.values;  // of the block whose loads are under way
-    const auto prefetch = [&](int n) {                       // of the n-th block after that
-      simt::prefetch_l2<S::kKeyBlock>(keys + n * stride * a.keys.block_stride, l.lane);
-      simt::prefetch_l2<S::kValueBlock>(values + n * stride * a.values.block_stride, l.lane);
+    const uint32_t key_step = uint32_t(stride * a.keys.block_stride),
+                   value_step = uint32_t(stride * a.values.block_stride);
+    const auto prefetch = [&](int n) {  // of the n-th block after that
+      simt::prefetch_l2<S::kKeyBlock>(keys, n * key_step, l.lane);
+      simt::prefetch_l2<S::kValueBlock>(values, n * value_step, l.lane);
     };
     for (int n = 0; n < 2 && n < next.left; n++) prefetch(n);
     constexpr int kShare = kCodewords * D / S::kWarps;  // of the head's codewords, for the keys' table
-    simt::prefetch_l2<kShare>(
-        reinterpret_cast<const uint8_t*>(a.key_codec.packed) + (simt::block_y() * S::kWarps + l.warp) * kShare, l.lane);
+    simt::prefetch_l2<kShare>(reinterpret_cast<const uint8_t*>(a.key_codec.packed),
+                              (simt::block_y() * S::kWarps + l.warp) * kShare, l.lane);
     const int first = simt::block_x();
     if (Exact::any(a) && has_exact(a, first)) {
       const int n_slots = Items::n_slots(a, first);
@@ -148,8 +152,6 @@ struct AttendKernel {
     }
     Tables::copy_scales(a);
     Cells::store_slopes(a);
-    typename Tables::ValueWords value_words;
-    Tables::load_value_words(a, value_words);
     // The grid before this one need not have ended for the value table; whether a short context needs one is not known.
     const bool is_short = Exact::any(a) && a.n_cells <= S::kWarps * kBlockCells;
     if (!is_short) Tables::fill_value_table(value_words);
@@ -188,20 +190,20 @@ struct AttendKernel {
       const int slot = Items::slot_of(a, l.warp), head = simt::block_y();
       const int item = Items::first_item(a, batch) + slot;
       // A last batch may leave warps without an item.
-      const int stream = Items::stream_of(a, !S::kDirect || item < Items::n_items(a) ? item : 0);
+      const int stream = Items::stream_of(a, S::kSlots == 1 || item < Items::n_items(a) ? item : 0);
       const Row row = Cells::make_row(a, stream, slot, l.t);
       if constexpr (S::kDirect) {
         Direct::prepare_queries(a, Items::n_slots(a, batch));
         Direct::fill_codewords(a);
       } else {
-        Tables::transform_queries(a);
-        Tables::fill_score_table(a);
+        typename Tables::KeyWords key_words;
+        Tables::load_key_words(a, key_words);
+        const int n_slots = Items::n_slots(a, batch);
+        Tables::transform_queries(a, n_slots);
+        SIMT_NO_UNROLL
+        for (int i = 0; i < n_slots; i++) Tables::fill_score_table(key_words, i);
       }
       Running run;
-      run.maximum = kNoMaximum;
-      run.weight = 0;
-      SIMT_UNROLL
-      for (int i = 0; i < Cells::kLaneSums; i++) run.sum[i] = 0;
       if (batch == first && next.left > 0) {  // not earlier: whatever reads shared memory would wait for them
         load_keys();
         if constexpr (S::kDeep) load_values(values);
@@ -229,16 +231,14 @@ struct AttendKernel {
         const uint8_t* these_values = values;
         uint4* const staged_scales = reinterpret_cast<uint4*>(simt::shared() + S::kStagedScales) + l.warp * 16;
         if constexpr (S::kStagesScales) {
-          simt::sync_warp();  // the last block's were read
-          if (l.lane < 16) {
-            simt::copy_async<16>(
-                staged_scales + l.lane,
-                (l.lane < 8 ? keys + MK * kBlockCells : values + MV * kBlockCells - 128) + l.lane * 16);
-          }
+          simt::sync_warp();          // the last block's were read
+          const int i = l.lane % 16;  // two lanes do the same: a branch would cost more
+          simt::copy_async<16>(staged_scales + i,
+                               (i < 8 ? keys + MK * kBlockCells : values + MV * kBlockCells - 128) + i * 16);
         }
         // After the last block of all the pointers stay, and it is read once more in vain.
-        keys = left > 1 ? keys + stride * a.keys.block_stride : place_of_next->keys;
-        values = left > 1 ? values + stride * a.values.block_stride : place_of_next->values;
+        keys = left > 1 ? keys + key_step : place_of_next->keys;
+        values = left > 1 ? values + value_step : place_of_next->values;
         if (left > 2) prefetch(1);
         uint4* const staged_mask = reinterpret_cast<uint4*>(simt::shared() + S::kMasks) + simt::thread();
         uint32_t* const staged_hidden = reinterpret_cast<uint32_t*>(simt::shared() + S::kHidden) + simt::thread();
@@ -274,16 +274,16 @@ struct AttendKernel {
         const float unit = Cells::adjust(a, row, x, mask, skip);
         if constexpr (S::kDeep) load_keys();
         if constexpr (S::kStagesScales) value_scales = staged_scales[8 + l.g];
-        uint32_t b[2][2];
-        const float sum_unit = Cells::weigh(l, run, x, unit, value_scales, b);
+        typename Cells::Weights weights;
+        const float sum_unit = Cells::weigh(l, run, x, unit, value_scales, weights);
         if constexpr (!S::kDeep) load_keys();
-        Cells::add_values(l, run, value_codes, b, sum_unit);
+        Cells::add_values(l, run, value_codes, weights, sum_unit);
         if constexpr (S::kDeep) load_values(values);
         load_value_scales();
       }
       run.maximum += row.offset();
       simt::wait_for_copies();
-      if (!Combine::finish_batch(a, l, run, batch)) continue;
+      if (!Combine::finish_batch(a, run, batch)) continue;
       simt::sync();
       Combine::write_output(a, batch);
       if constexpr (!S::kOwnOutputs) simt::sync();

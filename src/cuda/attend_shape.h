@@ -1,9 +1,9 @@
 // How decode attention uses a multiprocessor, by format: threads, and the two tables in shared memory.
 //
-//   keys:   score table, made anew for each item. A row for each code, 256 bytes: 32 slots of the 4 query rows'
-//           products with that codeword, f16. Slots are subspaces; more than 32 of them make more planes. `expanded`:
-//           rows for the negated codewords too, at twice the memory, so that the sign bit costs no instruction.
-//           `Direct`: the codewords themselves, which many items share (attend_direct.h).
+//   keys:   score table, made anew for each item. A row for each code, 256 bytes: slots of the 4 query rows' products
+//           with that codeword, in bytes, or `wide`, in f16. 32 slots, for subspaces or copies of them, make a plane.
+//           `expanded`: rows for the negated codewords too, at twice the memory, so that the sign bit costs no
+//           instruction. `Direct`: the codewords themselves, which many items share (attend_direct.h).
 //   values: codewords. A row for each code and sign: units of 8 entries (subspaces g, g + 8, ...), `copies` of each, so
 //           that the 4 lanes that look into one subspace find it in banks of their own.
 #pragma once
@@ -27,13 +27,19 @@ constexpr bool has_direct(int head_dim, int key_width) {
   return head_dim == 128 || (head_dim == 64 && key_width > 2);
 }
 
-/// `Large`: for devices that give a block 227 KiB (Hopper); else as little as the format allows. `Direct`: a thread
-/// block takes up to kMaxBatch items at once, each with a share of its warps; else one, with all of them.
-template <int HeadDim, int KeyWidth, int ValueWidth, bool Large, bool Direct = false>
+/// Whether score tables of two items fit: bytes of up to 32 subspaces.
+constexpr bool has_pairs(int head_dim, int key_width) {
+  return key_width > 2 && head_dim / key_width <= 32;
+}
+
+/// `Large`: for devices that give a block 227 KiB (Hopper); else as little as the format allows. `Slots`: the most
+/// items that a thread block takes at once, each with a share of its warps. 1, 2 where has_pairs, or kMaxBatch where
+/// has_direct.
+template <int HeadDim, int KeyWidth, int ValueWidth, bool Large, int Slots = 1>
 struct AttendShape {
-  static_assert(!Direct || (Large && has_direct(HeadDim, KeyWidth)));
-  static constexpr bool kDirect = Direct;
-  static constexpr int kSlots = Direct ? kMaxBatch : 1;
+  static constexpr bool kDirect = Slots > 2;
+  static constexpr int kSlots = Slots;
+  static_assert(Slots == 1 || (Large && (kDirect ? has_direct(HeadDim, KeyWidth) : has_pairs(HeadDim, KeyWidth))));
   static constexpr int kHeadDim = HeadDim, kKeyWidth = KeyWidth, kValueWidth = ValueWidth;
   static constexpr int kRows = kRowGroup;
   static constexpr int kKeySubspaces = HeadDim / KeyWidth, kValueSubspaces = HeadDim / ValueWidth;
@@ -42,14 +48,22 @@ struct AttendShape {
   static constexpr int kKeyBlock = (kKeySubspaces + 2) * kBlockCells;
   static constexpr int kValueBlock = (kValueSubspaces + 2) * kBlockCells;
 
+  // Pairs of numbers are the format of 4 bits, whose own error is so small that products and weights of 8 bits would
+  // add to it (as on the CPU).
+  static constexpr bool kWideKeys = KeyWidth == 2, kWideValues = ValueWidth == 2;
+
   static constexpr int kKeyPlanes = kKeySubspaces > 32 ? kKeySubspaces / 32 : 1;
-  static constexpr int kKeySlots = kKeySubspaces < 32 ? 16 : 32;  // 8 subspaces take 16: half a warp reads 16 at once
-  static constexpr bool kKeyExpanded = Large && kKeyPlanes <= (HeadDim == 256 ? 1 : 2);
-  static constexpr int kKeyPlaneBytes = (kKeyExpanded ? 256 : 128) * 256;
-  static constexpr int kKeyTableBytes = Direct ? 256 * 256 : kKeyPlanes * kKeyPlaneBytes;
+  static constexpr int kKeyCopies = kKeySubspaces < 32 ? 32 / kKeySubspaces : 1;  // a bank for each lane of a warp
+  static constexpr int kKeyEntryBytes = kWideKeys ? 8 : 4;                        // of 4 rows
+  static constexpr bool kKeyExpanded = Large && kKeyPlanes * kKeyEntryBytes <= (HeadDim == 256 ? 8 : 16);
+  static constexpr int kKeyRowBytes = 256;
+  // Two planes of bytes lie side by side in the rows, or two items' only ones; those of f16 one after the other.
+  static constexpr int kKeyPlaneBytes = kWideKeys ? (kKeyExpanded ? 256 : 128) * 256 : 128;
+  static constexpr int kKeyTableBytes =
+      (kDirect || kKeyExpanded ? 256 : 128) * 256 * (kDirect || !kWideKeys ? 1 : kKeyPlanes);
 
   static constexpr int kCopies = Large ? (HeadDim == 64    ? 4
-                                          : HeadDim == 128 ? (KeyWidth == 2 && !Direct ? 2 : 4)
+                                          : HeadDim == 128 ? (KeyWidth == 2 && !kDirect ? 2 : 4)
                                                            : (KeyWidth == 2 ? 1 : 2))
                                        : (HeadDim == 64 ? 2 : 1);
   static constexpr int kEntryBytes = ValueWidth == 8 ? 8 : 4;  // width 2: two subspaces, 8 apart, to an entry
@@ -67,7 +81,8 @@ struct AttendShape {
   static constexpr int kSumsBytes = kWarps * kRows * kSumStride * 4;
   static constexpr int kStates = kSums + kSumsBytes;                   // float [kWarps][8]: maxima, then weights
   static constexpr int kAfterSums = kStates + kWarps * 2 * kRows * 4;  // see kSplitQueries, kCodedOutputs
-  static constexpr int kCombineBytes = kAfterSums + (Large && !Direct ? kRowBytes : 2 * kRowBytes);
+  static constexpr bool kOwnOutputs = Large && kSlots == 1;
+  static constexpr int kCombineBytes = kAfterSums + (kOwnOutputs ? kRowBytes : 2 * kRowBytes);
   static constexpr int kValueTable = kKeyTableBytes > kCombineBytes ? kKeyTableBytes
                                                                     : (kCombineBytes + 1023) / 1024 * 1024;
   static constexpr int kQueries = kValueTable + kValueTableBytes;   // float [kSlots][4][HeadDim], see transform_queries
@@ -78,20 +93,20 @@ struct AttendShape {
   static constexpr int kOffsets = kFactors + kSlots * kRows * 4;    // the same, what coded cells' logits lack
   static constexpr int kWeights = kOffsets + kSlots * kRows * 4;    // the same, of coded cells
   static constexpr int kSlopes = kWeights + kSlots * kRows * 4;     // float [4], on the mask, in units of log2 e
-  static constexpr int kLast = kSlopes + kRows * 4;                 // int
+  static constexpr int kTops = kSlopes + kRows * 4;                 // float [kSlots][kWarps][4], of score tables
+  static constexpr int kLast = kTops + (kDirect ? 0 : kSlots * kWarps * kRows * 4);  // int
   // What a block of 64 cells needs of the mask, of the hidden cells' bits and of scales (keys', then values', f16) on
   // the way from memory, where there is room for that: uint4 [kWarps][32], uint32_t [kWarps][32], uint4 [kWarps][2][8].
   static constexpr bool kStaged = Large;
   static constexpr int kMasks = kLast + 16;
   static constexpr int kHidden = kMasks + (kStaged ? kWarps * 32 * 16 : 0);
-  static constexpr bool kStagesScales = kStaged && (kWarps == 16 || Direct);  // where registers are scarce
+  static constexpr bool kStagesScales = kStaged && (kWarps == 16 || kDirect);  // where registers are scarce
   static constexpr int kStagedScales = kHidden + (kStaged ? kWarps * 32 * 4 : 0);
   static constexpr int kEnd = kStagedScales + (kStagesScales ? kWarps * 256 : 0);
   // What is written out, float [kSlots][4][HeadDim] each: of coded cells, and of exact rows. Where memory is short,
   // behind the sums: then the next table must wait for its readers. Many items' go where their queries were.
-  static constexpr bool kOwnOutputs = Large && !Direct;
-  static constexpr int kCodedOutputs = Direct ? kQueries : kOwnOutputs ? kEnd : kAfterSums;
-  static constexpr int kExactOutputs = Direct ? kAfterSums : kCodedOutputs + kRowBytes;
+  static constexpr int kCodedOutputs = kDirect ? kQueries : kOwnOutputs ? kEnd : kAfterSums;
+  static constexpr int kExactOutputs = kDirect ? kAfterSums : kCodedOutputs + kRowBytes;
   static constexpr size_t kSharedBytes = kEnd + (kOwnOutputs ? 2 * kRowBytes : 0);
   // f16 [kSlots][2][4][HeadDim], while exact rows are attended to: the queries, see attend_exact.h.
   static constexpr int kSplitQueries = kAfterSums;

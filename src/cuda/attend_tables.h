@@ -13,18 +13,18 @@ template <typename S>
 struct AttendItems {
   static constexpr int D = S::kHeadDim;
 
-  SIMT static int batch_shift(const AttendArgs& a) { return S::kDirect ? a.batch_shift : 0; }
+  SIMT static int batch_shift(const AttendArgs& a) { return S::kSlots > 1 ? a.batch_shift : 0; }
   SIMT static int n_batches(const AttendArgs& a) { return (n_items(a) + (1 << batch_shift(a)) - 1) >> batch_shift(a); }
   /// Of a batch.
   SIMT static int first_item(const AttendArgs& a, int batch) { return batch << batch_shift(a); }
   SIMT static int n_slots(const AttendArgs& a, int batch) {
-    if constexpr (!S::kDirect) return 1;
+    if constexpr (S::kSlots == 1) return 1;
     const int left = n_items(a) - first_item(a, batch), all = 1 << batch_shift(a);
     return left < all ? left : all;
   }
   /// Warps that share an item.
   SIMT static int n_warps(const AttendArgs& a) { return S::kWarps >> batch_shift(a); }
-  SIMT static int slot_of(const AttendArgs& a, int warp) { return S::kDirect ? warp / n_warps(a) : 0; }
+  SIMT static int slot_of(const AttendArgs& a, int warp) { return S::kSlots > 1 ? warp / n_warps(a) : 0; }
 
   /// What query row r of this thread block's 4 belongs to. Rows that only pad the group are of tokens that are not
   /// there.
@@ -91,11 +91,12 @@ struct AttendTables {
       for (int sign = 0; sign < 2; sign++) {
         uint32_t* row = reinterpret_cast<uint32_t*>(at + (code + sign * kCodewords) * S::kValueRowBytes);
         if constexpr (S::kCopies * kWords % 4 == 0) {
+          constexpr int kVectors = S::kCopies * kWords / 4;
+          const uint32_t w0 = sign ? negate_bytes(word[0]) : word[0];
+          const uint32_t w1 = sign ? negate_bytes(word[1 % kWords]) : word[1 % kWords];
           SIMT_UNROLL
-          for (int j = 0; j < S::kCopies * kWords; j += 4) {
-            const uint32_t w0 = sign ? negate_bytes(word[0]) : word[0];
-            const uint32_t w1 = sign ? negate_bytes(word[1 % kWords]) : word[1 % kWords];
-            *reinterpret_cast<uint4*>(row + j) = make_uint4(w0, w1, w0, w1);
+          for (int j = 0; j < kVectors; j++) {  // 8 lanes, each in banks of its own
+            *reinterpret_cast<uint4*>(row + (j + g * kVectors / 8) % kVectors * 4) = make_uint4(w0, w1, w0, w1);
           }
         } else {
           SIMT_UNROLL
@@ -206,7 +207,7 @@ struct AttendTables {
         const float* queries = reinterpret_cast<const float*>(shared + S::kQueries) + slot * S::kRows * D;
         const float* partial = multiply_rows(queries, a.key_codec.undo);
         if (warp < S::kRows) transform_row(slot, warp, lane, partial);
-        if constexpr (S::kDirect) simt::sync();
+        if constexpr (S::kSlots > 1) simt::sync();
       }
     } else {
       SIMT_NO_UNROLL
@@ -228,26 +229,59 @@ struct AttendTables {
     return top;
   }
 
-  /// The one item's queries, where they are: unit in their greatest component, so that score tables fit f16.
-  SIMT static void transform_queries(const AttendArgs& a) {
-    transform_queries(a, 1, [&](int, int r, const float(&x)[D / 32], int lane) {
-      float* query = reinterpret_cast<float*>(simt::shared() + S::kQueries) + r * D;
-      const float top = top_of(x), inverse = top == 0 ? 0.0f : 1 / top;
+  /// A batch's queries, where they are: unit in their greatest component, so that score tables fit f16.
+  SIMT static void transform_queries(const AttendArgs& a, int n_slots) {
+    transform_queries(a, n_slots, [&](int slot, int r, const float(&x)[D / 32], int lane) {
+      float* query = reinterpret_cast<float*>(simt::shared() + S::kQueries) + (slot * S::kRows + r) * D;
+      const float top = top_of(x), inverse = top == 0 ? 0.0f : simt::reciprocal_fast(top);
       SIMT_UNROLL
       for (int i = 0; i < D / 32; i++) query[lane * (D / 32) + i] = x[i] * inverse;
       return top;
     });
   }
 
-  SIMT static void fill_score_table(const AttendArgs& a) {
+  // Score tables, in two steps as well. A thread has one column, and with it a subspace of each plane, and every
+  // kCodeStride-th codeword.
+  static constexpr int kColumns = 32 / S::kKeyCopies, kCodeStride = S::kThreads / kColumns;
+  static constexpr int kEntries = kCodewords / kCodeStride, kKeyWords = S::kKeyWidth == 8 ? 2 : 1;
+  using KeyWords = uint32_t[S::kKeyPlanes][kEntries][kKeyWords];
+
+  SIMT static void load_key_words(const AttendArgs& a, KeyWords& words) {
     constexpr int W = S::kKeyWidth;
-    const int head = simt::block_y();
-    const float* queries = reinterpret_cast<const float*>(simt::shared() + S::kQueries);
-    const uint8_t* packed = reinterpret_cast<const uint8_t*>(a.key_codec.packed) + size_t(head) * kCodewords * D;
-    const int thread = simt::thread_again(), slot = thread % S::kKeySlots, first = thread / S::kKeySlots;
+    const uint8_t* packed =
+        reinterpret_cast<const uint8_t*>(a.key_codec.packed) + size_t(simt::block_y()) * kCodewords * D;
+    const int thread = simt::thread_again(), column = thread % kColumns, first = thread / kColumns;
     SIMT_UNROLL
     for (int plane = 0; plane < S::kKeyPlanes; plane++) {
-      const int subspace = plane * 32 + slot % MK;
+      SIMT_UNROLL
+      for (int k = 0; k < kEntries; k++) {
+        const uint8_t* word = packed + ((first + k * kCodeStride) * MK + plane * 32 + column) * W;
+        if constexpr (W == 2) {
+          words[plane][k][0] = simt::load_constant(reinterpret_cast<const uint16_t*>(word));
+        } else {
+          SIMT_UNROLL
+          for (int i = 0; i < kKeyWords; i++) {
+            words[plane][k][i] = simt::load_constant(reinterpret_cast<const uint32_t*>(word) + i);
+          }
+        }
+      }
+    }
+  }
+
+  /// What is missing from an entry of bytes. Where the table has no rows for negated codewords, an entry e stands for
+  /// e + 1/2 units, so that ~e is the negated one.
+  static constexpr float kEntryHalf = S::kWideKeys || S::kKeyExpanded ? 0 : 0.5f;
+
+  /// Products of all codewords with the 4 query rows of an item. A byte's unit is the row's greatest product / 127, and
+  /// the row's factor makes up for it.
+  SIMT static void fill_score_table(const KeyWords& words, int slot) {
+    constexpr int W = S::kKeyWidth;
+    const float* queries = reinterpret_cast<const float*>(simt::shared() + S::kQueries) + slot * S::kRows * D;
+    const int thread = simt::thread_again(), column = thread % kColumns, first = thread / kColumns;
+    float products[S::kKeyPlanes][kEntries][S::kRows];
+    SIMT_UNROLL
+    for (int plane = 0; plane < S::kKeyPlanes; plane++) {
+      const int subspace = plane * 32 + column;
       const float scale = reinterpret_cast<const float*>(simt::shared() + S::kKeyScales)[subspace];
       float q[S::kRows][W];
       SIMT_UNROLL
@@ -255,38 +289,85 @@ struct AttendTables {
         SIMT_UNROLL
         for (int i = 0; i < W; i++) q[r][i] = queries[r * D + subspace * W + i] * scale;
       }
-      uint8_t* at = simt::shared() + plane * S::kKeyPlaneBytes + slot * 8;
-      constexpr int kStride = S::kThreads / S::kKeySlots, kEntries = kCodewords / kStride, kWords = (W + 3) / 4;
-      uint32_t words[kEntries][kWords];
       SIMT_UNROLL
       for (int k = 0; k < kEntries; k++) {
-        const uint8_t* word = packed + ((first + k * kStride) * MK + subspace) * W;
-        if constexpr (W == 2) {
-          words[k][0] = simt::load_constant(reinterpret_cast<const uint16_t*>(word)) ^ 0x8080u;
-        } else {
-          SIMT_UNROLL
-          for (int i = 0; i < kWords; i++) {
-            words[k][i] = simt::load_constant(reinterpret_cast<const uint32_t*>(word) + i) ^ 0x80808080u;
-          }
-        }
-      }
-      SIMT_UNROLL
-      for (int k = 0; k < kEntries; k++) {
-        const int code = first + k * kStride;
-        float e[S::kRows] = {};
+        float(&e)[S::kRows] = products[plane][k];
+        SIMT_UNROLL
+        for (int r = 0; r < S::kRows; r++) e[r] = 0;
         SIMT_UNROLL
         for (int i = 0; i < W; i++) {
-          const float w = byte_to_float(words[k][i / 4], i % 4);
+          const float w = byte_to_float(words[plane][k][i / 4] ^ 0x80808080u, i % 4);
           SIMT_UNROLL
           for (int r = 0; r < S::kRows; r++) e[r] += q[r][i] * w;
         }
-        const uint2 entry = make_uint2(simt::pack_half2(e[0], e[1]), simt::pack_half2(e[2], e[3]));
-        *reinterpret_cast<uint2*>(at + code * 256) = entry;
-        if constexpr (S::kKeyExpanded) {
-          *reinterpret_cast<uint2*>(at + (code + kCodewords) * 256) =
-              make_uint2(entry.x ^ 0x80008000u, entry.y ^ 0x80008000u);
+        if constexpr (S::kWideKeys) {
+          const uint2 entry = make_uint2(simt::pack_half2(e[0], e[1]), simt::pack_half2(e[2], e[3]));
+          uint8_t* at =
+              simt::shared() + plane * S::kKeyPlaneBytes + (first + k * kCodeStride) * S::kKeyRowBytes + column * 8;
+          *reinterpret_cast<uint2*>(at) = entry;
+          if constexpr (S::kKeyExpanded) {
+            *reinterpret_cast<uint2*>(at + kCodewords * 256) = make_uint2(entry.x ^ 0x80008000u, entry.y ^ 0x80008000u);
+          }
         }
       }
+    }
+    if constexpr (!S::kWideKeys) {
+      float to_bytes[S::kRows];
+      find_units(products, slot, to_bytes);
+      SIMT_UNROLL
+      for (int plane = 0; plane < S::kKeyPlanes; plane++) {
+        SIMT_UNROLL
+        for (int k = 0; k < kEntries; k++) {
+          uint32_t bits[S::kRows];  // of 2^15 + 128 + x: the second byte is x rounded down, plus 128
+          SIMT_UNROLL
+          for (int r = 0; r < S::kRows; r++) {
+            bits[r] = simt::float_to_bits(products[plane][k][r] * to_bytes[r] + (32896.5f - kEntryHalf));
+          }
+          const uint32_t entry = second_bytes(bits) ^ 0x80808080u;
+          SIMT_UNROLL
+          for (int i = 0; i < S::kKeyCopies; i++) {  // lanes of a warp, each in a bank of its own
+            const int copy = (i + thread % 32 / kColumns) % S::kKeyCopies;
+            uint32_t* at = reinterpret_cast<uint32_t*>(simt::shared() + (slot + plane) * S::kKeyPlaneBytes +
+                                                       (first + k * kCodeStride) * S::kKeyRowBytes) +
+                           copy * kColumns + column;
+            *at = entry;
+            if constexpr (S::kKeyExpanded) at[kCodewords * 64] = negate_bytes(entry);
+          }
+        }
+      }
+    }
+  }
+
+  /// The second byte of each of 4 words.
+  SIMT static uint32_t second_bytes(const uint32_t (&x)[4]) {
+    return simt::permute(simt::permute(x[0], x[1], 0x5151), simt::permute(x[2], x[3], 0x5151), 0x5410);
+  }
+
+private:
+  /// What takes a block's products to the range of bytes, row by row. Row factors are divided by it.
+  SIMT static void find_units(const float (&products)[S::kKeyPlanes][kEntries][S::kRows], int slot,
+                              float (&to_bytes)[S::kRows]) {
+    uint32_t* tops = reinterpret_cast<uint32_t*>(simt::shared() + S::kTops) + slot * S::kWarps * S::kRows;
+    const int thread = simt::thread_again();
+    SIMT_UNROLL
+    for (int r = 0; r < S::kRows; r++) {
+      float top = 0;
+      SIMT_UNROLL
+      for (int plane = 0; plane < S::kKeyPlanes; plane++) {
+        SIMT_UNROLL
+        for (int k = 0; k < kEntries; k++) top = simt::max_nan(top, fabsf(products[plane][k][r]));
+      }
+      // Of floats that are not negative, bits have the same order; a NaN's are the greatest.
+      const uint32_t of_warp = simt::max_of_warp(simt::float_to_bits(top));
+      if (thread % 32 == 0) tops[thread / 32 * S::kRows + r] = of_warp;
+    }
+    simt::sync();
+    SIMT_UNROLL
+    for (int r = 0; r < S::kRows; r++) {
+      const float top = simt::bits_to_float(simt::max_of_warp(tops[thread % S::kWarps * S::kRows + r]));
+      to_bytes[r] = top == 0 ? 0.0f : 127 * simt::reciprocal_fast(top);
+      if (thread == r)
+        reinterpret_cast<float*>(simt::shared() + S::kFactors)[slot * S::kRows + r] *= top * (1.0f / 127);
     }
   }
 };

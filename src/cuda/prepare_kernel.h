@@ -231,7 +231,7 @@ struct PrepareKernel {
   SIMT static void prefetch_words(const CodecTables& codec, int head) {
     constexpr int kShare = D * kCodewords * int(sizeof(float)) / kWarps;
     const int warp = simt::thread() / 32;
-    simt::prefetch_l2<kShare>(reinterpret_cast<const uint8_t*>(codec.words) + (size_t(head) * kWarps + warp) * kShare,
+    simt::prefetch_l2<kShare>(reinterpret_cast<const uint8_t*>(codec.words), (head * kWarps + warp) * kShare,
                               simt::thread() % 32);
   }
 

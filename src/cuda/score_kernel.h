@@ -34,7 +34,7 @@ struct ScoreKernel {
   SIMT static void run(const ScoreArgs& args) {
     const AttendArgs& a = args.attend;
     simt::launch_dependents();
-    const Lane l = Cells::make_lane();
+    const Lane l = Cells::make_lane(a);
     const int head = simt::block_y(), row_group = simt::block_z();
     Tables::copy_scales(a);
     Cells::store_slopes(a);
@@ -56,12 +56,14 @@ struct ScoreKernel {
 
       simt::sync();  // the last item's table is used up
       Tables::fetch_queries(a, item);
+      typename Tables::KeyWords key_words;
+      Tables::load_key_words(a, key_words);
       simt::wait_for_copies();
       simt::sync();
       const Row row = Cells::make_row(a, stream, 0, l.t);
-      Tables::transform_queries(a);
+      Tables::transform_queries(a, 1);
       const bool pads = row_group * S::kRows + l.t >= a.n_tokens * a.group;
-      Tables::fill_score_table(a);
+      Tables::fill_score_table(key_words, 0);
       simt::sync();
       const uint32_t* hidden =
           a.hidden ? a.hidden + stream * a.hidden_stream_stride + head * a.hidden_head_stride : nullptr;

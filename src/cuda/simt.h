@@ -26,6 +26,7 @@ SIMT int thread() {
 SIMT int thread_again() {
   int r;
   asm volatile("mov.u32 %0,%%tid.x;" : "=r"(r));
+  __builtin_assume(r >= 0 && r < 1024);  // or each division by a power of two minds negative numbers
   return r;
 }
 SIMT int threads() {
@@ -48,6 +49,15 @@ SIMT int blocks_x() {
 SIMT uint8_t* shared() {
   extern __shared__ __align__(1024) uint8_t memory[];
   return memory;
+}
+
+/// The same as a number of 32 bits that load_shared takes: an address is then worked out in one instruction.
+SIMT uint32_t shared_address() {
+  return uint32_t(__cvta_generic_to_shared(shared()));
+}
+template <typename T>
+SIMT T load_shared(uint32_t address) {
+  return *static_cast<const T*>(__cvta_shared_to_generic(address));
 }
 
 SIMT void sync() {
@@ -77,10 +87,17 @@ template <typename T>
 SIMT T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(~0u, x, mask);
 }
+/// The greatest of a warp's.
+SIMT uint32_t max_of_warp(uint32_t x) {
+  return __reduce_max_sync(~0u, x);
+}
 
-/// Orders this thread's writes before what other blocks see after an atomic, and the reverse.
-SIMT void fence() {
-  __threadfence();
+/// What this thread has seen written, and by barriers the rest of its block, is seen by who finds the sum later, and
+/// the reverse. A fence for all threads takes several times as long.
+SIMT int atomic_add_ordered(int* p, int x) {
+  int r;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0,[%1],%2;" : "=r"(r) : "l"(p), "r"(x) : "memory");
+  return r;
 }
 SIMT int atomic_add(int* p, int x) {
   return atomicAdd(p, x);
@@ -191,12 +208,12 @@ SIMT uint4 load_vector(const void* p) {
 SIMT void prefetch_line(const uint8_t* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
-/// The same for more memory, a line a lane. All lanes of a warp call it.
+/// The same for more memory, from p + offset on, a line a lane. All lanes of a warp call it.
 template <int Bytes>
-SIMT void prefetch_l2(const uint8_t* p, int lane) {
+SIMT void prefetch_l2(const uint8_t* p, uint32_t offset, int lane) {
   SIMT_UNROLL
   for (int first = 0; first < Bytes; first += 32 * 128) {
-    if (first + lane * 128 < Bytes) prefetch_line(p + first + lane * 128);
+    if (first + lane * 128 < Bytes) prefetch_line(p + uint32_t(offset + first + lane * 128));
   }
 }
 /// 4 or 16 bytes from global to shared memory, without a register in between; there after wait_for_copies and a
@@ -221,7 +238,8 @@ SIMT T load_constant(const T* p) {
   return __ldg(p);
 }
 /// From L2: what another block of this grid wrote.
-SIMT float load_l2(const float* p) {
+template <typename T>
+SIMT T load_l2(const T* p) {
   return __ldcg(p);
 }
 
@@ -233,6 +251,12 @@ SIMT void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t
 }
 SIMT void mma_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+/// The same with a B of unsigned bytes.
+SIMT void mma_s8u8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }

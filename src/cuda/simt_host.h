@@ -208,6 +208,13 @@ inline int blocks_x() {
 inline uint8_t* shared() {
   return Machine::current()->shared;
 }
+inline uint32_t shared_address() {
+  return 0;
+}
+template <typename T>
+T load_shared(uint32_t address) {
+  return *reinterpret_cast<const T*>(shared() + address);
+}
 inline void sync() {
   Machine::current()->sync();
 }
@@ -246,12 +253,18 @@ inline int popcount(uint32_t x) {
 inline void sync_warp() {
   ballot(false);
 }
+inline uint32_t max_of_warp(uint32_t x) {
+  for (int mask = 1; mask < 32; mask *= 2) x = std::max(x, shuffle_xor(x, mask));
+  return x;
+}
 
-inline void fence() {}
 inline int atomic_add(int* p, int x) {
   const int old = *p;
   *p += x;
   return old;
+}
+inline int atomic_add_ordered(int* p, int x) {
+  return atomic_add(p, x);
 }
 inline void atomic_or(uint32_t* p, uint32_t x) {
   *p |= x;
@@ -333,7 +346,7 @@ inline uint4 load_vector(const void* p) {
 }
 inline void prefetch_line(const uint8_t*) {}
 template <int Bytes>
-void prefetch_l2(const uint8_t*, int) {}
+void prefetch_l2(const uint8_t*, uint32_t, int) {}
 template <int Bytes>
 void copy_async(void* shared_to, const void* from) {
   std::memcpy(shared_to, from, Bytes);
@@ -343,15 +356,16 @@ template <typename T>
 T load_constant(const T* p) {
   return *p;
 }
-inline float load_l2(const float* p) {
+template <typename T>
+T load_l2(const T* p) {
   return *p;
 }
 
 // The fragments, after the PTX manual: (g, t) = (lane / 4, lane % 4); a0 holds row g, a1 row g + 8, both in the first
 // half of the columns, a2 and a3 the same rows in the second; b0 and b1 the halves of column g; d0, d1 row g, d2, d3
 // row g + 8, columns 2t and 2t + 1.
-template <typename T, int Depth, typename Element>
-void mma(T (&d)[4], const uint32_t (&operands)[6], Element element) {
+template <typename T, int Depth, typename ElementA, typename ElementB>
+void mma(T (&d)[4], const uint32_t (&operands)[6], ElementA element_a, ElementB element_b) {
   const auto [slots, half] = Machine::current()->exchange(operands, 6);
   const int lane = thread() & 31, g = lane / 4, t = lane % 4;
   constexpr int kPerWord = Depth / 8;
@@ -362,17 +376,28 @@ void mma(T (&d)[4], const uint32_t (&operands)[6], Element element) {
       const int second = k / (Depth / 2), owner = k % (Depth / 2) / kPerWord, part = k % kPerWord;
       const uint32_t a = slots[row % 8 * 4 + owner].word[half][second * 2 + row / 8];
       const uint32_t b = slots[column * 4 + owner].word[half][4 + second];
-      sum += element(a, part) * element(b, part);
+      sum += element_a(a, part) * element_b(b, part);
     }
     d[i] = sum;
   }
 }
+inline float half_of(uint32_t word, int i) {
+  return half_to_float(uint16_t(word >> (16 * i)));
+}
+inline int signed_byte(uint32_t word, int i) {
+  return int8_t(word >> (8 * i));
+}
+inline int unsigned_byte(uint32_t word, int i) {
+  return uint8_t(word >> (8 * i));
+}
 inline void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  mma<float, 16>(d, {a0, a1, a2, a3, b0, b1},
-                 [](uint32_t word, int part) { return half_to_float(uint16_t(word >> (16 * part))); });
+  mma<float, 16>(d, {a0, a1, a2, a3, b0, b1}, half_of, half_of);
 }
 inline void mma_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  mma<int, 32>(d, {a0, a1, a2, a3, b0, b1}, [](uint32_t word, int part) { return int(int8_t(word >> (8 * part))); });
+  mma<int, 32>(d, {a0, a1, a2, a3, b0, b1}, signed_byte, signed_byte);
+}
+inline void mma_s8u8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  mma<int, 32>(d, {a0, a1, a2, a3, b0, b1}, signed_byte, unsigned_byte);
 }
 
 }  // namespace thimble::cuda::simt
