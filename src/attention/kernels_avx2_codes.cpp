@@ -40,6 +40,12 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
   step = step > 1e-30f ? step : 1e-30f;
   const __m256 inverse = _mm256_set1_ps(1.0f / step), offset = _mm256_set1_ps(128.0f);
   const __m256i c128 = _mm256_set1_epi32(128), c255 = _mm256_set1_epi32(255);
+  __m128i before[2] = {};  // sixteenths, of the low and of the high bytes
+  const auto store = [&](uint8_t* to, __m128i sixteenth, int i, __m128i& previous) {
+    const __m128i difference = i % 128 == 0 ? sixteenth : _mm_xor_si128(sixteenth, previous);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), difference);
+    previous = sixteenth;
+  };
   for (int i = 0; i < n_subspaces * 128; i += 16) {
     __m256i entry[2], high[2];
     for (int h = 0; h < 2; h++) {
@@ -52,16 +58,33 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
       const __m256i low = _mm256_sub_epi32(_mm256_and_si256(entry[h], c255), c128);
       high[h] = _mm256_srai_epi32(_mm256_sub_epi32(_mm256_sub_epi32(entry[h], c128), low), 8);
     }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(luts + i), low_bytes(entry[0], entry[1]));
-    if (wide) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(luts + n_subspaces * 128 + i), low_bytes(high[0], high[1]));
-    }
+    store(luts, low_bytes(entry[0], entry[1]), i, before[0]);
+    if (wide) store(luts + n_subspaces * 128, low_bytes(high[0], high[1]), i, before[1]);
   }
   return step;
 }
 
 inline void ask_for(const uint8_t* line) {
   _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
+}
+
+// 32 codes in several tables of differences, `stride` apart.
+template <int N>
+inline void look_up_all(const uint8_t* tables, int stride, const Codes& codes, __m256i (&found)[N]) {
+  __m256i entry = codes.entry;
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    if (i > 0) entry = _mm256_sub_epi8(entry, _mm256_set1_epi8(16));
+    settle(entry);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      const __m256i part = _mm256_shuffle_epi8(load_sixteenth(tables + n * stride, i), entry);
+      found[n] = i == 0 ? part : _mm256_xor_si256(found[n], part);
+      settle(found[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) found[n] = _mm256_sign_epi8(found[n], codes.sign);
 }
 
 // Half a block, 32 codes. Bytes are added in 16-bit lanes: `all` takes even and odd bytes together, `odd` the odd ones,
@@ -75,13 +98,15 @@ inline void look_up_half(const uint8_t* luts, const float* steps, int n_subspace
 #pragma GCC unroll 1
   for (int m = 0; m < n_subspaces; m++) {
     if (m < ahead_lines) ask_for(ahead + m * kLine);
-    const Indices x = indices_of(load_bytes(block + m * kLine + 32 * h));
+    const Codes codes = codes_of(load_bytes(block + m * kLine + 32 * h));
+    __m256i entry[Rows], high_entry[Rows];
+    look_up_all(luts + m * 128, row_bytes, codes, entry);
+    if (Wide) look_up_all(luts + (n_subspaces + m) * 128, row_bytes, codes, high_entry);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; r++) {
-      const __m256i entry = look_up_32(luts + r * row_bytes + m * 128, x);
-      all[r] = _mm256_add_epi16(all[r], entry);
-      odd[r] = _mm256_add_epi16(odd[r], _mm256_srli_epi16(entry, 8));
-      if (Wide) high[r] = _mm256_add_epi8(high[r], look_up_32(luts + r * row_bytes + (n_subspaces + m) * 128, x));
+      all[r] = _mm256_add_epi16(all[r], entry[r]);
+      odd[r] = _mm256_add_epi16(odd[r], _mm256_srli_epi16(entry[r], 8));
+      if (Wide) high[r] = _mm256_add_epi8(high[r], high_entry[r]);
     }
   }
   const uint8_t* cell_scales = block + n_subspaces * kLine;
@@ -181,29 +206,30 @@ void add_rows(const uint8_t* const* blocks, uint32_t used, const int8_t* words, 
     for (int r = 0; r < Rows; r++) {
       for (int j = 0; j < 4; j++) part[r][j] = _mm256_setzero_si256();
     }
-    for (uint32_t left = used; left; left &= left - 1) {
-      const int b = __builtin_ctz(left);
-      for (int h = 0; h < 2; h++) {
-        const uint8_t* w = weights + (b * kLine + 32 * h) * 2;
-        Indices x = indices_of(load_bytes(blocks[b] + group.code_row * kLine + 32 * h));
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-          if (j >= group.components) break;
-          if (j == 2 && group.code_row2 != group.code_row) {
-            x = indices_of(load_bytes(blocks[b] + group.code_row2 * kLine + 32 * h));
-          }
-          const __m256i word = look_up_32(words + (group.component + j) * 128, x);
+    for (int j = 0; j < group.components; j++) {
+      const Table table = load_table(words + (group.component + j) * 128);
+      const int code_row = j < 2 ? group.code_row : group.code_row2;
+      __m256i component[Rows];
+      for (__m256i& sum : component) sum = _mm256_setzero_si256();
+#pragma GCC unroll 1
+      for (uint32_t left = used; left; left &= left - 1) {
+        const int b = __builtin_ctz(left);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+          const __m256i word = look_up_32(table, codes_of(load_bytes(blocks[b] + code_row * kLine + 32 * h)));
           const __m256i first = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(word));
           const __m256i second = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(word, 1));
+          const uint8_t* w = weights + (b * kLine + 32 * h) * 2;
 #pragma GCC unroll 4
           for (int r = 0; r < Rows; r++) {
             const __m256i products =
                 _mm256_add_epi32(_mm256_madd_epi16(first, load_bytes(w + r * kSuperblockCells * 2)),
                                  _mm256_madd_epi16(second, load_bytes(w + r * kSuperblockCells * 2 + 32)));
-            part[r][j] = _mm256_add_epi32(part[r][j], products);
+            component[r] = _mm256_add_epi32(component[r], products);
           }
         }
       }
+      for (int r = 0; r < Rows; r++) part[r][j] = component[r];
     }
     for (int r = 0; r < Rows; r++) {
       // Four sums of four, the upper half of each register added to its lower one.

@@ -159,14 +159,11 @@ void decode_keys(const uint8_t* block, const uint8_t* cell_scales, const int8_t*
                  const float* scale, int dim, float* tile) {
   __m256 cells[8];
   for (int i = 0; i < 8; i++) cells[i] = load_half(cell_scales + 16 * i);
-  Indices x[2];
   for (int d = 0; d < dim; d++) {
-    if (d == 0 || code_row[d] != code_row[d - 1]) {
-      for (int h = 0; h < 2; h++) x[h] = indices_of(load_bytes(block + code_row[d] * kLine + 32 * h));
-    }
+    const Table table = load_table(words + d * 128);
     const __m256 component = _mm256_set1_ps(scale[d]);
     for (int h = 0; h < 2; h++) {
-      const __m256i bytes = look_up_32(words + d * 128, x[h]);
+      const __m256i bytes = look_up_32(table, codes_of(load_bytes(block + code_row[d] * kLine + 32 * h)));
       // Even bytes are cells from 16 h on, odd bytes those 32 further.
       const __m256i part[2] = {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
       for (int odd = 0; odd < 2; odd++) {
@@ -203,9 +200,10 @@ void decode_values(const uint8_t* block, const uint8_t* cell_scales, const int8_
     const int n = dim - d < 16 ? dim - d : 16;
     alignas(32) int8_t bytes[16][kLine] = {};
     for (int i = 0; i < n; i++) {
+      const Table table = load_table(words + (d + i) * 128);
       for (int h = 0; h < 2; h++) {
-        const Indices x = indices_of(load_bytes(block + code_row[d + i] * kLine + 32 * h));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(bytes[i] + 32 * h), look_up_32(words + (d + i) * 128, x));
+        const Codes codes = codes_of(load_bytes(block + code_row[d + i] * kLine + 32 * h));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(bytes[i] + 32 * h), look_up_32(table, codes));
       }
     }
     for (int quarter = 0; quarter < 4; quarter++) {
