@@ -97,7 +97,7 @@ inline Table load_table(const void* plain) {
 // Makes x be computed here: GCC 12 would put off what adds up the shuffles of a look-up until all of them are there,
 // and run out of registers.
 inline void settle(__m256i& x) {
-  asm("" : "+x"(x));
+  asm volatile("" : "+x"(x));
 }
 
 inline __m256i look_up_32(const Table& table, const Codes& codes) {

@@ -291,8 +291,8 @@ bool is_wide(const Format& format) {
   return format.n_width2 > 0;
 }
 
-size_t lut_bytes_of(const Format& keys) {
-  return size_t(keys.n_subspaces()) * kCodewords * (is_wide(keys) ? 2 : 1);
+size_t lut_bytes_of(const IsaOps& ops, const Format& keys) {
+  return ops.codes.lut_bytes(keys.head_dim, keys.n_subspaces(), is_wide(keys));
 }
 
 // State of the running softmax of one row.
@@ -309,7 +309,7 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   }
   const bool wide_keys = is_wide(kf), wide_values = is_wide(vf);
   const int k_subspaces = kf.n_subspaces();
-  const size_t lut_bytes = lut_bytes_of(kf);
+  const size_t lut_bytes = lut_bytes_of(ops, kf);
   ValueGroup groups[kMaxHeadDim / 2];
   const int n_groups = value_groups(vf, groups);
 
@@ -425,7 +425,7 @@ void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& ce
                  Scratch& scratch) {
   const Format& kf = cells.keys->format;
   const int n_rows = queries.n_rows, n_subspaces = kf.n_subspaces();
-  const size_t lut_bytes = lut_bytes_of(kf);
+  const size_t lut_bytes = lut_bytes_of(ops, kf);
   uint8_t* luts;
   float *room, *tile, *row_scores, *steps;
   const auto carve = [&](uint8_t* memory) {
