@@ -21,6 +21,19 @@ inline __m256i first_lanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+// Eight floats, or the first n where there are fewer. AMD takes long over a masked store, whatever its mask.
+inline __m256 load_lanes(const float* from, int n) {
+  return n >= 8 ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, first_lanes(n));
+}
+
+inline void store_lanes(float* to, __m256 x, int n) {
+  if (n >= 8) {
+    _mm256_storeu_ps(to, x);
+  } else {
+    _mm256_maskstore_ps(to, first_lanes(n), x);
+  }
+}
+
 inline __m256i lanes_of_bits(unsigned bits) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);

@@ -133,13 +133,12 @@ inline __m256 butterfly(__m256 x) {
 
 void hadamard(float* x, int n, int block, float norm) {
   for (int i = 0; i < n; i += 8) {
-    const __m256i lanes = first_lanes(n - i);
-    __m256 v = _mm256_maskload_ps(x + i, lanes);
+    __m256 v = load_lanes(x + i, n - i);
     if (block > 1) v = butterfly<1>(v);
     if (block > 2) v = butterfly<2>(v);
     if (block > 4) v = butterfly<4>(v);
     if (block <= 8) v = _mm256_mul_ps(v, _mm256_set1_ps(norm));
-    _mm256_maskstore_ps(x + i, lanes, v);
+    store_lanes(x + i, v, n - i);
   }
   for (int half = 8; half < block; half *= 2) {
     const __m256 scale = _mm256_set1_ps(half * 2 < block ? 1.0f : norm);
@@ -213,11 +212,10 @@ void decode_values(const uint8_t* block, const uint8_t* cell_scales, const int8_
       for (int i = 0; i < 16; i++) {
         const int cell = i / 4 * 16 + quarter * 4 + i % 4;  // the one whose value_position is 16 * quarter + i
         for (int j = 0; j < n; j += 8) {
-          const __m256i lanes = first_lanes(n - j);
-          const __m256 component = _mm256_maskload_ps(scale + d + j, lanes);
+          const __m256 component = load_lanes(scale + d + j, n - j);
           const __m128i word = j ? _mm_srli_si128(r[i], 8) : r[i];
           const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(word)), component);
-          _mm256_maskstore_ps(tile + cell * dim + d + j, lanes, _mm256_mul_ps(value, _mm256_set1_ps(cells[cell])));
+          store_lanes(tile + cell * dim + d + j, _mm256_mul_ps(value, _mm256_set1_ps(cells[cell])), n - j);
         }
       }
     }
@@ -266,7 +264,7 @@ void load_keys(const uint8_t* const* rows, int n, int dim, float* tile) {
 void load_values(const uint8_t* const* rows, int n, int dim, float* tile) {
   for (int cell = 0; cell < n; cell++) {
     for (int d = 0; d < dim; d += 8) {
-      _mm256_maskstore_ps(tile + cell * dim + d, first_lanes(dim - d), load_halves(rows[cell] + 2 * d, dim - d));
+      store_lanes(tile + cell * dim + d, load_halves(rows[cell] + 2 * d, dim - d), dim - d);
     }
   }
 }
