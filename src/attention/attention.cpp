@@ -134,6 +134,8 @@ void Attention::prepare_parts() {
 // scored it finds in its own cache there.
 void Attention::prepare_retrieval() {
   scores_.resize(items_.size() * n_blocks_ * kBlockCells);
+  const size_t n_kept = keeps_scores() ? scores_.size() * group_ : 0;
+  kept_scores_ = reinterpret_cast<float*>(kept_scores_memory_.room(n_kept * sizeof(float)));
   retrieved_.resize(items_.size());
   for (Retrieved& retrieved : retrieved_) retrieved.tiles.clear();
   for (Item& item : items_) item.scorers_left = 0;
@@ -204,7 +206,8 @@ CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int 
           hidden,
           first_block,
           last_block,
-          int(p_.n_cells)};
+          int(p_.n_cells),
+          kept_scores(item)};
 }
 
 // Whoever scores the last of an item's blocks chooses its cells, and asks for their rows, at once: they are read while

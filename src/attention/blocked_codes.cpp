@@ -107,6 +107,35 @@ size_t lut_bytes_of(const IsaOps& ops, const Format& keys) {
   return ops.codes.lut_bytes(keys.head_dim, keys.n_subspaces(), is_wide(keys));
 }
 
+float* kept_scores(const CodedCells& cells, int row, int block) {
+  return cells.scores.data + row * cells.scores.stride + size_t(block) * kBlockCells;
+}
+
+// A row's scores from q.k, in place; the rest as finish_scores has it.
+float finish(const IsaOps& ops, const Queries& queries, int row, const Superblock& blocks, float* scores,
+             const float* log_weight, float* max_log) {
+  const int token = row / queries.group;
+  return ops.tiles.finish_scores(scores, blocks.n, blocks.visible[token],
+                                 blocks.adds[token] ? blocks.masks[token] : nullptr,
+                                 queries.bias ? queries.bias[row] : 0.0f, queries.slope ? queries.slope[row] : 1.0f,
+                                 queries.softcap, log_weight, max_log);
+}
+
+// A row's kept scores, which are finished but for what has been hidden since.
+float take_kept(const IsaOps& ops, const CodedCells& cells, int row, int token, const Superblock& blocks, float* scores,
+                const float* log_weight, float* max_log) {
+  for (int b = 0; b < blocks.n; b++) {
+    std::copy_n(kept_scores(cells, row, blocks.index[b]), kBlockCells, scores + b * kBlockCells);
+  }
+  return ops.tiles.finish_scores(scores, blocks.n, blocks.visible[token], nullptr, 0, 1, 0, log_weight, max_log);
+}
+
+void ask_for(const Prefetch& prefetch) {
+  for (int b = 0; b < prefetch.n_blocks; b++) {
+    for (int line = 0; line < prefetch.lines; line++) __builtin_prefetch(prefetch.blocks[b] + line * 64, 0, 2);
+  }
+}
+
 // State of the running softmax of one row.
 struct Row {
   float max = kHidden, sum = 0;
@@ -121,7 +150,8 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   }
   const bool wide_keys = is_wide(kf), wide_values = is_wide(vf);
   const int k_subspaces = kf.n_subspaces();
-  const size_t lut_bytes = lut_bytes_of(ops, kf);
+  const bool looks_up = !cells.scores.data;
+  const size_t lut_bytes = looks_up ? lut_bytes_of(ops, kf) : 0;
   ValueGroup groups[kMaxHeadDim / 2];
   const int n_groups = value_groups(vf, groups);
 
@@ -143,7 +173,7 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   };
   carve(scratch.room(carve(nullptr)));
 
-  build_luts(ops, queries, *cells.keys, wide_keys, lut_room, luts, lut_bytes, steps);
+  if (looks_up) build_luts(ops, queries, *cells.keys, wide_keys, lut_room, luts, lut_bytes, steps);
   std::fill_n(rows, n_rows, Row{});
   std::fill_n(sums, size_t(n_rows) * n_groups * 16, 0.0f);
 
@@ -151,14 +181,18 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   const int k_lines = int(kf.block_bytes() / 64), v_lines = int(vf.block_bytes() / 64);
   BlockReader reader(ops, cells, mask, n_tokens);
   Superblock pair[2], *now = &pair[0], *next = &pair[1];
-  for (reader.read(*now); now->n > 0; std::swap(now, next)) {
+  reader.read(*now);
+  if (!looks_up) ask_for({now->v, now->n, v_lines});
+  for (; now->n > 0; std::swap(now, next)) {
     reader.read(*next);
     uint64_t bad[kSuperblock];
     for (int chunk = 0; chunk < chunks; chunk++) {
       const int first = n_rows * chunk / chunks, n = n_rows * (chunk + 1) / chunks - first;
-      const Prefetch values_now{now->v, chunk == 0 ? now->n : 0, v_lines};
-      ops.codes.look_up(luts + first * lut_bytes, steps + first, n, k_subspaces, wide_keys, now->k, now->n, values_now,
-                        scores);
+      if (looks_up) {
+        const Prefetch values_now{now->v, chunk == 0 ? now->n : 0, v_lines};
+        ops.codes.look_up(luts + first * lut_bytes, steps + first, n, k_subspaces, wide_keys, now->k, now->n,
+                          values_now, scores);
+      }
       if (chunk == 0) {
         ops.codes.value_scales(now->v, now->n, int(vf.codes_bytes()), scales, log_scales, bad);
       }
@@ -171,10 +205,8 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
         shrink[i] = 1;
         factor[i] = 0;
         float max_log;
-        const float top =
-            ops.tiles.finish_scores(s, now->n, now->visible[token], now->adds[token] ? now->masks[token] : nullptr,
-                                    queries.bias ? queries.bias[row] : 0.0f, queries.slope ? queries.slope[row] : 1.0f,
-                                    queries.softcap, log_scales, &max_log);
+        const float top = looks_up ? finish(ops, queries, row, *now, s, log_scales, &max_log)
+                                   : take_kept(ops, cells, row, token, *now, s, log_scales, &max_log);
         for (int b = 0; b < now->n; b++) {
           if (bad[b] & now->visible[token][b]) rows[row].sum = kNaN;
         }
@@ -200,9 +232,10 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
       }
       const bool last = chunk == chunks - 1;
       if (used || shrinks || last) {
-        const Prefetch keys_next{next->k, last ? next->n : 0, k_lines};
+        const int n_next = last ? next->n : 0;
+        const Prefetch ahead = looks_up ? Prefetch{next->k, n_next, k_lines} : Prefetch{next->v, n_next, v_lines};
         ops.codes.add_values(now->v, now->n, used, cells.values->codebook.words.data(), groups, n_groups, weights,
-                             wide_values, n, shrink, factor, keys_next, sums + size_t(first) * n_groups * 16);
+                             wide_values, n, shrink, factor, ahead, sums + size_t(first) * n_groups * 16);
       }
     }
   }
@@ -233,7 +266,7 @@ void raise(float* best, const float* scores) {
   }
 }
 
-void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask, float* scores,
+void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask, float* best,
                  Scratch& scratch) {
   const Format& kf = cells.keys->format;
   const int n_rows = queries.n_rows, n_subspaces = kf.n_subspaces();
@@ -251,7 +284,7 @@ void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& ce
   };
   carve(scratch.room(carve(nullptr)));
   if (!kf.f16) build_luts(ops, queries, *cells.keys, is_wide(kf), room, luts, lut_bytes, steps);
-  std::fill(scores + cells.first_block * kBlockCells, scores + cells.last_block * kBlockCells, kHidden);
+  std::fill(best + cells.first_block * kBlockCells, best + cells.last_block * kBlockCells, kHidden);
   BlockReader reader(ops, cells, mask, n_rows / queries.group);
   const int k_lines = int(kf.block_bytes() / 64);
   Superblock pair[2], *now = &pair[0], *next = &pair[1];
@@ -269,12 +302,13 @@ void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& ce
                            kBlockCells, row_scores + b * kBlockCells, kSuperblockCells, false);
       }
       for (int i = 0; i < n; i++) {
-        const int row = first + i, token = row / queries.group;
+        const int row = first + i;
         float* s = row_scores + i * kSuperblockCells;
-        ops.tiles.finish_scores(s, now->n, now->visible[token], now->adds[token] ? now->masks[token] : nullptr,
-                                queries.bias ? queries.bias[row] : 0.0f, queries.slope ? queries.slope[row] : 1.0f,
-                                queries.softcap, nullptr, nullptr);
-        for (int b = 0; b < now->n; b++) raise(scores + now->index[b] * kBlockCells, s + b * kBlockCells);
+        finish(ops, queries, row, *now, s, nullptr, nullptr);
+        for (int b = 0; b < now->n; b++) {
+          raise(best + now->index[b] * kBlockCells, s + b * kBlockCells);
+          if (cells.scores.data) std::copy_n(s + b * kBlockCells, kBlockCells, kept_scores(cells, row, now->index[b]));
+        }
       }
     }
   }
