@@ -99,8 +99,9 @@ private:
     Scratch k_tile, v_tile;                 // a block's keys and values as tiles
     std::vector<float> sums, out, weights;  // of combine
     std::vector<uint16_t> exact_mask;
-    std::vector<float> block_tops;  // of choose
-    std::vector<Scored> candidates;
+    std::vector<float> lane_tops;  // of choose
+    std::vector<Scored> blocks, lanes, cells;
+    std::vector<uint64_t> chosen;   // by block
     std::vector<int64_t> rows;      // of fetch
     std::vector<ExactTile> stored;  // of attend_stored
     Scratch scratch;
@@ -155,6 +156,7 @@ private:
   CodedCells coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const;
   static void add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t* key, const uint16_t* value);
   void score(const Item& item, int first_block, int last_block, ThreadMemory& memory);
+  static float greatest_first(std::vector<Scored>& scored, size_t top);
   void choose(const float* scores, ThreadMemory& memory) const;
   void fetch(const Item& item, ThreadMemory& memory);
 
