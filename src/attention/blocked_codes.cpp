@@ -121,13 +121,14 @@ float finish(const IsaOps& ops, const Queries& queries, int row, const Superbloc
                                  queries.softcap, log_weight, max_log);
 }
 
-// A row's kept scores, which are finished but for what has been hidden since.
-float take_kept(const IsaOps& ops, const CodedCells& cells, int row, int token, const Superblock& blocks, float* scores,
-                const float* log_weight, float* max_log) {
+// A row's kept scores of a superblock, one block after the other: where they lie so, or else in `room`.
+float* take_kept(const CodedCells& cells, int row, const Superblock& blocks, float* room) {
+  float* first = kept_scores(cells, row, blocks.index[0]);
+  if (blocks.index[blocks.n - 1] - blocks.index[0] == blocks.n - 1) return first;
   for (int b = 0; b < blocks.n; b++) {
-    std::copy_n(kept_scores(cells, row, blocks.index[b]), kBlockCells, scores + b * kBlockCells);
+    std::copy_n(kept_scores(cells, row, blocks.index[b]), kBlockCells, room + b * kBlockCells);
   }
-  return ops.tiles.finish_scores(scores, blocks.n, blocks.visible[token], nullptr, 0, 1, 0, log_weight, max_log);
+  return room;
 }
 
 void ask_for(const Prefetch& prefetch) {
@@ -205,8 +206,13 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
         shrink[i] = 1;
         factor[i] = 0;
         float max_log;
-        const float top = looks_up ? finish(ops, queries, row, *now, s, log_scales, &max_log)
-                                   : take_kept(ops, cells, row, token, *now, s, log_scales, &max_log);
+        float top;
+        if (looks_up) {
+          top = finish(ops, queries, row, *now, s, log_scales, &max_log);
+        } else {  // they are finished but for what has been hidden since
+          s = take_kept(cells, row, *now, s);
+          top = ops.tiles.finish_scores(s, now->n, now->visible[token], nullptr, 0, 1, 0, log_scales, &max_log);
+        }
         for (int b = 0; b < now->n; b++) {
           if (bad[b] & now->visible[token][b]) rows[row].sum = kNaN;
         }
@@ -258,12 +264,13 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   }
 }
 
-// 64 scores, each raised to another row's where that is greater.
-void raise(float* best, const float* scores) {
+// 64 scores, each raised to another row's where that is greater; those are kept, if anywhere.
+void raise(float* best, const float* scores, float* kept) {
   for (int i = 0; i < kBlockCells; i++) {
     const float score = scores[i] != scores[i] ? -kHidden : scores[i];
     best[i] = score > best[i] ? score : best[i];
   }
+  if (kept) std::copy_n(scores, kBlockCells, kept);
 }
 
 void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask, float* best,
@@ -306,8 +313,8 @@ void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& ce
         float* s = row_scores + i * kSuperblockCells;
         finish(ops, queries, row, *now, s, nullptr, nullptr);
         for (int b = 0; b < now->n; b++) {
-          raise(best + now->index[b] * kBlockCells, s + b * kBlockCells);
-          if (cells.scores.data) std::copy_n(s + b * kBlockCells, kBlockCells, kept_scores(cells, row, now->index[b]));
+          raise(best + now->index[b] * kBlockCells, s + b * kBlockCells,
+                cells.scores.data ? kept_scores(cells, row, now->index[b]) : nullptr);
         }
       }
     }

@@ -72,7 +72,7 @@ struct CodedCells {
   const uint64_t* hidden = nullptr;     // [n_blocks] as Tile::hidden, or null
   int first_block = 0, last_block = 0;  // attend to [first_block, last_block)
   int n_cells = 0;                      // of the stream; the last block may be cut by it
-  RowScores scores = {};                // score_codes leaves them here, and attend_codes takes them
+  RowScores scores = {};                // score_codes leaves them here, attend_codes takes them away
 };
 
 /// Memory that kernels work in, kept from call to call; one to a thread.
