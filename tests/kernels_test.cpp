@@ -468,6 +468,34 @@ TEST_P(KernelsOn, ManySmallWeightsKeepTheirSum) {
   EXPECT_LT(nmse(p, attend_codes(k(), p), attend_codes(spec(), p)), is_spec() ? 1e-30 : 0.03);
 }
 
+// As large as sums of weights times codewords become: equal weights of equal values, each at the end of its codebook.
+TEST_P(KernelsOn, EqualWeightsOfExtremeValues) {
+  for (double bits : kRates) {
+    Problem p;
+    p.n_cells = 2048;
+    p.bits = bits;
+    p.mask = p.hide = false;
+    p.fill();
+    p.q.assign(p.q.size(), 0.0f);
+    std::vector<float> v(p.dim), stored(p.dim);
+    for (int m = 0, d = 0; m < p.values.format.n_subspaces(); m++) {
+      const float* words = &p.values.words[size_t(d) * kCodewords];  // by their first components
+      const int extreme = int(std::max_element(words, words + kCodewords) - words);
+      for (const int end = d + p.values.format.width(m); d < end; d++) {
+        v[d] = p.values.words[size_t(d) * kCodewords + extreme];
+      }
+    }
+    for (int i = 0; i < p.n_cells; i++) {
+      store_cell(p.values, v.data(), p.block(p.v_memory, p.values, i / kBlockCells), i % kBlockCells);
+    }
+    load_cell(p.values, p.v_memory.data(), 0, stored.data());
+    const Result result = attend_codes(k(), p);
+    for (int d = 0; d < p.dim; d++) {
+      EXPECT_NEAR(result.value(p, 1, d), stored[d], 1e-2 * std::fabs(stored[d]) + 1e-3) << bits << " " << d;
+    }
+  }
+}
+
 TEST_P(KernelsOn, MasksOfAllKinds) {
   Problem p;
   p.n_cells = 1300;

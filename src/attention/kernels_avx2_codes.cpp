@@ -318,13 +318,13 @@ void add_rows(const uint8_t* const* blocks, uint32_t used, const int8_t* words, 
                     weights, part[j]);
     }
     for (int r = 0; r < Rows; r++) {
-      // Four sums of four, the upper half of each register added to its lower one.
       const __m256i ab = _mm256_hadd_epi32(part[0][r], part[1][r]), cd = _mm256_hadd_epi32(part[2][r], part[3][r]);
-      const __m256i abcd = _mm256_hadd_epi32(ab, cd);
-      const __m128i total = _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
+      // Four sums of four. Added up before they are floats, the halves might pass 32 bits.
+      const __m256 abcd = _mm256_cvtepi32_ps(_mm256_hadd_epi32(ab, cd));
+      const __m128 total = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
       float* to = sums + (r * n_groups + g) * 16;
       const __m128 old = _mm_mul_ps(_mm_loadu_ps(to), _mm_set1_ps(shrink[r]));
-      _mm_storeu_ps(to, _mm_fmadd_ps(_mm_cvtepi32_ps(total), _mm_set1_ps(factor[r]), old));
+      _mm_storeu_ps(to, _mm_fmadd_ps(total, _mm_set1_ps(factor[r]), old));
     }
   }
   for (int line = n_groups; line < prefetch.lines; line++) {
