@@ -304,27 +304,129 @@ inline void add_component(const uint8_t* const* blocks, uint32_t used, int code_
   for (int r = 0; r < Rows; r++) sums[r] = sum[r];
 }
 
+// Of a subspace of eight numbers it takes less to sum weights by code, and then the 256 sums times its codewords, than
+// to look up eight numbers for every cell.
+struct Bins {
+  alignas(32) int32_t sums[256][kRowsAtOnce];       // by code
+  alignas(32) float differences[kRowsAtOnce][128];  // by codeword: what counts less what counts negated
+};
+
+// Weights of the used blocks, those of all rows of a cell together.
+void interleave(const uint8_t* weights, int n_rows, uint32_t used, __m128i* by_cell) {
+  const __m256i zero = _mm256_setzero_si256();
+  for (uint32_t left = used; left; left &= left - 1) {
+    const int block = __builtin_ctz(left) * kLine;
+    for (int i = 0; i < 4; i++) {  // sixteen cells: even or odd ones of half a block
+      __m256i x[kRowsAtOnce];
+      for (int r = 0; r < kRowsAtOnce; r++) {
+        x[r] = r < n_rows ? load_bytes(weights + (r * kSuperblockCells + block + 16 * i) * 2) : zero;
+      }
+      const __m256i pairs[2][2] = {{_mm256_unpacklo_epi16(x[0], x[1]), _mm256_unpacklo_epi16(x[2], x[3])},
+                                   {_mm256_unpackhi_epi16(x[0], x[1]), _mm256_unpackhi_epi16(x[2], x[3])}};
+      for (int k = 0; k < 4; k++) {  // cells 2 k, 2 k + 1 and, in the upper lanes, those 8 further
+        const __m256i* p = pairs[k / 2];
+        const __m256i two = k % 2 ? _mm256_unpackhi_epi32(p[0], p[1]) : _mm256_unpacklo_epi32(p[0], p[1]);
+        const __m256i first = _mm256_unpacklo_epi16(two, zero), second = _mm256_unpackhi_epi16(two, zero);
+        __m128i* to = by_cell + block + 32 * (i / 2) + i % 2;
+        _mm_store_si128(to + 2 * (2 * k), _mm256_castsi256_si128(first));
+        _mm_store_si128(to + 2 * (2 * k + 1), _mm256_castsi256_si128(second));
+        _mm_store_si128(to + 2 * (2 * k + 8), _mm256_extracti128_si256(first, 1));
+        _mm_store_si128(to + 2 * (2 * k + 9), _mm256_extracti128_si256(second, 1));
+      }
+    }
+  }
+}
+
+void fill_bins(const uint8_t* const* blocks, uint32_t used, int code_row, const __m128i* by_cell, Bins& bins) {
+  __m128i* sums = reinterpret_cast<__m128i*>(bins.sums);
+  for (int i = 0; i < 256; i++) _mm_store_si128(sums + i, _mm_setzero_si128());
+  for (uint32_t left = used; left; left &= left - 1) {
+    const int b = __builtin_ctz(left);
+    for (int i = 0; i < kLine; i += 8) {
+      uint64_t codes;
+      __builtin_memcpy(&codes, blocks[b] + code_row * kLine + i, 8);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) {
+        __m128i* sum = sums + (codes >> (8 * j) & 255);
+        _mm_store_si128(sum, _mm_add_epi32(_mm_load_si128(sum), by_cell[b * kLine + i + j]));
+      }
+    }
+  }
+  for (int word = 0; word < 128; word += 4) {
+    __m128 x[4];
+    for (int i = 0; i < 4; i++) x[i] = _mm_cvtepi32_ps(_mm_sub_epi32(sums[word + i], sums[word + i + 128]));
+    _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+    for (int r = 0; r < kRowsAtOnce; r++) _mm_store_ps(bins.differences[r] + word, x[r]);
+  }
+}
+
+// The sums of four components.
+template <int Rows>
+inline void add_bins(const Bins& bins, const int8_t* words, __m128 (&totals)[Rows]) {
+  __m256 sum[4][Rows];
+  for (int j = 0; j < 4; j++) {
+    for (__m256& s : sum[j]) s = _mm256_setzero_ps();
+  }
+  for (int i = 0; i < 128; i += 8) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(words + j * 128 + i));
+      const __m256 word = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; r++) {
+        sum[j][r] = _mm256_fmadd_ps(word, _mm256_load_ps(bins.differences[r] + i), sum[j][r]);
+      }
+    }
+  }
+  for (int r = 0; r < Rows; r++) {
+    const __m256 ab = _mm256_hadd_ps(sum[0][r], sum[1][r]), cd = _mm256_hadd_ps(sum[2][r], sum[3][r]);
+    const __m256 abcd = _mm256_hadd_ps(ab, cd);
+    totals[r] = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+  }
+}
+
+// The sums of a group's components by looking them up.
+template <int Rows>
+inline void add_words(const uint8_t* const* blocks, uint32_t used, const ValueGroup& group, const int8_t* words,
+                      const uint8_t* weights, __m128 (&totals)[Rows]) {
+  __m256i part[4][Rows];
+  for (int j = 0; j < 4; j++) {
+    for (__m256i& sum : part[j]) sum = _mm256_setzero_si256();
+    if (j >= group.components) continue;
+    add_component(blocks, used, j < 2 ? group.code_row : group.code_row2, words + j * 128, weights, part[j]);
+  }
+  for (int r = 0; r < Rows; r++) {
+    const __m256i ab = _mm256_hadd_epi32(part[0][r], part[1][r]), cd = _mm256_hadd_epi32(part[2][r], part[3][r]);
+    // Not the halves' sum, which might pass 32 bits.
+    const __m256 abcd = _mm256_cvtepi32_ps(_mm256_hadd_epi32(ab, cd));
+    totals[r] = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+  }
+}
+
 template <int Rows>
 void add_rows(const uint8_t* const* blocks, uint32_t used, const int8_t* words, const ValueGroup* groups, int n_groups,
               const uint8_t* weights, const float* shrink, const float* factor, const Prefetch& prefetch, float* sums) {
+  alignas(32) __m128i by_cell[kSuperblockCells];
+  Bins bins;
+  int binned = -1;  // row of codes
   for (int g = 0; g < n_groups; g++) {
     const ValueGroup group = groups[g];
     for (int b = 0; g < prefetch.lines && b < prefetch.n_blocks; b++) ask_for(prefetch.blocks[b] + g * kLine);
-    __m256i part[4][Rows];
-    for (int j = 0; j < 4; j++) {
-      for (__m256i& sum : part[j]) sum = _mm256_setzero_si256();
-      if (j >= group.components) continue;
-      add_component(blocks, used, j < 2 ? group.code_row : group.code_row2, words + (group.component + j) * 128,
-                    weights, part[j]);
+    if (g + 1 < n_groups && groups[g + 1].code_row == group.code_row) {
+      if (binned < 0) interleave(weights, Rows, used, by_cell);
+      binned = group.code_row;
+      fill_bins(blocks, used, binned, by_cell, bins);
+    }
+    __m128 totals[Rows];
+    if (group.code_row == binned) {
+      add_bins(bins, words + group.component * 128, totals);
+    } else {
+      add_words(blocks, used, group, words + group.component * 128, weights, totals);
     }
     for (int r = 0; r < Rows; r++) {
-      const __m256i ab = _mm256_hadd_epi32(part[0][r], part[1][r]), cd = _mm256_hadd_epi32(part[2][r], part[3][r]);
-      // Four sums of four. Added up before they are floats, the halves might pass 32 bits.
-      const __m256 abcd = _mm256_cvtepi32_ps(_mm256_hadd_epi32(ab, cd));
-      const __m128 total = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
       float* to = sums + (r * n_groups + g) * 16;
       const __m128 old = _mm_mul_ps(_mm_loadu_ps(to), _mm_set1_ps(shrink[r]));
-      _mm_storeu_ps(to, _mm_fmadd_ps(total, _mm_set1_ps(factor[r]), old));
+      _mm_storeu_ps(to, _mm_fmadd_ps(totals[r], _mm_set1_ps(factor[r]), old));
     }
   }
   for (int line = n_groups; line < prefetch.lines; line++) {
