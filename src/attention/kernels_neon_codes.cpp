@@ -199,7 +199,8 @@ void add_rows(const uint8_t* const* blocks, uint32_t used, const int8_t* words, 
       }
       for (int r = 0; r < Rows; r++) {
         float* to = sums + (r * n_groups + g) * 16 + j;
-        *to = *to * shrink[r] + factor[r] * float(vaddvq_s32(part[r]));
+        // Added up before they are floats, the four sums might pass 32 bits.
+        *to = *to * shrink[r] + factor[r] * vaddvq_f32(vcvtq_f32_s32(part[r]));
       }
     }
   }
