@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <filesystem>
 #include <map>
@@ -514,6 +515,49 @@ TEST_P(AttentionOn, RowsOfOneHeadAreAskedForBeforeTheNextIsScored) {
   EXPECT_EQ(asked[0], 0);
   EXPECT_GT(asked[1], 0);
   EXPECT_GT(asked[2], asked[1]);
+}
+
+// Cells are scored once for one token: attention takes the scores that they were chosen by. The results are the same.
+TEST_P(AttentionOn, OneTokensCellsAreScoredOnce) {
+  static const Kernels* real;
+  static bool takes;
+  static std::atomic<int> n_kept, n_looked_up;
+  real = GetParam();
+  Kernels watched = *real;
+  watched.attend_codes = [](const Queries& queries, const CodedCells& cells, const Mask& mask, Softmax& softmax,
+                            Scratch& scratch) {
+    (cells.scores.data ? n_kept : n_looked_up)++;
+    CodedCells seen = cells;
+    if (!takes) seen.scores = {};
+    real->attend_codes(queries, seen, mask, softmax, scratch);
+  };
+  for (int n_tokens : {1, 2}) {
+    for (bool drop_tail : {false, true}) {
+      Case c;
+      c.top = 50;
+      c.cells = c.n_cells = 700;
+      c.group = 5;
+      c.n_streams = 2;
+      c.n_tokens = n_tokens;
+      c.drop_tail = drop_tail;
+      c.threads = 3;
+      c.softcap = 5;
+      c.max_bias = 8;
+      const CacheLayer& layer = filled_layer(c, 1);
+      std::vector<float> results[2];
+      for (bool take : {false, true}) {
+        takes = take;
+        n_kept = n_looked_up = 0;
+        Inputs inputs = inputs_of(c, layer, 1);
+        Attention attention;
+        retrieve_and_attend(attention, inputs.p, c.threads, watched);
+        results[take] = inputs.out;
+        EXPECT_EQ(n_kept > 0, n_tokens == 1 && !drop_tail);
+        EXPECT_EQ(n_looked_up > 0, n_tokens > 1 && !drop_tail);
+      }
+      EXPECT_EQ(results[0], results[1]) << n_tokens << " tokens";
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, AttentionOn, testing::ValuesIn(available_kernels()),

@@ -226,15 +226,21 @@ struct Result {
   }
 };
 
-void attend_codes(const Kernels& kernels, const Problem& p, int first_block, int last_block, Result& result) {
-  const CodedCells cells{&p.keys,
-                         &p.values,
-                         p.k_memory.data() + p.misalign,
-                         p.v_memory.data() + p.misalign,
-                         p.hide ? p.hidden.data() : nullptr,
-                         first_block,
-                         last_block,
-                         p.n_cells};
+CodedCells cells_of(const Problem& p, int first_block, int last_block) {
+  return {&p.keys,
+          &p.values,
+          p.k_memory.data() + p.misalign,
+          p.v_memory.data() + p.misalign,
+          p.hide ? p.hidden.data() : nullptr,
+          first_block,
+          last_block,
+          p.n_cells};
+}
+
+void attend_codes(const Kernels& kernels, const Problem& p, int first_block, int last_block, Result& result,
+                  RowScores kept = {}) {
+  CodedCells cells = cells_of(p, first_block, last_block);
+  cells.scores = kept;
   Softmax softmax = result.softmax(p);
   Scratch scratch;
   kernels.attend_codes(p.queries(), cells, p.mask_view(), softmax, scratch);
@@ -319,17 +325,9 @@ TEST_P(KernelsOn, AttentionFromCodesEqualsTheSpecification) {
 // Scores of all cells against the specification's, and the specification's against attention from those very codes.
 TEST_P(KernelsOn, ScoresFromCodes) {
   const auto scores_of = [](const Kernels& kernels, const Problem& p, int first, int last) {
-    const CodedCells cells{&p.keys,
-                           &p.values,
-                           p.k_memory.data() + p.misalign,
-                           p.v_memory.data() + p.misalign,
-                           p.hide ? p.hidden.data() : nullptr,
-                           first,
-                           last,
-                           p.n_cells};
     std::vector<float> scores(size_t(p.n_blocks()) * kBlockCells, 1234.0f);
     Scratch scratch;
-    kernels.score_codes(p.queries(), cells, p.mask_view(), scores.data(), scratch);
+    kernels.score_codes(p.queries(), cells_of(p, first, last), p.mask_view(), scores.data(), scratch);
     return scores;
   };
   for (double bits : {16.0, 4.0, 3.0, 2.0, 1.25, 1.0}) {
@@ -371,6 +369,64 @@ TEST_P(KernelsOn, ScoresFromCodes) {
   for (float score : scores_of(k(), p, 0, p.n_blocks())) EXPECT_TRUE(std::isinf(score));
 }
 
+// Attention that takes the scores which cells were chosen by is, to the bit, attention that looks them up, though more
+// cells are hidden by then and parts are cut elsewhere.
+TEST_P(KernelsOn, KeptScoresEqualThoseLookedUp) {
+  const auto expect_equal = [&](Problem p) {
+    const size_t stride = size_t(p.n_blocks()) * kBlockCells + 3;
+    std::vector<float> best(stride), kept(p.n_rows() * stride, 1234.0f);
+    const int cut = p.n_blocks() / 3, other_cut = p.n_blocks() / 2;
+    Scratch scratch;
+    for (const auto& [first, last] : {std::pair{0, cut}, {cut, p.n_blocks()}}) {
+      CodedCells cells = cells_of(p, first, last);
+      cells.scores = {kept.data(), stride};
+      k().score_codes(p.queries(), cells, p.mask_view(), best.data(), scratch);
+    }
+    p.hidden.resize(p.n_blocks());
+    for (int i = 0; i < p.n_cells; i += 1 + i % 7) p.hidden[i / kBlockCells] |= uint64_t{1} << (i % kBlockCells);
+    if (p.n_blocks() > 2) p.hidden[1] = ~uint64_t{0};
+    p.hide = true;
+    Result result(p), expected(p);
+    for (const auto& [first, last] : {std::pair{0, other_cut}, {other_cut, p.n_blocks()}}) {
+      attend_codes(k(), p, first, last, result, {kept.data(), stride});
+      attend_codes(k(), p, first, last, expected);
+    }
+    EXPECT_TRUE(same_bits(result.max, expected.max) && same_bits(result.sum, expected.sum) &&
+                same_bits(result.acc, expected.acc))
+        << "bits " << p.bits << " group " << p.group << " tokens " << p.n_tokens << " cells " << p.n_cells;
+  };
+  for (double bits : {16.0, 4.0, 3.0, 2.0, 1.0}) {
+    for (int n_cells : {1, 63, 65, 130, 1500, 2200}) {
+      for (int group : {1, 3, 5}) {
+        for (int n_tokens : {1, 3}) {
+          Problem p;
+          p.bits = bits;
+          p.n_cells = n_cells;
+          p.group = group;
+          p.n_tokens = n_tokens;
+          p.hide = group != 5;
+          p.fill();
+          expect_equal(p);
+        }
+      }
+    }
+    Problem p;
+    p.bits = bits;
+    p.n_cells = 1500;
+    p.softcap = 3;
+    p.slope = p.bias = true;
+    p.fill();
+    expect_equal(p);
+    p.mask = false;
+    expect_equal(p);
+    p.mask = true;
+    p.q[p.dim + 3] = kNaN;  // of the second row
+    expect_equal(p);
+    p.mask_data.assign(p.mask_data.size(), 0xfc00);
+    expect_equal(p);
+  }
+}
+
 TEST_P(KernelsOn, HugeAndTinyLogits) {
   for (float size : {1e-20f, 1e-3f, 10.0f, 100.0f, 1e4f, 1e20f}) {
     Problem p;
@@ -410,6 +466,34 @@ TEST_P(KernelsOn, ManySmallWeightsKeepTheirSum) {
   }
   p.mask = true;
   EXPECT_LT(nmse(p, attend_codes(k(), p), attend_codes(spec(), p)), is_spec() ? 1e-30 : 0.03);
+}
+
+// As large as sums of weights times codewords become: equal weights of equal values, each at the end of its codebook.
+TEST_P(KernelsOn, EqualWeightsOfExtremeValues) {
+  for (double bits : kRates) {
+    Problem p;
+    p.n_cells = 2048;
+    p.bits = bits;
+    p.mask = p.hide = false;
+    p.fill();
+    p.q.assign(p.q.size(), 0.0f);
+    std::vector<float> v(p.dim), stored(p.dim);
+    for (int m = 0, d = 0; m < p.values.format.n_subspaces(); m++) {
+      const float* words = &p.values.words[size_t(d) * kCodewords];  // by their first components
+      const int extreme = int(std::max_element(words, words + kCodewords) - words);
+      for (const int end = d + p.values.format.width(m); d < end; d++) {
+        v[d] = p.values.words[size_t(d) * kCodewords + extreme];
+      }
+    }
+    for (int i = 0; i < p.n_cells; i++) {
+      store_cell(p.values, v.data(), p.block(p.v_memory, p.values, i / kBlockCells), i % kBlockCells);
+    }
+    load_cell(p.values, p.v_memory.data(), 0, stored.data());
+    const Result result = attend_codes(k(), p);
+    for (int d = 0; d < p.dim; d++) {
+      EXPECT_NEAR(result.value(p, 1, d), stored[d], 1e-2 * std::fabs(stored[d]) + 1e-3) << bits << " " << d;
+    }
+  }
 }
 
 TEST_P(KernelsOn, MasksOfAllKinds) {

@@ -13,6 +13,10 @@ namespace {
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr int kPrefillTokens = 64;  // query tokens to an item, where they share decoded tiles
 
+inline float greater(float a, float b) {
+  return a > b ? a : b;
+}
+
 }  // namespace
 
 float alibi_slope(float max_bias, int n_heads, int head) {
@@ -134,6 +138,8 @@ void Attention::prepare_parts() {
 // scored it finds in its own cache there.
 void Attention::prepare_retrieval() {
   scores_.resize(items_.size() * n_blocks_ * kBlockCells);
+  const size_t n_kept = keeps_scores() ? scores_.size() * group_ : 0;
+  kept_scores_ = reinterpret_cast<float*>(kept_scores_memory_.room(n_kept * sizeof(float)));
   retrieved_.resize(items_.size());
   for (Retrieved& retrieved : retrieved_) retrieved.tiles.clear();
   for (Item& item : items_) item.scorers_left = 0;
@@ -204,7 +210,8 @@ CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int 
           hidden,
           first_block,
           last_block,
-          int(p_.n_cells)};
+          int(p_.n_cells),
+          kept_scores(item)};
 }
 
 // Whoever scores the last of an item's blocks chooses its cells, and asks for their rows, at once: they are read while
@@ -224,48 +231,55 @@ void Attention::score(const Item& item, int first_block, int last_block, ThreadM
                         mask_of(item), scores_of(item), memory.scratch);
 }
 
-// Fills memory.candidates with the cells of the `top` greatest scores, in order of cells. Every block whose greatest
-// score is among the `top` greatest of blocks brings one cell of at least that score, so no lesser cell is chosen, and
-// few blocks have greater ones: most of the scores are looked at once.
+// Puts the `top` greatest first. Returns the least of them, or kHidden where there are no more than these.
+float Attention::greatest_first(std::vector<Scored>& scored, size_t top) {
+  if (scored.size() <= top) return kHidden;
+  std::nth_element(scored.begin(), scored.begin() + (top - 1), scored.end(), [](const Scored& a, const Scored& b) {
+    return a.score != b.score ? a.score > b.score : a.cell < b.cell;
+  });
+  return scored[top - 1].score;
+}
+
+// Sets the bits of memory.chosen (by block) for the cells of the `top` greatest scores. Of any groups of cells, each of
+// those whose greatest score is among the `top` greatest brings one cell of at least the last of these, so that no
+// lesser cell is chosen. First blocks and then their lanes of four cells bound the scores so; few cells are left.
 void Attention::choose(const float* scores, ThreadMemory& memory) const {
-  const auto top_of = [&](int block) {
-    constexpr int kLanes = 16;  // the compiler's, not one after the other
-    float tops[kLanes];
-    std::copy_n(scores + block * kBlockCells, kLanes, tops);
-    for (int i = kLanes; i < kBlockCells; i += kLanes) {
-      for (int j = 0; j < kLanes; j++) {
-        const float score = scores[block * kBlockCells + i + j];
-        tops[j] = score > tops[j] ? score : tops[j];
-      }
-    }
-    return *std::max_element(tops, tops + kLanes);
-  };
+  constexpr int kLanes = 16;  // loops over them are the compiler's to vectorize
   const size_t top = size_t(p_.top);
-  std::vector<float>& tops = memory.block_tops;
-  tops.resize(n_blocks_);
-  for (int b = 0; b < n_blocks_; b++) tops[b] = top_of(b);
-  float bound = kHidden;
-  if (tops.size() > top) {
-    std::vector<float>& ordered = memory.bias;
-    ordered = tops;
-    std::nth_element(ordered.begin(), ordered.begin() + (top - 1), ordered.end(), std::greater<>());
-    bound = ordered[top - 1];
-  }
-  std::vector<Scored>& candidates = memory.candidates;
-  candidates.clear();
+  std::vector<float>& lane_tops = memory.lane_tops;
+  std::vector<Scored>&blocks = memory.blocks, &lanes = memory.lanes, &cells = memory.cells;
+  lane_tops.resize(size_t(n_blocks_) * kLanes);
+  blocks.resize(n_blocks_);
   for (int b = 0; b < n_blocks_; b++) {
-    if (tops[b] < bound || tops[b] == kHidden) continue;
-    for (int cell = b * kBlockCells; cell < (b + 1) * kBlockCells; cell++) {
-      if (scores[cell] >= bound && scores[cell] != kHidden) candidates.push_back({scores[cell], cell});
+    const float* s = scores + b * kBlockCells;
+    float* lane = &lane_tops[size_t(b) * kLanes];
+    for (int j = 0; j < kLanes; j++) lane[j] = greater(greater(s[j], s[j + 16]), greater(s[j + 32], s[j + 48]));
+    float four[4];
+    for (int j = 0; j < 4; j++) four[j] = greater(greater(lane[j], lane[j + 4]), greater(lane[j + 8], lane[j + 12]));
+    blocks[b] = {greater(greater(four[0], four[1]), greater(four[2], four[3])), b * kBlockCells};
+  }
+  float bound = greatest_first(blocks, top);
+  lanes.clear();
+  for (const Scored& block : blocks) {
+    if (block.score < bound) continue;
+    const float* lane = &lane_tops[size_t(block.cell / kBlockCells) * kLanes];
+    for (int j = 0; j < kLanes; j++) {
+      if (lane[j] >= bound) lanes.push_back({lane[j], block.cell + j});
     }
   }
-  if (candidates.size() > top) {
-    std::nth_element(
-        candidates.begin(), candidates.begin() + (top - 1), candidates.end(),
-        [](const Scored& a, const Scored& b) { return a.score != b.score ? a.score > b.score : a.cell < b.cell; });
-    candidates.resize(top);
+  bound = greater(bound, greatest_first(lanes, top));
+  cells.clear();
+  for (const Scored& lane : lanes) {
+    if (lane.score < bound) continue;
+    for (int cell = lane.cell; cell < lane.cell + kBlockCells; cell += kLanes) {
+      if (scores[cell] >= bound && scores[cell] != kHidden) cells.push_back({scores[cell], cell});
+    }
   }
-  std::sort(candidates.begin(), candidates.end(), [](const Scored& a, const Scored& b) { return a.cell < b.cell; });
+  greatest_first(cells, top);
+  memory.chosen.assign(n_blocks_, 0);
+  for (size_t i = 0; i < std::min(cells.size(), top); i++) {
+    memory.chosen[cells[i].cell / kBlockCells] |= uint64_t{1} << (cells[i].cell % kBlockCells);
+  }
 }
 
 // Chooses the item's cells and starts reading their rows.
@@ -277,12 +291,15 @@ void Attention::fetch(const Item& item, ThreadMemory& memory) {
   retrieved.hidden = streams_[item.stream].hidden;
   retrieved.tiles.clear();
   memory.rows.clear();
-  for (const auto& [score, cell] : memory.candidates) {
-    const uint16_t *key = keys.store()->row(cell0 + cell), *value = values.store()->row(cell0 + cell);
-    if (!key || !value) continue;  // seen, but never written
-    memory.rows.push_back(cell0 + cell);
-    retrieved.hidden[cell / kBlockCells] |= uint64_t{1} << (cell % kBlockCells);
-    add_row(retrieved.tiles, cell, key, value);
+  for (int b = 0; b < n_blocks_; b++) {
+    for (uint64_t left = memory.chosen[b]; left; left &= left - 1) {
+      const int cell = b * kBlockCells + std::countr_zero(left);
+      const uint16_t *key = keys.store()->row(cell0 + cell), *value = values.store()->row(cell0 + cell);
+      if (!key || !value) continue;  // seen, but never written
+      memory.rows.push_back(cell0 + cell);
+      retrieved.hidden[b] |= left & -left;
+      add_row(retrieved.tiles, cell, key, value);
+    }
   }
   for (const CacheSide* side : {&keys, &values}) {
     const size_t head_dim = side->format().head_dim;

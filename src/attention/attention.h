@@ -99,8 +99,9 @@ private:
     Scratch k_tile, v_tile;                 // a block's keys and values as tiles
     std::vector<float> sums, out, weights;  // of combine
     std::vector<uint16_t> exact_mask;
-    std::vector<float> block_tops;  // of choose
-    std::vector<Scored> candidates;
+    std::vector<float> lane_tops;  // of choose
+    std::vector<Scored> blocks, lanes, cells;
+    std::vector<uint64_t> chosen;   // by block
     std::vector<int64_t> rows;      // of fetch
     std::vector<ExactTile> stored;  // of attend_stored
     Scratch scratch;
@@ -140,6 +141,14 @@ private:
   }
   size_t index_of(const Item& item) const { return size_t(&item - items_.data()); }
   float* scores_of(const Item& item) { return scores_.data() + index_of(item) * n_blocks_ * kBlockCells; }
+  // Whether attention takes the scores that cells were chosen by. Those of one token have 4 bytes for each head and
+  // cell, about the size of the keys' codes; several tokens' would be larger.
+  bool keeps_scores() const { return retrieves() && !p_.drop_tail && p_.n_tokens == 1; }
+  RowScores kept_scores(const Item& item) const {
+    if (!keeps_scores()) return {};
+    const size_t stride = size_t(n_blocks_) * kBlockCells;
+    return {kept_scores_ + index_of(item) * group_ * stride, stride};
+  }
   Item all_tokens(int stream) const { return {stream, 0, 0, p_.n_tokens, 0, 0, 0, 0, 0}; }
   Mask mask_of(const Item& item) const;
   uint64_t seen_by(const Item& item, const Mask& mask, int n_cells) const;
@@ -147,6 +156,7 @@ private:
   CodedCells coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const;
   static void add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t* key, const uint16_t* value);
   void score(const Item& item, int first_block, int last_block, ThreadMemory& memory);
+  static float greatest_first(std::vector<Scored>& scored, size_t top);
   void choose(const float* scores, ThreadMemory& memory) const;
   void fetch(const Item& item, ThreadMemory& memory);
 
@@ -168,7 +178,9 @@ private:
   int group_ = 1;
   std::vector<Stream> streams_;
   std::vector<Item> items_;
-  std::vector<float> scores_;         // [item][block][64], where retrieves()
+  std::vector<float> scores_;  // [item][block][64], where retrieves()
+  Scratch kept_scores_memory_;
+  float* kept_scores_ = nullptr;      // [item][row][block][64], where keeps_scores()
   std::vector<Retrieved> retrieved_;  // by item, where retrieves()
   std::vector<Part> parts_;           // in order of items and of their cells
   Scratch results_memory_;

@@ -1,6 +1,9 @@
-// What the AVX2 units share; they use FMA and F16C too. A table of 128 bytes is eight shuffles of 16 entries; the
-// indices that make a shuffle yield 0 outside its sixteenth of the table are worked out once for all tables that a row
-// of codes is looked up in.
+// What the AVX2 units share; they use FMA and F16C too.
+//
+// A table of 128 bytes is eight shuffles of 16 entries. A shuffle yields 0 where its control is negative: taking 16
+// from an entry's number before each further shuffle silences those past its own sixteenth, but not those before it. So
+// each sixteenth holds its difference (exclusive or) to the one before, and the differences up to an entry's own add up
+// to it.
 #pragma once
 
 #include <immintrin.h>
@@ -16,6 +19,19 @@ constexpr int kLine = 64;  // cells to a block
 
 inline __m256i first_lanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// Eight floats, or the first n where there are fewer. AMD takes long over a masked store, whatever its mask.
+inline __m256 load_lanes(const float* from, int n) {
+  return n >= 8 ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, first_lanes(n));
+}
+
+inline void store_lanes(float* to, __m256 x, int n) {
+  if (n >= 8) {
+    _mm256_storeu_ps(to, x);
+  } else {
+    _mm256_maskstore_ps(to, first_lanes(n), x);
+  }
 }
 
 inline __m256i lanes_of_bits(unsigned bits) {
@@ -61,33 +77,52 @@ inline __m256 magnitude(__m256 x) {
   return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
 }
 
-// What 32 codes need to be looked up in any table.
-struct Indices {
-  __m256i sixteenth[8];  // shuffle controls: entry number, or top bit set where the code lies in another sixteenth
-  __m256i negative;      // all ones where the entry counts negated
+// 32 codes, taken apart.
+struct Codes {
+  __m256i entry;  // 0 to 127
+  __m256i sign;   // negative where the entry counts negated, never 0
 };
 
-inline Indices indices_of(__m256i codes) {
-  Indices x;
-  const __m256i entry = _mm256_and_si256(codes, _mm256_set1_epi8(0x7f));
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    x.sixteenth[i] = _mm256_adds_epu8(_mm256_xor_si256(entry, _mm256_set1_epi8(char(16 * i))), _mm256_set1_epi8(0x70));
-  }
-  x.negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), codes);
-  return x;
+inline Codes codes_of(__m256i bytes) {
+  return {_mm256_and_si256(bytes, _mm256_set1_epi8(0x7f)), _mm256_or_si256(bytes, _mm256_set1_epi8(1))};
 }
 
-inline __m256i look_up_32(const void* table, const Indices& x) {
-  const __m128i* sixteenths = static_cast<const __m128i*>(table);
-  __m256i found[8];
+// A sixteenth of a table, in both lanes.
+inline __m256i load_sixteenth(const void* table, int i) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(table) + i));
+}
+
+// A table as differences.
+struct Table {
+  __m256i sixteenth[8];
+};
+
+inline Table load_table(const void* plain) {
+  Table table;
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
-    found[i] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(sixteenths + i)), x.sixteenth[i]);
+    const __m256i x = load_sixteenth(plain, i);
+    table.sixteenth[i] = i == 0 ? x : _mm256_xor_si256(x, load_sixteenth(plain, i - 1));
   }
-  const __m256i a = _mm256_or_si256(_mm256_or_si256(found[0], found[1]), _mm256_or_si256(found[2], found[3]));
-  const __m256i b = _mm256_or_si256(_mm256_or_si256(found[4], found[5]), _mm256_or_si256(found[6], found[7]));
-  return _mm256_sub_epi8(_mm256_xor_si256(_mm256_or_si256(a, b), x.negative), x.negative);
+  return table;
+}
+
+// Makes x be computed here: GCC 12 would put off what adds up the shuffles of a look-up until all of them are there,
+// and run out of registers.
+inline void settle(__m256i& x) {
+  asm volatile("" : "+x"(x));
+}
+
+inline __m256i look_up_32(const Table& table, const Codes& codes) {
+  __m256i found = _mm256_shuffle_epi8(table.sixteenth[0], codes.entry), entry = codes.entry;
+#pragma GCC unroll 7
+  for (int i = 1; i < 8; i++) {
+    entry = _mm256_sub_epi8(entry, _mm256_set1_epi8(16));
+    settle(entry);
+    found = _mm256_xor_si256(found, _mm256_shuffle_epi8(table.sixteenth[i], entry));
+    settle(found);
+  }
+  return _mm256_sign_epi8(found, codes.sign);
 }
 
 }  // namespace

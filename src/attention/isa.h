@@ -6,6 +6,7 @@
 // instruction set.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace thimble {
@@ -92,12 +93,14 @@ struct TileOps {
 struct CodeOps {
   float weight_bits[2];  // log2 of the largest weight that code_weights takes: narrow, wide
 
-  /// Tables of one row: luts[n_subspaces][128] bytes that hold 128 + q.codeword / step, and, where `wide`, another
-  /// n_subspaces of them with the high byte of a 16-bit value. `q` [dim] has the subspaces' scales applied. `room` is
-  /// scratch of n_subspaces * 129 floats. Returns the step.
+  /// Bytes of one row's tables.
+  size_t (*lut_bytes)(int dim, int n_subspaces, bool wide);
+  /// Tables of one row, of 8 bits a look-up or, where `wide`, of 16; how they lie in `luts`, at a multiple of 64 bytes,
+  /// is between this and look_up. `q` [dim] has the subspaces' scales applied. `room` is scratch of n_subspaces * 129
+  /// floats. Returns the step, the unit of scores.
   float (*build_luts)(const float* q, const int8_t* words, const uint8_t* width, int n_subspaces, bool wide,
                       float* room, uint8_t* luts);
-  /// scores[row][cell] = q.k from the look-ups. `luts` holds the rows' tables one after another.
+  /// scores[row][cell] = q.k. `luts` holds the rows' tables one after another.
   void (*look_up)(const uint8_t* luts, const float* steps, int n_rows, int n_subspaces, bool wide,
                   const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores);
   /// The scales of n_blocks * 64 values and an upper bound of their log2, less than 0.1 above it. Scales that are not

@@ -56,6 +56,13 @@ struct Tile {
   uint64_t hidden = 0;       // bit i: cell i is not here (it is attended to exactly, elsewhere)
 };
 
+/// Scores that each query row gives to the cells of a stream, whole blocks: data[row * stride + cell]. Null data: none
+/// are kept.
+struct RowScores {
+  float* data = nullptr;
+  size_t stride = 0;
+};
+
 /// Coded blocks of one KV head and stream.
 struct CodedCells {
   const HeadCodec* keys = nullptr;
@@ -65,6 +72,7 @@ struct CodedCells {
   const uint64_t* hidden = nullptr;     // [n_blocks] as Tile::hidden, or null
   int first_block = 0, last_block = 0;  // attend to [first_block, last_block)
   int n_cells = 0;                      // of the stream; the last block may be cut by it
+  RowScores scores = {};                // score_codes leaves them here, attend_codes takes them away
 };
 
 /// Memory that kernels work in, kept from call to call; one to a thread.
@@ -98,11 +106,14 @@ struct Kernels {
   uint64_t (*visible)(const uint16_t* mask, int n_cells);
   /// Dense attention: prefill, exact rows.
   void (*attend_tile)(const Queries&, const Tile&, const Mask&, Softmax&, Scratch&);
-  /// Attention straight from codes, for few query rows. The mask starts at the stream's cell 0.
+  /// Attention straight from codes, for few query rows. The mask starts at the stream's cell 0. Where there are scores,
+  /// score_codes has left them there for the same queries and mask; more cells may be hidden by now.
   void (*attend_codes)(const Queries&, const CodedCells&, const Mask&, Softmax&, Scratch&);
-  /// The greatest score that any query row gives to each cell of the blocks, from its codes, into scores [cell of the
-  /// stream, whole blocks]; -inf for cells that are hidden or that no row sees, +inf where a score is NaN.
-  void (*score_codes)(const Queries&, const CodedCells&, const Mask&, float* scores, Scratch&);
+  /// The greatest score that any query row gives to each cell of the blocks, from its codes, into best [cell of the
+  /// stream, whole blocks]; -inf for cells that are hidden or that no row sees, +inf where a score is NaN. Each row's
+  /// scores go to cells.scores, if anywhere: -inf for what the row does not see, of blocks that some row sees a cell
+  /// of.
+  void (*score_codes)(const Queries&, const CodedCells&, const Mask&, float* best, Scratch&);
 };
 
 const Kernels& scalar_kernels();

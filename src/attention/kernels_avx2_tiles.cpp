@@ -133,13 +133,12 @@ inline __m256 butterfly(__m256 x) {
 
 void hadamard(float* x, int n, int block, float norm) {
   for (int i = 0; i < n; i += 8) {
-    const __m256i lanes = first_lanes(n - i);
-    __m256 v = _mm256_maskload_ps(x + i, lanes);
+    __m256 v = load_lanes(x + i, n - i);
     if (block > 1) v = butterfly<1>(v);
     if (block > 2) v = butterfly<2>(v);
     if (block > 4) v = butterfly<4>(v);
     if (block <= 8) v = _mm256_mul_ps(v, _mm256_set1_ps(norm));
-    _mm256_maskstore_ps(x + i, lanes, v);
+    store_lanes(x + i, v, n - i);
   }
   for (int half = 8; half < block; half *= 2) {
     const __m256 scale = _mm256_set1_ps(half * 2 < block ? 1.0f : norm);
@@ -159,14 +158,11 @@ void decode_keys(const uint8_t* block, const uint8_t* cell_scales, const int8_t*
                  const float* scale, int dim, float* tile) {
   __m256 cells[8];
   for (int i = 0; i < 8; i++) cells[i] = load_half(cell_scales + 16 * i);
-  Indices x[2];
   for (int d = 0; d < dim; d++) {
-    if (d == 0 || code_row[d] != code_row[d - 1]) {
-      for (int h = 0; h < 2; h++) x[h] = indices_of(load_bytes(block + code_row[d] * kLine + 32 * h));
-    }
+    const Table table = load_table(words + d * 128);
     const __m256 component = _mm256_set1_ps(scale[d]);
     for (int h = 0; h < 2; h++) {
-      const __m256i bytes = look_up_32(words + d * 128, x[h]);
+      const __m256i bytes = look_up_32(table, codes_of(load_bytes(block + code_row[d] * kLine + 32 * h)));
       // Even bytes are cells from 16 h on, odd bytes those 32 further.
       const __m256i part[2] = {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
       for (int odd = 0; odd < 2; odd++) {
@@ -203,9 +199,10 @@ void decode_values(const uint8_t* block, const uint8_t* cell_scales, const int8_
     const int n = dim - d < 16 ? dim - d : 16;
     alignas(32) int8_t bytes[16][kLine] = {};
     for (int i = 0; i < n; i++) {
+      const Table table = load_table(words + (d + i) * 128);
       for (int h = 0; h < 2; h++) {
-        const Indices x = indices_of(load_bytes(block + code_row[d + i] * kLine + 32 * h));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(bytes[i] + 32 * h), look_up_32(words + (d + i) * 128, x));
+        const Codes codes = codes_of(load_bytes(block + code_row[d + i] * kLine + 32 * h));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(bytes[i] + 32 * h), look_up_32(table, codes));
       }
     }
     for (int quarter = 0; quarter < 4; quarter++) {
@@ -215,11 +212,10 @@ void decode_values(const uint8_t* block, const uint8_t* cell_scales, const int8_
       for (int i = 0; i < 16; i++) {
         const int cell = i / 4 * 16 + quarter * 4 + i % 4;  // the one whose value_position is 16 * quarter + i
         for (int j = 0; j < n; j += 8) {
-          const __m256i lanes = first_lanes(n - j);
-          const __m256 component = _mm256_maskload_ps(scale + d + j, lanes);
+          const __m256 component = load_lanes(scale + d + j, n - j);
           const __m128i word = j ? _mm_srli_si128(r[i], 8) : r[i];
           const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(word)), component);
-          _mm256_maskstore_ps(tile + cell * dim + d + j, lanes, _mm256_mul_ps(value, _mm256_set1_ps(cells[cell])));
+          store_lanes(tile + cell * dim + d + j, _mm256_mul_ps(value, _mm256_set1_ps(cells[cell])), n - j);
         }
       }
     }
@@ -268,7 +264,7 @@ void load_keys(const uint8_t* const* rows, int n, int dim, float* tile) {
 void load_values(const uint8_t* const* rows, int n, int dim, float* tile) {
   for (int cell = 0; cell < n; cell++) {
     for (int d = 0; d < dim; d += 8) {
-      _mm256_maskstore_ps(tile + cell * dim + d, first_lanes(dim - d), load_halves(rows[cell] + 2 * d, dim - d));
+      store_lanes(tile + cell * dim + d, load_halves(rows[cell] + 2 * d, dim - d), dim - d);
     }
   }
 }

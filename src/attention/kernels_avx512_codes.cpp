@@ -4,6 +4,12 @@
 namespace thimble {
 namespace {
 
+// 128 for each subspace, which hold 128 + q.codeword / step, and, where `wide`, as many with the high byte of a 16-bit
+// value.
+size_t lut_bytes(int, int n_subspaces, bool wide) {
+  return size_t(n_subspaces) * 128 * (wide ? 2 : 1);
+}
+
 float build_luts(const float* q, const int8_t* words, const uint8_t* width, int n_subspaces, bool wide, float* room,
                  uint8_t* luts) {
   float* tops = room + n_subspaces * 128;
@@ -292,6 +298,6 @@ void add_values(const uint8_t* const* blocks, int, uint32_t used, const int8_t* 
 
 }  // namespace
 
-const CodeOps kAvx512CodeOps{{7.99f, 14.98f}, build_luts, look_up, value_scales, code_weights, add_values};
+const CodeOps kAvx512CodeOps{{7.99f, 14.98f}, lut_bytes, build_luts, look_up, value_scales, code_weights, add_values};
 
 }  // namespace thimble

@@ -9,6 +9,12 @@ inline uint8x8_t low_bytes(int32x4_t first, int32x4_t second) {
   return vmovn_u16(vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(first)), vmovn_u32(vreinterpretq_u32_s32(second))));
 }
 
+// 128 for each subspace, which hold 128 + q.codeword / step, and, where `wide`, as many with the high byte of a 16-bit
+// value.
+size_t lut_bytes(int, int n_subspaces, bool wide) {
+  return size_t(n_subspaces) * 128 * (wide ? 2 : 1);
+}
+
 float build_luts(const float* q, const int8_t* words, const uint8_t* width, int n_subspaces, bool wide, float* room,
                  uint8_t* luts) {
   float largest = 0, total = 0;
@@ -193,7 +199,8 @@ void add_rows(const uint8_t* const* blocks, uint32_t used, const int8_t* words, 
       }
       for (int r = 0; r < Rows; r++) {
         float* to = sums + (r * n_groups + g) * 16 + j;
-        *to = *to * shrink[r] + factor[r] * float(vaddvq_s32(part[r]));
+        // Added up before they are floats, the four sums might pass 32 bits.
+        *to = *to * shrink[r] + factor[r] * vaddvq_f32(vcvtq_f32_s32(part[r]));
       }
     }
   }
@@ -212,6 +219,6 @@ void add_values(const uint8_t* const* blocks, int, uint32_t used, const int8_t* 
 
 }  // namespace
 
-const CodeOps kNeonCodeOps{{14.98f, 14.98f}, build_luts, look_up, value_scales, code_weights, add_values};
+const CodeOps kNeonCodeOps{{14.98f, 14.98f}, lut_bytes, build_luts, look_up, value_scales, code_weights, add_values};
 
 }  // namespace thimble

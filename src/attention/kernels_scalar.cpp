@@ -143,6 +143,7 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
     }
     return;
   }
+  const RowScores& kept = cells.scores;
   const LookUp look_up(queries, *cells.keys);
   for (int b = cells.first_block; b < cells.last_block; b++) {
     const uint8_t* k_block = cells.k_blocks + b * kf.block_bytes();
@@ -153,8 +154,9 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
     for (int row = 0; row < queries.n_rows; row++) {
       float scores[kBlockCells];
       for (int t = 0; t < n_cells; t++) {
-        const float dot = look_up.dot(row, k_block, t);
-        scores[t] = hidden >> t & 1 ? kHidden : finish_score(queries, row, dot, block_mask, t);
+        scores[t] = hidden >> t & 1 ? kHidden
+                    : kept.data     ? kept.data[row * kept.stride + b * kBlockCells + t]
+                                    : finish_score(queries, row, look_up.dot(row, k_block, t), block_mask, t);
       }
       accumulate(
           row, scores, n_cells, [&](int t) { return &v_tile[size_t(t) * softmax.dim]; }, softmax);
@@ -162,23 +164,28 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
   }
 }
 
-void score_codes(const Queries& queries, const CodedCells& cells, const Mask& mask, float* scores, Scratch&) {
+void score_codes(const Queries& queries, const CodedCells& cells, const Mask& mask, float* best_scores, Scratch&) {
   const Format& kf = cells.keys->format;
+  const RowScores& kept = cells.scores;
   const LookUp look_up(queries, *cells.keys);  // of nothing where keys are f16
   std::vector<float> tile(kf.f16 ? size_t(kBlockCells) * kf.head_dim : 0);
   for (int b = cells.first_block; b < cells.last_block; b++) {
     const uint8_t* k_block = cells.k_blocks + b * kf.block_bytes();
     if (kf.f16) decode_block(*cells.keys, k_block, tile.data());
     for (int t = 0; t < kBlockCells; t++) {
-      float& best = scores[b * kBlockCells + t] = kHidden;
-      if (b * kBlockCells + t >= cells.n_cells || (cells.hidden && cells.hidden[b] >> t & 1)) continue;
+      const int cell = b * kBlockCells + t;
+      const bool there = cell < cells.n_cells && !(cells.hidden && cells.hidden[b] >> t & 1);
+      float& best = best_scores[cell] = kHidden;
       for (int row = 0; row < queries.n_rows; row++) {
+        if (kept.data) kept.data[row * kept.stride + cell] = kHidden;
+        if (!there) continue;
         float dot = 0;
         for (int d = 0; d < kf.head_dim && kf.f16; d++) {
           dot += queries.q[size_t(row) * queries.dim + d] * tile[d * kBlockCells + t];
         }
         if (!kf.f16) dot = look_up.dot(row, k_block, t);
         const float score = finish_score(queries, row, dot, mask.at(ptrdiff_t(b) * kBlockCells), t);
+        if (kept.data) kept.data[row * kept.stride + cell] = score;
         best = std::max(best, std::isnan(score) ? -kHidden : score);
       }
     }
