@@ -231,10 +231,10 @@ struct AttendKernel {
         const uint8_t* these_values = values;
         uint4* const staged_scales = reinterpret_cast<uint4*>(simt::shared() + S::kStagedScales) + l.warp * 16;
         if constexpr (S::kStagesScales) {
-          simt::sync_warp();          // the last block's were read
-          const int i = l.lane % 16;  // two lanes do the same: a branch would cost more
-          simt::copy_async<16>(staged_scales + i,
-                               (i < 8 ? keys + MK * kBlockCells : values + MV * kBlockCells - 128) + i * 16);
+          simt::sync_warp();  // the last block's were read
+          const int at = l.lane * 16;
+          simt::copy_async_if(l.lane < 16, staged_scales + l.lane,
+                              l.lane < 8 ? keys + MK * kBlockCells + at : values + MV * kBlockCells - 128 + at);
         }
         // After the last block of all the pointers stay, and it is read once more in vain.
         keys = left > 1 ? keys + key_step : place_of_next->keys;
