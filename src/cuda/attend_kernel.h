@@ -233,8 +233,10 @@ struct AttendKernel {
         if constexpr (S::kStagesScales) {
           simt::sync_warp();  // the last block's were read
           const int at = l.lane * 16;
-          simt::copy_async_if(l.lane < 16, staged_scales + l.lane,
-                              l.lane < 8 ? keys + MK * kBlockCells + at : values + MV * kBlockCells - 128 + at);
+          if (l.lane < 16) {
+            simt::copy_async<16>(staged_scales + l.lane,
+                                 l.lane < 8 ? keys + MK * kBlockCells + at : values + MV * kBlockCells - 128 + at);
+          }
         }
         // After the last block of all the pointers stay, and it is read once more in vain.
         keys = left > 1 ? keys + key_step : place_of_next->keys;

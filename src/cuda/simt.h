@@ -228,14 +228,6 @@ SIMT void copy_async(void* shared_to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(to), "l"(from) : "memory");
   }
 }
-/// 16 bytes, by lanes where `mine`; without a branch.
-SIMT void copy_async_if(bool mine, void* shared_to, const void* from) {
-  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared_to));
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.u32 p,%0,0;\n@p cp.async.cg.shared.global [%1],[%2],16;\n}" ::"r"(uint32_t(mine)),
-      "r"(to), "l"(from)
-      : "memory");
-}
 SIMT void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }

@@ -351,9 +351,6 @@ template <int Bytes>
 void copy_async(void* shared_to, const void* from) {
   std::memcpy(shared_to, from, Bytes);
 }
-inline void copy_async_if(bool mine, void* shared_to, const void* from) {
-  if (mine) copy_async<16>(shared_to, from);
-}
 inline void wait_for_copies() {}
 template <typename T>
 T load_constant(const T* p) {
