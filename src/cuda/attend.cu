@@ -33,9 +33,10 @@ struct Options {
 // The deal that makes the busiest thread block end first. Each warp of a block takes blocks of 64 cells in turns; an
 // item costs about three turns for its score table and for adding up, a batch of them the same, or a fourth for the
 // second of a pair's tables, and where the cells are split, thread blocks meet. Without score tables, as in batches, a
-// turn takes a fifth longer. In fifths of a turn:
+// turn takes a fifth longer where those would be of bytes (formats that have pairs). In fifths of a turn:
 Deal choose_deal(int n_streams, int n_blocks, int n_exact, const Options& options) {
-  constexpr int kTurn = 5, kBatchTurn = 6, kItemCost = 3 * kTurn, kPairCost = 4 * kTurn, kMeetCost = kTurn;
+  constexpr int kTurn = 5, kItemCost = 3 * kTurn, kPairCost = 4 * kTurn, kMeetCost = kTurn;
+  const int batch_turn = options.pairs ? 6 : kTurn;
   const auto rounds = [&](int n) { return (n + options.lanes - 1) / options.lanes; };
   Deal best;
   for (int splits = 1; splits <= std::max(1, std::min(options.lanes, n_blocks + (n_exact > 0))); splits++) {
@@ -49,7 +50,7 @@ Deal choose_deal(int n_streams, int n_blocks, int n_exact, const Options& option
     if (!is_pair && !options.batches) continue;
     const int share = options.warps >> shift, turns = (n_blocks + share - 1) / share;
     const int cost = rounds((n_streams + (1 << shift) - 1) >> shift) *
-                     (is_pair ? turns * kTurn + kPairCost : turns * kBatchTurn + kItemCost);
+                     (is_pair ? turns * kTurn + kPairCost : turns * batch_turn + kItemCost);
     if (cost < best.cost) best = {1, shift, cost};
   }
   return best;
