@@ -198,8 +198,9 @@ TEST(CudaStep, DecodesTokenByToken) {
       for (int i = 0; i < n; i++) cells.push_back(layer.last() + i);
       return cells;
     };
-    for (int step = 0; step < 13; step++)
-      EXPECT_LT(layer.run(next(1)), kTolerance) << step;  // the window fills and leaves
+    for (int step = 0; step < 13; step++) {  // the window fills, and cells leave it
+      EXPECT_LT(layer.run(next(1)), kTolerance) << step;
+    }
     EXPECT_LT(layer.run(next(5)), kTolerance);
     layer.run(next(40));  // a prompt, over cells that were not coded yet
     for (int step = 0; step < 6; step++) EXPECT_LT(layer.run(next(1 + step % 3)), kTolerance) << step;

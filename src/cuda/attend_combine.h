@@ -13,7 +13,6 @@ struct AttendCombine {
   using Items = AttendItems<S>;
   using Tables = AttendTables<S>;
   using Cells = AttendCells<S>;
-  using Lane = typename Cells::Lane;
   using Running = typename Cells::Running;
   using Exact = AttendExact<S>;
   using Warps = WarpParts<S>;

@@ -59,7 +59,7 @@ struct AttendDirect {
       } else {
         v = simt::load_constant(reinterpret_cast<const uint4*>(word + slot * W));
       }
-      uint4* to = reinterpret_cast<uint4*>(simt::shared() + code * 256 + i % 16 * 16);
+      uint4* to = reinterpret_cast<uint4*>(simt::shared() + code * S::kKeyRowBytes + i % 16 * 16);
       to[0] = v;
       to[kCodewords * 16] = make_uint4(Tables::negate_bytes(v.x), Tables::negate_bytes(v.y), Tables::negate_bytes(v.z),
                                        Tables::negate_bytes(v.w));

@@ -306,7 +306,8 @@ struct AttendTables {
               simt::shared() + plane * S::kKeyPlaneBytes + (first + k * kCodeStride) * S::kKeyRowBytes + column * 8;
           *reinterpret_cast<uint2*>(at) = entry;
           if constexpr (S::kKeyExpanded) {
-            *reinterpret_cast<uint2*>(at + kCodewords * 256) = make_uint2(entry.x ^ 0x80008000u, entry.y ^ 0x80008000u);
+            *reinterpret_cast<uint2*>(at + kCodewords * S::kKeyRowBytes) =
+                make_uint2(entry.x ^ 0x80008000u, entry.y ^ 0x80008000u);
           }
         }
       }
@@ -331,7 +332,7 @@ struct AttendTables {
                                                        (first + k * kCodeStride) * S::kKeyRowBytes) +
                            copy * kColumns + column;
             *at = entry;
-            if constexpr (S::kKeyExpanded) at[kCodewords * 64] = negate_bytes(entry);
+            if constexpr (S::kKeyExpanded) at[kCodewords * S::kKeyRowBytes / 4] = negate_bytes(entry);
           }
         }
       }

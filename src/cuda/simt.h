@@ -29,9 +29,6 @@ SIMT int thread_again() {
   __builtin_assume(r >= 0 && r < 1024);  // or each division by a power of two minds negative numbers
   return r;
 }
-SIMT int threads() {
-  return blockDim.x;
-}
 SIMT int block_x() {
   return blockIdx.x;
 }

@@ -190,9 +190,6 @@ inline int thread() {
 inline int thread_again() {
   return thread();
 }
-inline int threads() {
-  return Machine::current()->threads;
-}
 inline int block_x() {
   return Machine::current()->block_x;
 }

@@ -1,0 +1,50 @@
+// How decode attention deals its work out, on a device of 132 multiprocessors: 16 thread blocks to each of 8 KV heads.
+#include <gtest/gtest.h>
+
+#include "cuda/attend_deal.h"
+
+namespace thimble::cuda {
+namespace {
+
+struct Expected {
+  int n_splits, batch;
+};
+
+void expect_deal(int key_width, int value_width, int n_streams, int n_cells, Expected expected, bool batches = true) {
+  const DealOptions options = deal_options(128, key_width, value_width, 16, batches);
+  const Deal deal = choose_deal(n_streams, n_cells / kBlockCells, 0, options);
+  EXPECT_EQ(deal.n_splits, expected.n_splits) << key_width << " " << n_streams << "x" << n_cells;
+  EXPECT_EQ(1 << deal.batch_shift, expected.batch) << key_width << " " << n_streams << "x" << n_cells;
+}
+
+// What was the fastest on an H200 (docs/cuda.md).
+TEST(CudaDeal, LongSequencesAreSplitAndShortOnesShareABlock) {
+  for (int width : {8, 4}) {
+    expect_deal(width, width, 1, 196608, {16, 1});
+    expect_deal(width, width, 8, 32768, {2, 1});
+    expect_deal(width, width, 32, 8192, {1, 2});  // a score table each
+    expect_deal(width, width, 128, 2048, {1, 8});
+  }
+  expect_deal(2, 2, 1, 196608, {16, 1});
+  expect_deal(2, 2, 8, 32768, {2, 1});
+  expect_deal(2, 2, 32, 8192, {1, 2});  // by codewords: score tables of two do not fit
+  expect_deal(2, 2, 128, 2048, {1, 8});
+}
+
+TEST(CudaDeal, SmallDevicesTakeOneStreamAtATime) {
+  for (int width : {8, 4, 2}) {
+    for (int n_streams : {1, 32, 128}) {
+      const Deal deal = choose_deal(n_streams, 32, 0, deal_options(128, width, width, 16, false));
+      EXPECT_EQ(deal.batch_shift, 0) << width << " " << n_streams;
+    }
+  }
+}
+
+TEST(CudaDeal, NoMoreSplitsThanThereIsToDo) {
+  EXPECT_EQ(choose_deal(1, 0, 0, deal_options(128, 4, 4, 16, true)).n_splits, 1);
+  EXPECT_LE(choose_deal(1, 3, 0, deal_options(128, 4, 4, 16, true)).n_splits, 3);
+  EXPECT_LE(choose_deal(1, 3, 136, deal_options(128, 4, 4, 16, true)).n_splits, 4);
+}
+
+}  // namespace
+}  // namespace thimble::cuda
