@@ -38,7 +38,7 @@ struct AttendCells {
     // Shared memory's address of what a lane looks up of code 0.
     uint32_t keys[kPlaneSteps];  // in the keys' table, by step
     uint32_t values;
-    uint32_t select;  // the B operand that keeps each row's scores apart
+    uint32_t select;  // the B operand that keeps each row's scores apart; Direct: what turns its codes
     float dither;     // see weigh
   };
 
@@ -69,11 +69,22 @@ struct AttendCells {
       }
     }
     l.values = shared + S::kValueTable + uint32_t(l.g * S::kCopies + l.t % S::kCopies) * S::kEntryBytes;
-    // Column g of B. Wide: columns 0 and 4 select even halves (rows 0 and 2 of the group), 2 and 6 odd ones. Else
-    // column 2r selects byte r.
-    const int row = l.g / 2;
-    l.select = l.g % 2 ? 0u : S::kWideKeys ? (row % 2 ? 0x3c000000u : 0x3c00u) : 1u << (8 * row);
     l.dither = 32768 + (reversed(l.g) + 0.5f) / 64;
+    if constexpr (S::kDirect) {
+      l.select = Direct::turn_selector(l.g);
+      SIMT_UNROLL
+      for (int i = 0; i < kPlaneSteps; i++) simt::keep(l.keys[i]);
+      simt::keep(l.values);
+      simt::keep(l.select);
+      simt::keep(l.lane);
+      simt::keep(l.g);
+      simt::keep(l.t);
+    } else {
+      // Column g of B. Wide: columns 0 and 4 select even halves (rows 0 and 2 of the group), 2 and 6 odd ones. Else
+      // column 2r selects byte r.
+      const int row = l.g / 2;
+      l.select = l.g % 2 ? 0u : S::kWideKeys ? (row % 2 ? 0x3c000000u : 0x3c00u) : 1u << (8 * row);
+    }
     return l;
   }
 
@@ -173,7 +184,7 @@ struct AttendCells {
 
   SIMT static void scores(const Lane& l, int slot, const uint4 (&codes)[kKeyLoads], float (&score)[8]) {
     if constexpr (S::kDirect) {
-      Direct::scores(l.lane, l.keys, simt::shared() + S::kQueries + slot * Direct::kFragmentBytes, codes, score);
+      Direct::scores(l.lane, l.keys, l.select, simt::shared() + S::kQueries + slot * Direct::kItemBytes, codes, score);
     } else {
       table_scores(l, codes, score);
     }

@@ -28,33 +28,50 @@ struct AttendCombine {
     return a.output + ((size_t(stream) * a.n_tokens + row.token) * a.n_kv_heads * a.group + row.head) * D;
   }
 
-  /// A query row's result from what came of coded cells (still transformed) and of exact rows; a warp calls it. Where
-  /// undoing the transform takes more than a warp, it is left for write_output.
-  SIMT static void finish_row(const AttendArgs& a, int batch, int slot, int r, int lane, Part coded, Part exact) {
-    const float maximum = fmaxf(coded.maximum, exact.maximum);
-    float c = simt::exp2_fast(coded.maximum - maximum), e = simt::exp2_fast(exact.maximum - maximum);
-    float total = c * coded.weight + e * exact.weight;
-    if (a.sinks) total += simt::exp2_fast(a.sinks[Items::query_row(a, r).head] * Cells::kLog2e - maximum);
-    const float inverse = total == 0 ? 0.0f : simt::reciprocal_fast(total);
-    c *= inverse;
-    e *= inverse;
+  /// Results of row r of every kSlotStep-th slot from `slot` on, from what came of coded cells (still transformed) and
+  /// of exact rows; a warp calls it. Where undoing the transform takes more than a warp, it is left for write_output.
+  template <int Rows>
+  SIMT static void finish_rows(const AttendArgs& a, int batch, int slot, int r, int lane, const Part (&coded)[Rows],
+                               const Part (&exact)[Rows]) {
+    float x[Rows][N], c[Rows], e[Rows];
     SIMT_UNROLL
-    for (int i = 0; i < N; i++) {
-      coded.sum[i] *= c;
-      exact.sum[i] *= e;
-    }
-    if (a.value_codec.undo) {
-      uint8_t* shared = simt::shared();
-      const int row = slot * S::kRows + r, at = row * D + lane * N;
-      write_floats(reinterpret_cast<float*>(shared + S::kCodedOutputs) + at, coded.sum);
-      write_floats(reinterpret_cast<float*>(shared + S::kExactOutputs) + at, exact.sum);
-      if (lane == 0) reinterpret_cast<float*>(shared + S::kWeights)[row] = c * coded.weight;
-    } else {
-      hadamard_warp<D, true>(coded.sum, lane);
+    for (int k = 0; k < Rows; k++) {
+      const float maximum = fmaxf(coded[k].maximum, exact[k].maximum);
+      c[k] = simt::exp2_fast(coded[k].maximum - maximum);
+      e[k] = simt::exp2_fast(exact[k].maximum - maximum);
+      float total = c[k] * coded[k].weight + e[k] * exact[k].weight;
+      if (a.sinks) total += simt::exp2_fast(a.sinks[Items::query_row(a, r).head] * Cells::kLog2e - maximum);
+      const float inverse = total == 0 ? 0.0f : simt::reciprocal_fast(total);
+      c[k] *= inverse;
+      e[k] *= inverse;
       SIMT_UNROLL
-      for (int i = 0; i < N; i++) coded.sum[i] += exact.sum[i];
-      if (float* out = target(a, batch, slot, r)) write_floats(out + lane * N, coded.sum);
+      for (int i = 0; i < N; i++) x[k][i] = coded[k].sum[i] * c[k];
     }
+    if (!a.value_codec.undo) hadamard_warp<D>(x, lane);
+    const int n_slots = Items::n_slots(a, batch);
+    SIMT_UNROLL
+    for (int k = 0; k < Rows; k++) {
+      const int at = slot + k * S::kSlotStep, row = at * S::kRows + r;
+      if (a.value_codec.undo) {
+        uint8_t* shared = simt::shared();
+        float rest[N];
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) rest[i] = exact[k].sum[i] * e[k];
+        write_floats(reinterpret_cast<float*>(shared + S::kCodedOutputs) + row * D + lane * N, x[k]);
+        write_floats(reinterpret_cast<float*>(shared + S::kExactOutputs) + row * D + lane * N, rest);
+        if (lane == 0) reinterpret_cast<float*>(shared + S::kWeights)[row] = c[k] * coded[k].weight;
+      } else if (at < n_slots) {
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) x[k][i] += exact[k].sum[i] * e[k];
+        if (float* out = target(a, batch, at, r)) write_floats(out + lane * N, x[k]);
+      }
+    }
+  }
+
+  SIMT static void finish_row(const AttendArgs& a, int batch, int slot, int r, int lane, const Part& coded,
+                              const Part& exact) {
+    const Part c[1] = {coded}, e[1] = {exact};
+    finish_rows(a, batch, slot, r, lane, c, e);
   }
 
   /// Undoes dense transforms of values and writes a batch's rows out, after a barrier.
@@ -103,13 +120,27 @@ struct AttendCombine {
     simt::sync();
     const int item = Items::first_item(a, batch), stream = Items::stream_of(a, item),
               split = item - stream * a.n_splits;
-    const int n_warps = Items::n_warps(a), n_rows = Items::n_slots(a, batch) * S::kRows;
+    const int n_warps = Items::n_warps(a), n_slots = Items::n_slots(a, batch);
     const auto exact_part = [&](int slot, int r) {
       return Exact::any(a) ? Partials::part(Partials::at(a, stream + slot, a.n_splits), r, lane) : Part();
     };
-    SIMT_NO_UNROLL
-    for (int row = warp; row < n_rows; row += S::kWarps) {
-      const int slot = row / S::kRows, r = row % S::kRows;
+    const int slot = warp / S::kRows, r = warp % S::kRows;
+    if constexpr (S::kDirect) {  // never split
+      if (slot < n_slots) {
+        Part parts[S::kWarpRows], exact[S::kWarpRows];
+        int first_warps[S::kWarpRows];
+        SIMT_UNROLL
+        for (int k = 0; k < S::kWarpRows; k++) {  // slots without an item repeat the last one's
+          const int at = slot + k * S::kSlotStep < n_slots ? slot + k * S::kSlotStep : n_slots - 1;
+          first_warps[k] = at * n_warps;
+          exact[k] = exact_part(at, r);
+        }
+        Warps::add_up_few(first_warps, n_warps, r, lane, parts);
+        finish_rows(a, batch, slot, r, lane, parts, exact);
+      }
+      return true;
+    }
+    if (slot < n_slots) {
       const Part part = Warps::add_up(slot * n_warps, n_warps, r, lane);
       if (a.n_splits == 1) {
         finish_row(a, batch, slot, r, lane, part, exact_part(slot, r));
@@ -131,7 +162,7 @@ struct AttendCombine {
     if (!*last) return false;  // all threads alike
     // Four warps, or two, share the splits of a row.
     constexpr int kShares = S::kWarps / S::kRows;
-    const int share = warp / S::kRows, r = warp % S::kRows;
+    const int share = warp / S::kRows;
     const size_t stride = size_t(pairs) * S::kPartialFloats;
     const float* first = Partials::at(a, stream, 0) + share * stride;
     const auto at = [&](int i) { return first + i * kShares * stride; };

@@ -32,32 +32,42 @@ struct AttendDirect {
   static constexpr int kSlots = MK < 32 ? MK : 32;              // entries of a code
   static constexpr int kCopies = 128 / (kSlots * kEntryBytes);  // in either half of a row of the table
   static constexpr int kQueryWords = D / 16;                    // of B that a lane holds
-  // An item's queries as B, uint32_t [kQueryWords / 4][32 lanes][4]. They take the place of the queries, by way of the
-  // table's, as the rows of an item are transformed by several warps.
-  static constexpr int kFragmentBytes = kQueryWords * 128;
-  static constexpr int kOnTheWay = S::kSums + Tables::kParts * S::kRows * D * 4;
-  static_assert(kOnTheWay + S::kSlots * kFragmentBytes <= S::kValueTable);
+  // An item's queries as B, for each of the 4 rows uint32_t [kQueryWords / 4][8 lanes][4], where the row itself was.
+  static constexpr int kRowBytes = D * 4, kItemBytes = S::kRows * kRowBytes;
+  static_assert(kQueryWords * 32 <= kRowBytes);
 
-  /// Puts the head's codewords and their negatives into the table: a row of 256 bytes for each code, whose two halves
-  /// are for even and odd g.
-  SIMT static void fill_codewords(const AttendArgs& a) {
+  // The head's codewords and their negatives in the table: a row of 256 bytes for each code, whose two halves are for
+  // even and odd g. In two steps, like the other tables.
+  static constexpr int kVectors = kCodewords * 16 / S::kThreads;  // of 16 bytes, a thread
+  using Codewords = uint4[kVectors];
+
+  SIMT static void load_codewords(const AttendArgs& a, Codewords& codewords) {
     const uint8_t* packed =
         reinterpret_cast<const uint8_t*>(a.key_codec.packed) + size_t(simt::block_y()) * kCodewords * D;
-    constexpr int kVectors = kCodewords * 16, kEach = kVectors / S::kThreads;  // of 16 bytes
     SIMT_UNROLL
-    for (int k = 0; k < kEach; k++) {
+    for (int k = 0; k < kVectors; k++) {
       const int i = simt::thread() + k * S::kThreads, code = i / 16, half = i / 8 % 2;
       // The subspaces that stand here, the first of them.
       const int slot = (i % 8 * 16 / kEntryBytes) % kSlots ^ half * 4;
       const uint8_t* word = packed + code * D;
-      uint4 v;
       if constexpr (W == 2) {
         const uint2 low = simt::load_constant(reinterpret_cast<const uint2*>(word + slot * 2));
         const uint2 high = simt::load_constant(reinterpret_cast<const uint2*>(word + (slot + 32) * 2));
-        v = make_uint4(simt::permute(low.x, high.x, 0x5410), simt::permute(low.x, high.x, 0x7632),
-                       simt::permute(low.y, high.y, 0x5410), simt::permute(low.y, high.y, 0x7632));
+        codewords[k] = make_uint4(low.x, low.y, high.x, high.y);
       } else {
-        v = simt::load_constant(reinterpret_cast<const uint4*>(word + slot * W));
+        codewords[k] = simt::load_constant(reinterpret_cast<const uint4*>(word + slot * W));
+      }
+    }
+  }
+
+  SIMT static void fill_codewords(const Codewords& codewords) {
+    SIMT_UNROLL
+    for (int k = 0; k < kVectors; k++) {
+      const int i = simt::thread() + k * S::kThreads, code = i / 16;
+      uint4 v = codewords[k];
+      if constexpr (W == 2) {
+        v = make_uint4(simt::permute(v.x, v.z, 0x5410), simt::permute(v.x, v.z, 0x7632),
+                       simt::permute(v.y, v.w, 0x5410), simt::permute(v.y, v.w, 0x7632));
       }
       uint4* to = reinterpret_cast<uint4*>(simt::shared() + code * S::kKeyRowBytes + i % 16 * 16);
       to[0] = v;
@@ -66,50 +76,48 @@ struct AttendDirect {
     }
   }
 
-  /// Transforms a batch's queries to B. Codewords' scales go with them.
+  /// Transforms a batch's queries to B, up to a barrier. Codewords' scales go with them.
   SIMT static void prepare_queries(const AttendArgs& a, int n_slots) {
     Tables::transform_queries(a, n_slots, [&](int slot, int r, const float(&x)[D / 32], int lane) {
       constexpr int N = D / 32, kUnit = S::kWideKeys ? 32512 : 127;
       const float* scales = reinterpret_cast<const float*>(simt::shared() + S::kKeyScales);
       float y[N];
       SIMT_UNROLL
-      for (int i = 0; i < N; i++) y[i] = x[i] * scales[(lane * N + i) / W];
+      for (int i = 0; i < N; i++) y[i] = x[i] * scales[W < N ? (lane * N + i) / W : lane / (W / N)];
       const float top = Tables::top_of(y), to_integer = top == 0 ? 0.0f : kUnit * simt::reciprocal_fast(top);
-      uint8_t* row = simt::shared() + kOnTheWay + slot * kFragmentBytes + r * 128;
+      uint8_t* row = simt::shared() + S::kQueries + slot * kItemBytes + r * kRowBytes;
+      // Components that lie side by side in B: a pair, or at W 4 and 8 all that a lane has.
+      constexpr int kTogether = W == 2 ? 2 : N;
+      using Together = std::conditional_t<kTogether == 4, uint32_t, uint16_t>;
       SIMT_UNROLL
-      for (int i = 0; i < N; i += 2) {  // two components, of the same subspace
+      for (int i = 0; i < N; i += kTogether) {
         const int d = lane * N + i, subspace = d / W % 32;
         const int byte = W == 2 ? d / 64 * 2 : d % 4;
-        const auto place = [&](int column, int word) {  // of the components; columns: of the query row
-          return reinterpret_cast<uint16_t*>(row + column * 64 + word / 4 * 512 + subspace % 4 * 16 + word % 4 * 4 +
-                                             byte);
+        const auto put = [&](int column, int word, uint32_t bytes) {  // columns: of the query row
+          *reinterpret_cast<Together*>(row + word / 4 * 128 + column * 64 + subspace % 4 * 16 + word % 4 * 4 + byte) =
+              Together(bytes);
         };
         // 3 * 2^22 + v: the low bytes of the float are v's. Wide: + 128, so that the low byte is signed but for 0x80.
         constexpr float kStart = S::kWideKeys ? 12583040 : 12582912;
-        const uint32_t first = simt::float_to_bits(y[i] * to_integer + kStart);
-        const uint32_t second = simt::float_to_bits(y[i + 1] * to_integer + kStart);
-        const uint16_t low = uint16_t(simt::permute(first, second, 0x4040));
+        uint32_t v[kTogether];
+        SIMT_UNROLL
+        for (int k = 0; k < kTogether; k++) v[k] = simt::float_to_bits(y[i + k] * to_integer + kStart);
+        uint32_t low = simt::permute(v[0], v[1], 0x4040);
+        if constexpr (kTogether == 4) low = simt::permute(low, simt::permute(v[2], v[3], 0x4040), 0x5410);
         if constexpr (S::kWideKeys) {
-          *place(0, subspace / 4) = uint16_t(simt::permute(first, second, 0x5151));
-          *place(1, subspace / 4) = low ^ 0x8080;
+          put(0, subspace / 4, simt::permute(v[0], v[1], 0x5151));
+          put(1, subspace / 4, low ^ 0x8080);
         } else if constexpr (W == 8) {
           const int word = subspace / 4 * 2 + d % 8 / 4;
-          *place(0, word) = low;
-          *place(1, (word + 2 * kSteps - 4 * (kRotations - 1)) % (2 * kSteps)) = low;
+          put(0, word, low);
+          put(1, (word + 2 * kSteps - 4 * (kRotations - 1)) % (2 * kSteps), low);
         } else {
-          *place(0, subspace / 4) = low;
-          *place(1, (subspace / 4 + kSteps - 2 * (kRotations - 1)) % kSteps) = low;
+          put(0, subspace / 4, low);
+          put(1, (subspace / 4 + kSteps - 2 * (kRotations - 1)) % kSteps, low);
         }
       }
       return top * (1.0f / kUnit);
     });
-    const int thread = simt::thread();
-    SIMT_NO_UNROLL
-    for (int i = thread * 16; i < n_slots * kFragmentBytes; i += S::kThreads * 16) {
-      *reinterpret_cast<uint4*>(simt::shared() + S::kQueries + i) =
-          *reinterpret_cast<const uint4*>(simt::shared() + kOnTheWay + i);
-    }
-    simt::sync();
   }
 
   /// By how many steps lane group g is ahead.
@@ -192,15 +200,14 @@ struct AttendDirect {
   }
 
   /// Sums of products of this lane's 8 cells with its query row. `rows`: the lane's place in row 0 of the table, by
-  /// step. `fragments`: of the item.
-  SIMT static void scores(int lane, const uint32_t (&rows)[kSteps], const uint8_t* fragments,
+  /// step. `queries`: the item's.
+  SIMT static void scores(int lane, const uint32_t (&rows)[kSteps], uint32_t selector, const uint8_t* queries,
                           const uint4 (&codes)[MK / 8], float (&score)[8]) {
     const int g = lane / 4;
-    const uint32_t selector = turn_selector(g);
     uint32_t query[kQueryWords];
     SIMT_UNROLL
     for (int i = 0; i < kQueryWords / 4; i++) {
-      const uint4 v = *reinterpret_cast<const uint4*>(fragments + i * 512 + lane * 16);
+      const uint4 v = *reinterpret_cast<const uint4*>(queries + lane / 8 * kRowBytes + i * 128 + lane % 8 * 16);
       query[4 * i] = v.x;
       query[4 * i + 1] = v.y;
       query[4 * i + 2] = v.z;

@@ -44,7 +44,7 @@ struct AttendKernel {
       const int stream = Items::stream_of(a, item), split = item - stream * a.n_splits;
       const int head = simt::block_y();
       b.index = Items::block_begin(a, split) + warp - slot * n_warps;
-      b.left = (Items::block_begin(a, split + 1) - b.index + n_warps - 1) / n_warps;
+      b.left = (Items::block_begin(a, split + 1) - b.index + n_warps - 1) >> Items::n_warps_log2(a);
       if (b.left <= 0) continue;
       const auto at = [&](const CacheView& cache) {
         return cache.data + stream * cache.stream_stride + head * cache.head_stride + b.index * cache.block_stride;
@@ -138,7 +138,10 @@ struct AttendKernel {
       simt::prefetch_l2<S::kKeyBlock>(keys, n * key_step, l.lane);
       simt::prefetch_l2<S::kValueBlock>(values, n * value_step, l.lane);
     };
-    for (int n = 0; n < 2 && n < next.left; n++) prefetch(n);
+    const auto prefetch_first = [&] {
+      for (int n = 0; n < 2 && n < next.left; n++) prefetch(n);
+    };
+    if constexpr (!S::kDirect) prefetch_first();
     constexpr int kShare = kCodewords * D / S::kWarps;  // of the head's codewords, for the keys' table
     simt::prefetch_l2<kShare>(reinterpret_cast<const uint8_t*>(a.key_codec.packed),
                               (simt::block_y() * S::kWarps + l.warp) * kShare, l.lane);
@@ -150,14 +153,14 @@ struct AttendKernel {
         Exact::prefetch(a, Items::stream_of(a, Items::first_item(a, first) + slot));
       }
     }
-    Tables::copy_scales(a);
-    Cells::store_slopes(a);
     // The grid before this one need not have ended for the value table; whether a short context needs one is not known.
     const bool is_short = Exact::any(a) && a.n_cells <= S::kWarps * kBlockCells;
     if (!is_short) Tables::fill_value_table(value_words);
     simt::wait_for_previous_grid();
 
     Tables::fetch_queries(a, first);
+    Tables::copy_scales(a);
+    Cells::store_slopes(a);
     bool coded = true;
     if (Exact::any(a)) {
       const bool is_alone = first + simt::blocks_x() >= Items::n_batches(a);
@@ -183,8 +186,10 @@ struct AttendKernel {
       SIMT_UNROLL
       for (int i = 0; i < kValueLoads; i++) value_codes[i] = simt::load_stream(p + i * 512 + l.lane * 16);
     };
-    simt::wait_for_copies();
-    simt::sync();
+    if constexpr (!S::kDirect) {
+      simt::wait_for_copies();
+      simt::sync();
+    }
 
     for (int batch = first; batch < Items::n_batches(a); batch += simt::blocks_x()) {
       const int slot = Items::slot_of(a, l.warp), head = simt::block_y();
@@ -193,8 +198,13 @@ struct AttendKernel {
       const int stream = Items::stream_of(a, S::kSlots == 1 || item < Items::n_items(a) ? item : 0);
       const Row row = Cells::make_row(a, stream, slot, l.t);
       if constexpr (S::kDirect) {
+        typename Direct::Codewords codewords;
+        Direct::load_codewords(a, codewords);
+        simt::wait_for_copies();
+        simt::sync();
+        if (batch == first) prefetch_first();  // not earlier: many queries would wait for all blocks' codes
         Direct::prepare_queries(a, Items::n_slots(a, batch));
-        Direct::fill_codewords(a);
+        Direct::fill_codewords(codewords);
       } else {
         typename Tables::KeyWords key_words;
         Tables::load_key_words(a, key_words);
@@ -289,11 +299,7 @@ struct AttendKernel {
       simt::sync();
       Combine::write_output(a, batch);
       if constexpr (!S::kOwnOutputs) simt::sync();
-      if constexpr (S::kDirect) {  // the outputs were in their place
-        Tables::fetch_queries(a, batch + simt::blocks_x());
-        simt::wait_for_copies();
-        simt::sync();
-      }
+      if constexpr (S::kDirect) Tables::fetch_queries(a, batch + simt::blocks_x());  // the outputs were in their place
     }
   }
 };

@@ -109,10 +109,36 @@ struct WarpParts {
   }
   SIMT static RowPart<N> add_up(int first_warp, int n_warps, int row, int lane) {
     const float* states = reinterpret_cast<const float*>(simt::shared() + S::kStates) + first_warp * 2 * S::kRows + row;
+    if constexpr (S::kDirect) {
+      RowPart<N> all[1];
+      const int first_warps[1] = {first_warp};
+      add_up_few(first_warps, n_warps, row, lane, all);
+      return all[0];
+    }
     return combine<N>(
         n_warps, [&](int w) { return states[w * 2 * S::kRows]; },
         [&](int w) { return states[w * 2 * S::kRows + S::kRows]; },
         [&](int w, float(&to)[N]) { read_floats(sums(first_warp + w, row) + lane * N, to); });
+  }
+  /// The same for several items' rows, each the sum of few warps' from first_warps[k] on.
+  template <int Rows>
+  SIMT static void add_up_few(const int (&first_warps)[Rows], int n_warps, int row, int lane, RowPart<N> (&all)[Rows]) {
+    const float* states = reinterpret_cast<const float*>(simt::shared() + S::kStates) + row;
+    SIMT_NO_UNROLL
+    for (int w = 0; w < n_warps; w++) {
+      SIMT_UNROLL
+      for (int k = 0; k < Rows; k++) {
+        const int warp = first_warps[k] + w;
+        float sum[N];
+        read_floats(sums(warp, row) + lane * N, sum);
+        const float maximum = states[warp * 2 * S::kRows], top = fmaxf(all[k].maximum, maximum);
+        const float old = simt::exp2_fast(all[k].maximum - top), factor = simt::exp2_fast(maximum - top);
+        all[k].maximum = top;
+        all[k].weight = all[k].weight * old + factor * states[warp * 2 * S::kRows + S::kRows];
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) all[k].sum[i] = all[k].sum[i] * old + factor * sum[i];
+      }
+    }
   }
 };
 

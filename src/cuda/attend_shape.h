@@ -45,6 +45,11 @@ struct AttendShape {
   static constexpr int kKeySubspaces = HeadDim / KeyWidth, kValueSubspaces = HeadDim / ValueWidth;
   static constexpr int kWarps = attend_warps(HeadDim, KeyWidth, ValueWidth);
   static constexpr int kThreads = kWarps * 32;
+  static_assert(kWarps == 8 || kWarps == 16);
+  // Query rows of a batch that a warp transforms, finishes and so on, all at once: of row warp % 4 those of every
+  // kSlotStep-th slot from warp / 4 on.
+  static constexpr int kSlotStep = kWarps / kRowGroup;
+  static constexpr int kWarpRows = Slots > kSlotStep ? Slots / kSlotStep : 1;
   static constexpr int kKeyBlock = (kKeySubspaces + 2) * kBlockCells;
   static constexpr int kValueBlock = (kValueSubspaces + 2) * kBlockCells;
 

@@ -1,7 +1,7 @@
 // Decode attention: how work is dealt out, and the tables in shared memory (attend_shape.h).
 #pragma once
 
-#include "cuda/attend_shape.h"
+#include "cuda/attend_parts.h"
 #include "cuda/hadamard.h"
 #include "cuda/simt.h"
 
@@ -23,8 +23,9 @@ struct AttendItems {
     return left < all ? left : all;
   }
   /// Warps that share an item.
-  SIMT static int n_warps(const AttendArgs& a) { return S::kWarps >> batch_shift(a); }
-  SIMT static int slot_of(const AttendArgs& a, int warp) { return S::kSlots > 1 ? warp / n_warps(a) : 0; }
+  SIMT static int n_warps(const AttendArgs& a) { return 1 << n_warps_log2(a); }
+  SIMT static int n_warps_log2(const AttendArgs& a) { return (S::kWarps == 16 ? 4 : 3) - batch_shift(a); }
+  SIMT static int slot_of(const AttendArgs& a, int warp) { return S::kSlots > 1 ? warp >> n_warps_log2(a) : 0; }
 
   /// What query row r of this thread block's 4 belongs to. Rows that only pad the group are of tokens that are not
   /// there.
@@ -120,24 +121,31 @@ struct AttendTables {
     return simt::bits_to_float(simt::permute(biased, 0x4b000000u, 0x7440u | i)) - 8388736.0f;
   }
 
-  /// Starts copying a batch's queries to shared memory, as the model wrote them.
+  /// Starts copying a batch's queries to shared memory, as the model wrote them: each row by the warp that transforms
+  /// it.
   SIMT static void fetch_queries(const AttendArgs& a, int batch) {
     if (batch >= Items::n_batches(a)) return;
-    constexpr int kVectors = S::kRows * D / 4;  // of an item
-    static_assert(kVectors <= S::kThreads);
-    const int end = Items::n_slots(a, batch) * kVectors;
-    SIMT_NO_UNROLL
-    for (int i = simt::thread_again(); i < end; i += S::kThreads) {
-      const int slot = i / kVectors, at = i % kVectors;
-      const auto row = Items::query_row(a, at / (D / 4));
-      uint4* to = reinterpret_cast<uint4*>(simt::shared() + S::kQueries) + i;
-      if (row.token < a.n_tokens) {
-        simt::copy_async<16>(
-            to, a.queries + Items::stream_of(a, Items::first_item(a, batch) + slot) * a.query_stream_stride +
-                    row.token * a.query_token_stride + row.head * a.query_head_stride + at % (D / 4) * 4);
-      } else {
-        *to = make_uint4(0, 0, 0, 0);
+    const int thread = simt::thread_again(), warp = thread / 32, lane = thread % 32, n_slots = Items::n_slots(a, batch);
+    const int slot = warp / S::kRows;
+    const auto row = Items::query_row(a, warp % S::kRows);
+    const bool is_there = row.token < a.n_tokens;
+    const float* from = a.queries + Items::stream_of(a, Items::first_item(a, batch) + slot) * a.query_stream_stride +
+                        row.token * a.query_token_stride + row.head * a.query_head_stride + lane * 4;
+    uint8_t* to = simt::shared() + S::kQueries + (warp * D + lane * 4) * 4;
+    SIMT_UNROLL
+    for (int k = 0; k < S::kWarpRows; k++) {
+      if (slot + k * S::kSlotStep >= n_slots) break;
+      SIMT_UNROLL
+      for (int d = 0; d < D; d += 128) {
+        if (lane * 4 + d >= D) continue;
+        if (is_there) {
+          simt::copy_async<16>(to + d * 4, from + d);
+        } else {
+          *reinterpret_cast<uint4*>(to + d * 4) = make_uint4(0, 0, 0, 0);
+        }
       }
+      from += S::kSlotStep * a.query_stream_stride;
+      to += S::kSlotStep * S::kRows * D * 4;
     }
   }
 
@@ -168,54 +176,37 @@ struct AttendTables {
   /// Transforms a batch's queries, and hands each row to put(slot, r, x, lane): lane has the components from x's size *
   /// lane on. `put` says what their greatest is to become and returns what it was; score tables and codewords' products
   /// have a range of their own, and the factors make up for that. Codes tell a key less the mean, so logits lack the
-  /// query's product with it: the same for every cell, it is added to their maximum.
+  /// query's product with it: the same for every cell, it is added to their maximum. A row is free for `put` to write
+  /// to; that all are done, a barrier has to tell.
   template <typename Put>
   SIMT static void transform_queries(const AttendArgs& a, int n_slots, Put put) {
-    uint8_t* shared = simt::shared();
-    constexpr int N = D / 32;
-    const auto transform_row = [&](int slot, int r, int lane, const float* partial) {
-      float* query = reinterpret_cast<float*>(shared + S::kQueries) + (slot * S::kRows + r) * D;
-      float x[N] = {};
-      SIMT_UNROLL
-      for (int i = 0; i < N; i++) {
-        if (partial) {
-          SIMT_UNROLL
-          for (int part = 0; part < kParts; part++) x[i] += partial[(part * S::kRows + r) * D + lane * N + i];
-        } else {
-          x[i] = query[lane * N + i];
-        }
-      }
-      if (!partial) hadamard_warp<D, true>(x, lane);
-      float along_mean = 0;
-      if (a.key_codec.mean && a.softcap == 0) {
-        const float* mean = a.key_codec.mean + size_t(simt::block_y()) * D;
-        for (int d = lane; d < D; d += 32) along_mean += query[d] * simt::load_constant(mean + d);
-        SIMT_UNROLL
-        for (int mask = 1; mask < 32; mask *= 2) along_mean += simt::shuffle_xor(along_mean, mask);
-      }
-      simt::sync_warp();
-      const float top = put(slot, r, x, lane);
-      if (lane == 0) {
-        reinterpret_cast<float*>(shared + S::kFactors)[slot * S::kRows + r] = top * a.scale * kLog2e;
-        reinterpret_cast<float*>(shared + S::kOffsets)[slot * S::kRows + r] = along_mean * a.scale * kLog2e;
-      }
-    };
-    const int thread = simt::thread_again(), warp = thread / 32, lane = thread % 32;
+    const int thread = simt::thread_again(), warp = thread / 32, lane = thread % 32, r = warp % S::kRows;
     if (a.key_codec.undo) {
       SIMT_NO_UNROLL
       for (int slot = 0; slot < n_slots; slot++) {
-        const float* queries = reinterpret_cast<const float*>(shared + S::kQueries) + slot * S::kRows * D;
-        const float* partial = multiply_rows(queries, a.key_codec.undo);
-        if (warp < S::kRows) transform_row(slot, warp, lane, partial);
+        const float* partial = multiply_rows(query_rows(slot, 0), a.key_codec.undo);
+        if (warp < S::kRows) {
+          float x[1][kLaneComponents] = {};
+          SIMT_UNROLL
+          for (int i = 0; i < kLaneComponents; i++) {
+            SIMT_UNROLL
+            for (int part = 0; part < kParts; part++) {
+              x[0][i] += partial[(part * S::kRows + r) * D + lane * kLaneComponents + i];
+            }
+          }
+          put_rows(a, slot, r, lane, x, put);
+        }
         if constexpr (S::kSlots > 1) simt::sync();
       }
-    } else {
-      SIMT_NO_UNROLL
-      for (int row = warp; row < n_slots * S::kRows; row += S::kWarps) {
-        transform_row(row / S::kRows, row % S::kRows, lane, nullptr);
+    } else if (warp / S::kRows < n_slots) {
+      float x[S::kWarpRows][kLaneComponents];
+      SIMT_UNROLL
+      for (int k = 0; k < S::kWarpRows; k++) {
+        read_floats(query_rows(warp / S::kRows + k * S::kSlotStep, r) + lane * kLaneComponents, x[k]);
       }
+      hadamard_warp<D>(x, lane);
+      put_rows(a, warp / S::kRows, r, lane, x, put);
     }
-    simt::sync();
   }
 
   /// A row's greatest component, in all lanes.
@@ -224,9 +215,8 @@ struct AttendTables {
     float top = 0;
     SIMT_UNROLL
     for (int i = 0; i < N; i++) top = simt::max_nan(top, fabsf(x[i]));
-    SIMT_UNROLL
-    for (int mask = 1; mask < 32; mask *= 2) top = simt::max_nan(top, simt::shuffle_xor(top, mask));
-    return top;
+    // Of floats that are not negative, bits have the same order; a NaN's are the greatest.
+    return simt::bits_to_float(simt::max_of_warp(simt::float_to_bits(top)));
   }
 
   /// A batch's queries, where they are: unit in their greatest component, so that score tables fit f16.
@@ -238,6 +228,7 @@ struct AttendTables {
       for (int i = 0; i < D / 32; i++) query[lane * (D / 32) + i] = x[i] * inverse;
       return top;
     });
+    simt::sync();
   }
 
   // Score tables, in two steps as well. A thread has one column, and with it a subspace of each plane, and every
@@ -345,6 +336,38 @@ struct AttendTables {
   }
 
 private:
+  static constexpr int kLaneComponents = D / 32;
+
+  SIMT static float* query_rows(int slot, int r) {
+    return reinterpret_cast<float*>(simt::shared() + S::kQueries) + (slot * S::kRows + r) * D;
+  }
+
+  /// Hands transformed rows to `put`: row r of every kSlotStep-th slot from `slot` on.
+  template <int Rows, typename Put>
+  SIMT static void put_rows(const AttendArgs& a, int slot, int r, int lane, const float (&x)[Rows][kLaneComponents],
+                            Put put) {
+    float along_mean[Rows] = {};
+    if (a.key_codec.mean && a.softcap == 0) {
+      const float* mean = a.key_codec.mean + size_t(simt::block_y()) * D;
+      SIMT_UNROLL
+      for (int k = 0; k < Rows; k++) {
+        const float* query = query_rows(slot + k * S::kSlotStep, r);
+        for (int d = lane; d < D; d += 32) along_mean[k] += query[d] * simt::load_constant(mean + d);
+        SIMT_UNROLL
+        for (int mask = 1; mask < 32; mask *= 2) along_mean[k] += simt::shuffle_xor(along_mean[k], mask);
+      }
+    }
+    simt::sync_warp();
+    SIMT_UNROLL
+    for (int k = 0; k < Rows; k++) {
+      const int at = slot + k * S::kSlotStep;  // without an item from n_slots on: nobody looks at what is put there
+      const float top = put(at, r, x[k], lane);
+      if (lane != 0) continue;
+      reinterpret_cast<float*>(simt::shared() + S::kFactors)[at * S::kRows + r] = top * a.scale * kLog2e;
+      reinterpret_cast<float*>(simt::shared() + S::kOffsets)[at * S::kRows + r] = along_mean[k] * a.scale * kLog2e;
+    }
+  }
+
   /// What takes a block's products to the range of bytes, row by row. Row factors are divided by it.
   SIMT static void find_units(const float (&products)[S::kKeyPlanes][kEntries][S::kRows], int slot,
                               float (&to_bytes)[S::kRows]) {
@@ -358,8 +381,7 @@ private:
         SIMT_UNROLL
         for (int k = 0; k < kEntries; k++) top = simt::max_nan(top, fabsf(products[plane][k][r]));
       }
-      // Of floats that are not negative, bits have the same order; a NaN's are the greatest.
-      const uint32_t of_warp = simt::max_of_warp(simt::float_to_bits(top));
+      const uint32_t of_warp = simt::max_of_warp(simt::float_to_bits(top));  // see top_of
       if (thread % 32 == 0) tops[thread / 32 * S::kRows + r] = of_warp;
     }
     simt::sync();

@@ -44,12 +44,12 @@ struct PrepareKernel {
     } else {
       const int lane = simt::thread() % 32;
       for (int i = simt::thread() / 32; i < n; i += kWarps) {
-        float v[D / 32];
+        float v[1][D / 32];
         SIMT_UNROLL
-        for (int k = 0; k < D / 32; k++) v[k] = s.x[i][lane * (D / 32) + k];
+        for (int k = 0; k < D / 32; k++) v[0][k] = s.x[i][lane * (D / 32) + k];
         hadamard_warp<D>(v, lane);
         SIMT_UNROLL
-        for (int k = 0; k < D / 32; k++) s.y[i][lane * (D / 32) + k] = v[k];
+        for (int k = 0; k < D / 32; k++) s.y[i][lane * (D / 32) + k] = v[0][k];
       }
     }
     simt::sync();

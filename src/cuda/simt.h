@@ -20,14 +20,22 @@
 namespace thimble::cuda::simt {
 
 SIMT int thread() {
-  return threadIdx.x;
+  const int r = int(threadIdx.x);
+  __builtin_assume(r >= 0 && r < 1024);  // or each division by a power of two minds negative numbers
+  return r;
 }
 /// The same, read anew: what is worked out from it once for each of many items takes no register in between.
 SIMT int thread_again() {
   int r;
   asm volatile("mov.u32 %0,%%tid.x;" : "=r"(r));
-  __builtin_assume(r >= 0 && r < 1024);  // or each division by a power of two minds negative numbers
+  __builtin_assume(r >= 0 && r < 1024);
   return r;
+}
+/// Holds the compiler to a value that it would rather work out again in each round of a loop.
+template <typename T>
+SIMT void keep(T& x) {
+  static_assert(sizeof(T) == 4);
+  asm("" : "+r"(x));
 }
 SIMT int block_x() {
   return blockIdx.x;
@@ -40,6 +48,18 @@ SIMT int block_z() {
 }
 SIMT int blocks_x() {
   return gridDim.x;
+}
+
+/// Brings a kernel's arguments to the constant cache, each line by another warp: else each is waited for when it is
+/// first used, one after the other. A word of each is left in shared memory, a word a warp, as what nobody uses is not
+/// loaded.
+template <typename Args>
+SIMT void touch(const Args& args, uint32_t* words) {
+  constexpr int kLineWords = 16, kLines = (sizeof(Args) + kLineWords * 4 - 1) / (kLineWords * 4);
+  const int warp = thread() / 32;
+  if (warp < kLines && thread() % 32 == 0) {
+    words[warp] = reinterpret_cast<const uint32_t*>(&args)[warp * kLineWords];
+  }
 }
 
 /// The block's dynamic shared memory, 1024-byte aligned.
@@ -158,6 +178,9 @@ SIMT float sub_rn(float a, float b) {
 }
 SIMT float mul_rn(float a, float b) {
   return __fmul_rn(a, b);
+}
+SIMT float fma_rn(float a, float b, float c) {
+  return __fmaf_rn(a, b, c);
 }
 SIMT float div_rn(float a, float b) {
   return __fdiv_rn(a, b);

@@ -190,6 +190,10 @@ inline int thread() {
 inline int thread_again() {
   return thread();
 }
+template <typename T>
+void keep(T&) {}
+template <typename Args>
+void touch(const Args&, uint32_t*) {}
 inline int block_x() {
   return Machine::current()->block_x;
 }
@@ -297,6 +301,9 @@ inline float reciprocal_fast(float x) {
 }
 inline float max_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? std::numeric_limits<float>::quiet_NaN() : std::max(a, b);
+}
+inline float fma_rn(float a, float b, float c) {
+  return std::fma(a, b, c);
 }
 inline float add_rn(float a, float b) {
   return a + b;

@@ -43,12 +43,12 @@ struct TransformKernel {
     } else {
       const int lane = thread % 32;
       for (int i = thread / 32; i < kRows; i += D / 32) {
-        float v[D / 32];
+        float v[1][D / 32];
         SIMT_UNROLL
-        for (int k = 0; k < D / 32; k++) v[k] = x[i * D + lane * (D / 32) + k];
+        for (int k = 0; k < D / 32; k++) v[0][k] = x[i * D + lane * (D / 32) + k];
         hadamard_warp<D>(v, lane);
         SIMT_UNROLL
-        for (int k = 0; k < D / 32; k++) x[i * D + lane * (D / 32) + k] = v[k];
+        for (int k = 0; k < D / 32; k++) x[i * D + lane * (D / 32) + k] = v[0][k];
       }
       simt::sync();
       SIMT_UNROLL
