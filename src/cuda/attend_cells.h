@@ -150,6 +150,11 @@ struct AttendCells {
     return make_uint2(e.x ^ flip, e.y ^ flip);
   }
 
+  /// Of what a lane looks up first, in shared memory.
+  SIMT static uint32_t first_address(const Lane& l, const uint4 (&codes)[kKeyLoads]) {
+    return simt::scale_byte(codes[0].x, 0, S::kKeyRowBytes, l.keys[0]);
+  }
+
   /// Sums of score table entries of this lane's 8 cells.
   SIMT static void table_scores(const Lane& l, const uint4 (&codes)[kKeyLoads], float (&score)[8]) {
     if constexpr (S::kWideKeys) {

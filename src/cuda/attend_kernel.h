@@ -153,14 +153,18 @@ struct AttendKernel {
         Exact::prefetch(a, Items::stream_of(a, Items::first_item(a, first) + slot));
       }
     }
+    const auto load_small = [&] {
+      Tables::copy_scales(a);
+      Cells::store_slopes(a);
+    };
+    if constexpr (!S::kDirect) load_small();  // while the grid before this one ends
     // The grid before this one need not have ended for the value table; whether a short context needs one is not known.
     const bool is_short = Exact::any(a) && a.n_cells <= S::kWarps * kBlockCells;
     if (!is_short) Tables::fill_value_table(value_words);
     simt::wait_for_previous_grid();
 
     Tables::fetch_queries(a, first);
-    Tables::copy_scales(a);
-    Cells::store_slopes(a);
+    if constexpr (S::kDirect) load_small();  // while many queries are on their way
     bool coded = true;
     if (Exact::any(a)) {
       const bool is_alone = first + simt::blocks_x() >= Items::n_batches(a);
@@ -266,7 +270,11 @@ struct AttendKernel {
           if (a.hidden) skip = a.hidden[hidden_at] >> l.g % 4 * 8 & 255;
         }
         float x[8];
-        if constexpr (!S::kDeep) load_values(these_values);
+        // Values are not asked for before the keys' codes are there: whoever waits for those would wait for both, which
+        // share a counter.
+        uint32_t keys_are_there = 0;
+        if constexpr (!S::kDirect) keys_are_there = simt::after(Cells::first_address(l, key_codes));
+        if constexpr (!S::kDeep) load_values(these_values + keys_are_there);
         Cells::scores(l, slot, key_codes, x);
         if constexpr (S::kStaged) {
           if (S::kStagesScales || a.mask || a.hidden) simt::wait_for_copies();

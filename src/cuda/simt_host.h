@@ -192,6 +192,9 @@ inline int thread_again() {
 }
 template <typename T>
 void keep(T&) {}
+inline uint32_t after(uint32_t) {
+  return 0;
+}
 template <typename Args>
 void touch(const Args&, uint32_t*) {}
 inline int block_x() {
