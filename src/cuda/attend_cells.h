@@ -72,6 +72,7 @@ struct AttendCells {
     l.dither = 32768 + (reversed(l.g) + 0.5f) / 64;
     if constexpr (S::kDirect) {
       l.select = Direct::turn_selector(l.g);
+      // Worked out anew for each block they would be 40 instructions there.
       SIMT_UNROLL
       for (int i = 0; i < kPlaneSteps; i++) simt::keep(l.keys[i]);
       simt::keep(l.values);

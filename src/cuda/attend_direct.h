@@ -12,6 +12,8 @@
 // keeps its own. At width 4 two look-ups for each bank cost less than four rotations.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/attend_tables.h"
 
 namespace thimble::cuda {

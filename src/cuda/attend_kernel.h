@@ -153,18 +153,18 @@ struct AttendKernel {
         Exact::prefetch(a, Items::stream_of(a, Items::first_item(a, first) + slot));
       }
     }
-    const auto load_small = [&] {
+    const auto load_scales = [&] {
       Tables::copy_scales(a);
       Cells::store_slopes(a);
     };
-    if constexpr (!S::kDirect) load_small();  // while the grid before this one ends
+    if constexpr (!S::kDirect) load_scales();  // while the grid before this one ends
     // The grid before this one need not have ended for the value table; whether a short context needs one is not known.
     const bool is_short = Exact::any(a) && a.n_cells <= S::kWarps * kBlockCells;
     if (!is_short) Tables::fill_value_table(value_words);
     simt::wait_for_previous_grid();
 
     Tables::fetch_queries(a, first);
-    if constexpr (S::kDirect) load_small();  // while many queries are on their way
+    if constexpr (S::kDirect) load_scales();  // while many queries are on their way
     bool coded = true;
     if (Exact::any(a)) {
       const bool is_alone = first + simt::blocks_x() >= Items::n_batches(a);

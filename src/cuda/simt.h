@@ -50,18 +50,6 @@ SIMT int blocks_x() {
   return gridDim.x;
 }
 
-/// Brings a kernel's arguments to the constant cache, each line by another warp: else each is waited for when it is
-/// first used, one after the other. A word of each is left in shared memory, a word a warp, as what nobody uses is not
-/// loaded.
-template <typename Args>
-SIMT void touch(const Args& args, uint32_t* words) {
-  constexpr int kLineWords = 16, kLines = (sizeof(Args) + kLineWords * 4 - 1) / (kLineWords * 4);
-  const int warp = thread() / 32;
-  if (warp < kLines && thread() % 32 == 0) {
-    words[warp] = reinterpret_cast<const uint32_t*>(&args)[warp * kLineWords];
-  }
-}
-
 /// The block's dynamic shared memory, 1024-byte aligned.
 SIMT uint8_t* shared() {
   extern __shared__ __align__(1024) uint8_t memory[];

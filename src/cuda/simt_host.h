@@ -195,8 +195,6 @@ void keep(T&) {}
 inline uint32_t after(uint32_t) {
   return 0;
 }
-template <typename Args>
-void touch(const Args&, uint32_t*) {}
 inline int block_x() {
   return Machine::current()->block_x;
 }
