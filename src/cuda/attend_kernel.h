@@ -270,11 +270,11 @@ struct AttendKernel {
           if (a.hidden) skip = a.hidden[hidden_at] >> l.g % 4 * 8 & 255;
         }
         float x[8];
-        // Values are not asked for before the keys' codes are there: whoever waits for those would wait for both, which
-        // share a counter.
-        uint32_t keys_are_there = 0;
-        if constexpr (!S::kDirect) keys_are_there = simt::after(Cells::first_address(l, key_codes));
-        if constexpr (!S::kDeep) load_values(these_values + keys_are_there);
+        if constexpr (!S::kDeep) {
+          // Not before the keys' codes are there: whoever waits for those would wait for both, which share a counter.
+          // Batches turn the codes first, and thereby wait.
+          load_values(these_values + (S::kDirect ? 0 : simt::after(Cells::first_address(l, key_codes))));
+        }
         Cells::scores(l, slot, key_codes, x);
         if constexpr (S::kStaged) {
           if (S::kStagesScales || a.mask || a.hidden) simt::wait_for_copies();
