@@ -16,6 +16,7 @@
 #include "eval/tailorkv_cache.h"
 #include "eval/tasks.h"
 #include "eval/text_score.h"
+#include "temporary_folder.h"
 
 namespace thimble {
 namespace {
@@ -109,8 +110,8 @@ TEST(TextScore, RowsAreComplete) {
 }
 
 TEST(TextScore, ExactRunIsKeptForItsTokensOnly) {
-  const std::string path = testing::TempDir() + "thimble_exact_run";
-  std::filesystem::remove(path);
+  const test::TemporaryFolder folder;
+  const std::string path = folder.file("exact_run");
   ExactRun run{{1, 2, 3}, 2, {{-0.5f, -1.0f}, {-2.0f, -3.0f}}, 7.0};
   ExactRun read{{1, 2, 3}, 2, {}, 0};
   EXPECT_FALSE(read_exact_run(path, read));

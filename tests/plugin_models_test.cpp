@@ -1,13 +1,11 @@
 // Kinds of caches that the small real model does not have: tiny random models of other shapes and architectures, and
 // the real model with an adapter. Each is led through prefill, decoding, removal, a context shift where it has one, and
 // a saved state.
-#include <unistd.h>
-
-#include <filesystem>
 #include <ostream>
 #include <regex>
 
 #include "plugin_session.h"
+#include "temporary_folder.h"
 #include "tiny_model.h"
 
 namespace thimble::test {
@@ -202,7 +200,8 @@ INSTANTIATE_TEST_SUITE_P(, PluginModels, testing::ValuesIn(cases()), [](const au
 using PluginAdapter = PluginTest;
 
 TEST_F(PluginAdapter, OfKeysAndValues) {
-  const auto path = std::filesystem::temp_directory_path() / ("thimble-adapter-" + std::to_string(getpid()) + ".gguf");
+  const TemporaryFolder folder;
+  const std::string path = folder.file("adapter.gguf");
   write_adapter(path, load_model(false).get(), 4);
   std::vector<Logits> without;
   expect_like_plain({}, [&](Session& s) {
@@ -219,7 +218,6 @@ TEST_F(PluginAdapter, OfKeysAndValues) {
     EXPECT_GT(compare(without, s.logits).mean_kl, 0.02) << "the adapter does nothing";
     for (int i = 0; i < 6; i++) s.feed(text(90 + i, 1));
   });
-  std::filesystem::remove(path);
 }
 
 }  // namespace

@@ -1,9 +1,6 @@
 // Retrieval as a program on libllama meets it: closer to f16 than the codes alone, exact prefill, exact states.
-#include <unistd.h>
-
-#include <filesystem>
-
 #include "plugin_session.h"
+#include "temporary_folder.h"
 
 namespace thimble::test {
 namespace {
@@ -51,14 +48,12 @@ TEST_F(PluginRetrieval, PrefillIsExact) {
 }
 
 TEST_F(PluginRetrieval, AFileIsLikeRam) {
-  const auto directory = std::filesystem::temp_directory_path() / ("thimble-retrieval-" + std::to_string(getpid()));
-  std::filesystem::create_directory(directory);
-  const auto file = run(with("top=32,store=file,path=" + directory.string()), [&](Session& s) {
+  const TemporaryFolder folder;
+  const auto file = run(with("top=32,store=file,path=" + folder.path()), [&](Session& s) {
     decode_some(s);
-    EXPECT_TRUE(std::filesystem::is_empty(directory));
+    EXPECT_TRUE(folder.empty());
   });
   EXPECT_TRUE(file == run(with("top=32"), decode_some));
-  std::filesystem::remove_all(directory);
 }
 
 TEST_F(PluginRetrieval, ThreadsAndPolicyChangeNothingOrEverything) {

@@ -1,12 +1,10 @@
 // States of a coded cache: saved, loaded elsewhere and saved again they are the same bytes, and decoding goes on with
 // the very same logits.
-#include <unistd.h>
-
 #include <algorithm>
-#include <filesystem>
 #include <tuple>
 
 #include "plugin_session.h"
+#include "temporary_folder.h"
 
 namespace thimble::test {
 namespace {
@@ -115,8 +113,8 @@ TEST_P(PluginState, OfASequenceIntoItsOwnContext) {
 }
 
 TEST_P(PluginState, ThroughAFile) {
-  const auto path = std::filesystem::temp_directory_path() /
-                    ("thimble-state-" + std::to_string(GetParam()) + "-" + std::to_string(getpid()));
+  const TemporaryFolder folder;
+  const std::string path = folder.file("state");
   Session original(options()), restored(options());
   const Tokens tokens = text(0, 80);
   original.feed(tokens, 0, 1);
@@ -127,7 +125,6 @@ TEST_P(PluginState, ThroughAFile) {
   read.resize(n_read);
   EXPECT_EQ(read, tokens);
   EXPECT_TRUE(go_on(restored) == go_on(original));
-  std::filesystem::remove(path);
 }
 
 TEST_P(PluginState, OfPlainLlamaCppLoads) {

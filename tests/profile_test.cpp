@@ -11,6 +11,8 @@
 #include <random>
 #include <stdexcept>
 
+#include "temporary_folder.h"
+
 namespace thimble {
 namespace {
 
@@ -53,12 +55,9 @@ Profile random_profile() {
   return p;
 }
 
-std::string temporary_path() {
-  return (std::filesystem::path(testing::TempDir()) / "profile_test.thimble.gguf").string();
-}
-
 std::vector<uint8_t> file_of(const Profile& profile) {
-  const std::string path = temporary_path();
+  const test::TemporaryFolder folder;
+  const std::string path = folder.file("written.thimble.gguf");
   write_profile(profile, path);
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
@@ -70,8 +69,10 @@ Profile read_back(const std::vector<uint8_t>& file) {
 
 TEST(Profile, IsReadAsWritten) {
   const Profile p = random_profile();
-  write_profile(p, temporary_path());
-  const Profile q = read_profile(temporary_path());
+  const test::TemporaryFolder folder;
+  const std::string path = folder.file("written.thimble.gguf");
+  write_profile(p, path);
+  const Profile q = read_profile(path);
   EXPECT_EQ(q.shape.architecture, p.shape.architecture);
   EXPECT_EQ(q.shape.layers, p.shape.layers);
   EXPECT_EQ(q.shape.rope, p.shape.rope);
@@ -163,7 +164,8 @@ TEST(ProfileFile, RefusesAbsurdNumbers) {
   const auto refused = [](auto change) {
     Profile p = random_profile();
     change(p);
-    EXPECT_THROW(read_back(file_of(p)), std::runtime_error);
+    const auto file = file_of(p);
+    EXPECT_THROW(read_back(file), std::runtime_error);
   };
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -188,6 +190,15 @@ TEST(ProfileFile, SaysWhatToDo) {
     EXPECT_NE(std::string(e.what()).find("/nonexistent/x.thimble.gguf"), std::string::npos);
   }
   EXPECT_THROW(write_profile(random_profile(), "/nonexistent/x.thimble.gguf"), std::runtime_error);
+}
+
+TEST(ProfileFile, LeavesNothingWhereItCannotWrite) {
+  const test::TemporaryFolder folder;
+  const std::string taken = folder.file("taken");
+  std::filesystem::create_directory(taken);
+  EXPECT_THROW(write_profile(random_profile(), taken), std::runtime_error);
+  std::filesystem::remove(taken);
+  EXPECT_TRUE(folder.empty());
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <ostream>
 #include <stdexcept>
 
 namespace thimble {
@@ -68,6 +69,8 @@ TEST(Settings, HashNamesTheCodes) {
 struct Wrong {
   const char* text;
   const char* named;
+
+  friend void PrintTo(const Wrong& wrong, std::ostream* out) { *out << wrong.text; }
 };
 class SettingsRefuse : public testing::TestWithParam<Wrong> {};
 

@@ -17,25 +17,13 @@
 #include <vector>
 
 #include "store/exact_store.h"
+#include "temporary_folder.h"
 
 namespace thimble {
 namespace {
 
 namespace fs = std::filesystem;
-
-class Directory {
-public:
-  Directory() {
-    std::string name = (fs::temp_directory_path() / "thimble-store-XXXXXX").string();
-    path_ = mkdtemp(name.data());
-  }
-  ~Directory() { fs::remove_all(path_); }
-  std::string path() const { return path_.string(); }
-  bool empty() const { return fs::is_empty(path_); }
-
-private:
-  fs::path path_;
-};
+using test::TemporaryFolder;
 
 std::vector<uint16_t> pattern(int64_t row, size_t size) {
   std::vector<uint16_t> x(size);
@@ -87,7 +75,7 @@ TEST(ExactStore, RowsInRam) {
 }
 
 TEST(ExactStore, RowsInAFile) {
-  Directory directory;
+  const TemporaryFolder directory;
   for (const auto& [n_rows, size] : {std::pair<int64_t, size_t>{8, 64}, {5000, 192}, {40000, 1024}, {8, 1 << 20}}) {
     use(*ExactStore::file(directory.path(), n_rows, size), n_rows, size);
     EXPECT_TRUE(directory.empty());
@@ -96,7 +84,7 @@ TEST(ExactStore, RowsInAFile) {
 
 // Pages that left memory are on their way back when will_need returns, and no others.
 TEST(ExactStore, RowsOfAFileAreReadAhead) {
-  Directory directory;
+  const TemporaryFolder directory;
   const auto store = ExactStore::file(directory.path(), 64, 4096);  // a row is pages of its own, however large they are
   const size_t row_bytes = 4096 * sizeof(uint16_t), page = size_t(sysconf(_SC_PAGESIZE));
   if (page > row_bytes) GTEST_SKIP() << "pages of " << page << " bytes hold several rows";
@@ -122,7 +110,7 @@ TEST(ExactStore, RowsOfAFileAreReadAhead) {
 }
 
 TEST(ExactStore, AFileIsAsLargeAsWhatWasReserved) {
-  Directory directory;
+  const TemporaryFolder directory;
   const auto free_bytes = [&] { return fs::space(directory.path()).free; };
   const auto store = ExactStore::file(directory.path(), 1 << 24, 1024);  // 32 GiB of rows
   const auto before = free_bytes();
@@ -133,7 +121,7 @@ TEST(ExactStore, AFileIsAsLargeAsWhatWasReserved) {
 }
 
 TEST(ExactStore, HasNoNameWhileItIsInUse) {
-  Directory directory;
+  const TemporaryFolder directory;
   const auto store = ExactStore::file(directory.path(), 1000, 128);
   put(*store, 3, pattern(3, 128));
   EXPECT_TRUE(directory.empty());
@@ -149,7 +137,7 @@ int in_child(const std::function<int()>& work) {
 }
 
 TEST(ExactStore, NothingIsLeftBehindByKill9) {
-  Directory directory;
+  const TemporaryFolder directory;
   const int status = in_child([&] {
     const auto store = ExactStore::file(directory.path(), 1000, 128);
     for (int row = 0; row < 500; row++) put(*store, row, pattern(row, 128));
@@ -170,7 +158,7 @@ TEST(ExactStore, AMissingDirectoryIsNamed) {
 }
 
 TEST(ExactStore, AFileThatIsNotAllowedToBeSoLargeIsRefused) {
-  Directory directory;
+  const TemporaryFolder directory;
   const int status = in_child([&] {
     const rlimit limit{1 << 20, 1 << 20};
     setrlimit(RLIMIT_FSIZE, &limit);
@@ -188,7 +176,7 @@ TEST(ExactStore, AFileThatIsNotAllowedToBeSoLargeIsRefused) {
 
 // On a disk of 4 MiB: what fits is written, what does not is refused, and the rows before stay as they were.
 TEST(ExactStore, AFullDiskIsAnException) {
-  Directory directory;
+  const TemporaryFolder directory;
   constexpr int kCannotMount = 77;
   const int status = in_child([&] {
     const std::string path = directory.path();

@@ -1,6 +1,7 @@
 // The profile's file: reading trusts nothing, writing goes through a temporary file so that a reader never sees half.
 #include <ggml.h>
 #include <gguf.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstdio>
@@ -279,11 +280,13 @@ void write_profile(const Profile& profile, const std::string& path) {
       }
     }
   }
-  const std::string temporary = path + ".part";
+  // Named for this process: two that calibrate one model at once each put a whole file in place.
+  const std::string temporary = path + "." + std::to_string(getpid()) + ".part";
   std::error_code error;
   const bool written = gguf_write_to_file(g, temporary.c_str(), /*only_meta=*/false);
   if (written) std::filesystem::rename(temporary, path, error);
   if (!written || error) {
+    std::filesystem::remove(temporary, error);
     throw std::runtime_error("cannot write " + path + ": check that the folder exists and has room");
   }
 }
