@@ -1,5 +1,6 @@
 """llama-server on THIMBLE0, and the OpenAI client to ask it with."""
 import concurrent.futures
+import fcntl
 import json
 import os
 import signal
@@ -18,14 +19,18 @@ def enter_environment(venv):
     python = os.path.join(venv, "bin", "python")
     if os.path.realpath(sys.prefix) == os.path.realpath(venv):
         return
+    os.makedirs(venv, exist_ok=True)
     ready = os.path.join(venv, "ready")
-    if not os.path.exists(ready):
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        requirements = os.path.join(here, "requirements.txt")
-        if subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements]).returncode != 0:
-            print("skipped: no OpenAI client")
-            sys.exit(77)
-        open(ready, "w").close()
+    # Tests that share the environment run side by side: the first makes it, the others wait.
+    with open(os.path.join(venv, "lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(ready):
+            subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+            requirements = os.path.join(here, "requirements.txt")
+            if subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements]).returncode != 0:
+                print("skipped: no OpenAI client")
+                sys.exit(77)
+            open(ready, "w").close()
     os.execv(python, [python, *sys.argv])
 
 
