@@ -107,20 +107,22 @@ struct WarpParts {
     states[0] = maximum;
     states[S::kRows] = weight;
   }
+  /// The sum of n_warps warps' results from first_warp on; a warp calls it.
   SIMT static RowPart<N> add_up(int first_warp, int n_warps, int row, int lane) {
-    const float* states = reinterpret_cast<const float*>(simt::shared() + S::kStates) + first_warp * 2 * S::kRows + row;
-    if constexpr (S::kDirect) {
+    if constexpr (S::kDirect) {  // few warps each
       RowPart<N> all[1];
       const int first_warps[1] = {first_warp};
       add_up_few(first_warps, n_warps, row, lane, all);
       return all[0];
     }
+    const float* states = reinterpret_cast<const float*>(simt::shared() + S::kStates) + first_warp * 2 * S::kRows + row;
     return combine<N>(
         n_warps, [&](int w) { return states[w * 2 * S::kRows]; },
         [&](int w) { return states[w * 2 * S::kRows + S::kRows]; },
         [&](int w, float(&to)[N]) { read_floats(sums(first_warp + w, row) + lane * N, to); });
   }
-  /// The same for several items' rows, each the sum of few warps' from first_warps[k] on.
+  /// The same for several items' rows, each the sum of few warps' from first_warps[k] on: these wait for one another's
+  /// loads together, and a warp after the other is less work than combine's maxima and sums over lanes.
   template <int Rows>
   SIMT static void add_up_few(const int (&first_warps)[Rows], int n_warps, int row, int lane, RowPart<N> (&all)[Rows]) {
     const float* states = reinterpret_cast<const float*>(simt::shared() + S::kStates) + row;

@@ -9,6 +9,14 @@
 
 namespace thimble::cuda {
 
+/// Sets all bytes of memory that a device writes to, when this returns, after all that the device did with them.
+inline Status fill_memory(void* data, int byte, size_t size) {
+  if (size == 0) return {};
+  if (const cudaError_t e = cudaDeviceSynchronize(); e != cudaSuccess) return Status::from(e);
+  if (const cudaError_t e = cudaMemset(data, byte, size); e != cudaSuccess) return Status::from(e);
+  return Status::from(cudaStreamSynchronize(nullptr));
+}
+
 class DeviceMemory {
 public:
   DeviceMemory() = default;
@@ -37,13 +45,8 @@ public:
     if (moved) *moved = true;
     return fill(0);
   }
-  /// All bytes, when this returns, after all that the device did with them.
-  Status fill(int byte) {
-    if (size_ == 0) return {};
-    if (const cudaError_t e = cudaDeviceSynchronize(); e != cudaSuccess) return Status::from(e);
-    if (const cudaError_t e = cudaMemset(data_, byte, size_); e != cudaSuccess) return Status::from(e);
-    return Status::from(cudaStreamSynchronize(nullptr));
-  }
+  /// All bytes, as fill_memory does.
+  Status fill(int byte) { return fill_memory(data_, byte, size_); }
 
   template <typename T>
   T* as() const {
@@ -78,12 +81,7 @@ public:
     return clear();
   }
   /// By the device, which writes faster than a thread of the host; after all that it did with the memory.
-  Status clear() {
-    if (size_ == 0) return {};
-    if (const cudaError_t e = cudaDeviceSynchronize(); e != cudaSuccess) return Status::from(e);
-    if (const cudaError_t e = cudaMemset(data_, 0, size_); e != cudaSuccess) return Status::from(e);
-    return Status::from(cudaStreamSynchronize(nullptr));
-  }
+  Status clear() { return fill_memory(data_, 0, size_); }
 
   template <typename T>
   T* as() const {

@@ -136,17 +136,19 @@ private:
     for (Fiber& fiber : fibers_) fiber.stack.resize(kStackBytes);
   }
 
+  // No loop around getcontext, which may return twice: a loop's variable would be lost then.
+  void begin(Fiber& fiber) {
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &scheduler_;
+    makecontext(&fiber.context, &Machine::start, 0);
+  }
+
   void run_block() {
     std::fill(memory_.begin(), memory_.end(), uint8_t{0xcd});  // shared memory is not cleared between blocks
-    for (int i = 0; i < threads; i++) {
-      Fiber& fiber = fibers_[i];
-      fiber.done = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = &scheduler_;
-      makecontext(&fiber.context, &Machine::start, 0);
-    }
+    for (Fiber& fiber : fibers_) begin(fiber);
     for (int left = threads; left > 0;) {
       const long before = progress_;
       const int left_before = left;
