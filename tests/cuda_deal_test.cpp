@@ -1,7 +1,12 @@
 // How decode attention deals its work out, on a device of 132 multiprocessors: 16 thread blocks to each of 8 KV heads.
+// And which formats fit which devices.
 #include <gtest/gtest.h>
 
+#include <string>
+#include <utility>
+
 #include "cuda/attend_deal.h"
+#include "cuda/attend_formats.h"
 
 namespace thimble::cuda {
 namespace {
@@ -44,6 +49,24 @@ TEST(CudaDeal, NoMoreSplitsThanThereIsToDo) {
   EXPECT_EQ(choose_deal(1, 0, 0, deal_options(128, 4, 4, 16, true)).n_splits, 1);
   EXPECT_LE(choose_deal(1, 3, 0, deal_options(128, 4, 4, 16, true)).n_splits, 3);
   EXPECT_LE(choose_deal(1, 3, 136, deal_options(128, 4, 4, 16, true)).n_splits, 4);
+}
+
+// What a block may have, as CUDA's programming guide lists it by compute capability.
+TEST(CudaFormats, FitTheSharedMemoryOfDevices) {
+  constexpr size_t kSm80 = 163 << 10, kSm86 = 99 << 10, kSm90 = 227 << 10;
+  for (const auto& [keys, values] : {std::pair{8, 8}, {4, 8}, {4, 4}, {2, 4}, {2, 2}}) {
+    const std::string widths = std::to_string(keys) + "/" + std::to_string(values);
+    for (int head_dim : {64, 128}) EXPECT_LE(attend_shared_bytes(false, head_dim, keys, values), kSm86) << widths;
+    const size_t large_heads = attend_shared_bytes(false, 256, keys, values);
+    EXPECT_GT(large_heads, kSm86) << widths;
+    EXPECT_EQ(large_heads <= kSm80, keys > 2) << widths;
+    for (int head_dim : {64, 128, 256}) {
+      EXPECT_GT(attend_shared_bytes(true, head_dim, keys, values), 0u) << widths;
+      EXPECT_LE(attend_shared_bytes(true, head_dim, keys, values), kSm90) << widths;
+    }
+  }
+  EXPECT_EQ(attend_shared_bytes(true, 128, 8, 4), 0u);
+  EXPECT_EQ(attend_shared_bytes(true, 96, 8, 8), 0u);
 }
 
 }  // namespace

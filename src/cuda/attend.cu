@@ -2,6 +2,7 @@
 
 #include "cuda/attend.h"
 #include "cuda/attend_deal.h"
+#include "cuda/attend_formats.h"
 #include "cuda/attend_launch.h"
 #include "cuda/attend_shape.h"
 #include "cuda/layout.h"
@@ -90,6 +91,14 @@ size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args) 
   plan(device, planned, true);
   const size_t parts = size_t(planned.n_streams) * (planned.n_splits + 1) * planned.n_kv_heads * planned.row_groups;
   return kCounterBytes + parts * (kRowGroup * size_t(args.head_dim) + 2 * kRowGroup) * sizeof(float);
+}
+
+bool attend_fits(const DeviceInfo& device, int head_dim, int key_width, int value_width, bool scores) {
+  const auto fits = [&](int values) {
+    const size_t bytes = attend_shared_bytes(has_large_tables(device), head_dim, key_width, values);
+    return bytes > 0 && bytes <= device.shared_bytes;
+  };
+  return fits(value_width) && (!scores || fits(key_width));
 }
 
 int attend_batch(const DeviceInfo& device, const AttendArgs& args) {

@@ -12,6 +12,10 @@ namespace thimble::cuda {
 /// first use; then calls of any shape may share the largest.
 size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args);
 
+/// Whether the device has a kernel for keys and values of these widths, and the shared memory for it; `scores`: for
+/// score_cells as well.
+bool attend_fits(const DeviceInfo& device, int head_dim, int key_width, int value_width, bool scores);
+
 /// How many streams a thread block takes at once for such a call: above 1, scores come from the codewords themselves
 /// (attend_direct.h).
 int attend_batch(const DeviceInfo& device, const AttendArgs& args);

@@ -1,6 +1,7 @@
 // The attention kernels of one head size. Included by attend_<head size>.cu alone.
 #pragma once
 
+#include "cuda/attend_formats.h"
 #include "cuda/attend_kernel.h"
 #include "cuda/attend_launch.h"
 #include "cuda/launch.h"
@@ -48,23 +49,14 @@ Status launch_attend(const DeviceInfo& device, const AttendArgs& args, dim3 grid
   return launch(device, attend_kernel<Small, false>, args, grid, Small::kThreads, Small::kSharedBytes, stream);
 }
 
-/// Equal widths, and keys at twice the bits of values.
 template <int HeadDim>
 Status launch_attend_any(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream) {
-  switch (args.key_codec.width * 10 + args.value_codec.width) {
-    case 22:
-      return launch_attend<HeadDim, 2, 2>(device, args, grid, stream);
-    case 24:
-      return launch_attend<HeadDim, 2, 4>(device, args, grid, stream);
-    case 44:
-      return launch_attend<HeadDim, 4, 4>(device, args, grid, stream);
-    case 48:
-      return launch_attend<HeadDim, 4, 8>(device, args, grid, stream);
-    case 88:
-      return launch_attend<HeadDim, 8, 8>(device, args, grid, stream);
-    default:
-      return Status::unsupported("no attention kernel for this pair of widths");
-  }
+  return for_widths(
+      args.key_codec.width, args.value_codec.width,
+      [&]<int KeyWidth, int ValueWidth>() {
+        return launch_attend<HeadDim, KeyWidth, ValueWidth>(device, args, grid, stream);
+      },
+      Status::unsupported("no attention kernel for this pair of widths"));
 }
 
 template <int HeadDim, int Width>

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cuda/attend.h"
 #include "cuda/layout.h"
 #include "cuda/prepare.h"
 #include "plugin/kv_buffer.h"
@@ -55,6 +56,12 @@ size_t CudaCache::bind(int index, const CacheShape& shape, const std::vector<Hea
                              "there are kernels for heads of 64, 128 and 256 numbers, keys and values alike, at "
                              "bits=4, 2, 1, 4/2 and 2/1, of one width in each vector (thimble calibrate --even); use "
                              "one of these, bits=16 or device=CPU");
+  }
+  if (!cuda::attend_fits(device_, k.head_dim, k.width(0), v.width(0), retrieves)) {
+    const bool fewer_bits = cuda::attend_fits(device_, k.head_dim, 4, 4, retrieves);
+    throw std::runtime_error(where + "at this rate heads of " + std::to_string(k.head_dim) +
+                             " numbers take more shared memory than this GPU has: use " +
+                             (fewer_bits ? "bits=2, " : "") + "bits=16 or device=CPU");
   }
   if (shape.cells_per_stream % kBlockCells != 0) {
     throw std::runtime_error(where + "the context must be a multiple of 64 cells");
