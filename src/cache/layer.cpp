@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "attention/kernels.h"
+#include "kernels/kernels.h"
 
 namespace thimble {
 

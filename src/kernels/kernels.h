@@ -1,5 +1,5 @@
-// The inner loops of attention, one table of functions for each instruction set. kernels_scalar.cpp is the
-// specification; `kernels()` picks the fastest that the machine has, once.
+// The inner loops of attention, one table of functions for each instruction set. scalar.cpp is the specification;
+// `kernels()` picks the fastest that the machine has, once.
 //
 // Scores are natural logits: score = softcap(scale * q.k) + slope * mask, and softmax is online: `Softmax` holds the
 // running maximum, the sum of exp(score - max) and the values weighted by it.

@@ -4,7 +4,7 @@
 
 #include <arm_neon.h>
 
-#include "attention/isa.h"
+#include "kernels/isa.h"
 
 namespace thimble {
 namespace {  // a copy to each unit, compiled with its flags

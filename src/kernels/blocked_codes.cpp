@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention/blocked_parts.h"
+#include "kernels/blocked_parts.h"
 
 namespace thimble::blocked {
 

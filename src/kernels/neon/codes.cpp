@@ -1,5 +1,5 @@
 // NEON: attention from codes.
-#include "attention/neon.h"
+#include "kernels/neon/neon.h"
 
 namespace thimble {
 namespace {

@@ -1,11 +1,11 @@
-#include "attention/blocked.h"
+#include "kernels/blocked.h"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 
-#include "attention/blocked_parts.h"
 #include "codec/half.h"
+#include "kernels/blocked_parts.h"
 
 namespace thimble {
 

@@ -1,5 +1,5 @@
 // AVX-512: attention from codes.
-#include "attention/avx512.h"
+#include "kernels/avx512/avx512.h"
 
 namespace thimble {
 namespace {

@@ -1,5 +1,5 @@
 // AVX2: encoding, tiles, softmax.
-#include "attention/avx2.h"
+#include "kernels/avx2/avx2.h"
 
 namespace thimble {
 namespace {

@@ -8,7 +8,7 @@
 
 #include <immintrin.h>
 
-#include "attention/isa.h"
+#include "kernels/isa.h"
 
 namespace thimble {
 namespace {  // a copy to each unit, compiled with its flags

@@ -1,5 +1,5 @@
 // NEON: encoding, tiles, softmax.
-#include "attention/neon.h"
+#include "kernels/neon/neon.h"
 
 namespace thimble {
 namespace {

@@ -1,7 +1,7 @@
 // Kernels made of an instruction set's loops (isa.h) and the logic that all of them share.
 #pragma once
 
-#include "attention/kernels.h"
+#include "kernels/kernels.h"
 
 namespace thimble {
 

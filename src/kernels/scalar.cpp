@@ -4,8 +4,8 @@
 #include <cstring>
 #include <limits>
 
-#include "attention/kernels.h"
 #include "codec/half.h"
+#include "kernels/kernels.h"
 
 namespace thimble {
 namespace {

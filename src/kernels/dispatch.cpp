@@ -1,7 +1,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "attention/blocked.h"
+#include "kernels/blocked.h"
 
 namespace thimble {
 namespace {

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "attention/isa.h"
-#include "attention/kernels.h"
+#include "kernels/isa.h"
+#include "kernels/kernels.h"
 
 namespace thimble {
 

@@ -1,5 +1,5 @@
 // AVX-512: encoding, tiles, softmax.
-#include "attention/avx512.h"
+#include "kernels/avx512/avx512.h"
 
 namespace thimble {
 namespace {
