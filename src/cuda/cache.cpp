@@ -53,7 +53,7 @@ WindowArgs DeviceWindow::begin_batch(const int64_t* cells, int n_tokens) {
   args.cells = cells;
   args.cells_per_stream = int(shape_.cells_per_stream);
   args.capacity = capacity();
-  args.n_first = size_.first;
+  args.n_first = kFirstCells;
   args.written = written_.as<int32_t>();
   args.window_cells = cells_.as<int32_t>();
   args.slots = slots_.as<int32_t>();

@@ -14,6 +14,7 @@ namespace thimble::cuda {
 
 /// Rows of a stream that hold the tokens which are just being decoded, beside the window's.
 inline constexpr int kInFlightRows = kMaxTokens;
+inline constexpr int kFirstCells = 8;  // of each stream, which stay exact
 
 /// Which cells the window holds. One ring a stream: sequences that share a stream share it.
 class DeviceWindow {
@@ -22,7 +23,7 @@ public:
   Status clear();
   Status copy_stream(int from, int to);
 
-  int capacity() const { return size_.first + size_.last + kInFlightRows; }
+  int capacity() const { return kFirstCells + size_.last + kInFlightRows; }
   int64_t cells_per_stream() const { return shape_.cells_per_stream; }
   int n_streams() const { return shape_.n_streams; }
 

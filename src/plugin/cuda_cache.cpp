@@ -13,6 +13,7 @@
 namespace thimble {
 
 static_assert(DeviceCache::kInFlightRows == cuda::kInFlightRows);
+static_assert(DeviceCache::kFirstCells == cuda::kFirstCells);
 
 void require(const cuda::Status& status, const char* what) {
   if (!status.ok()) throw std::runtime_error(std::string(what) + ": " + status.message);

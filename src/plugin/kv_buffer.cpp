@@ -35,7 +35,7 @@ KvBuffer& context_of(ggml_backend_buffer_t buffer) {
 int window_slots(const Settings& settings, int64_t n_streams, bool on_cpu) {
   const WindowSize& window = settings.window;
   if (settings.passthrough()) return 0;
-  return (on_cpu ? window.total() : window.first + window.last + DeviceCache::kInFlightRows) * int(n_streams);
+  return (on_cpu ? window.total() : DeviceCache::kFirstCells + window.last + DeviceCache::kInFlightRows) * int(n_streams);
 }
 
 // Values of which only the window and retrieved cells are read need no codes.
@@ -328,10 +328,10 @@ void KvBuffer::bind_in_ram(ManagedLayer& layer, int key_dim, int value_dim, int 
   layer.drop_tail = settings_.drop_tail;
   const int n_streams = keys.shape().n_streams;
   const int64_t cells = keys.shape().cells_per_stream;
-  const int sequences = n_streams > 1 ? n_streams : settings_.sequences;
   WindowSize window = settings_.window;
-  if (keys.store()) window.spare = 0;  // a state of exact rows does not say which cells were not coded yet
-  const int max_slots = settings_.passthrough() ? 0 : window.total() * sequences;
+  // A state of exact rows does not say which cells were not coded yet, and what matters most is retrieved.
+  if (keys.store()) window.spare = window.pool = 0;
+  const int max_slots = settings_.passthrough() ? 0 : Window::slots_of_stream(window, cells, n_streams) * n_streams;
   layer.cache =
       std::make_unique<CacheLayer>(std::move(keys), std::move(values), Window(window, max_slots, cells, n_streams));
 }
@@ -415,11 +415,8 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
     const uint8_t* row = data + i * row_bytes;
     const int64_t cell = rows.first + i;
     auto& refused = rows.layer->refused[int(rows.kind)];
-    // llama.cpp loads the cells of a sequence in one go where they are adjacent: these were its window.
-    const bool in_window =
-        rows.layer->top == 0 || i < settings_.window.first || i >= rows.count - settings_.window.last;
     try {
-      load_cell(*rows.layer->cache, rows.kind, cell, source_->hash(), row, in_window);
+      load_cell(*rows.layer->cache, rows.kind, cell, source_->hash(), row);
       refused.erase(cell);
     } catch (const std::runtime_error& error) {
       refused[cell].assign(row, row + row_bytes);

@@ -23,7 +23,8 @@ struct CalibratedProfile {
 struct SessionOptions {
   std::string model, device = "CPU";
   CalibratedProfile ours, vecinfer;
-  int first = 8, last = 128;  // the exact window
+  int first = 8, last = 128;  // the exact window; emulated caches keep the first cells
+  int pool = 40;              // where the plugin keeps those that matter most
   int n_batch = 512;
   int n_threads = 1;
   std::string policy = "all";  // layers that retrieve
