@@ -17,22 +17,17 @@ public:
 
   // Writes one token for each given sequence, at the lowest free cells. Without a judge the oldest cells matter most.
   void decode(const std::vector<int>& sequences, const Window::Judge& judge = nullptr) {
-    std::vector<int64_t> batch;
-    for (int s : sequences) {
-      int64_t cell = 0;
-      while (owner_.count(cell)) cell++;
-      owner_[cell] = {s, positions_[s]++};
-      batch.push_back(cell);
-    }
-    window.begin_batch(batch);
-    EXPECT_GE(window.rows().size(), batch.size());
-    window.commit(
-        [&](int row, int64_t cell) {
-          const auto it = owner_.find(cell);
-          const auto& self = owner_.at(batch[row]);
-          return it != owner_.end() && it->second.first == self.first && it->second.second <= self.second;
-        },
-        judge);
+    begin(sequences, judge);
+    window.commit([&](int row, int64_t cell) { return sees(row, cell); }, judge);
+  }
+  // Positions of a sequence that its next token finds exact.
+  std::set<int> exact_of_next(int sequence, const Window::Judge& judge) {
+    begin({sequence}, judge);
+    return exact(sequence);
+  }
+  void take_back(int sequence, int n) {
+    remove(sequence, positions_[sequence] - n, positions_[sequence]);
+    positions_[sequence] -= n;
   }
   void remove(int sequence) {
     std::erase_if(owner_, [&](const auto& e) { return e.second.first == sequence; });
@@ -63,6 +58,25 @@ public:
   Window window;
 
 private:
+  void begin(const std::vector<int>& sequences, const Window::Judge& judge) {
+    batch_.clear();
+    for (int s : sequences) {
+      int64_t cell = 0;
+      while (owner_.count(cell)) cell++;
+      owner_[cell] = {s, positions_[s]++};
+      batch_.push_back(cell);
+    }
+    window.begin_batch(batch_);
+    EXPECT_GE(window.rows().size(), batch_.size());
+    window.settle([&](int row, int64_t cell) { return sees(row, cell); }, judge);
+  }
+  bool sees(int row, int64_t cell) const {
+    const auto it = owner_.find(cell);
+    const auto& self = owner_.at(batch_[row]);
+    return it != owner_.end() && it->second.first == self.first && it->second.second <= self.second;
+  }
+
+  std::vector<int64_t> batch_;
   std::map<int64_t, std::pair<int, int>> owner_;
   std::map<int, int> positions_;
 };
@@ -207,20 +221,28 @@ TEST(Window, TheJudgeSaysWhatMattersMost) {
   }
 }
 
-// What stays behind a batch of a few tokens is what would have stayed behind these one by one.
-TEST(Window, FewTokensLeaveWhatOneByOneWould) {
+// What a token finds exact is what it would have found had all before it come one by one, drafts that were taken back
+// left out.
+TEST(Window, AfterSeveralTokensAtOnceWhatStaysIsAsOneByOne) {
   constexpr WindowSize kSpare{10, 4, 5};
-  const auto judge = [](std::span<const int> batch_rows, std::span<const Window::Row> rows,
-                        std::span<const Window::Row>, std::span<float> scores) {
-    EXPECT_EQ(batch_rows.size(), 1u);
-    for (size_t i = 0; i < rows.size(); i++) scores[i] = float(rows[i].cell * 37 % 101);
-  };
-  for (int batch = 2; batch <= kSpare.spare; batch++) {
-    Sequences together(kSpare, kSpare.total(), 1000), alone(kSpare, kSpare.total(), 1000);
-    for (int n = 0; n < 100; n += batch) {
-      together.decode(std::vector<int>(batch, 0), judge);
-      for (int i = 0; i < batch; i++) alone.decode({0}, judge);
-      EXPECT_EQ(together.exact(0), alone.exact(0)) << n << " + " << batch;
+  for (int wrong : {0, 1, 3}) {
+    for (int batch = 2; batch <= kSpare.spare; batch++) {
+      if (wrong >= batch) continue;
+      Sequences together(kSpare, kSpare.slots(), 1000), alone(kSpare, kSpare.slots(), 1000);
+      const auto judge = [](std::span<const int> batch_rows, std::span<const Window::Row> rows,
+                            std::span<const Window::Row>, std::span<float> scores) {
+        EXPECT_EQ(batch_rows.size(), 1u);
+        for (size_t i = 0; i < rows.size(); i++) scores[i] = float(rows[i].cell * 37 % 101);
+      };
+      for (int n = 0; n < 100; n += batch - wrong) {
+        together.decode(std::vector<int>(batch, 0), judge);
+        for (int i = 0; i < batch - wrong; i++) alone.decode({0}, judge);
+        together.take_back(0, wrong);
+        // The next token tells.
+        Sequences next = together, next_alone = alone;
+        const std::set<int> exact = next.exact_of_next(0, judge), exact_alone = next_alone.exact_of_next(0, judge);
+        EXPECT_EQ(exact, exact_alone) << n << " + " << batch << " - " << wrong;
+      }
     }
   }
 }
@@ -269,9 +291,9 @@ TEST(Window, EachStateThatArrivesIsASequence) {
 
 TEST(Window, SlotsOfAStream) {
   const WindowSize size{128, 40, 16};
-  EXPECT_EQ(Window::slots_of_stream(size, 4096, 1), 4 * 184);
-  EXPECT_EQ(Window::slots_of_stream(size, 65536, 1), 64 * 184);
-  EXPECT_EQ(Window::slots_of_stream(size, 1024, 64), 184);
+  EXPECT_EQ(Window::slots_of_stream(size, 4096, 1), 4 * 200);
+  EXPECT_EQ(Window::slots_of_stream(size, 65536, 1), 64 * 200);
+  EXPECT_EQ(Window::slots_of_stream(size, 1024, 64), 200);
   EXPECT_EQ(Window::slots_of_stream(size, 256, 1), 256);
   EXPECT_EQ(Window::slots_of_stream({0, 0, 0}, 4096, 1), 0);
 }

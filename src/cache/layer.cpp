@@ -85,21 +85,42 @@ void CacheLayer::write_row(Kind kind, int row, const uint16_t* data) {
   std::copy_n(data, s.row_size(), s.rows().row({int32_t(window_.batch()[row]), true, row}));
 }
 
-void CacheLayer::begin_commit(const Window::Visible& visible, const BatchQueries& queries) {
-  changes_ = {};
-  if (!has_keys_ || !has_values_) return;
-  if (!queries.data) {
-    changes_ = window_.commit(visible);
-    return;
-  }
-  changes_ = window_.commit(visible, [&](std::span<const int> batch_rows, std::span<const Window::Row> rows,
-                                         std::span<const Window::Row> recent, std::span<float> scores) {
+Window::Judge CacheLayer::judge(const BatchQueries& queries) const {
+  if (!queries.data) return nullptr;
+  return [this, queries](std::span<const int> batch_rows, std::span<const Window::Row> rows,
+                         std::span<const Window::Row> recent, std::span<float> scores) {
     std::vector<const uint16_t*> keys[2];
     for (const Window::Row& row : rows) keys[0].push_back(keys_.row_data(row));
     for (const Window::Row& row : recent) keys[1].push_back(keys_.row_data(row));
     score_cells(mean_query(queries, batch_rows), queries.n_heads, keys_.shape().n_kv_heads, queries.dim, keys[0],
                 keys[1], scores);
-  });
+  };
+}
+
+void CacheLayer::settle(const Window::Visible& visible) {
+  if (!has_keys_ || !has_values_ || !window_.settles()) return;
+  for (const Window::Row& row : window_.settle(visible, judge(kept_queries_))) {
+    for (const CacheSide* s : {&keys_, &values_}) s->encode_row(s->row_data(row), row.cell);
+  }
+}
+
+void CacheLayer::begin_commit(const Window::Visible& visible, const BatchQueries& queries) {
+  changes_ = {};
+  if (!has_keys_ || !has_values_) return;
+  const size_t n_rows = window_.batch().size();
+  changes_ = window_.commit(visible, judge(queries));
+  if (window_.settles()) keep_queries(queries, n_rows);
+}
+
+void CacheLayer::keep_queries(const BatchQueries& queries, size_t n_rows) {
+  const size_t head = queries.dim, row = head * queries.n_heads;
+  queries_.clear();
+  for (size_t r = 0; queries.data && r < n_rows; r++) {
+    for (int h = 0; h < queries.n_heads; h++)
+      queries_.insert(queries_.end(), queries.row(r, h), queries.row(r, h) + head);
+  }
+  kept_queries_ = {
+      queries.data ? queries_.data() : nullptr, queries.n_heads, queries.dim, int64_t(n_rows), row, head, 0};
 }
 
 // By heads first: each has its own codebook, which then serves many rows.

@@ -104,6 +104,9 @@ public:
   void begin_write(Kind kind, std::span<const int64_t> cells);
   /// Row `row` of the batch, f16. Rows may be stored by several threads at once.
   void write_row(Kind kind, int row, const uint16_t* data);
+  /// Before a batch is attended to, once both its sides are written: codes what the batch before, of several tokens,
+  /// made too many (Window::settle). `visible` as in Window::commit.
+  void settle(const Window::Visible& visible);
   /// Ends the batch; `visible` as in Window::commit. Its queries, row by row of the batch, say which cells matter most;
   /// without them older cells do. In three steps, for a team of threads: one begins, from then on
   /// the window is as it will be; all code their share of the cells that leave it; one ends, and exact rows move. Until
@@ -126,12 +129,16 @@ public:
 
 private:
   void code_abandoned();
+  Window::Judge judge(const BatchQueries& queries) const;
+  void keep_queries(const BatchQueries& queries, size_t n_rows);
 
   CacheSide keys_, values_;
   Window window_;
   bool has_keys_ = false, has_values_ = false;  // of the batch in flight
   Window::Changes changes_;                     // between begin_commit and end_commit
   Kind arrived_ = Kind::key;                    // the row that arrived last
+  std::vector<float> queries_;                  // of the batch before where cells wait to leave: [row][head][dim]
+  BatchQueries kept_queries_;                   // these
 };
 
 }  // namespace thimble

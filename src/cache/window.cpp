@@ -25,8 +25,8 @@ Window::Window(WindowSize size, int max_slots, int64_t cells_per_stream, int n_s
 
 int Window::slots_of_stream(WindowSize size, int64_t cells_per_stream, int n_streams) {
   if (size.last + size.pool == 0) return 0;
-  const int64_t sequences = n_streams > 1 ? 1 : std::max<int64_t>(kSequences, cells_per_stream / kCellsOfASequence);
-  return int(std::min<int64_t>(size.total() * sequences, std::max<int64_t>(size.total(), cells_per_stream)));
+  const int64_t n = n_streams > 1 ? 1 : std::max<int64_t>(kSequences, cells_per_stream / kCellsOfASequence);
+  return int(std::min<int64_t>(size.slots() * n, std::max<int64_t>(size.slots(), cells_per_stream)));
 }
 
 int Window::find(int64_t cell) const {
@@ -73,6 +73,7 @@ void Window::clear() {
   rows_.clear();
   listed_ = true;
   arriving_ = 0;
+  settles_ = false;
 }
 
 const std::vector<Window::Row>& Window::rows() const {
@@ -107,31 +108,33 @@ void Window::begin_batch(std::span<const int64_t> cells) {
   listed_ = true;
 }
 
-// Marks what stays of all that a sequence has exact.
-void Window::keep(Members& sequence, int last, int spare, const Judge& judge) const {
-  const int total = last + size_.pool + spare, n = int(sequence.size());
-  if (n <= total) {
+// Marks what stays of all that a sequence has exact: all of it, if it is not more than `most`.
+void Window::keep(Members& sequence, int last, int spare, int most, const Judge& judge) const {
+  const int n = int(sequence.size());
+  if (n <= most) {
     for (Candidate* c : sequence) c->keep = true;
     return;
   }
   std::sort(sequence.begin(), sequence.end(), [](auto* a, auto* b) { return a->order < b->order; });
-  std::vector<int> of_batch;
-  for (const Candidate* c : sequence) {
-    if (c->row.in_flight) of_batch.push_back(c->row.index);
-  }
+  int n_new = 0;
+  for (const Candidate* c : sequence) n_new += c->row.in_flight;
   // One by one, few tokens would have made cells leave when they were one too many; later ones would still be to come.
-  const int n_new = int(of_batch.size()), end = n_new <= spare ? total + 1 : n;
-  if (n_new <= spare && n_new > 0) of_batch = {sequence[end - 1]->row.index};
+  const int end = n_new <= spare ? last + size_.pool + spare + 1 : n;
+  std::vector<int> judges;  // batch rows
+  for (const Candidate* c : sequence) {
+    const bool decides = n_new > spare ? c->row.in_flight : c == sequence[end - 1] && c->order > n_before_;
+    if (decides) judges.push_back(int(c->order - n_before_ - 1));
+  }
   for (int i = end - last; i < n; i++) sequence[i]->keep = true;
 
   const int n_others = end - last;
   std::vector<std::pair<float, int>> best(n_others);
   for (int i = 0; i < n_others; i++) best[i] = {float(-i), i};
-  if (judge && size_.pool > 0) {
+  if (judge && size_.pool > 0 && !judges.empty()) {
     std::vector<Row> rows(n);
     std::vector<float> scores(n_others);
     for (int i = 0; i < n; i++) rows[i] = sequence[i]->row;
-    judge(of_batch, {rows.data(), size_t(n_others)}, {rows.data() + n_others, size_t(last)}, scores);
+    judge(judges, {rows.data(), size_t(n_others)}, {rows.data() + n_others, size_t(last)}, scores);
     for (int i = 0; i < n_others; i++) best[i].first = scores[i];
   }
   const int n_pool = std::min(size_.pool, n_others);
@@ -152,7 +155,7 @@ void Window::fit(std::vector<Candidate>& candidates, std::vector<Members>& seque
   };
   for (int last = size_.last; excess() > 0; last /= 2) {
     for (Candidate& c : candidates) c.keep = false;
-    for (Members& sequence : sequences) keep(sequence, last, 0, judge);
+    for (Members& sequence : sequences) keep(sequence, last, 0, last + size_.pool, judge);
     if (last > 0) continue;
     std::vector<int> n(n_used_.size());
     for (Candidate& c : candidates) c.keep = c.keep && ++n[stream_of(c.row.cell)] <= max_slots_per_stream_;
@@ -203,7 +206,7 @@ int Window::place(int64_t cell, std::vector<Row>& leaving) {
   candidates.push_back({{int32_t(cell), false, -1}, n_written_ + 1, arriving_});
   Members members;
   for (Candidate& c : candidates) members.push_back(&c);
-  keep(members, size_.last, size_.spare, nullptr);
+  keep(members, size_.last, size_.spare, size_.slots(), nullptr);
   for (const Candidate& c : candidates) {
     if (!c.keep && c.row.index >= 0) empty(slots_[c.row.index]);
   }
@@ -229,55 +232,91 @@ void Window::copy_stream(int from, int to) {
   }
 }
 
-Window::Changes Window::commit(const Visible& visible, const Judge& judge) {
-  rows();
-  const int n_batch = int(batch_.size());
-  const uint64_t seen_from = n_sequences_ + 1;
-  std::vector<Candidate> candidates;
-  std::vector<Candidate*> of_batch(n_batch);
-  candidates.reserve(rows_.size());
-  for (const Row& row : rows_) {
-    if (row.in_flight) {
-      candidates.push_back({row, n_written_ + 1 + row.index, 0});
-      of_batch[row.index] = &candidates.back();
-    } else {
-      candidates.push_back({row, slots_[row.index].order, slots_[row.index].sequence});
-    }
+// All exact rows, those of the batch as written behind all others.
+std::vector<Window::Candidate> Window::candidates() const {
+  std::vector<Candidate> all;
+  all.reserve(rows().size());
+  for (const Row& row : rows()) {
+    const Slot flying{row.cell, n_written_ + 1 + row.index, 0};
+    const Slot& slot = row.in_flight ? flying : slots_[row.index];
+    all.push_back({row, slot.order, slot.sequence});
   }
-  n_written_ += n_batch;
-  std::vector<Members> sequences;
-  for (int row = n_batch - 1; row >= 0 && max_slots_ > 0; row--) {
+  return all;
+}
+
+// What each sequence of the batch has exact. They get new numbers.
+std::vector<Window::Members> Window::sequences(std::vector<Candidate>& candidates, const Visible& visible) {
+  std::vector<Candidate*> of_batch(batch_.size());
+  for (Candidate& c : candidates) {
+    if (c.row.in_flight) of_batch[c.row.index] = &c;
+  }
+  std::vector<Members> all;
+  for (int row = int(batch_.size()) - 1; row >= 0; row--) {
     if (of_batch[row]->sequence > 0) continue;  // a later row of the same sequence sees all that this one does
     n_sequences_++;
-    Members& sequence = sequences.emplace_back();
+    Members& sequence = all.emplace_back();
     for (Candidate& c : candidates) {
       if (!visible(row, c.row.cell)) continue;
       c.sequence = n_sequences_;
       sequence.push_back(&c);
     }
-    keep(sequence, size_.last, size_.spare, judge);
   }
-  fit(candidates, sequences, judge);
+  return all;
+}
+
+std::vector<Window::Row> Window::settle(const Visible& visible, const Judge& judge) {
+  std::vector<Row> leaving;
+  if (!settles_) return leaving;
+  settles_ = false;
+  std::vector<Candidate> all = candidates();
+  for (Members& sequence : sequences(all, visible)) {
+    std::erase_if(sequence, [](const Candidate* c) { return c->row.in_flight; });
+    keep(sequence, size_.last, size_.spare, size_.total(), judge);
+    for (const Candidate* c : sequence) {
+      // What another sequence sees as well is that one's to let go.
+      if (!c->keep && c->sequence == sequence.front()->sequence) leaving.push_back(c->row);
+    }
+  }
+  for (const Row& row : leaving) empty(slots_[row.index]);
+  return leaving;
+}
+
+Window::Changes Window::commit(const Visible& visible, const Judge& judge) {
+  const uint64_t seen_from = n_sequences_ + 1;
+  std::vector<Candidate> all = candidates();
+  std::vector<Members> seen;
+  if (max_slots_ > 0) seen = sequences(all, visible);
+  n_before_ = n_written_;
+  n_written_ += batch_.size();
+  settles_ = false;
+  for (Members& sequence : seen) {
+    int n_new = 0;
+    for (const Candidate* c : sequence) n_new += c->row.in_flight;
+    const bool waits = n_new > 1 && n_new <= size_.spare;
+    keep(sequence, size_.last, size_.spare, waits ? size_.slots() : size_.total(), judge);
+    settles_ = settles_ || (waits && int(sequence.size()) > size_.total());
+  }
+  fit(all, seen, judge);
 
   std::map<int64_t, int> arriving;  // by stream
-  for (const Candidate& c : candidates) {
+  for (const Candidate& c : all) {
     if (c.row.in_flight) {
       if (c.keep) arriving[stream_of(c.row.cell)]++;
       continue;
     }
-    const bool seen = c.sequence >= seen_from, gone = !seen && overwritten_.count(c.sequence);
+    const bool is_seen = c.sequence >= seen_from, gone = !is_seen && overwritten_.count(c.sequence);
     // What is gone leaves when its room is needed, not at once: the next conversation is about to write over most of
     // it, and what is written over need not be coded.
     slots_[c.row.index].sequence = gone ? kGone : c.sequence;
-    if (seen && !c.keep) empty(slots_[c.row.index]);
+    if (is_seen && !c.keep) empty(slots_[c.row.index]);
   }
   for (const auto& [stream, n] : arriving) make_room(stream, n, seen_from);
   Changes changes;
-  for (const Candidate* c : of_batch) {
-    if (!c->keep) continue;
+  for (const Candidate& c : all) {
+    if (!c.row.in_flight || !c.keep) continue;
     const int slot = free_slot();
-    fill(slot, c->row.cell, c->order, c->sequence);
-    changes.moves.push_back({c->row.index, slot});
+    fill(slot, c.row.cell, c.order, c.sequence);
+    changes.moves.push_back({c.row.index, slot});
   }
   std::erase_if(rows_, [&](Row& row) {
     const int slot = row.in_flight ? find(row.cell) : row.index;

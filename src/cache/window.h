@@ -11,8 +11,9 @@
 // earlier one's cell, and what the last row of a sequence sees is the sequence. Cells' numbers mean nothing: a
 // restored, shifted or shared cache puts cells anywhere.
 //
-// A batch of up to `spare` tokens of a sequence counts as if they had come one by one: what a token of it finds exact
-// later, and what stays, is what it would have found alone.
+// Of several tokens at once some may be drafts that are taken back. So a batch of 2 to `spare` tokens of a sequence
+// makes nothing leave. The next batch shows which of them stayed, and before it is attended to cells leave as if these
+// had come one by one (settle).
 //
 // Rows that arrive exactly (a loaded state) count as written then, in that order. What came together is taken for one
 // sequence until a batch shows what sequences there are.
@@ -40,6 +41,9 @@ struct WindowSize {
   int pool = 40;
   int spare = 16;  // a codebook that is read serves all that leave together
   int total() const { return last + pool + spare; }
+  int slots() const {
+    return total() + spare;
+  }  // that a sequence may need: several tokens' cells wait for the next batch
   bool operator==(const WindowSize&) const = default;
 };
 
@@ -83,6 +87,10 @@ public:
   /// the more.
   using Judge = std::function<void(std::span<const int> batch_rows, std::span<const Row> rows,
                                    std::span<const Row> recent, std::span<float> scores)>;
+  /// Before the batch is attended to, where settles() says so: what leaves now. `judge` goes by rows of the batch
+  /// before.
+  std::vector<Row> settle(const Visible& visible, const Judge& judge = nullptr);
+  bool settles() const { return settles_; }
   /// Ends the batch. Without a judge, older cells matter more.
   Changes commit(const Visible& visible, const Judge& judge = nullptr);
 
@@ -115,7 +123,9 @@ private:
   };
   using Members = std::vector<Candidate*>;
   int64_t stream_of(int64_t cell) const { return cell / cells_per_stream_; }
-  void keep(Members& sequence, int last, int spare, const Judge& judge) const;
+  std::vector<Candidate> candidates() const;
+  std::vector<Members> sequences(std::vector<Candidate>& candidates, const Visible& visible);
+  void keep(Members& sequence, int last, int spare, int most, const Judge& judge) const;
   void fit(std::vector<Candidate>& candidates, std::vector<Members>& sequences, const Judge& judge) const;
   void make_room(int64_t stream, int n, uint64_t seen_from);
   int free_slot();
@@ -128,7 +138,9 @@ private:
   int64_t cells_per_stream_;
   uint64_t n_sequences_ = 0;  // numbers given
   uint64_t n_written_ = 0;
-  uint64_t arriving_ = 0;    // the sequence of what is placed, or 0
+  uint64_t arriving_ = 0;  // the sequence of what is placed, or 0
+  uint64_t n_before_ = 0;  // written before the last batch that was committed
+  bool settles_ = false;
   std::vector<Slot> slots_;  // grows up to max_slots_
   std::vector<int> unused_;  // slots
   std::vector<int> n_used_;  // by stream

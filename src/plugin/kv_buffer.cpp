@@ -35,7 +35,7 @@ KvBuffer& context_of(ggml_backend_buffer_t buffer) {
 int window_slots(const Settings& settings, int64_t n_streams, bool on_cpu) {
   const WindowSize& window = settings.window;
   if (settings.passthrough()) return 0;
-  return (on_cpu ? window.total() : DeviceCache::kFirstCells + window.last + DeviceCache::kInFlightRows) * int(n_streams);
+  return (on_cpu ? window.slots() : DeviceCache::kFirstCells + window.last + DeviceCache::kInFlightRows) * int(n_streams);
 }
 
 // Values of which only the window and retrieved cells are read need no codes.
