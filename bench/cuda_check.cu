@@ -8,12 +8,12 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/attend.h"
-#include "cuda/attend_launch.h"
-#include "cuda/attend_shape.h"
-#include "cuda/prepare.h"
-#include "cuda/retrieve.h"
-#include "cuda_fixture.h"
+#include "cuda/attend/attend.h"
+#include "cuda/attend/launch.h"
+#include "cuda/attend/shape.h"
+#include "cuda/encode/encode.h"
+#include "cuda/retrieve/retrieve.h"
+#include "fixture.h"
 
 using namespace thimble;
 using namespace thimble::cuda;
@@ -119,7 +119,7 @@ void run(const DeviceInfo& device, const Case& c) {
   require(cudaMemset(value_cache.device(), 0, value_cache.host.size()));
   Array<uint16_t> window_keys(size_t(pairs) * c.n_window * d), window_values(size_t(pairs) * c.n_window * d);
 
-  PrepareArgs p;
+  EncodeArgs p;
   p.n_kv_heads = c.n_kv_heads;
   p.head_dim = d;
   p.n_tokens = n_all;
@@ -141,7 +141,7 @@ void run(const DeviceInfo& device, const Case& c) {
   }
   if (c.n_window > 0) p.window = {window_keys.device(), window_values.device(), slots_d.device(), c.n_window};
 
-  if (!accept(c, prepare(device, p, nullptr), "encoding")) return;
+  if (!accept(c, encode(device, p, nullptr), "encoding")) return;
   Array<float> raw(random.normals(size_t(c.n_streams) * c.n_tokens * n_heads * d));
   AttendArgs a;
   a.n_streams = c.n_streams;
@@ -310,14 +310,14 @@ void run(const DeviceInfo& device, const Case& c) {
     t.rows = decoded.device();
     if (!accept(c, decode_cells(device, t, nullptr), "decode")) return;
     if (c.n_window > 0) {
-      PrepareArgs w = p;
+      EncodeArgs w = p;
       w.from_window = true;
       w.window_cells = window_cells_d.device();
       w.n_tokens = c.n_streams * c.n_window;
       (is_key ? w.dense.keys : w.dense.values) = decoded.device();
       w.dense.n_streams = c.n_streams;
       w.dense.n_cells = c.n_cells;
-      if (!accept(c, prepare(device, w, nullptr), "rows of the window")) return;
+      if (!accept(c, encode(device, w, nullptr), "rows of the window")) return;
     }
     decoded.download();
     wrong = 0;
@@ -336,7 +336,7 @@ void run(const DeviceInfo& device, const Case& c) {
 
   // Cells that leave the window: coded anew, from the rows that it has.
   if (c.n_window > 0) {
-    Array<PrepareArgs> layers(std::vector<PrepareArgs>{p});
+    Array<EncodeArgs> layers(std::vector<EncodeArgs>{p});
     Array<uint8_t> coded(key_cache.host);
     layers.host[0].key_cache.data = coded.device();
     LeaveArgs leave;

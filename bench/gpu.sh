@@ -49,17 +49,19 @@ within() { # seconds, command: nor past the end of all
 wants() { [[ " ${parts[*]} " =~ \ ($1)\  ]]; }
 
 kernels() {
-  local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests
+  local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests/cuda
                -Xcompiler "-fPIC,-ffp-contract=off")
-  local library=() pids=() source program pid
-  for source in src/cuda/*.cu src/cuda/*.cpp src/codec/*.cpp; do library+=("$out/$(basename "$source").o"); done
-  for source in src/cuda/*.cu src/cuda/*.cpp src/codec/*.cpp bench/*.cu; do
-    nvcc "${flags[@]}" -c "$source" -o "$out/$(basename "$source").o" &
+  local library=() sources pids=() source program pid
+  mapfile -t sources < <(find src/cuda -name '*.cu' -o -name '*.cpp'; ls src/codec/*.cpp)
+  object() { echo "$out/${1//\//-}.o"; }
+  for source in "${sources[@]}"; do library+=("$(object "$source")"); done
+  for source in "${sources[@]}" bench/*.cu; do
+    nvcc "${flags[@]}" -c "$source" -o "$(object "$source")" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid"; done
-  for program in cuda_check cuda_bench; do nvcc -o "$out/$program" "$out/$program.cu.o" "${library[@]}"; done
-  nvcc -shared -o "$out/shim.so" "$out/cuda_shim.cu.o" "${library[@]}"
+  for program in cuda_check cuda_bench; do nvcc -o "$out/$program" "$(object "bench/$program.cu")" "${library[@]}"; done
+  nvcc -shared -o "$out/shim.so" "$(object bench/cuda_shim.cu)" "${library[@]}"
 }
 
 check() {

@@ -63,7 +63,7 @@ struct WindowRows {
 
 /// New tokens' keys and values that attention reads where the model put them, and writes into the window on its way.
 struct NewRows {
-  const float *keys = nullptr, *values = nullptr;  // as in PrepareArgs; null: none
+  const float *keys = nullptr, *values = nullptr;  // as in EncodeArgs; null: none
   size_t key_token_stride = 0, key_head_stride = 0, value_token_stride = 0, value_head_stride = 0;
   const int32_t* tokens = nullptr;                            // [n_streams][capacity], see WindowArgs
   uint16_t *window_keys = nullptr, *window_values = nullptr;  // the rows of AttendArgs::exact[0]
@@ -73,7 +73,7 @@ struct NewRows {
 /// last ones written in a ring. All arrays start as: written 0, window_cells and tokens -1, hidden 0.
 struct WindowArgs {
   int n_streams = 1, n_tokens = 0;
-  const int64_t* cells = nullptr;  // [n_tokens], as in PrepareArgs
+  const int64_t* cells = nullptr;  // [n_tokens], as in EncodeArgs
   int cells_per_stream = 0;
   int capacity = 0, n_first = 0;    // rows; those that the first cells have
   int32_t* written = nullptr;       // [n_streams]: tokens that went through the ring, modulo its size
@@ -93,7 +93,7 @@ struct DenseRows {
 };
 
 /// One layer's keys and values to code.
-struct PrepareArgs {
+struct EncodeArgs {
   int n_kv_heads = 1, head_dim = 128;
 
   // Tokens to encode, of all streams. Token i goes to cell cells[i] % cells_per_stream of stream cells[i] /
@@ -120,8 +120,8 @@ struct PrepareArgs {
 
 /// The cells that leave the window, for all layers at once; what is the same for all stands here.
 struct LeaveArgs {
-  const PrepareArgs* layers = nullptr;  // device memory, [n_layers]
-  int n_layers = 0, n_kv_heads = 1;     // the most that a layer has
+  const EncodeArgs* layers = nullptr;  // device memory, [n_layers]
+  int n_layers = 0, n_kv_heads = 1;    // the most that a layer has
   int n_tokens = 0;
   const int64_t* cells = nullptr;  // WindowArgs::displaced
   const int32_t* slots = nullptr;

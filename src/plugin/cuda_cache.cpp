@@ -5,9 +5,9 @@
 #include <stdexcept>
 #include <utility>
 
-#include "cuda/attend.h"
+#include "cuda/attend/attend.h"
+#include "cuda/encode/encode.h"
 #include "cuda/layout.h"
-#include "cuda/prepare.h"
 #include "plugin/kv_buffer.h"
 
 namespace thimble {
@@ -109,10 +109,10 @@ std::string CudaCache::problem(const ggml_tensor* node, NodeKind kind) const {
 void CudaCache::begin_batch(const int64_t* cells, int n_tokens, cudaStream_t stream) {
   std::set<int> head_dims;
   cuda::LeaveArgs leave;
-  std::vector<cuda::PrepareArgs> layers;
+  std::vector<cuda::EncodeArgs> layers;
   for (const auto& [index, layer] : layers_) {
     if (layer->has_store()) continue;  // its tokens are coded as they come
-    layers.push_back(layer->prepare_args(window_));
+    layers.push_back(layer->encode_args(window_));
     leave.n_kv_heads = std::max(leave.n_kv_heads, layer->shape().n_kv_heads);
     head_dims.insert(layer->head_dim());
   }
@@ -124,7 +124,7 @@ void CudaCache::begin_batch(const int64_t* cells, int n_tokens, cudaStream_t str
   }
   require(cuda::update_window(device_, window_.begin_batch(cells, n_tokens), stream), "the window");
   if (layers.empty()) return;
-  leave.layers = leaving_.back().as<cuda::PrepareArgs>();
+  leave.layers = leaving_.back().as<cuda::EncodeArgs>();
   leave.n_layers = int(layers.size());
   leave.n_tokens = n_tokens;
   leave.cells = window_.displaced();

@@ -4,7 +4,7 @@
 #include <map>
 #include <memory>
 
-#include "cuda/cache.h"
+#include "cuda/host/cache.h"
 #include "plugin/device_cache.h"
 
 namespace thimble {

@@ -266,11 +266,11 @@ const float* CudaGraph::slopes(float max_bias, int n_heads) {
 }
 
 // What there is to encode; the window takes in the cells before the first layer's.
-cuda::PrepareArgs CudaGraph::prepare_args(const Cut& cut) {
+cuda::EncodeArgs CudaGraph::encode_args(const Cut& cut) {
   CudaCache& cache = cache_of(cut);
   cuda::DeviceLayer& layer = cache.layer(cut.layer->index);
   cuda::DeviceWindow& window = cache.window();
-  cuda::PrepareArgs p = layer.prepare_args(window);
+  cuda::EncodeArgs p = layer.encode_args(window);
   for (Kind kind : {Kind::key, Kind::value}) {
     const ggml_tensor* write = cut.writes[int(kind)];
     if (!write) continue;
@@ -292,9 +292,9 @@ cuda::PrepareArgs CudaGraph::prepare_args(const Cut& cut) {
 
 void CudaGraph::run_cut(const Cut& cut) {
   go_to_ours();
-  cuda::PrepareArgs p = prepare_args(cut);
+  cuda::EncodeArgs p = encode_args(cut);
   if (!cut.attend) {
-    require(cuda::prepare(device_, p, stream_), "encoding");
+    require(cuda::encode(device_, p, stream_), "encoding");
   } else if (is_prefill(cut.attend)) {
     prefill(cut, p);
   } else {
@@ -304,7 +304,7 @@ void CudaGraph::run_cut(const Cut& cut) {
 
 // New tokens wait for their coding until they leave the window: attention takes their rows into it. Where there is an
 // exact store they are coded at once, by the kernel that puts their rows there, before retrieval looks for them.
-void CudaGraph::attend(const Cut& cut, const cuda::PrepareArgs& p) {
+void CudaGraph::attend(const Cut& cut, const cuda::EncodeArgs& p) {
   const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1], *mask = cut.attend->src[3];
   const auto [scale, max_bias, softcap] = attention_parameters(cut.attend);
   CudaCache& cache = cache_of(cut);
@@ -351,7 +351,7 @@ void CudaGraph::attend(const Cut& cut, const cuda::PrepareArgs& p) {
     a.fresh.window_keys += rows;
     a.fresh.window_values += rows;
   } else {
-    require(cuda::prepare(device_, p, stream_), "encoding");
+    require(cuda::encode(device_, p, stream_), "encoding");
   }
   a.hidden = window.hidden(stream);
   a.hidden_stream_stride = window.hidden_stride();
@@ -412,17 +412,17 @@ void CudaGraph::decode(const Cut& cut, const cuda::DenseRows& rows, bool before_
     require(cuda::decode_cells(device_, d, stream_), "decoding");
   }
   // The window's cells need not be coded. While new tokens' rows are not written, it holds those of before.
-  cuda::PrepareArgs exact = layer.prepare_args(cache.window());
+  cuda::EncodeArgs exact = layer.encode_args(cache.window());
   exact.from_window = true;
   exact.window_cells = before_batch ? cache.window().kept_cells() : cache.window().cells(0);
   exact.n_tokens = cache.window().n_streams() * exact.window.capacity;
   exact.dense = rows;
-  require(cuda::prepare(device_, exact, stream_), "rows of the window");
+  require(cuda::encode(device_, exact, stream_), "rows of the window");
 }
 
 // Many query tokens: all cells become f16 rows, and the inner backend's flash attention does the rest. Without an exact
 // store it is over transformed rows, and queries and outputs are transformed for it.
-void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
+void CudaGraph::prefill(const Cut& cut, cuda::EncodeArgs& p) {
   const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1];
   const cuda::DeviceLayer& layer = cache_of(cut).layer(cut.layer->index);
   const int n_streams = int(q->ne[3]), n_tokens = int(q->ne[1]), n_heads = int(q->ne[2]), n_cells = int(k->ne[1]);
@@ -435,7 +435,7 @@ void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
     decode(cut, rows, /*before_batch=*/p.n_tokens > 0);
     p.dense = rows;
   }
-  require(cuda::prepare(device_, p, stream_), "encoding");
+  require(cuda::encode(device_, p, stream_), "encoding");
   if (!is_transformed) read_store(cut, rows);
 
   cuda::TransformArgs t;

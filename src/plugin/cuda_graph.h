@@ -12,10 +12,10 @@
 #include <map>
 #include <vector>
 
-#include "cuda/attend.h"
-#include "cuda/memory.h"
-#include "cuda/prepare.h"
-#include "cuda/retrieve.h"
+#include "cuda/attend/attend.h"
+#include "cuda/encode/encode.h"
+#include "cuda/host/memory.h"
+#include "cuda/retrieve/retrieve.h"
 #include "plugin/cuda_cache.h"
 #include "plugin/graph.h"
 #include "plugin/plan.h"
@@ -48,12 +48,12 @@ private:
   void run(const std::vector<Step>& steps, ggml_cgraph* graph);
   void run_inner(std::vector<ggml_tensor*> nodes, const ggml_cgraph* graph);
   void run_cut(const Cut& cut);
-  void attend(const Cut& cut, const cuda::PrepareArgs& prepare);
+  void attend(const Cut& cut, const cuda::EncodeArgs& encode);
   void retrieve(const Cut& cut, const cuda::AttendArgs& attend);
-  void prefill(const Cut& cut, cuda::PrepareArgs& prepare);
+  void prefill(const Cut& cut, cuda::EncodeArgs& encode);
   void read_store(const Cut& cut, const cuda::DenseRows& rows);
   void decode(const Cut& cut, const cuda::DenseRows& rows, bool before_batch);
-  cuda::PrepareArgs prepare_args(const Cut& cut);
+  cuda::EncodeArgs encode_args(const Cut& cut);
   const float* slopes(float max_bias, int n_heads);
   template <typename T>
   T* scratch(cuda::DeviceMemory& memory, size_t n);

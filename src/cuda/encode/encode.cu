@@ -1,0 +1,187 @@
+#include <algorithm>
+
+#include "cuda/encode/decode_kernel.h"
+#include "cuda/encode/encode.h"
+#include "cuda/encode/encode_kernel.h"
+#include "cuda/encode/transform_kernel.h"
+#include "cuda/encode/window_kernel.h"
+#include "cuda/host/launch.h"
+
+namespace thimble::cuda {
+namespace {
+
+template <int HeadDim>
+__global__ void __launch_bounds__(EncodeKernel<HeadDim>::kThreads) encode_kernel(const __grid_constant__ EncodeArgs a) {
+  EncodeKernel<HeadDim>::run(a);
+}
+
+template <int HeadDim>
+__global__ void __launch_bounds__(EncodeKernel<HeadDim>::kThreads) leave_kernel(const __grid_constant__ LeaveArgs a) {
+  EncodeKernel<HeadDim>::run_leaving(a);
+}
+
+template <int HeadDim, int Width>
+__global__ void __launch_bounds__(256) decode_kernel(const __grid_constant__ DecodeArgs a) {
+  DecodeKernel<HeadDim, Width>::run(a);
+}
+
+template <int HeadDim>
+__global__ void __launch_bounds__(HeadDim) transform_kernel(const __grid_constant__ TransformArgs a) {
+  TransformKernel<HeadDim>::run(a);
+}
+
+template <int HeadDim>
+Status launch_transform(const DeviceInfo& device, const TransformArgs& args, dim3 grid, cudaStream_t stream) {
+  using Kernel = TransformKernel<HeadDim>;
+  return launch(device, transform_kernel<HeadDim>, args, grid, HeadDim, Kernel::kSharedBytes, stream);
+}
+
+__global__ void __launch_bounds__(WindowKernel::kThreads) window_kernel(const __grid_constant__ WindowArgs a) {
+  WindowKernel::run(a);
+}
+
+template <int HeadDim>
+Status launch_encode(const DeviceInfo& device, const EncodeArgs& args, dim3 grid, cudaStream_t stream) {
+  using Kernel = EncodeKernel<HeadDim>;
+  return launch(device, encode_kernel<HeadDim>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
+}
+
+template <int HeadDim>
+Status launch_leave(const DeviceInfo& device, const LeaveArgs& args, dim3 grid, cudaStream_t stream) {
+  using Kernel = EncodeKernel<HeadDim>;
+  return launch(device, leave_kernel<HeadDim>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
+}
+
+template <int HeadDim>
+Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, dim3 grid, cudaStream_t stream) {
+  switch (args.codec.width) {
+    case 2:
+      return launch(device, decode_kernel<HeadDim, 2>, args, grid, 256, 0, stream);
+    case 4:
+      return launch(device, decode_kernel<HeadDim, 4>, args, grid, 256, 0, stream);
+    case 8:
+      return launch(device, decode_kernel<HeadDim, 8>, args, grid, 256, 0, stream);
+    default:
+      return Status::unsupported("no kernel for this width");
+  }
+}
+
+bool complete(const CodecTables& codec, int head_dim, int n_kv_heads) {
+  return codec.head_dim == head_dim && codec.n_kv_heads == n_kv_heads && codec.words && codec.half_norms &&
+         (codec.width == 2 || codec.width == 4 || codec.width == 8) && (!codec.forward || (codec.mean && codec.undo));
+}
+
+}  // namespace
+
+Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream) {
+  if (args.n_kv_heads < 1 || args.n_tokens < 0) return Status::invalid("a count is out of range");
+  if (args.n_tokens == 0) return {};
+  if (args.from_window) {
+    if (!args.window.keys || !args.window.values || args.window.capacity < 1 || !(args.window_cells || args.cells)) {
+      return Status::invalid("window rows are missing");
+    }
+  } else if ((!args.keys && !args.values) || !args.cells) {
+    return Status::invalid("keys and values or cells are missing");
+  }
+  if (!args.key_cache.data || !(args.value_cache.data || args.store.values)) {
+    return Status::invalid("caches are missing");
+  }
+  if (args.cells_per_stream < 1) return Status::invalid("streams have no cells");
+  if (args.window.slots && (!args.window.keys || !args.window.values || args.window.capacity < 1)) {
+    return Status::invalid("window rows are missing");
+  }
+  if (!complete(args.key_codec, args.head_dim, args.n_kv_heads) ||
+      !complete(args.value_codec, args.head_dim, args.n_kv_heads)) {
+    return Status::invalid("a codec is incomplete");
+  }
+  // Few tokens spread over the multiprocessors, many share what they read.
+  args.tokens_per_block = std::clamp(args.n_tokens * 2 * args.n_kv_heads / (2 * device.multiprocessors), 1, 8);
+  const dim3 grid((args.n_tokens + args.tokens_per_block - 1) / args.tokens_per_block, args.n_kv_heads * 2);
+  switch (args.head_dim) {
+    case 64:
+      return launch_encode<64>(device, args, grid, stream);
+    case 128:
+      return launch_encode<128>(device, args, grid, stream);
+    case 256:
+      return launch_encode<256>(device, args, grid, stream);
+    default:
+      return Status::unsupported("head size must be 64, 128 or 256");
+  }
+}
+
+Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream) {
+  if (args.n_layers < 1 || args.n_kv_heads < 1 || args.n_tokens < 0) return Status::invalid("a count is out of range");
+  if (!args.layers || !args.cells || !args.slots) return Status::invalid("an array is missing");
+  if (args.n_tokens == 0) return {};
+  args.tokens_per_block = std::clamp(args.n_tokens, 1, 8);  // layers and heads are enough to fill a device
+  const dim3 grid((args.n_tokens + args.tokens_per_block - 1) / args.tokens_per_block,
+                  args.n_layers * args.n_kv_heads * 2);
+  switch (head_dim) {
+    case 64:
+      return launch_leave<64>(device, args, grid, stream);
+    case 128:
+      return launch_leave<128>(device, args, grid, stream);
+    case 256:
+      return launch_leave<256>(device, args, grid, stream);
+    default:
+      return Status::unsupported("head size must be 64, 128 or 256");
+  }
+}
+
+Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream) {
+  if (args.n_streams < 1 || args.n_tokens < 0 || args.cells_per_stream < 1 || args.n_first < 0 ||
+      args.capacity <= args.n_first) {
+    return Status::invalid("a count is out of range");
+  }
+  if (args.n_tokens == 0) return {};
+  if (!args.cells || !args.written || !args.window_cells || !args.slots || !args.tokens || !args.displaced ||
+      !args.hidden) {
+    return Status::invalid("an array is missing");
+  }
+  return launch(device, window_kernel, args, dim3(1, args.n_streams), WindowKernel::kThreads, 0, stream);
+}
+
+Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream) {
+  if (args.n_streams < 1 || args.n_kv_heads < 1 || args.n_cells < 0 || args.n_cells % kBlockCells != 0) {
+    return Status::invalid("a count is out of range");
+  }
+  if (!args.cache.data || !args.rows || !complete(args.codec, args.codec.head_dim, args.n_kv_heads)) {
+    return Status::invalid("cache, rows or codec are missing");
+  }
+  if (args.n_cells == 0) return {};
+  const dim3 grid(args.n_cells / kBlockCells, args.n_streams * args.n_kv_heads);
+  switch (args.codec.head_dim) {
+    case 64:
+      return launch_decode<64>(device, args, grid, stream);
+    case 128:
+      return launch_decode<128>(device, args, grid, stream);
+    case 256:
+      return launch_decode<256>(device, args, grid, stream);
+    default:
+      return Status::unsupported("head size must be 64, 128 or 256");
+  }
+}
+
+Status transform_rows(const DeviceInfo& device, const TransformArgs& args, cudaStream_t stream) {
+  if (args.n_streams < 1 || args.n_tokens < 0 || args.n_kv_heads < 1 || args.group < 1) {
+    return Status::invalid("a count is out of range");
+  }
+  if (!args.in || !args.out || !complete(args.codec, args.head_dim, args.n_kv_heads)) {
+    return Status::invalid("rows or codec are missing");
+  }
+  const size_t rows = size_t(args.n_streams) * args.n_tokens * args.group;
+  if (rows == 0) return {};
+  const dim3 grid(unsigned((rows + kTransformRows - 1) / kTransformRows), args.n_kv_heads);
+  switch (args.head_dim) {
+    case 64:
+      return launch_transform<64>(device, args, grid, stream);
+    case 128:
+      return launch_transform<128>(device, args, grid, stream);
+    case 256:
+      return launch_transform<256>(device, args, grid, stream);
+    default:
+      return Status::unsupported("head size must be 64, 128 or 256");
+  }
+}
+
+}  // namespace thimble::cuda

@@ -1,0 +1,309 @@
+// Encoding, also of what leaves the window, and transforms: the CUDA kernel's own source, emulated; codes and scales
+// bit for bit the codec's.
+#define THIMBLE_SIMT_HOST
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "cuda/encode/encode_kernel.h"
+#include "cuda/encode/transform_kernel.h"
+#include "cuda/encode/window_kernel.h"
+#include "fixture.h"
+
+namespace thimble::cuda {
+namespace {
+
+template <int D>
+void check(double key_bits, double value_bits, bool dense, int n_tokens, int tokens_per_block) {
+  constexpr int kHeads = 2, kStreams = 2, kCells = 192, kCapacity = 5;
+  Random random(7);
+  std::vector<HeadCodec> key_codecs, value_codecs;
+  for (int h = 0; h < kHeads; h++) {
+    key_codecs.push_back(random_codec(Kind::key, D, key_bits, dense, random));
+    value_codecs.push_back(random_codec(Kind::value, D, value_bits, dense, random));
+  }
+  const HostTables key_tables = pack_tables(key_codecs), value_tables = pack_tables(value_codecs);
+  const size_t key_block = key_codecs[0].format.block_bytes(), value_block = value_codecs[0].format.block_bytes();
+  const int n_blocks = kCells / kBlockCells;
+
+  EncodeArgs a;
+  a.n_kv_heads = kHeads;
+  a.head_dim = D;
+  a.n_tokens = n_tokens;
+  a.tokens_per_block = tokens_per_block;
+  std::vector<float> keys = random.normals(size_t(n_tokens) * kHeads * D), values = random.normals(keys.size());
+  std::fill_n(keys.begin(), D, 0.0f);  // what has no direction
+  values[D + 3] = INFINITY;
+  a.keys = keys.data();
+  a.values = values.data();
+  a.key_token_stride = a.value_token_stride = kHeads * D;
+  a.key_head_stride = a.value_head_stride = D;
+  std::vector<int64_t> cells(n_tokens);
+  std::vector<int32_t> slots(n_tokens, -1);
+  for (int i = 0; i < n_tokens; i++) cells[i] = (i % kStreams) * kCells + (i * 37) % kCells;
+  for (int i = 0; i < std::min(n_tokens, kCapacity); i++) slots[i] = kCapacity - 1 - i;
+  a.cells = cells.data();
+  a.cells_per_stream = kCells;
+  std::vector<uint8_t> key_cache(kStreams * kHeads * n_blocks * key_block);
+  std::vector<uint8_t> value_cache(kStreams * kHeads * n_blocks * value_block);
+  a.key_cache = {key_cache.data(), kHeads * n_blocks * key_block, n_blocks * key_block, key_block};
+  a.value_cache = {value_cache.data(), n_blocks * kHeads * value_block, value_block, kHeads * value_block};
+  a.key_codec = key_tables.view();
+  a.value_codec = value_tables.view();
+  std::vector<uint16_t> window_keys(kStreams * kHeads * kCapacity * D), window_values(window_keys.size());
+  a.window = {window_keys.data(), window_values.data(), slots.data(), kCapacity};
+  constexpr int kDenseCells = 128;  // of the second stream only
+  std::vector<uint16_t> dense_keys(kHeads * kDenseCells * D, 0x7e00), dense_values(dense_keys);
+  a.dense = {dense_keys.data(), dense_values.data(), 1, 1, kDenseCells};
+
+  using Kernel = EncodeKernel<D>;
+  const int blocks = (n_tokens + tokens_per_block - 1) / tokens_per_block;
+  simt::Machine::launch({blocks, 2 * kHeads}, Kernel::kThreads, Kernel::kSharedBytes, [&] { Kernel::run(a); });
+
+  std::vector<float> y(D);
+  const auto check_vector = [&](const HeadCodec& codec, const float* x, const uint8_t* block, int cell,
+                                const uint16_t* exact) {
+    for (int d = 0; exact && d < D; d++) EXPECT_EQ(exact[d], float_to_half(x[d]));
+    codec.transform.forward(x, y.data());
+    const Format& format = codec.format;
+    std::vector<uint8_t> expected(size_t(format.vector_bytes())), got(expected.size()), cpu(format.block_bytes());
+    const uint16_t scale = encode_vector(codec, y.data(), expected.data());
+    std::memcpy(&expected[format.n_subspaces()], &scale, 2);
+    block_from_cuda(format, codec.kind, block, cpu.data());
+    copy_cell_out(format, codec.kind, cpu.data(), cell, got.data());
+    EXPECT_EQ(got, expected);
+  };
+  for (int i = 0; i < n_tokens; i++) {
+    const int stream = int(cells[i]) / kCells, cell = int(cells[i]) % kCells;
+    for (int h = 0; h < kHeads; h++) {
+      const size_t at = (size_t(i) * kHeads + h) * D;
+      const size_t row = ((stream * kHeads + h) * kCapacity + slots[i]) * size_t(D);
+      check_vector(key_codecs[h], &keys[at],
+                   &key_cache[((stream * kHeads + h) * n_blocks + cell / kBlockCells) * key_block], cell % kBlockCells,
+                   slots[i] < 0 ? nullptr : &window_keys[row]);
+      check_vector(value_codecs[h], &values[at],
+                   &value_cache[((stream * n_blocks + cell / kBlockCells) * kHeads + h) * value_block],
+                   cell % kBlockCells, slots[i] < 0 ? nullptr : &window_values[row]);
+      if (stream == 1 && cell < kDenseCells && std::isfinite(values[at + 3])) {
+        const size_t dense = (h * kDenseCells + cell) * size_t(D);
+        key_codecs[h].transform.forward(&keys[at], y.data());
+        for (int d = 0; d < D; d++) EXPECT_EQ(dense_keys[dense + d], float_to_half(y[d]));
+        value_codecs[h].transform.forward(&values[at], y.data());
+        for (int d = 0; d < D; d++) EXPECT_EQ(dense_values[dense + d], float_to_half(y[d]));
+      }
+    }
+  }
+
+  // Rows that leave are coded where they belong by now, as f16: here, 64 cells on.
+  std::vector<int64_t> displaced(n_tokens, -1);
+  for (int i = 1; i < n_tokens; i++) {
+    if (slots[i] >= 0) displaced[i] = cells[i] / kCells * kCells + (cells[i] % kCells + 64) % kCells;
+  }
+  EncodeArgs layer = a;
+  layer.keys = layer.values = nullptr;
+  layer.cells = nullptr;
+  layer.dense = {};
+  EncodeArgs other = layer;  // of another head size: another kernel's
+  other.head_dim = 2 * D;
+  const std::vector<EncodeArgs> layers{other, layer};
+  std::fill(key_cache.begin(), key_cache.end(), uint8_t(0));
+  std::fill(value_cache.begin(), value_cache.end(), uint8_t(0));
+  LeaveArgs leave;
+  leave.layers = layers.data();
+  leave.n_layers = 2;
+  leave.n_kv_heads = kHeads + 1;  // another layer's
+  leave.n_tokens = n_tokens;
+  leave.cells = displaced.data();
+  leave.slots = slots.data();
+  leave.tokens_per_block = tokens_per_block;
+  simt::Machine::launch({blocks, 2 * 2 * leave.n_kv_heads}, Kernel::kThreads, Kernel::kSharedBytes,
+                        [&] { Kernel::run_leaving(leave); });
+  std::vector<float> x(D);
+  for (int i = 0; i < n_tokens; i++) {
+    if (displaced[i] < 0) continue;
+    const int stream = int(displaced[i]) / kCells, cell = int(displaced[i]) % kCells;
+    for (int h = 0; h < kHeads; h++) {
+      const size_t at = (size_t(i) * kHeads + h) * D;
+      for (int d = 0; d < D; d++) x[d] = half_to_float(float_to_half(keys[at + d]));
+      check_vector(key_codecs[h], x.data(),
+                   &key_cache[((stream * kHeads + h) * n_blocks + cell / kBlockCells) * key_block], cell % kBlockCells,
+                   nullptr);
+      for (int d = 0; d < D; d++) x[d] = half_to_float(float_to_half(values[at + d]));
+      check_vector(value_codecs[h], x.data(),
+                   &value_cache[((stream * n_blocks + cell / kBlockCells) * kHeads + h) * value_block],
+                   cell % kBlockCells, nullptr);
+    }
+  }
+
+  // Rows of the window for dense attention.
+  std::vector<int32_t> window_cells(kStreams * kCapacity, -1);
+  window_cells[1] = 3;
+  window_cells[kCapacity + 2] = kDenseCells - 1;
+  window_cells[kCapacity + 3] = kDenseCells;  // not among these
+  window_cells[kCapacity + 4] = 7;
+  std::fill(dense_keys.begin(), dense_keys.end(), uint16_t(0x1234));
+  for (uint16_t& v : window_keys) v = float_to_half(random.normal());
+  EncodeArgs rows = layer;
+  rows.from_window = true;
+  rows.window_cells = window_cells.data();
+  rows.n_tokens = kStreams * kCapacity;
+  rows.dense = a.dense;
+  const std::vector<uint8_t> coded = key_cache;
+  simt::Machine::launch({(rows.n_tokens + tokens_per_block - 1) / tokens_per_block, 2 * kHeads}, Kernel::kThreads,
+                        Kernel::kSharedBytes, [&] { Kernel::run(rows); });
+  EXPECT_EQ(key_cache, coded);
+  for (int h = 0; h < kHeads; h++) {
+    for (int cell = 0; cell < kDenseCells; cell++) {
+      const int slot = cell == 7 ? 4 : cell == kDenseCells - 1 ? 2 : -1;
+      const uint16_t* got = &dense_keys[(h * kDenseCells + cell) * size_t(D)];
+      if (slot < 0) {
+        EXPECT_EQ(got[5], 0x1234);
+        continue;
+      }
+      for (int d = 0; d < D; d++) {
+        x[d] = half_to_float(window_keys[((kHeads + h) * kCapacity + slot) * size_t(D) + d]);
+      }
+      key_codecs[h].transform.forward(x.data(), y.data());
+      for (int d = 0; d < D; d++) EXPECT_EQ(got[d], float_to_half(y[d]));
+    }
+  }
+}
+
+template <int D>
+void check_transform(bool dense) {
+  constexpr int kHeads = 2, kGroup = 3, kStreams = 2, kTokens = 7, kAll = kHeads * kGroup;
+  Random random(11);
+  std::vector<HeadCodec> codecs;
+  for (int h = 0; h < kHeads; h++) codecs.push_back(random_codec(Kind::value, D, 2, dense, random));
+  const HostTables tables = pack_tables(codecs);
+  // As llama.cpp permutes queries: heads outside tokens.
+  const std::vector<float> in = random.normals(size_t(kStreams) * kAll * kTokens * D);
+  std::vector<float> out(in.size(), NAN), expected(D);
+  TransformArgs a;
+  a.n_streams = kStreams;
+  a.n_tokens = kTokens;
+  a.n_kv_heads = kHeads;
+  a.group = kGroup;
+  a.head_dim = D;
+  a.in = in.data();
+  a.token_stride = D;
+  a.head_stride = kTokens * D;
+  a.stream_stride = kAll * kTokens * D;
+  a.codec = tables.view();
+  a.add_mean = true;
+  a.out = out.data();
+  using Kernel = TransformKernel<D>;
+  const int blocks = (kStreams * kTokens * kGroup + kTransformRows - 1) / kTransformRows;
+  simt::Machine::launch({blocks, kHeads}, D, Kernel::kSharedBytes, [&] { Kernel::run(a); });
+  for (int s = 0; s < kStreams; s++) {
+    for (int t = 0; t < kTokens; t++) {
+      for (int h = 0; h < kAll; h++) {
+        codecs[h / kGroup].transform.inverse(&in[((s * kAll + h) * kTokens + t) * size_t(D)], expected.data());
+        for (int d = 0; d < D; d++) {
+          EXPECT_NEAR(out[((s * kTokens + t) * kAll + h) * size_t(D) + d], expected[d], 1e-4);
+        }
+      }
+    }
+  }
+}
+
+TEST(CudaTransform, Rows) {
+  for (bool dense : {false, true}) {
+    check_transform<64>(dense);
+    check_transform<128>(dense);
+    check_transform<256>(dense);
+  }
+}
+
+TEST(CudaEncode, EqualsTheCodecBitForBit) {
+  check<64>(4, 2, false, 9, 4);
+  check<64>(2, 1, true, 2, 1);
+  check<128>(2, 2, false, 11, 8);
+  check<128>(1, 4, true, 3, 2);
+  check<256>(2, 1, false, 2, 1);
+}
+
+// Batches of all sizes, with cells that are written again: the window holds the first cells and the last ones written.
+TEST(CudaWindow, HoldsTheFirstAndTheLastCells) {
+  constexpr int kStreams = 2, kCells = 128, kFirst = 3, kRing = 10, kCapacity = kFirst + kRing;
+  Random random(8);
+  std::vector<int32_t> written(kStreams), window(kStreams * kCapacity, -1), tokens(window);
+  std::vector<uint32_t> hidden(kStreams * kCells / 32);
+  std::vector<std::vector<int>> order(kStreams);  // ring cells, the last written at the end; one entry a write
+  for (int batch = 0; batch < 40; batch++) {
+    const int n = batch % 5 == 4 ? 33 : 1 + random.below(4);
+    std::vector<int64_t> cells;
+    while (int(cells.size()) < n) {
+      const int64_t cell = random.below(kStreams * kCells);
+      if (std::find(cells.begin(), cells.end(), cell) == cells.end()) cells.push_back(cell);
+    }
+    std::vector<int32_t> slots(n, 99);
+    std::vector<int64_t> displaced(n, 99);
+    const std::vector<int32_t> before = window;
+    WindowArgs a;
+    a.n_streams = kStreams;
+    a.n_tokens = n;
+    a.cells = cells.data();
+    a.cells_per_stream = kCells;
+    a.capacity = kCapacity;
+    a.n_first = kFirst;
+    a.written = written.data();
+    a.window_cells = window.data();
+    a.slots = slots.data();
+    a.tokens = tokens.data();
+    a.displaced = displaced.data();
+    a.hidden = hidden.data();
+    a.hidden_stream_stride = kCells / 32;
+    simt::Machine::launch({1, kStreams}, WindowKernel::kThreads, 0, [&] { WindowKernel::run(a); });
+
+    for (int64_t cell : cells) {
+      std::vector<int>& o = order[cell / kCells];
+      std::replace(o.begin(), o.end(), int(cell % kCells), -1);  // its old row is given up, not taken over
+      if (cell % kCells >= kFirst) o.push_back(int(cell % kCells));
+    }
+    for (int s = 0; s < kStreams; s++) {
+      std::set<int> expected, got;
+      const std::vector<int>& o = order[s];
+      for (size_t i = o.size() > kRing ? o.size() - kRing : 0; i < o.size(); i++) {
+        if (o[i] >= 0) expected.insert(o[i]);
+      }
+      for (int i = 0; i < kCapacity; i++) {
+        const int cell = window[s * kCapacity + i];
+        if (cell < 0) continue;
+        EXPECT_TRUE(got.insert(cell).second);
+        if (i < kFirst) expected.insert(i);
+      }
+      EXPECT_EQ(got, expected) << batch;
+      for (int c = 0; c < kCells; c++) {
+        EXPECT_EQ(hidden[(s * kCells + c) / 32] >> c % 32 & 1, got.count(c)) << batch;
+      }
+    }
+    for (int i = 0; i < n; i++) {
+      if (slots[i] >= 0) {
+        const int row = int(cells[i] / kCells * kCapacity + slots[i]);
+        EXPECT_EQ(window[row], cells[i] % kCells);
+        EXPECT_EQ(tokens[row], i);
+      }
+    }
+    // What is in the window no longer, nor written again, was displaced by the token that has its row.
+    std::set<int64_t> expected_displaced, got_displaced;
+    for (int row = 0; row < kStreams * kCapacity; row++) {
+      const int64_t cell = before[row] < 0 ? -1 : row / kCapacity * kCells + before[row];
+      if (window[row] != before[row] && cell >= 0 && std::find(cells.begin(), cells.end(), cell) == cells.end()) {
+        expected_displaced.insert(cell);
+        ASSERT_GE(tokens[row], 0);
+        EXPECT_EQ(displaced[tokens[row]], cell);
+      }
+      if (tokens[row] >= 0) {
+        EXPECT_EQ(slots[tokens[row]], row % kCapacity);
+      }
+    }
+    for (int64_t cell : displaced) {
+      if (cell >= 0) got_displaced.insert(cell);
+    }
+    EXPECT_EQ(got_displaced, expected_displaced);
+  }
+}
+
+}  // namespace
+}  // namespace thimble::cuda
