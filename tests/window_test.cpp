@@ -7,6 +7,8 @@
 #include <map>
 #include <set>
 
+#include "window_vectors.h"
+
 namespace thimble {
 namespace {
 
@@ -343,6 +345,47 @@ TEST(Window, StreamsRecycleTheirOwnSlots) {
   std::vector<Window::Row> leaving;
   for (int64_t cell = 40; cell < 49; cell++) window.place(cell, leaving);  // a loaded state
   for (int64_t cell : {100, 101, 102, 103, 104}) EXPECT_GE(window.find(cell), 0) << cell;
+}
+
+// The scripts that every implementation is held to.
+TEST(Window, Vectors) {
+  const std::vector<WindowScript> scripts = read_window_scripts(THIMBLE_TEST_DATA "/window_vectors.txt");
+  ASSERT_EQ(scripts.size(), 9u);
+  for (const WindowScript& script : scripts) {
+    Window window(script.size, script.slots * script.n_streams, script.cells_per_stream, script.n_streams);
+    WindowOwners owners;
+    const auto judge = [&](std::span<const int>, std::span<const Window::Row> rows, std::span<const Window::Row>,
+                           std::span<float> scores) {
+      for (size_t i = 0; i < rows.size(); i++) scores[i] = float(owners.importance(rows[i].cell));
+    };
+    int n_writes = 0;
+    for (const WindowScript::Step& step : script.steps) {
+      if (step.what == WindowScript::Step::remove) {
+        owners.remove(step);
+        continue;
+      }
+      std::vector<int64_t> cells;
+      for (const WindowScript::Token& token : step.tokens) {
+        owners.write(token);
+        cells.push_back(token.cell);
+      }
+      if (step.what == WindowScript::Step::arrive) {
+        std::vector<Window::Row> leaving;
+        window.end_arrival();
+        for (int64_t cell : cells) window.place(cell, leaving);
+        continue;
+      }
+      const auto sees = [&](int row, int64_t cell) { return owners.sees(cells[row], cell); };
+      window.begin_batch(cells);
+      window.settle(sees, judge);
+      std::vector<int64_t> exact;
+      for (const Window::Row& row : window.rows()) exact.push_back(row.cell);
+      ASSERT_EQ(exact, step.exact) << script.name << ", batch " << n_writes;
+      window.commit(sees, judge);
+      n_writes++;
+    }
+    EXPECT_GT(n_writes, 5);
+  }
 }
 
 }  // namespace

@@ -120,10 +120,11 @@ void Window::keep(Members& sequence, int last, int spare, int most, const Judge&
   for (const Candidate* c : sequence) n_new += c->row.in_flight;
   // One by one, few tokens would have made cells leave when they were one too many; later ones would still be to come.
   const int end = n_new <= spare ? last + size_.pool + spare + 1 : n;
-  std::vector<int> judges;  // batch rows
+  std::vector<int> judges;  // batch rows: all of a prompt's; else the one that is too many, or the first there is
   for (const Candidate* c : sequence) {
-    const bool decides = n_new > spare ? c->row.in_flight : c == sequence[end - 1] && c->order > n_before_;
-    if (decides) judges.push_back(int(c->order - n_before_ - 1));
+    const bool is_one = judges.empty() && c->row.in_flight, decides = c == sequence[end - 1] && c->order > n_before_;
+    if (n_new <= spare && decides) judges.clear();
+    if (n_new > spare ? c->row.in_flight : decides || is_one) judges.push_back(int(c->order - n_before_ - 1));
   }
   for (int i = end - last; i < n; i++) sequence[i]->keep = true;
 
