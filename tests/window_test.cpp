@@ -350,7 +350,7 @@ TEST(Window, StreamsRecycleTheirOwnSlots) {
 // The scripts that every implementation is held to.
 TEST(Window, Vectors) {
   const std::vector<WindowScript> scripts = read_window_scripts(THIMBLE_TEST_DATA "/window_vectors.txt");
-  ASSERT_EQ(scripts.size(), 9u);
+  ASSERT_EQ(scripts.size(), 18u);
   for (const WindowScript& script : scripts) {
     Window window(script.size, script.slots * script.n_streams, script.cells_per_stream, script.n_streams);
     WindowOwners owners;

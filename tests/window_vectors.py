@@ -129,7 +129,10 @@ class Model:
 
 
 class Script:
-    def __init__(self, name, last, pool, spare, slots, cells, streams=1):
+    """`ages`: of two cells the older matters more, which is what there is without a judge."""
+
+    def __init__(self, name, last, pool, spare, slots, cells, streams=1, ages=False):
+        self.ages, self.age = ages, 0
         self.model, self.random = Model(last, pool, spare, slots, cells, streams), random.Random(name)
         self.cells = cells
         self.lines = [f"case {name} {last} {pool} {spare} {slots} {cells} {streams}"]
@@ -139,6 +142,9 @@ class Script:
         if scattered:
             self.random.shuffle(free)
         importances = self.random.sample(range(100000), len(sequences))
+        if self.ages:
+            importances = [1000000 - self.age - i for i in range(len(sequences))]
+            self.age += len(sequences)
         return [(c, s, i) for c, s, i in zip(free, sequences, importances)]
 
     def say(self, word, tokens):
@@ -159,20 +165,20 @@ class Script:
         self.model.remove(sequence, first, end)
 
 
-def scripts():
-    s = Script("one_sequence", 10, 4, 3, 20, 64)
+def scripts(suffix, **how):
+    s = Script("one_sequence" + suffix, 10, 4, 3, 20, 64, **how)
     for _ in range(50):
         s.write(0)
     yield s
-    s = Script("scattered_cells", 10, 4, 3, 20, 96)
+    s = Script("scattered_cells" + suffix, 10, 4, 3, 20, 96, **how)
     for _ in range(60):
         s.write(0, scattered=True)
     yield s
-    s = Script("sequences_of_one_stream", 6, 3, 2, 60, 256)
+    s = Script("sequences_of_one_stream" + suffix, 6, 3, 2, 60, 256, **how)
     for step in range(40):
         s.write(*([0, 1, 2, 3] if step % 3 else [step % 4]))
     yield s
-    s = Script("drafts", 8, 3, 4, 19, 128)
+    s = Script("drafts" + suffix, 8, 3, 4, 19, 128, **how)
     s.write(*[0] * 12)
     for n, wrong in [(4, 0), (3, 2), (4, 3), (2, 1), (1, 0), (4, 1), (4, 2), (3, 0), (1, 0), (1, 0), (4, 3), (4, 3), (1, 0)]:
         s.write(*[0] * n)
@@ -180,12 +186,12 @@ def scripts():
         s.remove(0, length - wrong, length)
     s.write(0)
     yield s
-    s = Script("prompts", 8, 3, 4, 60, 256)
+    s = Script("prompts" + suffix, 8, 3, 4, 60, 256, **how)
     for sequence, n in [(0, 30), (1, 50), (0, 1), (1, 1), (0, 20), (2, 40)]:
         s.write(*[sequence] * n)
     s.write(0, 1, 2)
     yield s
-    s = Script("idle_ones_give_way", 6, 3, 2, 26, 256)
+    s = Script("idle_ones_give_way" + suffix, 6, 3, 2, 26, 256, **how)
     for sequence in [0, 1, 2, 3, 4]:
         s.write(*[sequence] * 20)
         for _ in range(5):
@@ -193,13 +199,13 @@ def scripts():
     for _ in range(4):
         s.write(0)
     yield s
-    s = Script("removed_and_written_over", 6, 3, 2, 26, 64)
+    s = Script("removed_and_written_over" + suffix, 6, 3, 2, 26, 64, **how)
     for sequence in range(6):
         for _ in range(18 - 2 * (sequence % 3)):
             s.write(sequence)
         s.remove(sequence)
     yield s
-    s = Script("loaded_states", 6, 3, 2, 26, 128)
+    s = Script("loaded_states" + suffix, 6, 3, 2, 26, 128, **how)
     s.arrive(0, 30)
     s.arrive(1, 9, scattered=True)
     for _ in range(8):
@@ -207,12 +213,12 @@ def scripts():
         s.write(1)
     s.write(0, 1)
     yield s
-    s = Script("streams", 6, 3, 2, 13, 64, 2)
+    s = Script("streams" + suffix, 6, 3, 2, 13, 64, 2, **how)
     for step in range(30):
         s.write(step % 3, stream=step % 3 % 2)
     yield s
 
 
 with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "window_vectors.txt"), "w") as out:
-    for script in scripts():
+    for script in [*scripts(""), *scripts("_oldest_first", ages=True)]:
         out.write("\n".join(script.lines) + "\n")

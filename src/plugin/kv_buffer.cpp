@@ -32,10 +32,12 @@ KvBuffer& context_of(ggml_backend_buffer_t buffer) {
   return *static_cast<KvBuffer*>(buffer->context);
 }
 
-int window_slots(const Settings& settings, int64_t n_streams, bool on_cpu) {
+int window_slots(const Settings& settings, int64_t cells_per_stream, int64_t n_streams, bool on_cpu) {
   const WindowSize& window = settings.window;
   if (settings.passthrough()) return 0;
-  return (on_cpu ? window.slots() : DeviceCache::kFirstCells + window.last + DeviceCache::kInFlightRows) * int(n_streams);
+  if (on_cpu) return window.slots() * int(n_streams);
+  const int slots = Window::slots_of_stream(window, cells_per_stream, int(n_streams));
+  return std::min(slots + DeviceCache::kInFlightRows, DeviceCache::kMaxRows) * int(n_streams);
 }
 
 // Values of which only the window and retrieved cells are read need no codes.
@@ -52,7 +54,9 @@ size_t reserved_bytes(const ggml_tensor* tensor, const CacheName& name, const Se
   const Format format = source.format(name.layer, name.kind, head_dim);
   const CacheShape shape{int(width / format.head_dim), tensor->ne[1], int(tensor->ne[2])};
   // In RAM the exact store has the window's rows, too.
-  const int n_slots = on_cpu && source.retrieves(name.layer) ? 0 : window_slots(settings, shape.n_streams, on_cpu);
+  const int n_slots = on_cpu && source.retrieves(name.layer)
+                          ? 0
+                          : window_slots(settings, shape.cells_per_stream, shape.n_streams, on_cpu);
   return CacheSide::memory_bytes(shape, format, n_slots, is_coded(name.kind, name.layer, settings, source));
 }
 
@@ -281,7 +285,7 @@ void KvBuffer::bind_on_device(ManagedLayer& layer, int key_dim, int value_dim, i
     const int dim = kind == Kind::key ? key_dim : value_dim;
     const ggml_tensor* tensor = layer.tensors[int(kind)];
     const Format format = checked_format(layer, kind, dim, shape);
-    const int n_slots = window_slots(settings_, shape.n_streams, /*on_cpu=*/false);
+    const int n_slots = window_slots(settings_, shape.cells_per_stream, shape.n_streams, /*on_cpu=*/false);
     const size_t needed =
         CacheSide::memory_bytes(shape, format, n_slots, is_coded(kind, layer.index, settings_, *source_));
     if (needed > reserved_bytes(tensor, {kind, layer.index}, settings_, *source_, /*on_cpu=*/false)) {
@@ -312,7 +316,7 @@ void KvBuffer::bind_in_ram(ManagedLayer& layer, int key_dim, int value_dim, int 
                         : ExactStore::ram(shape.n_cells(), tensor->ne[0]);
       store_bytes_ += store->total_bytes();
     }
-    const int n_slots = store ? 0 : window_slots(settings_, shape.n_streams, /*on_cpu=*/true);
+    const int n_slots = store ? 0 : window_slots(settings_, shape.cells_per_stream, shape.n_streams, /*on_cpu=*/true);
     const bool coded = is_coded(kind, layer.index, settings_, *source_);
     const size_t bytes = CacheSide::memory_bytes(shape, format, n_slots, coded);
     uint8_t* memory = static_cast<uint8_t*>(tensor->data);
