@@ -347,6 +347,27 @@ TEST(Window, StreamsRecycleTheirOwnSlots) {
   for (int64_t cell : {100, 101, 102, 103, 104}) EXPECT_GE(window.find(cell), 0) << cell;
 }
 
+// 64 chats of a thousand tokens in one unified cache, taking turns: each has what it would have alone.
+TEST(Window, ManyIdleSequencesKeepAllTheirs) {
+  const WindowSize size;
+  constexpr int64_t kCells = 65536;
+  Window window(size, Window::slots_of_stream(size, kCells, 1), kCells);
+  const auto write = [&](int chat, int first, int n) {
+    std::vector<int64_t> cells;
+    for (int i = first; i < first + n; i++) cells.push_back(int64_t(i) * 64 + chat);
+    window.begin_batch(cells);
+    window.commit([&](int row, int64_t cell) { return cell % 64 == chat && cell <= cells[row]; });
+  };
+  for (int round = 0; round < 3; round++) {
+    for (int chat = 0; chat < 64; chat++) write(chat, round * 300, 300);
+  }
+  for (int chat = 0; chat < 64; chat++) {
+    for (int i = 0; i < 900; i++) {
+      EXPECT_EQ(window.find(int64_t(i) * 64 + chat) >= 0, i < size.pool || i >= 900 - size.last) << chat << " " << i;
+    }
+  }
+}
+
 // The scripts that every implementation is held to.
 TEST(Window, Vectors) {
   const std::vector<WindowScript> scripts = read_window_scripts(THIMBLE_TEST_DATA "/window_vectors.txt");
