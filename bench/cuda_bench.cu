@@ -206,6 +206,8 @@ int main(int argc, char** argv) {
     leave.n_tokens = 1;
     leave.cells = p.cells;
     leave.slots = p.window.slots;
+    leave.n_leaving = copied(std::vector<int>{1, 0});
+    leave.books = copied(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, {}}});
     time(label("code a cell that leaves the window, 32 layers"), 24, 0,
          [&](int, cudaStream_t s) { require(code_leaving(device, leave, kDim, s)); });
     const auto attend_short = [&](int i, int n_cells, bool window, cudaStream_t s) {

@@ -352,6 +352,10 @@ void run(const DeviceInfo& device, const Case& c) {
     Array<int64_t> leaving_d(leaving);
     leave.cells = leaving_d.device();
     leave.slots = slots_d.device();
+    Array<int> n_leaving(std::vector<int>{n_all, 0});
+    Array<WindowBooks> books(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, {}}});
+    leave.n_leaving = n_leaving.device();
+    leave.books = books.device();
     if (!accept(c, code_leaving(device, leave, d, nullptr), "leaving")) return;
     coded.download();
     wrong = 0;

@@ -69,19 +69,42 @@ struct NewRows {
   uint16_t *window_keys = nullptr, *window_values = nullptr;  // the rows of AttendArgs::exact[0]
 };
 
-/// Which cells the window holds, the same for all layers: the first `n_first` cells of each stream for good, and the
-/// last ones written in a ring. All arrays start as: written 0, window_cells and tokens -1, hidden 0.
+inline constexpr int kMaxWindowRows = 1024;  // of a stream
+
+/// What the window knows of a stream besides its rows; all zeros at first.
+struct WindowBooks {
+  uint32_t n_batches, n_written, n_sequences;
+  uint32_t seen_from;           // the first number given to a sequence of the last batch
+  uint32_t waits;               // whether several tokens made a sequence too many, which is settled by the next batch
+  uint32_t n_single;            // sequences of one token in the last batch,
+  uint32_t single[kMaxTokens];  // their numbers
+};
+
+/// Which cells the window holds, the same for all layers (encode/window_kernel.h). At first cells and tokens are -1,
+/// all else 0.
 struct WindowArgs {
   int n_streams = 1, n_tokens = 0;
   const int64_t* cells = nullptr;  // [n_tokens], as in EncodeArgs
   int cells_per_stream = 0;
-  int capacity = 0, n_first = 0;    // rows; those that the first cells have
-  int32_t* written = nullptr;       // [n_streams]: tokens that went through the ring, modulo its size
-  int32_t* window_cells = nullptr;  // [n_streams][capacity], for ExactRows
-  int32_t* slots = nullptr;         // [n_tokens], for WindowRows
-  int32_t* tokens = nullptr;        // [n_streams][capacity]: the token that a row is to be written for, or -1
-  int64_t* displaced = nullptr;     // [n_tokens]: the cell that leaves the window for a token, to be coded; -1: none
-  uint32_t* hidden = nullptr;       // for AttendArgs; words of a stream: hidden_stream_stride
+  /// What tokens see, f16, -infinity: not. Of token i: mask_cells cells of its stream, in row i % mask_tokens of matrix
+  /// i / mask_tokens. Strides in elements. Null: all.
+  const uint16_t* mask = nullptr;
+  size_t mask_token_stride = 0, mask_stream_stride = 0;
+  int mask_tokens = 1, mask_cells = 0;
+  int n_batch_streams = 1;                         // streams that have tokens, equally many
+  int last = 0, pool = 0, spare = 0;               // WindowSize
+  int slots = 0, capacity = 0;                     // rows of a stream; those of tokens in flight, too: kMaxTokens more
+  WindowBooks* books = nullptr;                    // [n_streams]
+  int32_t* window_cells = nullptr;                 // [n_streams][capacity], for ExactRows; -1: unused
+  uint32_t *order = nullptr, *sequence = nullptr;  // [n_streams][capacity]: of writing; that saw it last
+  uint32_t* marks = nullptr;                       // [n_tokens], for the kernel alone
+  int32_t* token_slots = nullptr;                  // [n_tokens], for WindowRows
+  int32_t* tokens = nullptr;  // [n_streams][capacity]: the token that a row is to be written for, or -1
+  /// Cells that leave the window, to be coded from their rows: n_leaving[number of the batch % 2] of them.
+  int64_t* leaving_cells = nullptr;  // [n_streams * capacity]
+  int32_t* leaving_slots = nullptr;  // the same: row in the stream's window
+  int* n_leaving = nullptr;          // [2]
+  uint32_t* hidden = nullptr;        // for AttendArgs; words of a stream: hidden_stream_stride
   size_t hidden_stream_stride = 0;
 };
 
@@ -122,9 +145,11 @@ struct EncodeArgs {
 struct LeaveArgs {
   const EncodeArgs* layers = nullptr;  // device memory, [n_layers]
   int n_layers = 0, n_kv_heads = 1;    // the most that a layer has
-  int n_tokens = 0;
-  const int64_t* cells = nullptr;  // WindowArgs::displaced
+  int n_tokens = 0;                    // of the batch; by about so many thread blocks are launched
+  const int64_t* cells = nullptr;      // WindowArgs::leaving_cells
   const int32_t* slots = nullptr;
+  const int* n_leaving = nullptr;
+  const WindowBooks* books = nullptr;
   int tokens_per_block = 1;  // filled in by the launcher
 };
 

@@ -12,7 +12,7 @@
 
 namespace thimble {
 
-static_assert(DeviceCache::kInFlightRows == cuda::kInFlightRows);
+static_assert(DeviceCache::kInFlightRows == cuda::kMaxTokens && DeviceCache::kMaxRows == cuda::kMaxWindowRows);
 
 void require(const cuda::Status& status, const char* what) {
   if (!status.ok()) throw std::runtime_error(std::string(what) + ": " + status.message);
@@ -105,7 +105,7 @@ std::string CudaCache::problem(const ggml_tensor* node, NodeKind kind) const {
   return {};
 }
 
-void CudaCache::begin_batch(const int64_t* cells, int n_tokens, cudaStream_t stream) {
+void CudaCache::begin_batch(const int64_t* cells, int n_tokens, const cuda::BatchMask& mask, cudaStream_t stream) {
   std::set<int> head_dims;
   cuda::LeaveArgs leave;
   std::vector<cuda::EncodeArgs> layers;
@@ -121,13 +121,12 @@ void CudaCache::begin_batch(const int64_t* cells, int n_tokens, cudaStream_t str
     require(cuda::Status::from(cudaMemcpy(leaving_.back().as<void>(), layers.data(), bytes, cudaMemcpyHostToDevice)),
             "the layers");
   }
-  require(cuda::update_window(device_, window_.begin_batch(cells, n_tokens), stream), "the window");
+  require(cuda::update_window(device_, window_.begin_batch(cells, n_tokens, mask), stream), "the window");
   if (layers.empty()) return;
   leave.layers = leaving_.back().as<cuda::EncodeArgs>();
   leave.n_layers = int(layers.size());
   leave.n_tokens = n_tokens;
-  leave.cells = window_.displaced();
-  leave.slots = window_.slots();
+  window_.fill(leave);
   for (int head_dim : head_dims) require(cuda::code_leaving(device_, leave, head_dim, stream), "encoding");
 }
 

@@ -26,7 +26,7 @@ public:
   cuda::DeviceLayer& layer(int index) { return *layers_.at(index); }
 
   /// Takes a batch's tokens into the window, and codes the cells that leave it, of all layers.
-  void begin_batch(const int64_t* cells, int n_tokens, cudaStream_t stream);
+  void begin_batch(const int64_t* cells, int n_tokens, const cuda::BatchMask& mask, cudaStream_t stream);
 
 private:
   cuda::DeviceInfo device_;

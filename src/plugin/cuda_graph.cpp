@@ -218,6 +218,7 @@ ggml_status CudaGraph::compute(ggml_cgraph* graph) {
 }
 
 void CudaGraph::run(const std::vector<Step>& steps, ggml_cgraph* graph) {
+  steps_ = &steps;
   for (const Step& step : steps) {
     if (!step.inner.empty()) run_inner(step.inner, graph);
     if (step.cut.layer) run_cut(step.cut);
@@ -265,6 +266,25 @@ const float* CudaGraph::slopes(float max_bias, int n_heads) {
   return memory.as<float>();
 }
 
+// What the tokens of the batch see: llama.cpp makes one mask for all layers of a cache.
+cuda::BatchMask CudaGraph::mask_of_batch(const CudaCache& cache) const {
+  for (const Step& step : *steps_) {
+    const Cut& cut = step.cut;
+    if (!cut.layer || !cut.attend || &cache_of(cut) != &cache) continue;
+    const ggml_tensor *q = cut.attend->src[0], *mask = cut.attend->src[3];
+    cuda::BatchMask batch;
+    batch.n_tokens = int(q->ne[1]);
+    batch.n_streams = int(q->ne[3]);
+    batch.n_cells = int(cut.attend->src[1]->ne[1]);
+    if (!mask) return batch;
+    batch.data = data<uint16_t>(mask);
+    batch.token_stride = mask->nb[1] / sizeof(uint16_t);
+    batch.stream_stride = mask->ne[3] > 1 ? mask->nb[3] / sizeof(uint16_t) : 0;
+    return batch;
+  }
+  throw std::runtime_error("cells are written in a graph that does not attend to them");
+}
+
 // What there is to encode; the window takes in the cells before the first layer's.
 cuda::EncodeArgs CudaGraph::encode_args(const Cut& cut) {
   CudaCache& cache = cache_of(cut);
@@ -283,7 +303,7 @@ cuda::EncodeArgs CudaGraph::encode_args(const Cut& cut) {
     uint64_t& batch = layer.batch[int(kind)];
     if (batch == window.batch()) {  // the first of this batch to be written
       if (p.n_tokens > cuda::kMaxTokens) require(window.keep_cells(stream_), "the window");
-      cache.begin_batch(p.cells, p.n_tokens, stream_);
+      cache.begin_batch(p.cells, p.n_tokens, mask_of_batch(cache), stream_);
     }
     batch = window.batch();
   }

@@ -54,6 +54,7 @@ private:
   void read_store(const Cut& cut, const cuda::DenseRows& rows);
   void decode(const Cut& cut, const cuda::DenseRows& rows, bool before_batch);
   cuda::EncodeArgs encode_args(const Cut& cut);
+  cuda::BatchMask mask_of_batch(const CudaCache& cache) const;
   const float* slopes(float max_bias, int n_heads);
   template <typename T>
   T* scratch(cuda::DeviceMemory& memory, size_t n);
@@ -66,7 +67,8 @@ private:
   bool capturing_ = false, can_capture_ = true;
   uint64_t clock_ = 0;
   std::vector<Seen> seen_;
-  ggml_tensor marker_{};  // see run_inner
+  const std::vector<Step>* steps_ = nullptr;  // that are run
+  ggml_tensor marker_{};                      // see run_inner
   ggml_tensor stand_ins_[4]{};
   cuda::DeviceMemory workspace_, queries_, dense_, retrieval_;
   std::map<std::pair<float, int>, cuda::DeviceMemory> slopes_;

@@ -13,7 +13,8 @@
 namespace thimble::cuda {
 namespace {
 
-constexpr int kDim = 64, kHeads = 2, kGroup = 2, kCells = 128, kFirst = 2, kRing = 9, kCapacity = kFirst + kRing;
+constexpr int kDim = 64, kHeads = 2, kGroup = 2, kCells = 128, kLast = 6, kPool = 2, kSpare = 1,
+              kSlots = kLast + kPool + 2 * kSpare, kCapacity = kSlots + kMaxTokens;
 using Shape = AttendShape<kDim, 4, 4, true>;
 using Encode = EncodeKernel<kDim>;
 
@@ -55,31 +56,44 @@ public:
     for (int64_t cell : cells) last_ = std::max(last_, int(cell) + 1);
 
     std::vector<int32_t> slots(n);
-    std::vector<int64_t> displaced(n);
+    std::vector<uint32_t> marks(n);
+    std::vector<uint16_t> mask(n * kCells);
+    for (int i = 0; i < n * kCells; i++) mask[i] = i % kCells <= cells[i / kCells] ? 0 : 0xfc00;
     WindowArgs w;
-    w.n_tokens = n;
+    w.n_tokens = w.mask_tokens = n;
     w.cells = cells.data();
-    w.cells_per_stream = kCells;
+    w.cells_per_stream = w.mask_cells = kCells;
+    w.mask = mask.data();
+    w.mask_token_stride = kCells;
+    w.last = kLast;
+    w.pool = kPool;
+    w.spare = kSpare;
+    w.slots = kSlots;
     w.capacity = kCapacity;
-    w.n_first = kFirst;
-    w.written = &written_;
+    w.books = &books_;
     w.window_cells = window_.data();
-    w.slots = slots.data();
+    w.order = order_.data();
+    w.sequence = sequence_.data();
+    w.marks = marks.data();
+    w.token_slots = slots.data();
     w.tokens = tokens_.data();
-    w.displaced = displaced.data();
+    w.leaving_cells = leaving_cells_.data();
+    w.leaving_slots = leaving_slots_.data();
+    w.n_leaving = n_leaving_;
     w.hidden = hidden_.data();
     w.hidden_stream_stride = hidden_.size();
-    simt::Machine::launch({1, 1}, WindowKernel::kThreads, 0, [&] { WindowKernel::run(w); });
+    simt::Machine::launch({1, 1}, WindowKernel::kThreads, WindowKernel::kSharedBytes, [&] { WindowKernel::run(w); });
     LeaveArgs leave;
     leave.layers = &layer_;
     leave.n_layers = 1;
     leave.n_kv_heads = kHeads;
     leave.n_tokens = n;
-    leave.cells = displaced.data();
-    leave.slots = slots.data();
+    leave.cells = leaving_cells_.data();
+    leave.slots = leaving_slots_.data();
+    leave.n_leaving = n_leaving_;
+    leave.books = &books_;
     leave.tokens_per_block = 4;
-    simt::Machine::launch({(n + 3) / 4, 2 * kHeads}, Encode::kThreads, Encode::kSharedBytes,
-                          [&] { Encode::run_leaving(leave); });
+    simt::Machine::launch({2, 2 * kHeads}, Encode::kThreads, Encode::kSharedBytes, [&] { Encode::run_leaving(leave); });
     if (n > kMaxTokens) {
       EncodeArgs p = layer_;
       p.n_tokens = n;
@@ -182,7 +196,11 @@ private:
   std::vector<uint16_t> rows_[2];
   std::vector<float> all_[2];  // [cells][KV heads][head size]
   EncodeArgs layer_;
-  int32_t written_ = 0;
+  WindowBooks books_{};
+  std::vector<uint32_t> order_ = std::vector<uint32_t>(kCapacity), sequence_ = order_;
+  std::vector<int64_t> leaving_cells_ = std::vector<int64_t>(kCapacity);
+  std::vector<int32_t> leaving_slots_ = std::vector<int32_t>(kCapacity);
+  int n_leaving_[2] = {0, 0};
   std::vector<int32_t> window_ = std::vector<int32_t>(kCapacity, -1), tokens_ = window_;
   std::vector<uint32_t> hidden_ = std::vector<uint32_t>(kCells / 32);
   int last_ = 0;

@@ -73,7 +73,9 @@ Status check(const AttendArgs& args) {
 
 // `batches`: whether the kernel can take several streams at once.
 void plan(const DeviceInfo& device, AttendArgs& args, bool batches) {
-  const int n_blocks = args.n_cells / kBlockCells, n_exact = args.exact[0].capacity + args.exact[1].capacity;
+  constexpr int kRowsOfASequence = 208;  // others' are not there, or hidden
+  const int n_blocks = args.n_cells / kBlockCells;
+  const int n_exact = std::min(args.exact[0].capacity, kRowsOfASequence) + args.exact[1].capacity;
   const int lanes = blocks_per_pair(device, args.n_kv_heads * row_groups(args.n_tokens, args.group));
   const Deal deal = choose_deal(args.n_streams, n_blocks, n_exact,
                                 deal_options(args.head_dim, args.key_codec.width, args.value_codec.width, lanes,

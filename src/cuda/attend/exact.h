@@ -36,12 +36,13 @@ struct AttendExact {
 
   SIMT static bool any(const AttendArgs& a) { return a.exact[0].capacity + a.exact[1].capacity > 0; }
 
-  /// Asks for the window's rows of a stream to come to L2.
+  /// Asks for the window's rows of a stream to come to L2. (Its cells may be those of a step before.)
   SIMT static void prefetch(const AttendArgs& a, int stream) {
     const size_t bytes = size_t(a.exact[0].capacity) * D * sizeof(uint16_t);
     const size_t first = (size_t(stream) * a.n_kv_heads + simt::block_y()) * bytes;
     SIMT_NO_UNROLL
     for (size_t i = simt::thread() * 128; i < bytes; i += S::kThreads * 128) {
+      if (a.exact[0].cells[size_t(stream) * a.exact[0].capacity + i / (D * sizeof(uint16_t))] < 0) continue;
       simt::prefetch_line(reinterpret_cast<const uint8_t*>(a.exact[0].keys) + first + i);
       simt::prefetch_line(reinterpret_cast<const uint8_t*>(a.exact[0].values) + first + i);
     }
@@ -97,6 +98,8 @@ struct AttendExact {
       index[e] = first + 2 * t + e % 2 + e / 2 * 8;
       cell[e] = index[e] <= last ? cells[index[e]] : -1;
     }
+    // A window that has room for several sequences is mostly empty.
+    if (!simt::any(cell[0] >= 0 || cell[1] >= 0 || cell[2] >= 0 || cell[3] >= 0)) return;
     float x[4];
     SIMT_UNROLL
     for (int half = 0; half < 2; half++) {

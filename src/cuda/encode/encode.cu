@@ -111,11 +111,13 @@ Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream) {
 
 Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream) {
   if (args.n_layers < 1 || args.n_kv_heads < 1 || args.n_tokens < 0) return Status::invalid("a count is out of range");
-  if (!args.layers || !args.cells || !args.slots) return Status::invalid("an array is missing");
+  if (!args.layers || !args.cells || !args.slots || !args.n_leaving || !args.books) {
+    return Status::invalid("an array is missing");
+  }
   if (args.n_tokens == 0) return {};
-  args.tokens_per_block = std::clamp(args.n_tokens, 1, 8);  // layers and heads are enough to fill a device
-  const dim3 grid((args.n_tokens + args.tokens_per_block - 1) / args.tokens_per_block,
-                  args.n_layers * args.n_kv_heads * 2);
+  // Layers and heads are enough to fill a device. How many cells leave only the device knows: blocks take them in turn.
+  args.tokens_per_block = 8;
+  const dim3 grid(std::clamp(args.n_tokens / 8, 2, 16), args.n_layers * args.n_kv_heads * 2);
   switch (head_dim) {
     case 64:
       return launch_leave<64>(device, args, grid, stream);
@@ -129,16 +131,19 @@ Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cuda
 }
 
 Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream) {
-  if (args.n_streams < 1 || args.n_tokens < 0 || args.cells_per_stream < 1 || args.n_first < 0 ||
-      args.capacity <= args.n_first) {
+  if (args.n_streams < 1 || args.n_tokens < 0 || args.cells_per_stream < 1 || args.last < 0 || args.pool < 0 ||
+      args.spare < 0 || args.slots < 0 || args.capacity < args.slots || args.capacity > kMaxWindowRows ||
+      args.mask_tokens < 1 || args.n_batch_streams < 1) {
     return Status::invalid("a count is out of range");
   }
   if (args.n_tokens == 0) return {};
-  if (!args.cells || !args.written || !args.window_cells || !args.slots || !args.tokens || !args.displaced ||
+  if (!args.cells || !args.books || !args.window_cells || !args.order || !args.sequence || !args.marks ||
+      !args.token_slots || !args.tokens || !args.leaving_cells || !args.leaving_slots || !args.n_leaving ||
       !args.hidden) {
     return Status::invalid("an array is missing");
   }
-  return launch(device, window_kernel, args, dim3(1, args.n_streams), WindowKernel::kThreads, 0, stream);
+  return launch(device, window_kernel, args, dim3(1, args.n_streams), WindowKernel::kThreads,
+                WindowKernel::kSharedBytes, stream);
 }
 
 Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream) {

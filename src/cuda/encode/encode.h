@@ -12,11 +12,11 @@ namespace thimble::cuda {
 /// does, and writes their exact rows into the window. No two tokens of a call may go to the same cell.
 Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream);
 
-/// Enqueues one kernel that codes the cells which update_window displaced, of all layers of a head size. It comes
-/// before their rows are overwritten.
+/// Enqueues one kernel that codes the cells which update_window let go, of all layers of a head size. It comes before
+/// their rows are overwritten.
 Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream);
 
-/// Enqueues one kernel that takes new tokens' cells into the window and drops what they displace. Once a batch, before
+/// Enqueues one kernel that takes new tokens' cells into the window and lets go what has to leave. Once a batch, before
 /// `encode` of any layer, and followed by code_leaving. Cells that are written again leave their old row.
 Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream);
 

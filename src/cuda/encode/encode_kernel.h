@@ -165,12 +165,17 @@ struct EncodeKernel {
 
   template <Kind K>
   SIMT static void encode(const EncodeArgs& a, int head) {
+    encode<K>(a, head, simt::block_x() * a.tokens_per_block);
+  }
+
+  template <Kind K>
+  SIMT static void encode(const EncodeArgs& a, int head, int first) {
     constexpr bool kIsKey = K == Kind::key;
     const CodecTables& codec = kIsKey ? a.key_codec : a.value_codec;
     const CacheView& cache = kIsKey ? a.key_cache : a.value_cache;
     uint16_t* window = kIsKey ? a.window.keys : a.window.values;
     Shared& s = memory();
-    const int first = simt::block_x() * a.tokens_per_block, left = a.n_tokens - first;
+    const int left = a.n_tokens - first;
     const int n = left < a.tokens_per_block ? left : a.tokens_per_block, n_subspaces = D / codec.width;
     if (n <= 0) return;
     const auto row = [&](const Place& p) {
@@ -250,14 +255,18 @@ struct EncodeKernel {
     const int part = simt::block_y() % 2, head = simt::block_y() / 2 % a.n_kv_heads;
     EncodeArgs layer = a.layers[simt::block_y() / 2 / a.n_kv_heads];
     if (layer.head_dim != D || head >= layer.n_kv_heads) return;
-    layer.n_tokens = a.n_tokens;
     layer.cells = a.cells;
     layer.window.slots = a.slots;
     layer.from_window = true;
     layer.tokens_per_block = a.tokens_per_block;
     simt::wait_for_previous_grid();
-    if (part == 0) encode<Kind::key>(layer, head);
-    if (part == 1) encode<Kind::value>(layer, head);
+    layer.n_tokens = a.n_leaving[(a.books->n_batches - 1) & 1];
+    for (int first = simt::block_x() * a.tokens_per_block; first < layer.n_tokens;
+         first += simt::blocks_x() * a.tokens_per_block) {
+      if (part == 0) encode<Kind::key>(layer, head, first);
+      if (part == 1) encode<Kind::value>(layer, head, first);
+      simt::sync();
+    }
   }
 };
 

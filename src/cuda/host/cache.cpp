@@ -1,5 +1,9 @@
 #include "cuda/host/cache.h"
 
+#include <algorithm>
+#include <initializer_list>
+#include <utility>
+
 namespace thimble::cuda {
 namespace {
 
@@ -9,24 +13,40 @@ Status copy(void* to, const void* from, size_t size) {
 
 }  // namespace
 
+int DeviceWindow::rows_of_stream(WindowSize size, int64_t cells_per_stream, int n_streams) {
+  return std::min(Window::slots_of_stream(size, cells_per_stream, n_streams) + kMaxTokens, kMaxWindowRows);
+}
+
 Status DeviceWindow::init(const CacheShape& shape, WindowSize size) {
   shape_ = shape;
   size_ = size;
-  const size_t n = size_t(shape.n_streams);
-  if (Status s = written_.reserve(n * sizeof(int32_t)); !s.ok()) return s;
-  if (Status s = cells_.reserve(n * capacity() * sizeof(int32_t)); !s.ok()) return s;
-  if (Status s = kept_cells_.reserve(cells_.size()); !s.ok()) return s;
-  if (Status s = hidden_.reserve(n * hidden_stride() * sizeof(uint32_t)); !s.ok()) return s;
-  if (Status s = tokens_.reserve(cells_.size()); !s.ok()) return s;
-  if (Status s = slots_.reserve(size_t(shape.n_cells()) * sizeof(int32_t)); !s.ok()) return s;  // no batch has more
-  if (Status s = displaced_.reserve(size_t(shape.n_cells()) * sizeof(int64_t)); !s.ok()) return s;
+  capacity_ = rows_of_stream(size, shape.cells_per_stream, shape.n_streams);
+  const size_t n = size_t(shape.n_streams), rows = n * capacity_, cells = size_t(shape.n_cells());
+  for (const auto& [memory, bytes] : std::initializer_list<std::pair<DeviceMemory*, size_t>>{
+           {&books_, n * sizeof(WindowBooks)},
+           {&order_, rows * sizeof(uint32_t)},
+           {&sequence_, rows * sizeof(uint32_t)},
+           {&marks_, cells * sizeof(uint32_t)},  // no batch has more tokens
+           {&cells_, rows * sizeof(int32_t)},
+           {&kept_cells_, rows * sizeof(int32_t)},
+           {&slots_, cells * sizeof(int32_t)},
+           {&tokens_, rows * sizeof(int32_t)},
+           {&hidden_, n * hidden_stride() * sizeof(uint32_t)},
+           {&leaving_cells_, rows * sizeof(int64_t)},
+           {&leaving_slots_, rows * sizeof(int32_t)},
+           {&n_leaving_, 2 * sizeof(int)}}) {
+    if (Status s = memory->reserve(bytes); !s.ok()) return s;
+  }
   return clear();
 }
 
 Status DeviceWindow::clear() {
-  if (Status s = written_.fill(0); !s.ok()) return s;
-  if (Status s = cells_.fill(0xff); !s.ok()) return s;  // -1
-  if (Status s = tokens_.fill(0xff); !s.ok()) return s;
+  for (DeviceMemory* memory : {&cells_, &tokens_}) {
+    if (Status s = memory->fill(0xff); !s.ok()) return s;  // -1
+  }
+  for (DeviceMemory* memory : {&books_, &order_, &sequence_, &n_leaving_}) {
+    if (Status s = memory->fill(0); !s.ok()) return s;
+  }
   return hidden_.fill(0);
 }
 
@@ -36,32 +56,57 @@ Status DeviceWindow::keep_cells(cudaStream_t stream) {
 }
 
 Status DeviceWindow::copy_stream(int from, int to) {
-  int32_t* written = written_.as<int32_t>();
-  if (Status s = copy(written + to, written + from, sizeof(int32_t)); !s.ok()) return s;
-  if (Status s = copy(cells_.as<int32_t>() + size_t(to) * capacity(), cells(from), capacity() * sizeof(int32_t));
-      !s.ok()) {
-    return s;
-  }
-  return copy(hidden_.as<uint32_t>() + to * hidden_stride(), hidden(from), hidden_stride() * sizeof(uint32_t));
+  const size_t rows = size_t(capacity_);
+  const auto copy_share = [&](const DeviceMemory& memory, size_t bytes) {
+    char* all = memory.as<char>();
+    return copy(all + to * bytes, all + from * bytes, bytes);
+  };
+  // Streams count batches alike, so that is the same in both.
+  if (Status s = copy_share(books_, sizeof(WindowBooks)); !s.ok()) return s;
+  if (Status s = copy_share(order_, rows * sizeof(uint32_t)); !s.ok()) return s;
+  if (Status s = copy_share(sequence_, rows * sizeof(uint32_t)); !s.ok()) return s;
+  if (Status s = copy_share(cells_, rows * sizeof(int32_t)); !s.ok()) return s;
+  return copy_share(hidden_, hidden_stride() * sizeof(uint32_t));
 }
 
-WindowArgs DeviceWindow::begin_batch(const int64_t* cells, int n_tokens) {
+WindowArgs DeviceWindow::begin_batch(const int64_t* cells, int n_tokens, const BatchMask& mask) {
   batch_++;
   WindowArgs args;
   args.n_streams = shape_.n_streams;
   args.n_tokens = n_tokens;
   args.cells = cells;
   args.cells_per_stream = int(shape_.cells_per_stream);
-  args.capacity = capacity();
-  args.n_first = size_.first;
-  args.written = written_.as<int32_t>();
+  args.mask = mask.data;
+  args.mask_token_stride = mask.token_stride;
+  args.mask_stream_stride = mask.stream_stride;
+  args.mask_tokens = mask.n_tokens;
+  args.mask_cells = mask.n_cells;
+  args.n_batch_streams = mask.n_streams;
+  args.last = size_.last;
+  args.pool = size_.pool;
+  args.spare = size_.spare;
+  args.slots = capacity_ - kMaxTokens;
+  args.capacity = capacity_;
+  args.books = books_.as<WindowBooks>();
   args.window_cells = cells_.as<int32_t>();
-  args.slots = slots_.as<int32_t>();
+  args.order = order_.as<uint32_t>();
+  args.sequence = sequence_.as<uint32_t>();
+  args.marks = marks_.as<uint32_t>();
+  args.token_slots = slots_.as<int32_t>();
   args.tokens = tokens_.as<int32_t>();
-  args.displaced = displaced_.as<int64_t>();
+  args.leaving_cells = leaving_cells_.as<int64_t>();
+  args.leaving_slots = leaving_slots_.as<int32_t>();
+  args.n_leaving = n_leaving_.as<int>();
   args.hidden = hidden_.as<uint32_t>();
   args.hidden_stream_stride = hidden_stride();
   return args;
+}
+
+void DeviceWindow::fill(LeaveArgs& args) const {
+  args.cells = leaving_cells_.as<int64_t>();
+  args.slots = leaving_slots_.as<int32_t>();
+  args.n_leaving = n_leaving_.as<int>();
+  args.books = books_.as<WindowBooks>();
 }
 
 Status DeviceLayer::init(const CacheShape& shape, const std::vector<HeadCodec>& keys,

@@ -12,29 +12,36 @@
 
 namespace thimble::cuda {
 
-/// Rows of a stream that hold the tokens which are just being decoded, beside the window's.
-inline constexpr int kInFlightRows = kMaxTokens;
+/// What the tokens of a batch see, as in WindowArgs.
+struct BatchMask {
+  const uint16_t* data = nullptr;
+  size_t token_stride = 0, stream_stride = 0;
+  int n_tokens = 1, n_streams = 1, n_cells = 0;
+};
 
-/// Which cells the window holds. One ring a stream: sequences that share a stream share it.
+/// Which cells the window holds, the same for all layers: the rule of cache/window.h without a judge.
 class DeviceWindow {
 public:
   Status init(const CacheShape& shape, WindowSize size);
   Status clear();
   Status copy_stream(int from, int to);
 
-  int capacity() const { return size_.first + size_.last + kInFlightRows; }
+  /// Rows of a stream: those of the window, and of the tokens which are just being decoded.
+  static int rows_of_stream(WindowSize size, int64_t cells_per_stream, int n_streams);
+  int capacity() const { return capacity_; }
   int64_t cells_per_stream() const { return shape_.cells_per_stream; }
   int n_streams() const { return shape_.n_streams; }
 
   /// Counts the next batch, whose arguments of update_window these are. `cells` is device memory.
-  WindowArgs begin_batch(const int64_t* cells, int n_tokens);
+  WindowArgs begin_batch(const int64_t* cells, int n_tokens, const BatchMask& mask);
   uint64_t batch() const { return batch_; }
   /// Enqueues a copy of the window's cells as they are before a batch: while a layer's rows of it are not written yet,
   /// these are what its rows hold.
   Status keep_cells(cudaStream_t stream);
 
   const int32_t* slots() const { return slots_.as<int32_t>(); }
-  const int64_t* displaced() const { return displaced_.as<int64_t>(); }
+  /// What leaves with a batch, for code_leaving.
+  void fill(LeaveArgs& args) const;
   const int32_t* tokens(int stream) const { return tokens_.as<int32_t>() + size_t(stream) * capacity(); }
   const int32_t* cells(int stream) const { return cells_.as<int32_t>() + size_t(stream) * capacity(); }
   const int32_t* kept_cells() const { return kept_cells_.as<int32_t>(); }
@@ -44,8 +51,10 @@ public:
 private:
   CacheShape shape_;
   WindowSize size_{0, 0, 0};
+  int capacity_ = 0;
   uint64_t batch_ = 0;  // batches taken in
-  DeviceMemory written_, cells_, kept_cells_, slots_, tokens_, displaced_, hidden_;
+  DeviceMemory books_, order_, sequence_, marks_, cells_, kept_cells_, slots_, tokens_, hidden_;
+  DeviceMemory leaving_cells_, leaving_slots_, n_leaving_;
 };
 
 /// One layer's codes, codecs and window rows; with an exact store, the rows of all cells as well.
