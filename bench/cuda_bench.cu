@@ -256,7 +256,7 @@ int main(int argc, char** argv) {
     place_retrieval(allocate<char>(retrieval_bytes(r)), &r);
     const double rows = 2.0 * kKvHeads * kTop * kDim * 2;  // bytes
     time("score 131072 cells", 24, double(cache), [&](int i, cudaStream_t s) {
-      require(score_cells(device, {attend_at(i), r.scores, r.tops, r.all_hidden}, s));
+      require(score_cells(device, {attend_at(i), r.scores, r.block_maxima, r.all_hidden}, s));
     });
     time("choose 64 of 131072 cells for 8 heads", 24, 0,
          [&](int, cudaStream_t s) { require(choose_cells(device, r, s)); });

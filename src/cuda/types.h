@@ -1,5 +1,5 @@
-// Structures that the host API and the kernels share. All pointers are device pointers unless a comment says pinned;
-// nothing here owns memory. Sizes are in elements, strides in what their comment says.
+// The argument structures of the host API and the kernels. All pointers are device pointers unless a comment says
+// pinned; nothing here owns memory. Sizes are in elements, strides in what their comment says.
 #pragma once
 
 #include <cstddef>
@@ -7,17 +7,17 @@
 
 namespace thimble::cuda {
 
-/// Query rows of one KV head that one block attends for: more rows make more row groups.
+/// Query rows of one KV head that one thread block attends for. More rows make more row groups.
 inline constexpr int kRowGroup = 4;
-inline constexpr int kMaxTokens = 8;  // of one attend call, a stream
+inline constexpr int kMaxTokens = 8;  // of a stream in one call of attend
 
-inline constexpr int kMaxTop = 4096;  // cells that retrieval chooses for a stream and KV head
+inline constexpr int kMaxTop = 4096;  // the most cells that retrieval chooses for a stream and KV head
 
 inline constexpr int row_groups(int n_tokens, int group) {
   return (n_tokens * group + kRowGroup - 1) / kRowGroup;
 }
 
-/// What keys or values of one layer are coded with; tables.h makes it from HeadCodecs.
+/// The codecs of one layer's keys or values; host/tables.h makes them from HeadCodecs.
 struct CodecTables {
   int head_dim = 0;
   int width = 0;  // numbers a subspace: 2, 4 or 8
@@ -42,7 +42,7 @@ struct CacheView {
   size_t stream_stride = 0, head_stride = 0, block_stride = 0;
 };
 
-/// Cells whose keys and values are at hand in full: f16, as the model wrote them.
+/// Exact keys and values of some cells: f16, as the model wrote them.
 struct ExactRows {
   const uint16_t* keys = nullptr;    // [n_streams][n_kv_heads][capacity][head_dim]
   const uint16_t* values = nullptr;  // the same
@@ -61,7 +61,7 @@ struct WindowRows {
   int capacity = 0;
 };
 
-/// New tokens' keys and values that attention reads where the model put them, and writes into the window on its way.
+/// New tokens' keys and values, where the model wrote them. Attention reads them there and writes them to the window.
 struct NewRows {
   const float *keys = nullptr, *values = nullptr;  // as in EncodeArgs; null: none
   size_t key_token_stride = 0, key_head_stride = 0, value_token_stride = 0, value_head_stride = 0;
@@ -164,8 +164,8 @@ struct DecodeArgs {
   uint16_t* rows = nullptr;  // [n_streams][n_kv_heads][n_cells][head_dim]
 };
 
-/// Rows of queries or of attention's outputs to take through a codec's transform or back, for attention over decoded
-/// rows. Token t's head h of stream s lies at in + s * stream_stride + t * token_stride + h * head_stride.
+/// Rows of queries to transform, or of attention's outputs to transform back, for attention over decoded rows. Token
+/// t's head h of stream s lies at in + s * stream_stride + t * token_stride + h * head_stride.
 struct TransformArgs {
   int n_streams = 1, n_tokens = 0, n_kv_heads = 1, group = 1, head_dim = 128;
   const float* in = nullptr;
@@ -175,28 +175,29 @@ struct TransformArgs {
   float* out = nullptr;   // [n_streams][n_tokens][n_heads][head_dim]; may be `in`, where that has this order
 };
 
-/// Choosing the cells that matter most to one step's queries, and fetching their exact keys and values.
+/// Retrieval: the `top` cells with the greatest scores for one step's queries are chosen, and their exact keys and
+/// values are fetched from the store.
 struct RetrieveArgs {
   int n_streams = 1, n_kv_heads = 1, head_dim = 128;
   int n_cells = 0;     // as in AttendArgs
-  int row_groups = 1;  // that have scores of their own
+  int row_groups = 1;  // each has scores of its own
   int top = 0;         // cells to choose for each stream and KV head
   // The store: pinned host memory or device memory, as ExactRows are, [n_streams][n_kv_heads][store_cells][head_dim].
   const uint16_t *store_keys = nullptr, *store_values = nullptr;
   int store_cells = 0;
 
-  // What the kernels leave for one another, in scratch memory (place_retrieval). Scores are the greatest over a group
-  // of 4 query rows, in units of log2 e; -infinity: masked or hidden.
-  float* scores = nullptr;                      // [n_streams][n_kv_heads][row_groups][n_cells]
-  float* tops = nullptr;                        // [n_streams][n_kv_heads][row_groups][n_cells / 64]: the greatest there
-  uint32_t* all_hidden = nullptr;               // [n_streams][n_kv_heads][n_cells / 32]: of window and chosen cells
-  int32_t* cells = nullptr;                     // [n_streams][n_kv_heads][top]: the chosen, in order; -1: none
+  // Arrays in scratch memory (place_retrieval), which one kernel writes and the next reads. A score is the greatest
+  // over a group of 4 query rows, in units of log2 e; -infinity: masked or hidden.
+  float* scores = nullptr;         // [n_streams][n_kv_heads][row_groups][n_cells]
+  float* block_maxima = nullptr;   // [n_streams][n_kv_heads][row_groups][n_cells / 64]: greatest score of each block
+  uint32_t* all_hidden = nullptr;  // [n_streams][n_kv_heads][n_cells / 32]: hidden cells, and chosen ones
+  int32_t* cells = nullptr;        // [n_streams][n_kv_heads][top]: the chosen cells, in order; -1: none
   uint16_t *keys = nullptr, *values = nullptr;  // [n_streams][n_kv_heads][top][head_dim]: their rows
 };
 
-/// Everything about one attention operation over one layer.
+/// One attention operation over one layer.
 ///
-/// Rows: the queries of one KV head, row = token * group + head within the group, padded to `row_groups` groups of 4.
+/// The query rows of a KV head are row = token * group + head within the group, padded to `row_groups` groups of 4.
 struct AttendArgs {
   int n_streams = 1, n_tokens = 1, n_kv_heads = 1, group = 1, head_dim = 128;
   int n_cells = 0;  // attended to, from cell 0 on, exact rows' included; a multiple of 64
@@ -217,14 +218,14 @@ struct AttendArgs {
   const float* slopes = nullptr;  // [n_heads], ALiBi: factor on the mask. Null: 1
   const float* sinks = nullptr;   // [n_heads], a logit that takes weight and gives no value. Null: none
 
-  /// Cells that the coded part leaves out, as they are among the exact rows: bit c % 32 of word c / 32; a word stride
-  /// for each stream and KV head (0: all heads alike). Null: none.
+  /// Hidden cells: bit c % 32 of word c / 32 is set for a cell c that is not attended to from its codes, as it is among
+  /// the exact rows. Strides in words; head stride 0: the same for all heads. Null: none.
   const uint32_t* hidden = nullptr;
   size_t hidden_stream_stride = 0, hidden_head_stride = 0;
   ExactRows exact[2];  // the window, and what retrieval fetched
   NewRows fresh;       // rows of the window that are being written
-  // Rows of cells from this one on are left out: the window may hold cells that were removed since, for which there is
-  // no mask.
+  // Exact rows of cells from this one on are left out: the window may still hold cells that were removed, for which
+  // there is no mask.
   int end_cell = INT32_MAX;
 
   /// f32 [n_streams][n_tokens][n_heads][head_dim].
@@ -242,8 +243,8 @@ struct AttendArgs {
   int* arrived = nullptr;     // [n_streams][n_kv_heads * row_groups], zero between calls
 };
 
-/// Says how `args`' cells are split. A stream's cells are `n_splits` items for thread blocks, each of which takes
-/// 2^batch_shift at once; what is the same for all is worked out here.
+/// Splits each stream's cells into `n_splits` items, of which a thread block takes 2^batch_shift at once, and fills in
+/// the fields of `args` that follow from this.
 inline void deal_out(AttendArgs& args, int n_splits, int exact_blocks, int batch_shift = 0) {
   args.batch_shift = batch_shift;
   args.row_groups = row_groups(args.n_tokens, args.group);
@@ -257,21 +258,21 @@ inline void deal_out(AttendArgs& args, int n_splits, int exact_blocks, int batch
   args.splits_inverse = n_splits == 1 ? 0 : uint32_t((1ull << 32) / uint32_t(n_splits) + 1);
 }
 
-/// Batches of items, of all thread blocks that share a KV head and a group of query rows.
+/// Number of batches of items for one KV head and row group.
 inline int n_batches(const AttendArgs& args) {
   return (args.n_streams * args.n_splits + (1 << args.batch_shift) - 1) >> args.batch_shift;
 }
 
-/// Scoring of all cells. Of `attend`, values, exact rows, sinks and output are not looked at; what there is to fill in
-/// is as in RetrieveArgs.
+/// Scores of all cells are computed into the arrays, which are as in RetrieveArgs. Values, exact rows, sinks and output
+/// of `attend` are not used.
 struct ScoreArgs {
   AttendArgs attend;
-  float *scores = nullptr, *tops = nullptr;
-  uint32_t* all_hidden = nullptr;  // a copy of attend.hidden, for each KV head
+  float *scores = nullptr, *block_maxima = nullptr;
+  uint32_t* all_hidden = nullptr;  // becomes a copy of attend.hidden for each KV head
 };
 
-/// What is attended to after retrieval: `args`, with the chosen cells taken from their rows. `drop_tail`: and the cells
-/// that are left from their codes not at all.
+/// Returns the arguments of attention after retrieval: `args` with the chosen cells as exact rows. With `drop_tail`,
+/// other cells are not attended to from their codes.
 inline AttendArgs with_retrieved(AttendArgs args, const RetrieveArgs& retrieve, bool drop_tail) {
   args.exact[1] = {retrieve.keys, retrieve.values, retrieve.cells, retrieve.top, true};
   args.hidden = drop_tail ? nullptr : retrieve.all_hidden;

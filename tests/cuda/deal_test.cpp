@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cuda/attend/formats.h"
+#include "cuda/layout.h"
 
 namespace thimble::cuda {
 namespace {

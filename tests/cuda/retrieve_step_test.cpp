@@ -8,6 +8,8 @@
 
 #include "cuda/attend/kernel.h"
 #include "cuda/attend/score_kernel.h"
+#include "cuda/attend/shape.h"
+#include "cuda/attend/shared.h"
 #include "cuda/encode/encode_kernel.h"
 #include "cuda/retrieve/kernel.h"
 #include "fixture.h"
@@ -186,20 +188,20 @@ private:
     r.store_values = store_[1].data();
     r.store_cells = store_cells_;
     scores_.assign(size_t(pairs_) * a.row_groups * c_.n_cells, NAN);
-    tops_.assign(scores_.size() / kBlockCells, NAN);
+    block_maxima_.assign(scores_.size() / kBlockCells, NAN);
     all_hidden_.assign(size_t(pairs_) * c_.n_cells / 32, ~0u);
     chosen_.assign(size_t(pairs_) * c_.top, 99);
     for (auto& rows : rows_) rows.assign(chosen_.size() * D, 0x7e00);
     r.scores = scores_.data();
-    r.tops = tops_.data();
+    r.block_maxima = block_maxima_.data();
     r.all_hidden = all_hidden_.data();
     r.cells = chosen_.data();
     r.keys = rows_[0].data();
     r.values = rows_[1].data();
 
-    const ScoreArgs score{a, r.scores, r.tops, r.all_hidden};
+    const ScoreArgs score{a, r.scores, r.block_maxima, r.all_hidden};
     simt::Machine::launch({std::min(2, a.n_streams * a.n_splits), c_.n_kv_heads, a.row_groups}, S::kThreads,
-                          S::kSharedBytes, [&] { ScoreKernel<S>::run(score); });
+                          shared_bytes<S>(), [&] { ScoreKernel<S>::run(score); });
     best_.assign(size_t(pairs_) * c_.n_cells, -INFINITY);
     double error = 0, size = 0;
     for (size_t i = 0; i < best_.size(); i++) {
@@ -214,7 +216,7 @@ private:
       for (int g = 0; g < a.row_groups; g++) {
         const size_t group = pair * a.row_groups + g;
         best_[i] = std::max(best_[i], scores_[group * c_.n_cells + cell]);
-        ASSERT_LE(scores_[group * c_.n_cells + cell], tops_[(group * c_.n_cells + cell) / kBlockCells]);
+        ASSERT_LE(scores_[group * c_.n_cells + cell], block_maxima_[(group * c_.n_cells + cell) / kBlockCells]);
       }
       if (expected == -INFINITY) {
         ASSERT_EQ(best_[i], -INFINITY);
@@ -294,7 +296,7 @@ private:
     a.arrived = arrived.data();
     a.output = output.data();
     simt::Machine::launch({std::min(2, a.n_streams * a.n_splits), c_.n_kv_heads, a.row_groups}, S::kThreads,
-                          S::kSharedBytes, [&] { AttendKernel<S>::run(a); });
+                          shared_bytes<S>(), [&] { AttendKernel<S>::run(a); });
 
     std::vector<double> expected;
     for (int i = 0; i < c_.n_streams * c_.n_tokens * n_heads; i++) {
@@ -331,7 +333,7 @@ private:
   std::vector<int32_t> window_cells_, chosen_;
   std::vector<uint32_t> hidden_, all_hidden_;
   std::vector<uint16_t> mask_;
-  std::vector<float> raw_, scores_, tops_, best_;
+  std::vector<float> raw_, scores_, block_maxima_, best_;
   std::vector<char> is_exact_;
   std::map<size_t, std::vector<float>> transformed_;
   AttendArgs attend_;

@@ -30,11 +30,12 @@ void check_choice(const Choice& c) {
   constexpr int kPairs = 2;
   Random random(3);
   const int n_blocks = c.n_cells / kBlockCells;
-  std::vector<float> scores(size_t(kPairs) * c.row_groups * c.n_cells), tops(scores.size() / kBlockCells, -INFINITY);
+  std::vector<float> scores(size_t(kPairs) * c.row_groups * c.n_cells),
+      block_maxima(scores.size() / kBlockCells, -INFINITY);
   for (size_t i = 0; i < scores.size(); i++) {
     const int cell = int(i % c.n_cells);
     scores[i] = cell % 3 == 0 || cell == 37 ? -INFINITY : std::round(random.normal() / c.step) * c.step;
-    tops[i / kBlockCells] = std::max(tops[i / kBlockCells], scores[i]);
+    block_maxima[i / kBlockCells] = std::max(block_maxima[i / kBlockCells], scores[i]);
   }
   std::vector<uint32_t> all_hidden(size_t(kPairs) * c.n_cells / 32);
   for (int p = 0; p < kPairs; p++) all_hidden[p * (c.n_cells / 32) + 1] = 1u << 5;
@@ -45,7 +46,7 @@ void check_choice(const Choice& c) {
   a.row_groups = c.row_groups;
   a.top = c.top;
   a.scores = scores.data();
-  a.tops = tops.data();
+  a.block_maxima = block_maxima.data();
   a.all_hidden = all_hidden.data();
   a.cells = cells.data();
   run_choose(a);

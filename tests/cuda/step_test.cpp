@@ -6,6 +6,8 @@
 #include <cstring>
 
 #include "cuda/attend/kernel.h"
+#include "cuda/attend/shape.h"
+#include "cuda/attend/shared.h"
 #include "cuda/encode/encode_kernel.h"
 #include "cuda/encode/window_kernel.h"
 #include "fixture.h"
@@ -149,7 +151,7 @@ private:
     a.partials = partials.data();
     a.arrived = arrived.data();
     a.output = output.data();
-    simt::Machine::launch({1, kHeads, a.row_groups}, Shape::kThreads, Shape::kSharedBytes,
+    simt::Machine::launch({1, kHeads, a.row_groups}, Shape::kThreads, shared_bytes<Shape>(),
                           [&] { AttendKernel<Shape>::run(a); });
 
     std::vector<double> expected;

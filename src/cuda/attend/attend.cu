@@ -5,6 +5,7 @@
 #include "cuda/attend/formats.h"
 #include "cuda/attend/launch.h"
 #include "cuda/attend/shape.h"
+#include "cuda/formats.h"
 #include "cuda/layout.h"
 
 namespace thimble::cuda {
@@ -83,6 +84,8 @@ void plan(const DeviceInfo& device, AttendArgs& args, bool batches) {
   deal_out(args, deal.n_splits, exact_blocks(n_blocks, n_exact, deal.n_splits), deal.batch_shift);
 }
 
+const Status kNoHeadSize = Status::unsupported("head size must be 64, 128 or 256");
+
 // Counters come first in a workspace, in a part of constant size: calls of other shapes must find them zero.
 constexpr size_t kCounterBytes = 64 << 10;
 
@@ -120,16 +123,8 @@ Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t
   args.arrived = static_cast<int*>(workspace);
   args.partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + kCounterBytes);
   const dim3 grid(std::min(blocks_per_pair(device, pairs), n_batches(args)), args.n_kv_heads, args.row_groups);
-  switch (args.head_dim) {
-    case 64:
-      return launch_attend_64(device, args, grid, stream);
-    case 128:
-      return launch_attend_128(device, args, grid, stream);
-    case 256:
-      return launch_attend_256(device, args, grid, stream);
-    default:
-      return Status::unsupported("head size must be 64, 128 or 256");
-  }
+  return for_head_dim(
+      args.head_dim, [&]<int HeadDim>() { return launch_attend<HeadDim>(device, args, grid, stream); }, kNoHeadSize);
 }
 
 Status score_cells(const DeviceInfo& device, ScoreArgs score, cudaStream_t stream) {
@@ -141,21 +136,13 @@ Status score_cells(const DeviceInfo& device, ScoreArgs score, cudaStream_t strea
   args.exact[0] = args.exact[1] = {};
   args.fresh = {};
   if (Status s = check(args); !s.ok()) return s;
-  if (!score.scores || !score.tops || !score.all_hidden) return Status::invalid("place for scores is missing");
+  if (!score.scores || !score.block_maxima || !score.all_hidden) return Status::invalid("place for scores is missing");
   plan(device, args, false);
   const int pairs = args.n_kv_heads * args.row_groups;
   const dim3 grid(std::min(blocks_per_pair(device, pairs), args.n_streams * args.n_splits), args.n_kv_heads,
                   args.row_groups);
-  switch (args.head_dim) {
-    case 64:
-      return launch_score_64(device, score, grid, stream);
-    case 128:
-      return launch_score_128(device, score, grid, stream);
-    case 256:
-      return launch_score_256(device, score, grid, stream);
-    default:
-      return Status::unsupported("head size must be 64, 128 or 256");
-  }
+  return for_head_dim(
+      args.head_dim, [&]<int HeadDim>() { return launch_score<HeadDim>(device, score, grid, stream); }, kNoHeadSize);
 }
 
 }  // namespace thimble::cuda

@@ -16,15 +16,14 @@ size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args);
 /// score_cells as well.
 bool attend_fits(const DeviceInfo& device, int head_dim, int key_width, int value_width, bool scores);
 
-/// How many streams a thread block takes at once for such a call: above 1, scores come from the codewords themselves
-/// (direct.h).
+/// How many streams a thread block takes at once in such a call. With more than 2, scores come from the codewords
+/// themselves (direct.h); so they do with 2 in formats that have no kernel for pairs (shape.h).
 int attend_batch(const DeviceInfo& device, const AttendArgs& args);
 
-/// Enqueues one kernel on `stream`, which waits for what is before it there. Row groups, splits, partials and counters
-/// of `args` are filled in here.
+/// Enqueues one kernel on `stream`. It fills in the row groups, splits, partials and counters of `args`.
 Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t workspace_bytes, cudaStream_t stream);
 
-/// Enqueues one kernel that fills args.scores, args.tops and args.all_hidden.
+/// Enqueues one kernel that fills args.scores, args.block_maxima and args.all_hidden.
 Status score_cells(const DeviceInfo& device, ScoreArgs args, cudaStream_t stream);
 
 }  // namespace thimble::cuda

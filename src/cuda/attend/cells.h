@@ -1,26 +1,39 @@
 // Decode attention: what a warp does with one block of 64 cells.
 //
 // In a warp, lane (g, t) = (lane / 4, lane % 4) has the scores of cells 8g .. 8g+7 for query row t.
-//   scores:  a cell's score is the sum of its codes' entries in the score table. One load brings the entries of all 4
-//            rows; the tensor cores add up over lanes and steps, with a B that selects a row for each of its columns.
-//            For many items at once: direct.h.
-//   values:  weights become integers of 8 bits (wide: 16) relative to the block's greatest. A's rows are words of 4
-//            components, straight from the codeword table; its columns, the components of 8 cells. B has each cell's
-//            weight at one component and zeros at the others, so that nothing needs to be transposed: a column for each
-//            query row and, in turns, two components. Wide: a word is two components of two cells, and a query row's
-//            two columns are for the bytes of its weights. Integer sums are exact; each block's are added in f32.
+//   scores:  a cell's score is the sum of its codes' entries in the score table. One load reads the entries of all 4
+//            rows. The tensor cores add them up over lanes and steps: the entries are A, and each column of B selects a
+//            row. (Kernels for many items at once compute scores as in direct.h.)
+//   values:  weights become integers of 8 bits, or of 16 in `wide` formats, relative to the block's greatest. A's rows
+//            are words of 4 components, as they are in the codeword table; A's columns are the components of 8 cells.
+//            B has a cell's weight at one component and zeros at the others, so that nothing needs to be transposed. A
+//            column of B is for a query row and a component; two products cover 4 components. In wide formats a word is
+//            two components of two cells, and a query row's two columns are for the two bytes of its weights. Integer
+//            sums are exact; those of a block are added to f32 sums.
 #pragma once
 
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/attend/bytes.h"
 #include "cuda/attend/direct.h"
+#include "cuda/attend/items.h"
 #include "cuda/attend/parts.h"
-#include "cuda/attend/tables.h"
+#include "cuda/attend/query_rows.h"
+#include "cuda/attend/score_table.h"
+#include "cuda/attend/shared.h"
+#include "cuda/layout.h"
+#include "cuda/simt/simt.h"
+#include "cuda/types.h"
 
 namespace thimble::cuda {
 
 template <typename S>
 struct AttendCells {
   using Items = AttendItems<S>;
-  using Tables = AttendTables<S>;
+  using Row = typename QueryRows<S>::Row;
+  using Shared = AttendShared<S>;
   using Direct = AttendDirect<S>;
   static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces, MV = S::kValueSubspaces;
   static constexpr int kKeyLoads = MK / 8, kValueLoads = MV / 8;  // 16 bytes each, a lane and block
@@ -31,7 +44,6 @@ struct AttendCells {
   static constexpr int kTiles = D / (16 * kWordComponents);  // of 16 words, the rows of A
   static constexpr int kTurns = 2;                           // products of a tile's A with different columns of B
   static constexpr int kLaneWords = 2 * kTiles;              // of the output that a lane sums up, all of row t
-  static constexpr float kLog2e = Tables::kLog2e;
 
   struct Lane {
     int warp, lane, g, t;
@@ -68,11 +80,12 @@ struct AttendCells {
                     uint32_t(l.t + 4 * turned + copy * MK) * S::kKeyEntryBytes;
       }
     }
-    l.values = shared + S::kValueTable + uint32_t(l.g * S::kCopies + l.t % S::kCopies) * S::kEntryBytes;
+    l.values = shared + uint32_t(offsetof(Shared, value_table)) +
+               uint32_t(l.g * S::kCopies + l.t % S::kCopies) * S::kEntryBytes;
     l.dither = 32768 + (reversed(l.g) + 0.5f) / 64;
     if constexpr (S::kDirect) {
       l.select = Direct::turn_selector(l.g);
-      // Worked out anew for each block they would be 40 instructions there.
+      // Else the compiler computes these again for each block, which takes 40 instructions.
       SIMT_UNROLL
       for (int i = 0; i < kPlaneSteps; i++) simt::keep(l.keys[i]);
       simt::keep(l.values);
@@ -89,54 +102,16 @@ struct AttendCells {
     return l;
   }
 
-  /// This lane's query row. What scores are multiplied with stands in shared memory, registers being scarce.
-  struct Row {
-    int t, slot;
-    uint32_t mask;  // element of a.mask where the mask of its token begins
-
-    /// From products of table entries to logits, in units of log2 e.
-    SIMT float factor() const { return of_slot(S::kFactors); }
-    /// What all the logits of coded cells lack, in the same units.
-    SIMT float offset() const { return of_slot(S::kOffsets); }
-    /// On the mask, in the same units.
-    SIMT float slope() const { return reinterpret_cast<const float*>(simt::shared() + S::kSlopes)[t]; }
-
-  private:
-    SIMT float of_slot(int at) const {
-      return reinterpret_cast<const float*>(simt::shared() + at)[slot * S::kRows + t];
-    }
-  };
-
-  SIMT static Row make_row(const AttendArgs& a, int stream, int slot, int t) {
-    // Rows that only pad the group follow the last token; nobody reads their results.
-    const int token = Items::query_row(a, t).token;
-    Row r;
-    r.t = t;
-    r.slot = slot;
-    r.mask =
-        uint32_t(stream * a.mask_stream_stride + (token < a.n_tokens ? token : a.n_tokens - 1) * a.mask_token_stride);
-    return r;
-  }
-
-  SIMT static void store_slopes(const AttendArgs& a) {
-    const int t = simt::thread();
-    if (t >= S::kRows) return;
-    reinterpret_cast<float*>(simt::shared() + S::kSlopes)[t] =
-        a.slopes ? a.slopes[Items::query_row(a, t).head] * kLog2e : kLog2e;
-  }
-
   // ---- one block of 64 cells
 
-  SIMT static uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-  /// What stands in the table for byte n of a lane's codes, at step `step`, but for its sign.
+  /// The table's entry for byte n of a lane's codes, at step `step`, without the code's sign.
   template <typename T>
   SIMT static T table_entry(const Lane& l, uint32_t codes, int n, int step) {
     if constexpr (!S::kKeyExpanded) codes &= 0x7f7f7f7fu;
     const uint32_t address = simt::scale_byte(codes, n % 4, S::kKeyRowBytes, l.keys[step % kPlaneSteps]);
     return simt::load_shared<T>(address + step / 8 * S::kKeyPlaneBytes);
   }
-  /// All ones where a code of byte `byte` is negated and the table does not say so.
+  /// All ones if code `byte` of the word is negated and the table has no rows for negated codewords; else 0.
   SIMT static uint32_t sign_of(uint32_t codes, int byte) {
     return S::kKeyExpanded ? 0 : simt::permute(codes, 0, 0x8888u | uint32_t(byte) * 0x1111u);
   }
@@ -151,7 +126,7 @@ struct AttendCells {
     return make_uint2(e.x ^ flip, e.y ^ flip);
   }
 
-  /// Of what a lane looks up first, in shared memory.
+  /// The address in shared memory that a lane reads first.
   SIMT static uint32_t first_address(const Lane& l, const uint4 (&codes)[kKeyLoads]) {
     return simt::scale_byte(codes[0].x, 0, S::kKeyRowBytes, l.keys[0]);
   }
@@ -182,30 +157,27 @@ struct AttendCells {
           const uint32_t a3 = byte_entry(l, codes, n + kSteps + 1, step + 1);
           simt::mma_s8(d, a0, a1, a2, a3, l.select, l.select);
         }
-        score[j] = float(d[0]) + Tables::kEntryHalf * MK;
-        score[j + 1] = float(d[2]) + Tables::kEntryHalf * MK;
+        score[j] = float(d[0]) + ScoreTable<S>::kEntryHalf * MK;
+        score[j + 1] = float(d[2]) + ScoreTable<S>::kEntryHalf * MK;
       }
     }
   }
 
   SIMT static void scores(const Lane& l, int slot, const uint4 (&codes)[kKeyLoads], float (&score)[8]) {
     if constexpr (S::kDirect) {
-      Direct::scores(l.lane, l.keys, l.select, simt::shared() + S::kQueries + slot * Direct::kItemBytes, codes, score);
+      Direct::scores(l.lane, l.keys, l.select, simt::shared() + offsetof(Shared, queries) + slot * Direct::kItemBytes,
+                     codes, score);
     } else {
       table_scores(l, codes, score);
     }
   }
 
-  SIMT static float capped(float x, float softcap) {  // softcap * tanh(x / softcap), both in units of log2 e
-    return softcap * kLog2e * (1 - 2 * simt::reciprocal_fast(simt::exp2_fast(x * (2 / softcap)) + 1));
-  }
-
-  /// Softcap, mask and hidden cells. Returns the factor that is left to turn x into logits.
+  /// Applies softcap, mask and hidden cells to the scores x. Returns the factor that takes x to logits.
   SIMT static float adjust(const AttendArgs& a, const Row& row, float (&x)[8], const uint4& mask, uint32_t skip) {
     float unit = row.factor();
     if (a.softcap != 0) {
       SIMT_UNROLL
-      for (int j = 0; j < 8; j++) x[j] = capped(x[j] * unit, a.softcap);
+      for (int j = 0; j < 8; j++) x[j] = QueryRows<S>::capped(x[j] * unit, a.softcap);
       unit = 1;
     }
     if (a.mask) {
@@ -247,23 +219,23 @@ struct AttendCells {
     SIMT float operator()(float a, float b) const { return a + b; }
   };
 
-  /// A lane's weights of row g / 2 for the cells that it looks values up for: byte j % 4 of [half][j / 4] is of cell
-  /// 8t + j + 32 half. Wide: the high bytes in even g, the low ones in odd g.
+  /// A lane's weights of query row g / 2, for the cells whose values it reads: byte j % 4 of [half][j / 4] is of cell
+  /// 8t + j + 32 half. In wide formats, lanes of even g have the high bytes and those of odd g the low bytes.
   using Weights = uint32_t[2][2];
 
-  /// From logits (times `unit`) and the values' scales to weights. Returns what one unit of the integer sums stands
-  /// for.
+  /// Makes integer weights of the logits x * unit and the values' scales. Returns what one unit of the integer sums
+  /// stands for.
   ///
-  /// Weights of 8 bits are rounded with a dither, different for each of the 64 cells: many small weights add up to
-  /// what they should, not to nothing.
+  /// Weights of 8 bits are rounded with a dither that differs among the 64 cells, so that many small weights do not all
+  /// become zero.
   SIMT static float weigh(const Lane& l, Running& run, float (&x)[8], float unit, const uint4& scales,
                           Weights& weights) {
-    float top = x[0];
+    float greatest = x[0];
     SIMT_UNROLL
-    for (int j = 1; j < 8; j++) top = fmaxf(top, x[j]);
-    top *= unit;
-    // Weights up to 2^8 do no harm, so the sums are seldom rescaled.
-    if (simt::any(top > run.maximum + 8)) raise(run, fmaxf(run.maximum, over_g(top, Max())));
+    for (int j = 1; j < 8; j++) greatest = fmaxf(greatest, x[j]);
+    greatest *= unit;
+    // Weights up to 2^8 relative to the maximum do no harm, so the sums are rescaled only beyond that.
+    if (simt::any(greatest > run.maximum + 8)) raise(run, fmaxf(run.maximum, over_g(greatest, Max())));
     float largest = 0;
     SIMT_UNROLL
     for (int i = 0; i < 4; i++) {
@@ -292,7 +264,7 @@ struct AttendCells {
           y[e] = simt::float_to_bits(x[j] * to_integer + l.dither + reversed(j) * 0.125f);
         }
       }
-      const uint32_t second = Tables::second_bytes(y);
+      const uint32_t second = second_bytes(y);
       uint32_t first = 0;
       if constexpr (S::kWideValues) {
         first = simt::permute(simt::permute(y[0], y[1], 0x4040), simt::permute(y[2], y[3], 0x4040), 0x5410);
@@ -328,7 +300,7 @@ struct AttendCells {
     }
   }
 
-  /// Row g's and row g + 8's word of a tile, of cells j on.
+  /// Words of rows g and g + 8 of a tile of A, of the cells from j on.
   SIMT static void tile_words(const Lane& l, const uint4 (&codes)[kValueLoads], int half, int j, int tile,
                               uint32_t& low, uint32_t& high) {
     const auto entry = [&](int u, int cell, auto& to) {
@@ -362,7 +334,7 @@ struct AttendCells {
   SIMT static void add_values(const Lane& l, Running& run, const uint4 (&codes)[kValueLoads], const Weights& weights,
                               float unit) {
     int d[kTiles][kTurns][4] = {};
-    // The first column's place for a weight; others of the same query row are for the next component, or byte.
+    // Where the weight goes within column g of B: even columns have it at the first component, odd ones at the next.
     const uint32_t factor = l.g % 2 ? 256 : 1;
     SIMT_UNROLL
     for (int j = 0; j < 8; j += kWordCells) {

@@ -1,26 +1,40 @@
-// Decode attention: adding up warps, then splits, and undoing the values' transform.
+// Decode attention: adds up the warps' results, then those of splits, and undoes the values' transform.
 //
-// Warps meet in shared memory; where the cells are split, thread blocks meet in global memory: the last one to arrive
-// adds all splits up in their order, so results do not depend on timing.
+// Warps leave their results in shared memory. Where cells are split, thread blocks leave theirs in global memory, and
+// the last one of them adds all splits up in their order, so that results do not depend on timing.
 #pragma once
 
+#include <cmath>
+#include <cstddef>
+
+#include "cuda/attend/cells.h"
 #include "cuda/attend/exact.h"
+#include "cuda/attend/items.h"
+#include "cuda/attend/matrix.h"
+#include "cuda/attend/parts.h"
+#include "cuda/attend/rows.h"
+#include "cuda/attend/shared.h"
+#include "cuda/encode/hadamard.h"
+#include "cuda/simt/simt.h"
+#include "cuda/types.h"
 
 namespace thimble::cuda {
 
 template <typename S>
 struct AttendCombine {
   using Items = AttendItems<S>;
-  using Tables = AttendTables<S>;
+  using Matrix = RowsTimesMatrix<S>;
+  using Shared = AttendShared<S>;
   using Cells = AttendCells<S>;
   using Running = typename Cells::Running;
   using Exact = AttendExact<S>;
   using Warps = WarpParts<S>;
   using Partials = AttendPartials<S>;
   static constexpr int D = S::kHeadDim, N = D / 32;
+  static constexpr size_t kCodedOutputs = Shared::coded_outputs(), kExactOutputs = Shared::exact_outputs();
   using Part = RowPart<N>;
 
-  /// Where query row r of an item is written, null where there is none.
+  /// Where the output of query row r of an item goes; null if the row only pads its group.
   SIMT static float* target(const AttendArgs& a, int batch, int slot, int r) {
     const auto row = Items::query_row(a, r);
     if (row.token >= a.n_tokens) return nullptr;
@@ -28,8 +42,9 @@ struct AttendCombine {
     return a.output + ((size_t(stream) * a.n_tokens + row.token) * a.n_kv_heads * a.group + row.head) * D;
   }
 
-  /// Results of row r of every kSlotStep-th slot from `slot` on, from what came of coded cells (still transformed) and
-  /// of exact rows; a warp calls it. Where undoing the transform takes more than a warp, it is left for write_output.
+  /// Finishes row r of every kSlotStep-th slot from `slot` on, from the sums over coded cells, which are still
+  /// transformed, and over exact rows. All lanes of a warp call it. It undoes Hadamard transforms and writes the
+  /// output; with dense transforms it leaves the row in shared memory for write_output.
   template <int Rows>
   SIMT static void finish_rows(const AttendArgs& a, int batch, int slot, int r, int lane, const Part (&coded)[Rows],
                                const Part (&exact)[Rows]) {
@@ -40,7 +55,7 @@ struct AttendCombine {
       c[k] = simt::exp2_fast(coded[k].maximum - maximum);
       e[k] = simt::exp2_fast(exact[k].maximum - maximum);
       float total = c[k] * coded[k].weight + e[k] * exact[k].weight;
-      if (a.sinks) total += simt::exp2_fast(a.sinks[Items::query_row(a, r).head] * Cells::kLog2e - maximum);
+      if (a.sinks) total += simt::exp2_fast(a.sinks[Items::query_row(a, r).head] * kLog2e - maximum);
       const float inverse = total == 0 ? 0.0f : simt::reciprocal_fast(total);
       c[k] *= inverse;
       e[k] *= inverse;
@@ -53,13 +68,12 @@ struct AttendCombine {
     for (int k = 0; k < Rows; k++) {
       const int at = slot + k * S::kSlotStep, row = at * S::kRows + r;
       if (a.value_codec.undo) {
-        uint8_t* shared = simt::shared();
         float rest[N];
         SIMT_UNROLL
         for (int i = 0; i < N; i++) rest[i] = exact[k].sum[i] * e[k];
-        write_floats(reinterpret_cast<float*>(shared + S::kCodedOutputs) + row * D + lane * N, x[k]);
-        write_floats(reinterpret_cast<float*>(shared + S::kExactOutputs) + row * D + lane * N, rest);
-        if (lane == 0) reinterpret_cast<float*>(shared + S::kWeights)[row] = c[k] * coded[k].weight;
+        write_floats(simt::shared_at<float, kCodedOutputs>() + row * D + lane * N, x[k]);
+        write_floats(simt::shared_at<float, kExactOutputs>() + row * D + lane * N, rest);
+        if (lane == 0) simt::shared_at<float, offsetof(Shared, coded_weights)>()[row] = c[k] * coded[k].weight;
       } else if (at < n_slots) {
         SIMT_UNROLL
         for (int i = 0; i < N; i++) x[k][i] += exact[k].sum[i] * e[k];
@@ -74,17 +88,17 @@ struct AttendCombine {
     finish_rows(a, batch, slot, r, lane, c, e);
   }
 
-  /// Undoes dense transforms of values and writes a batch's rows out, after a barrier.
+  /// Undoes dense transforms of values and writes a batch's outputs. Call it after a barrier.
   SIMT static void write_output(const AttendArgs& a, int batch) {
     if (!a.value_codec.undo) return;
     const int n_slots = Items::n_slots(a, batch);
-    const float* coded = reinterpret_cast<const float*>(simt::shared() + S::kCodedOutputs);
-    const float* weights = reinterpret_cast<const float*>(simt::shared() + S::kWeights);
-    const float* exact = reinterpret_cast<const float*>(simt::shared() + S::kExactOutputs);
+    const float* coded = simt::shared_at<float, kCodedOutputs>();
+    const float* weights = simt::shared_at<float, offsetof(Shared, coded_weights)>();
+    const float* exact = simt::shared_at<float, kExactOutputs>();
     const float* mean = a.value_codec.mean + simt::block_y() * D;
     SIMT_NO_UNROLL
     for (int slot = 0; slot < n_slots; slot++) {
-      const float* partial = Tables::multiply_rows(coded + slot * S::kRows * D, a.value_codec.undo);
+      const float* partial = Matrix::multiply(coded + slot * S::kRows * D, a.value_codec.undo);
       SIMT_NO_UNROLL
       for (int o = simt::thread_again(); o < S::kRows * D; o += S::kThreads) {
         const int r = o / D;
@@ -92,17 +106,17 @@ struct AttendCombine {
         if (!out) continue;
         float total = exact[slot * S::kRows * D + o] + weights[slot * S::kRows + r] * mean[o % D];
         SIMT_UNROLL
-        for (int i = 0; i < Tables::kParts; i++) total += partial[i * S::kRows * D + o];
+        for (int i = 0; i < Matrix::kParts; i++) total += partial[i * S::kRows * D + o];
         out[o % D] = total;
       }
       simt::sync();  // the next product or table takes this place
     }
   }
 
-  /// Adds the warps of each item up; then either finishes the rows or leaves a partial result for the last block to
-  /// arrive. Returns whether the rows are finished, after a barrier.
+  /// Adds up the warps' results of each item. Then it finishes the rows, or leaves a partial result for the last thread
+  /// block of the stream. Returns whether this thread block finished the rows; write_output may follow after a barrier.
   SIMT static bool finish_batch(const AttendArgs& a, Running& run, int batch) {
-    const float* scales = reinterpret_cast<const float*>(simt::shared() + S::kScales);
+    const float* scales = simt::shared_at<float, offsetof(Shared, value_scales)>();
     run.weight = Cells::over_g(run.weight, typename Cells::Add());
     simt::sync();  // the keys' table is used up
     const int thread = simt::thread_again(), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -130,7 +144,7 @@ struct AttendCombine {
         Part parts[S::kWarpRows], exact[S::kWarpRows];
         int first_warps[S::kWarpRows];
         SIMT_UNROLL
-        for (int k = 0; k < S::kWarpRows; k++) {  // slots without an item repeat the last one's
+        for (int k = 0; k < S::kWarpRows; k++) {  // slots without an item take the last item's results
           const int at = slot + k * S::kSlotStep < n_slots ? slot + k * S::kSlotStep : n_slots - 1;
           first_warps[k] = at * n_warps;
           exact[k] = exact_part(at, r);
@@ -150,7 +164,7 @@ struct AttendCombine {
     }
     if (a.n_splits == 1) return true;
 
-    int* last = reinterpret_cast<int*>(simt::shared() + S::kLast);
+    int* last = simt::shared_at<int, offsetof(Shared, is_last)>();
     const int pairs = a.n_kv_heads * a.row_groups;  // of KV head and row group
     simt::sync();
     int* arrived = a.arrived + size_t(stream) * pairs + Items::pair(a);

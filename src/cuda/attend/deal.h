@@ -1,4 +1,5 @@
-// Decode attention: how work is dealt out to thread blocks. No CUDA in it, so that tests tell what is chosen where.
+// Decode attention: how many thread blocks share a stream, or how many streams share a thread block. No CUDA in it, so
+// that tests run it anywhere.
 #pragma once
 
 #include <algorithm>
@@ -7,22 +8,23 @@
 
 namespace thimble::cuda {
 
-/// Blocks of coded cells that take as long as a stream's exact rows, which are one split's; where that is more than a
-/// split's share, all of it.
+/// The first split of a stream also takes its exact rows. Returns how many blocks of 64 coded cells take as long as
+/// these; the first split gets that many fewer than the others, but at most its whole share.
 inline int exact_blocks(int n_blocks, int n_exact, int splits) {
   constexpr int kFixed = 32, kRowsPerBlock = 32;
   return splits == 1 || n_exact == 0 ? 0 : std::min(kFixed + n_exact / kRowsPerBlock, n_blocks / (splits - 1));
 }
 
-/// How a stream's cells are split, or how many streams a thread block takes at once.
+/// Either n_splits thread blocks share each stream's cells, or each thread block takes 2^batch_shift streams at once.
+/// `cost` is the time that the busiest thread block takes, in fifths of a turn (see choose_deal).
 struct Deal {
   int n_splits = 1, batch_shift = 0, cost = 0;
 };
 
-/// What a device and a format allow.
+/// What a device and a format allow choose_deal to choose.
 struct DealOptions {
-  int lanes, warps;     // thread blocks that share a KV head and a row group; warps of each
-  bool pairs, batches;  // of streams
+  int lanes, warps;     // thread blocks for one KV head and row group; warps of each
+  bool pairs, batches;  // whether there are kernels for two streams at once, and for up to kMaxBatch
 };
 
 inline DealOptions deal_options(int head_dim, int key_width, int value_width, int lanes, bool batches) {
@@ -30,10 +32,13 @@ inline DealOptions deal_options(int head_dim, int key_width, int value_width, in
           batches && has_direct(head_dim, key_width)};
 }
 
-/// The deal that makes the busiest thread block end first. Each warp of a block takes blocks of 64 cells in turns; an
-/// item costs about three turns for its score table and for adding up, a batch of them the same, or a fourth for the
-/// second of a pair's tables, and where the cells are split, thread blocks meet. Without score tables, as in batches, a
-/// turn takes a fifth longer where those would be of bytes (formats that have pairs). In fifths of a turn:
+/// Chooses the deal with which the busiest thread block ends first.
+///
+/// The unit of cost is the time that a warp takes for a block of 64 cells, called a turn. Besides its turns, an item
+/// costs about three of them: its score table is made, and the warps' results are added up. A batch costs the same as
+/// an item, except that a pair makes two score tables, which takes four turns. A split stream costs one turn more, in
+/// which its thread blocks add up their results. A batch has no score tables; a turn then takes a fifth longer if the
+/// table would be of bytes, as in the formats that have pairs. Costs are counted in fifths of a turn.
 inline Deal choose_deal(int n_streams, int n_blocks, int n_exact, const DealOptions& options) {
   constexpr int kTurn = 5, kItemCost = 3 * kTurn, kPairCost = 4 * kTurn, kMeetCost = kTurn;
   const int batch_turn = options.pairs ? 6 : kTurn;

@@ -1,27 +1,36 @@
-// Decode attention: scores from the codewords themselves, where a thread block takes many items at once. Their queries
-// differ, so score tables would be one an item; the keys' codewords are one table for all.
+// Decode attention: scores of many items at once, from the codewords themselves. Each item has queries of its own and
+// would need a score table of its own, while one table of the keys' codewords serves all items.
 //
-// A warp's 64 cells are four tiles of 16 rows of A, whose columns are components: one look-up brings a register of A
-// (or two). B is the item's queries, a pair of columns for each of the 4 query rows, as integers of 8 bits, or wide, of
-// 16: high bytes in even columns, low bytes in odd ones. So integer sums are exact but for the queries' rounding.
+// A warp's 64 cells are four tiles of A with 16 rows each; A's columns are components. One load from the table is one
+// or two registers of A. B is the item's queries, as integers of 8 bits, or of 16 in `wide` formats, with two columns
+// for each of the 4 query rows. In wide formats the even column has the high bytes and the odd one the low bytes. Sums
+// are integers, so that only the rounding of queries adds an error.
 //
-// The 8 lanes that look into the same subspaces have to find them in different banks of shared memory. Halves of these
-// lanes have copies of their own (odd g: with the banks of subspaces s and s ^ 4 exchanged), and pairs of g walk the
-// subspaces in orders of their own, rotated by g with its lowest bit cleared. As all rows of A meet the same B, even
-// columns are for the one rotation and odd ones for the other (wide: there is a product for each rotation); each lane
-// keeps its own. At width 4 two look-ups for each bank cost less than four rotations.
+// The 8 lanes that read the same subspaces must read from different banks of shared memory. For this, lanes of even and
+// of odd g have copies of their own; in the copy for odd g, the subspaces s and s ^ 4 are exchanged. And each pair of g
+// goes through the subspaces in an order of its own, rotated by g with its lowest bit cleared. All rows of A are
+// multiplied with the same B, so the even columns of B are for one rotation and the odd ones for the other (wide
+// formats make a product for each rotation); each lane keeps the sums of its own rotation. At width 4, reading each
+// bank twice costs less than four rotations would.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <type_traits>
 
-#include "cuda/attend/tables.h"
+#include "cuda/attend/bytes.h"
+#include "cuda/attend/queries.h"
+#include "cuda/attend/shared.h"
+#include "cuda/layout.h"
+#include "cuda/simt/simt.h"
+#include "cuda/types.h"
 
 namespace thimble::cuda {
 
 template <typename S>
 struct AttendDirect {
-  using Items = AttendItems<S>;
-  using Tables = AttendTables<S>;
+  using Queries = AttendQueries<S>;
+  using Shared = AttendShared<S>;
   static constexpr int D = S::kHeadDim, W = S::kKeyWidth, MK = S::kKeySubspaces;
   static constexpr int kSteps = key_steps(MK);   // look-ups in which a lane walks its subspaces
   static constexpr int kTurns = W == 4 ? 2 : 1;  // of lanes that look into the same bank
@@ -34,12 +43,12 @@ struct AttendDirect {
   static constexpr int kSlots = MK < 32 ? MK : 32;              // entries of a code
   static constexpr int kCopies = 128 / (kSlots * kEntryBytes);  // in either half of a row of the table
   static constexpr int kQueryWords = D / 16;                    // of B that a lane holds
-  // An item's queries as B, for each of the 4 rows uint32_t [kQueryWords / 4][8 lanes][4], where the row itself was.
+  // An item's queries as B: for each of the 4 rows uint32_t [kQueryWords / 4][8 lanes][4], in the place of the row.
   static constexpr int kRowBytes = D * 4, kItemBytes = S::kRows * kRowBytes;
   static_assert(kQueryWords * 32 <= kRowBytes);
 
-  // The head's codewords and their negatives in the table: a row of 256 bytes for each code, whose two halves are for
-  // even and odd g. In two steps, like the other tables.
+  // The table has the head's codewords and their negatives: a row of 256 bytes for each code, with a half for lanes of
+  // even g and one for those of odd g. It is made in two steps, load and fill, like the other tables.
   static constexpr int kVectors = kCodewords * 16 / S::kThreads;  // of 16 bytes, a thread
   using Codewords = uint4[kVectors];
 
@@ -73,21 +82,22 @@ struct AttendDirect {
       }
       uint4* to = reinterpret_cast<uint4*>(simt::shared() + code * S::kKeyRowBytes + i % 16 * 16);
       to[0] = v;
-      to[kCodewords * 16] = make_uint4(Tables::negate_bytes(v.x), Tables::negate_bytes(v.y), Tables::negate_bytes(v.z),
-                                       Tables::negate_bytes(v.w));
+      to[kCodewords * 16] = make_uint4(negate_bytes(v.x), negate_bytes(v.y), negate_bytes(v.z), negate_bytes(v.w));
     }
   }
 
-  /// Transforms a batch's queries to B, up to a barrier. Codewords' scales go with them.
+  /// Makes B of a batch's queries: transforms them and multiplies them with the codewords' scales. The caller needs a
+  /// barrier before it reads B.
   SIMT static void fill_queries(const AttendArgs& a, int n_slots) {
-    Tables::transform_queries(a, n_slots, [&](int slot, int r, const float(&x)[D / 32], int lane) {
+    Queries::transform(a, n_slots, [&](int slot, int r, const float(&x)[D / 32], int lane) {
       constexpr int N = D / 32, kUnit = S::kWideKeys ? 32512 : 127;
-      const float* scales = reinterpret_cast<const float*>(simt::shared() + S::kKeyScales);
+      const float* scales = simt::shared_at<float, offsetof(Shared, key_scales)>();
       float y[N];
       SIMT_UNROLL
       for (int i = 0; i < N; i++) y[i] = x[i] * scales[W < N ? (lane * N + i) / W : lane / (W / N)];
-      const float top = Tables::top_of(y), to_integer = top == 0 ? 0.0f : kUnit * simt::reciprocal_fast(top);
-      uint8_t* row = simt::shared() + S::kQueries + slot * kItemBytes + r * kRowBytes;
+      const float greatest = Queries::greatest_of(y),
+                  to_integer = greatest == 0 ? 0.0f : kUnit * simt::reciprocal_fast(greatest);
+      uint8_t* row = simt::shared() + offsetof(Shared, queries) + slot * kItemBytes + r * kRowBytes;
       // Components that lie side by side in B: a pair, or at W 4 and 8 all that a lane has.
       constexpr int kTogether = W == 2 ? 2 : N;
       using Together = std::conditional_t<kTogether == 4, uint32_t, uint16_t>;
@@ -118,11 +128,11 @@ struct AttendDirect {
           put(1, (subspace / 4 + kSteps - 2 * (kRotations - 1)) % kSteps, low);
         }
       }
-      return top * (1.0f / kUnit);
+      return greatest * (1.0f / kUnit);
     });
   }
 
-  /// By how many steps lane group g is ahead.
+  /// The number of steps by which the order of lanes with this g is rotated.
   SIMT static int rotation(int g) { return (g & ~1) % (2 * kRotations); }
 
   /// Bytes within a row of the table at which a lane looks at step `step`.
@@ -131,7 +141,8 @@ struct AttendDirect {
     return uint32_t(g % 2 * 128 + copy * kSlots * kEntryBytes + (subspace ^ g % 2 * 4) * kEntryBytes);
   }
 
-  /// Brings a lane's codes of two cells, which are rotated by g, into the order of its steps.
+  /// The selector for `turn`, which puts a lane's codes of two cells, rotated by g as they are in memory, into the
+  /// order of its steps.
   SIMT static uint32_t turn_selector(int g) {
     const int by = (rotation(g) - g + 8) % kSteps;
     if constexpr (kSteps == 2) return by ? 0x2301 : 0x3210;
@@ -154,13 +165,13 @@ struct AttendDirect {
     }
   }
 
-  /// What stands in the table for byte n of a lane's codes of two cells, at step `step`.
+  /// The table's entry for byte n of a lane's codes of two cells, at step `step`.
   template <typename T>
   SIMT static T entry(const uint32_t (&rows)[kSteps], const uint32_t (&codes)[kPairWords], int n, int step) {
     return simt::load_shared<T>(simt::scale_byte(codes[n / 4], n % 4, S::kKeyRowBytes, rows[step]));
   }
 
-  /// Of a lane's pair of cells.
+  /// Computes the scores of a lane's pair of cells.
   SIMT static void sum_pair(int g, const uint32_t (&rows)[kSteps], const uint32_t (&query)[kQueryWords],
                             const uint32_t (&codes)[kPairWords], float& score0, float& score1) {
     int d[kProducts][4] = {};
@@ -201,8 +212,8 @@ struct AttendDirect {
     }
   }
 
-  /// Sums of products of this lane's 8 cells with its query row. `rows`: the lane's place in row 0 of the table, by
-  /// step. `queries`: the item's.
+  /// Computes the products of this lane's 8 cells with its query row, up to the factor of the row. `rows` has the
+  /// lane's address in row 0 of the table for each step; `queries` is B of the item.
   SIMT static void scores(int lane, const uint32_t (&rows)[kSteps], uint32_t selector, const uint8_t* queries,
                           const uint4 (&codes)[MK / 8], float (&score)[8]) {
     const int g = lane / 4;

@@ -1,33 +1,44 @@
-// Decode attention: exact rows, which are neither transformed nor coded. They keep sums of their own, to which those of
-// coded cells are added when the values' transform is undone.
+// Decode attention: exact rows, which are neither transformed nor coded. Their sums are kept apart from those of coded
+// cells until the values' transform of the latter is undone.
 //
-// A warp takes 16 rows at a time, with both products on the tensor cores: the code is short, which matters more than
-// its arithmetic, as each instruction is run once or twice and has to be fetched first. In a warp, lane (g, t) =
-// (lane / 4, lane % 4).
-//   scores:  A is queries, in rows 0 to 3 rounded to f16 and in rows 4 to 7 what rounding took from them, so that
-//            products are as good as f32; B is keys. Lane (g, t) gets the scores of query row g % 4 and rows 2t, 2t +
-//            1, 2t + 8, 2t + 9, which is what B of the second product is made of.
-//   values:  A is V transposed: two rows' numbers side by side. Weights are rounded to f16, and so is what they sum to.
+// A warp takes 16 rows at a time and makes both products on the tensor cores. This keeps the code short, which matters
+// more than the arithmetic, as each instruction runs once or twice and has to be fetched first. In a warp, lane (g, t)
+// = (lane / 4, lane % 4).
+//   scores:  A is the queries: rows 0 to 3 are rounded to f16, rows 4 to 7 are the remainders of that rounding, so that
+//            the sum of both products is as exact as in f32. B is the keys. Lane (g, t) gets the scores of query row
+//            g % 4 and rows 2t, 2t + 1, 2t + 8, 2t + 9, of which B of the second product is made.
+//   values:  A is V transposed: the numbers of two rows side by side. Weights are rounded to f16, in their sum as well.
 #pragma once
 
-#include "cuda/attend/cells.h"
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/attend/bytes.h"
+#include "cuda/attend/items.h"
 #include "cuda/attend/parts.h"
+#include "cuda/attend/query_rows.h"
+#include "cuda/attend/rows.h"
+#include "cuda/attend/shared.h"
+#include "cuda/simt/simt.h"
+#include "cuda/types.h"
 
 namespace thimble::cuda {
 
 template <typename S>
 struct AttendExact {
   using Items = AttendItems<S>;
-  using Cells = AttendCells<S>;
-  using Row = typename Cells::Row;
+  using Rows = QueryRows<S>;
+  using Row = typename Rows::Row;
   using Warps = WarpParts<S>;
+  using Shared = AttendShared<S>;
   static constexpr int D = S::kHeadDim, kRows = S::kRows;
   static constexpr int kTile = 16;                       // exact rows a warp takes at once
   static constexpr int kKeyLoads = D / 32;               // 16 bytes each, of each of a lane's two rows
   static constexpr int kValueLoads = D / 64;             // the same, of each of its four
   static constexpr int kSplitBytes = 2 * kRows * D * 2;  // f16 [2][4][D]: an item's queries in units of log2 e, in two
-                                                         // parts, at S::kSplitQueries
-  static_assert(S::kSplitQueries + S::kSlots * kSplitBytes <= S::kValueTable);
+                                                         // parts: Shared::Results::split_queries
+  static_assert(S::kSlots * kSplitBytes == sizeof(Shared::Results::split_queries));
 
   struct Running {
     float maximum = kNoMaximum, weight = 0;  // of query row g % 4; weight: this lane's share, to be added over t
@@ -48,8 +59,8 @@ struct AttendExact {
     }
   }
 
-  /// Puts a stream's new rows into the window, rounded to f16. They are there for this block after a barrier; blocks of
-  /// other query rows write the same for themselves.
+  /// Writes a stream's new rows to the window, rounded to f16. Threads of this block may read them after a barrier;
+  /// thread blocks of other query rows write the same numbers for themselves.
   SIMT static void write_new_rows(const AttendArgs& a, int stream) {
     if (!a.fresh.keys) return;
     const int lane = simt::thread() % 32, head = simt::block_y(), capacity = a.exact[0].capacity;
@@ -74,21 +85,21 @@ struct AttendExact {
     }
   }
 
-  /// Queries, in shared memory as the model wrote them, to the first product's A.
+  /// Makes A of the first product from the queries in shared memory, which are as the model wrote them.
   SIMT static void split_queries(const AttendArgs& a, int n_slots) {
-    uint8_t* shared = simt::shared();
-    const float unit = a.scale * Cells::kLog2e;
+    const float unit = a.scale * kLog2e;
     SIMT_NO_UNROLL
     for (int i = simt::thread(); i < n_slots * kRows * D; i += S::kThreads) {
-      const float x = reinterpret_cast<const float*>(shared + S::kQueries)[i] * unit;
+      const float x = simt::shared_at<float, offsetof(Shared, queries)>()[i] * unit;
       const uint16_t rounded = simt::float_to_half(x);
-      uint16_t* to = reinterpret_cast<uint16_t*>(shared + S::kSplitQueries) + i + i / (kRows * D) * (kRows * D);
+      uint16_t* to =
+          simt::shared_at<uint16_t, offsetof(Shared, results.split_queries)>() + i + i / (kRows * D) * (kRows * D);
       to[0] = rounded;
       to[kRows * D] = simt::float_to_half(x - simt::half_to_float(rounded));
     }
   }
 
-  /// 16 rows from `first` on, of those of a stream and KV head.
+  /// Adds 16 rows from `first` on, of those of a stream and KV head, to `run`.
   SIMT static void attend_tile(const AttendArgs& a, const ExactRows& exact, const int32_t* cells, size_t rows_begin,
                                const Row& row, int first, bool is_first, Running& run) {
     const int lane = simt::thread() % 32, g = lane / 4, t = lane % 4, last = exact.capacity - 1;
@@ -105,7 +116,8 @@ struct AttendExact {
     for (int half = 0; half < 2; half++) {
       const int i = first + g + half * 8;
       const uint16_t* key = exact.keys + (rows_begin + (i < last ? i : last)) * D + t * 8;
-      const uint8_t* query = simt::shared() + S::kSplitQueries + row.slot * kSplitBytes + (g * D + t * 8) * 2;
+      const uint8_t* query =
+          simt::shared() + offsetof(Shared, results.split_queries) + row.slot * kSplitBytes + (g * D + t * 8) * 2;
       float d[4] = {};
       SIMT_UNROLL
       for (int c = 0; c < kKeyLoads; c++) {
@@ -117,23 +129,23 @@ struct AttendExact {
       x[half * 2] = d[0];
       x[half * 2 + 1] = d[1];
     }
-    float top = kNoMaximum;
+    float greatest = kNoMaximum;
     SIMT_UNROLL
     for (int e = 0; e < 4; e++) {
       const bool is_seen = cell[e] >= 0 && cell[e] < a.end_cell;
       x[e] += simt::shuffle_xor(x[e], 16);
-      if (a.softcap != 0) x[e] = Cells::capped(x[e], a.softcap);
+      if (a.softcap != 0) x[e] = Rows::capped(x[e], a.softcap);
       if (a.mask && is_seen) x[e] += simt::half_to_float(a.mask[row.mask + cell[e]]) * row.slope();
       if (!is_seen) {
         x[e] = -INFINITY;
         cell[e] = -1;
       }
-      top = fmaxf(top, x[e]);
+      greatest = fmaxf(greatest, x[e]);
     }
-    top = fmaxf(top, simt::shuffle_xor(top, 1));
-    top = fmaxf(top, simt::shuffle_xor(top, 2));
-    if (simt::any(top > run.maximum + 8)) {
-      const float maximum = fmaxf(run.maximum, top), factor = simt::exp2_fast(run.maximum - maximum);
+    greatest = fmaxf(greatest, simt::shuffle_xor(greatest, 1));
+    greatest = fmaxf(greatest, simt::shuffle_xor(greatest, 2));
+    if (simt::any(greatest > run.maximum + 8)) {
+      const float maximum = fmaxf(run.maximum, greatest), factor = simt::exp2_fast(run.maximum - maximum);
       run.maximum = maximum;
       if (!is_first) {
         run.weight *= factor;
@@ -159,7 +171,7 @@ struct AttendExact {
       uint4 v[4];
       SIMT_UNROLL
       for (int e = 0; e < 4; e++) {
-        v[e] = make_uint4(0, 0, 0, 0);  // what lies in unused rows need not be numbers
+        v[e] = make_uint4(0, 0, 0, 0);  // unused rows may hold anything, also NaN
         if (cell[e] >= 0) {
           v[e] = *reinterpret_cast<const uint4*>(exact.values + (rows_begin + index[e]) * D + c * 64 + g * 8);
         }
@@ -168,7 +180,7 @@ struct AttendExact {
       for (int w = 0; w < 4; w++) {
         uint32_t word[4];
         SIMT_UNROLL
-        for (int e = 0; e < 4; e++) word[e] = Cells::word_of(v[e], w);
+        for (int e = 0; e < 4; e++) word[e] = word_of(v[e], w);
         simt::mma_f16(run.sum[c * 4 + w], simt::permute(word[0], word[1], 0x5410),
                       simt::permute(word[0], word[1], 0x7632), simt::permute(word[2], word[3], 0x5410),
                       simt::permute(word[2], word[3], 0x7632), weights[0], weights[1]);
@@ -177,8 +189,8 @@ struct AttendExact {
   }
 
   /// Attends to all exact rows of a batch of streams with the queries in shared memory. Calls leave(slot, r, lane,
-  /// part) for each query row, in the warp (slot * 4 + r) % kWarps. The place of the keys' table must be free, and is
-  /// after a barrier.
+  /// part) for each query row, in the warp (slot * 4 + r) % kWarps. It uses the place of the keys' table, which the
+  /// caller may fill after a barrier.
   template <typename Leave>
   SIMT static void attend(const AttendArgs& a, int batch, Leave leave) {
     const int warp = simt::thread() / 32, lane = simt::thread() % 32, g = lane / 4, t = lane % 4;
@@ -187,7 +199,7 @@ struct AttendExact {
     simt::sync();
     const int stream = Items::stream_of(a, Items::first_item(a, batch) + (slot < n_slots ? slot : 0));
     const size_t pair = size_t(stream) * a.n_kv_heads + simt::block_y();
-    const Row row = Cells::make_row(a, stream, slot, g % kRows);
+    const Row row = Rows::make_row(a, stream, slot, g % kRows);
     const int window_tiles = (a.exact[0].capacity + kTile - 1) / kTile;
     const int n_tiles = window_tiles + (a.exact[1].capacity + kTile - 1) / kTile;
     const int own_first = warp - slot * n_warps;

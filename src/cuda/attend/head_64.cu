@@ -2,12 +2,7 @@
 
 namespace thimble::cuda {
 
-Status launch_attend_64(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream) {
-  return launch_attend_any<64>(device, args, grid, stream);
-}
-
-Status launch_score_64(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream) {
-  return launch_score_any<64>(device, args, grid, stream);
-}
+template Status launch_attend<64>(const DeviceInfo&, const AttendArgs&, dim3, cudaStream_t);
+template Status launch_score<64>(const DeviceInfo&, const ScoreArgs&, dim3, cudaStream_t);
 
 }  // namespace thimble::cuda

@@ -1,42 +1,54 @@
-// Decode attention over codes: the kernels' bodies. layout.h tells the order of codes, shape.h the tables,
-// cells.h what becomes of a block of 64 cells, exact.h of exact rows, combine.h how it is all
-// added up.
+// Decode attention over codes: the kernels' body. layout.h has the order of codes, shape.h the tables; cells.h works on
+// blocks of 64 cells, exact.h on exact rows, and combine.h adds their results up.
 //
-// A thread block's warps each take whole blocks of 64 cells, with a running maximum and sums of their own. Where there
-// are more streams than thread blocks, a thread block takes a batch of them at once: what an item costs besides its
-// cells is then paid once a batch.
+// Each warp takes whole blocks of 64 cells and has a running maximum and sums of its own. Where there are more streams
+// than thread blocks, a thread block takes a batch of streams at once, so that what an item costs besides its cells is
+// spent once a batch.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/attend/bytes.h"
+#include "cuda/attend/cells.h"
 #include "cuda/attend/combine.h"
+#include "cuda/attend/direct.h"
+#include "cuda/attend/exact.h"
+#include "cuda/attend/items.h"
+#include "cuda/attend/parts.h"
+#include "cuda/attend/queries.h"
+#include "cuda/attend/query_rows.h"
+#include "cuda/attend/score_table.h"
+#include "cuda/attend/shared.h"
+#include "cuda/attend/value_table.h"
+#include "cuda/layout.h"
+#include "cuda/simt/simt.h"
+#include "cuda/types.h"
 
 namespace thimble::cuda {
 
 template <typename S>
 struct AttendKernel {
   using Items = AttendItems<S>;
-  using Tables = AttendTables<S>;
+  using Queries = AttendQueries<S>;
+  using Scores = ScoreTable<S>;
+  using Values = ValueTable<S>;
+  using Rows = QueryRows<S>;
   using Direct = AttendDirect<S>;
   using Cells = AttendCells<S>;
   using Exact = AttendExact<S>;
   using Combine = AttendCombine<S>;
   using Partials = AttendPartials<S>;
+  using Shared = AttendShared<S>;
   using Lane = typename Cells::Lane;
   using Running = typename Cells::Running;
-  using Row = typename Cells::Row;
+  using Row = typename Rows::Row;
   static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces, MV = S::kValueSubspaces;
   static constexpr int kKeyLoads = Cells::kKeyLoads, kValueLoads = Cells::kValueLoads;
 
-  /// The blocks of 64 cells that a warp takes in a batch of items, all of one of them: `index`, then every n-th, n
-  /// being the warps that share the item; `left` in all.
-  struct alignas(16) Blocks {
-    const uint8_t *keys, *values;
-    int batch, index, left, padding;
-  };
-  static_assert(sizeof(Blocks) == 32);
-
-  /// This warp's blocks in b.batch or the first later one of this thread block in which it has any. Without one,
-  /// b.batch becomes n_batches or more, and the pointers stay as they are.
-  SIMT static void find(const AttendArgs& a, int warp, Blocks& b) {
+  /// Finds this warp's blocks in b.batch, or in the first later batch of this thread block in which it has any. If
+  /// there is none, b.batch becomes n_batches or more, and the pointers stay as they are.
+  SIMT static void find(const AttendArgs& a, int warp, CellBlocks& b) {
     const int slot = Items::slot_of(a, warp), n_warps = Items::n_warps(a);
     for (; b.batch < Items::n_batches(a); b.batch += simt::blocks_x()) {
       const int item = Items::first_item(a, b.batch) + slot;
@@ -55,8 +67,9 @@ struct AttendKernel {
     }
   }
 
-  /// Whether any cell of a batch's streams is to be attended to from its codes. Where every warp has one block of an
-  /// item at most it is looked up: in a short context the window holds all there is, and tables would be made in vain.
+  /// Whether any cell of a batch's streams is attended to from its codes. It looks at mask and hidden cells only where
+  /// every warp has at most one block of an item: in such a short context the window may hold all cells, and then no
+  /// tables need to be made.
   SIMT static bool sees_codes(const AttendArgs& a, const Lane& l, int batch) {
     const int n = a.n_cells / kBlockCells, n_slots = Items::n_slots(a, batch);
     if (n > S::kWarps || !(a.mask || a.hidden)) return n > 0;
@@ -81,26 +94,26 @@ struct AttendKernel {
     return simt::any_in_block(sees);
   }
 
-  /// New rows of a batch's streams.
+  /// Writes the new rows of a batch's streams to the window.
   SIMT static void write_new_rows(const AttendArgs& a, int batch) {
     const int first = Items::first_item(a, batch), n_slots = Items::n_slots(a, batch);
     SIMT_NO_UNROLL
     for (int slot = 0; slot < n_slots; slot++) Exact::write_new_rows(a, Items::stream_of(a, first + slot));
   }
-  /// Whether a batch is to attend to exact rows: of first splits.
+  /// Whether a batch attends to exact rows, which the first split of each stream does.
   SIMT static bool has_exact(const AttendArgs& a, int batch) {
     return batch == Items::stream_of(a, batch) * a.n_splits;
   }
 
-  /// Before any codes, which would take registers: the exact rows of this block's batches, with the first one's queries
-  /// and new rows on their way. Where nothing is `coded`, the only batch's outputs are at hand then.
+  /// Attends to the exact rows of this block's batches, before any codes take registers. The first batch's queries and
+  /// new rows must be on their way. Unless cells are `coded`, there is one batch, and this finishes its rows.
   SIMT static void attend_exact(const AttendArgs& a, bool coded) {
     const int first = simt::block_x();
     SIMT_NO_UNROLL
     for (int batch = first; batch < Items::n_batches(a); batch += simt::blocks_x()) {
       if (!has_exact(a, batch)) continue;
       if (batch != first) {
-        Tables::fetch_queries(a, batch);
+        Queries::fetch(a, batch);
         write_new_rows(a, batch);
       }
       simt::wait_for_copies();
@@ -115,18 +128,18 @@ struct AttendKernel {
       });
       simt::sync();
     }
-    if (first + simt::blocks_x() < Items::n_batches(a)) Tables::fetch_queries(a, first);
+    if (first + simt::blocks_x() < Items::n_batches(a)) Queries::fetch(a, first);
   }
 
   SIMT static void run(const AttendArgs& a) {
     simt::launch_dependents();
-    typename Tables::ValueWords value_words;
-    Tables::load_value_words(a, value_words);
+    typename Values::Words value_words;
+    Values::load(a, value_words);
     const Lane l = Cells::make_lane(a);
     const int stride = Items::n_warps(a);  // of a warp's blocks
-    // Where each warp goes on lives in shared memory, not in registers that the inner loop needs.
-    Blocks* const place_of_next = reinterpret_cast<Blocks*>(simt::shared() + S::kAfter) + l.warp;
-    Blocks next = {};
+    // Each warp keeps its next blocks in shared memory, as the inner loop needs the registers.
+    CellBlocks* const place_of_next = simt::shared_at<CellBlocks, offsetof(Shared, next_blocks)>() + l.warp;
+    CellBlocks next = {};
     next.batch = simt::block_x();
     find(a, l.warp, next);
     if (l.lane == 0) *place_of_next = next;
@@ -154,16 +167,16 @@ struct AttendKernel {
       }
     }
     const auto load_scales = [&] {
-      Tables::copy_scales(a);
-      Cells::store_slopes(a);
+      Queries::copy_scales(a);
+      Rows::store_slopes(a);
     };
     if constexpr (!S::kDirect) load_scales();  // while the grid before this one ends
-    // The grid before this one need not have ended for the value table; whether a short context needs one is not known.
+    // The value table does not depend on the grid before this one. A short context may not need a table.
     const bool is_short = Exact::any(a) && a.n_cells <= S::kWarps * kBlockCells;
-    if (!is_short) Tables::fill_value_table(value_words);
+    if (!is_short) Values::fill(value_words);
     simt::wait_for_previous_grid();
 
-    Tables::fetch_queries(a, first);
+    Queries::fetch(a, first);
     if constexpr (S::kDirect) load_scales();  // while many queries are on their way
     bool coded = true;
     if (Exact::any(a)) {
@@ -171,7 +184,7 @@ struct AttendKernel {
       coded = !is_alone || a.n_splits > 1 || sees_codes(a, l, first);
       if (has_exact(a, first)) write_new_rows(a, first);
     }
-    if (coded && is_short) Tables::fill_value_table(value_words);
+    if (coded && is_short) Values::fill(value_words);
     if (Exact::any(a)) attend_exact(a, coded);
     if (!coded) {
       Combine::write_output(a, first);
@@ -200,39 +213,38 @@ struct AttendKernel {
       const int item = Items::first_item(a, batch) + slot;
       // A last batch may leave warps without an item.
       const int stream = Items::stream_of(a, S::kSlots == 1 || item < Items::n_items(a) ? item : 0);
-      const Row row = Cells::make_row(a, stream, slot, l.t);
+      const Row row = Rows::make_row(a, stream, slot, l.t);
       if constexpr (S::kDirect) {
         typename Direct::Codewords codewords;
         Direct::load_codewords(a, codewords);
         simt::wait_for_copies();
         simt::sync();
-        if (batch == first) prefetch_first();  // not earlier: many queries would wait for all blocks' codes
+        if (batch == first) prefetch_first();  // earlier, it would delay the copies of queries
         Direct::fill_queries(a, Items::n_slots(a, batch));
         Direct::fill_codewords(codewords);
       } else {
-        typename Tables::KeyWords key_words;
-        Tables::load_key_words(a, key_words);
+        typename Scores::Words key_words;
+        Scores::load(a, key_words);
         const int n_slots = Items::n_slots(a, batch);
-        Tables::transform_queries(a, n_slots);
+        Queries::transform(a, n_slots);
         SIMT_NO_UNROLL
-        for (int i = 0; i < n_slots; i++) Tables::fill_score_table(key_words, i);
+        for (int i = 0; i < n_slots; i++) Scores::fill(key_words, i);
       }
       Running run;
-      if (batch == first && next.left > 0) {  // not earlier: whatever reads shared memory would wait for them
+      if (batch == first && next.left > 0) {  // earlier, reads of shared memory would wait for these loads
         load_keys();
         if constexpr (S::kDeep) load_values(values);
         load_value_scales();
       }
       simt::sync();
-      if constexpr (!S::kDirect) Tables::fetch_queries(a, batch + simt::blocks_x());
+      if constexpr (!S::kDirect) Queries::fetch(a, batch + simt::blocks_x());
 
-      // Where the warp goes on after this batch is worked out here: divisions in the loop would wait for the loads in
-      // flight there.
-      const Blocks now = *place_of_next;
+      // The warp's blocks of its next batch are found here: in the loop, divisions would wait for the loads in flight.
+      const CellBlocks now = *place_of_next;
       simt::sync_warp();
       const bool mine = now.batch == batch;
       if (mine) {
-        Blocks b = now;
+        CellBlocks b = now;
         b.batch += simt::blocks_x();
         find(a, l.warp, b);
         if (l.lane == 0) *place_of_next = b;
@@ -243,7 +255,7 @@ struct AttendKernel {
           uint32_t(stream * a.hidden_stream_stride + head * a.hidden_head_stride) + now.index * 2 + l.g / 4;
       for (int left = mine ? now.left : 0; left > 0; left--, mask_at += stride * kBlockCells, hidden_at += stride * 2) {
         const uint8_t* these_values = values;
-        uint4* const staged_scales = reinterpret_cast<uint4*>(simt::shared() + S::kStagedScales) + l.warp * 16;
+        uint4* const staged_scales = simt::shared_at<uint4, offsetof(Shared, scales)>() + l.warp * 16;
         if constexpr (S::kStagesScales) {
           simt::sync_warp();  // the last block's were read
           const int at = l.lane * 16;
@@ -252,17 +264,17 @@ struct AttendKernel {
                                  l.lane < 8 ? keys + MK * kBlockCells + at : values + MV * kBlockCells - 128 + at);
           }
         }
-        // After the last block of all the pointers stay, and it is read once more in vain.
+        // After the warp's last block the pointers stay, and that block is loaded once more without use.
         keys = left > 1 ? keys + key_step : place_of_next->keys;
         values = left > 1 ? values + value_step : place_of_next->values;
         if (left > 2) prefetch(1);
-        uint4* const staged_mask = reinterpret_cast<uint4*>(simt::shared() + S::kMasks) + simt::thread();
-        uint32_t* const staged_hidden = reinterpret_cast<uint32_t*>(simt::shared() + S::kHidden) + simt::thread();
+        uint4* const staged_mask = simt::shared_at<uint4, offsetof(Shared, masks)>() + simt::thread();
+        uint32_t* const staged_hidden = simt::shared_at<uint32_t, offsetof(Shared, hidden)>() + simt::thread();
         uint4 mask = make_uint4(0, 0, 0, 0);
         uint32_t skip = 0;  // bits of the lane's 8 cells
         if constexpr (S::kStaged) {
-          // By way of shared memory: a register that waits for memory would share its counter with codes that are
-          // asked for later, and wait for those as well; and there are none to spare.
+          // These come by way of shared memory. A load to a register would share its counter with loads of codes that
+          // are issued later, so that its reader would wait for those, too; and registers are scarce.
           if (a.mask) simt::copy_async<16>(staged_mask, a.mask + mask_at);
           if (a.hidden) simt::copy_async<4>(staged_hidden, a.hidden + hidden_at);
         } else {
@@ -271,8 +283,8 @@ struct AttendKernel {
         }
         float x[8];
         if constexpr (!S::kDeep) {
-          // Not before the keys' codes are there: whoever waits for those would wait for both, which share a counter.
-          // Batches turn the codes first, and thereby wait.
+          // These loads are issued when the keys' codes have arrived. The two share a counter, so that readers of the
+          // keys' codes would otherwise wait for both. Direct kernels wait for the codes first, as they turn them.
           load_values(these_values + (S::kDirect ? 0 : simt::after(Cells::first_address(l, key_codes))));
         }
         Cells::scores(l, slot, key_codes, x);
@@ -287,7 +299,7 @@ struct AttendKernel {
         }
         SIMT_UNROLL
         for (int i = 0; i < 4; i++) {
-          const float2 scale = simt::unpack_half2(Cells::word_of(key_scales, i));
+          const float2 scale = simt::unpack_half2(word_of(key_scales, i));
           x[2 * i] *= scale.x;
           x[2 * i + 1] *= scale.y;
         }
@@ -306,8 +318,8 @@ struct AttendKernel {
       if (!Combine::finish_batch(a, run, batch)) continue;
       simt::sync();
       Combine::write_output(a, batch);
-      if constexpr (!S::kOwnOutputs) simt::sync();
-      if constexpr (S::kDirect) Tables::fetch_queries(a, batch + simt::blocks_x());  // the outputs were in their place
+      if constexpr (!Shared::kOwnOutputs) simt::sync();
+      if constexpr (S::kDirect) Queries::fetch(a, batch + simt::blocks_x());  // outputs had the queries' place
     }
   }
 };

@@ -1,10 +1,12 @@
-// Picks the attention kernel of a format. One translation unit a head size (attend_64.cu, ...), for they take time to
-// compile.
+// Decode attention: launchers by head size. Each head size is a translation unit (head_64.cu, ...), as its kernels take
+// minutes to compile.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "cuda/attend/attend.h"
+#include "cuda/host/device.h"
+#include "cuda/host/status.h"
+#include "cuda/types.h"
 
 namespace thimble::cuda {
 
@@ -13,11 +15,10 @@ inline bool has_large_tables(const DeviceInfo& device) {
   return device.capability >= 90 && device.shared_bytes >= 227 * 1024;
 }
 
-Status launch_attend_64(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
-Status launch_attend_128(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
-Status launch_attend_256(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
-Status launch_score_64(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream);
-Status launch_score_128(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream);
-Status launch_score_256(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream);
+/// Launch the kernel of a format, widths and batch that `args` tell. Defined for head sizes 64, 128 and 256.
+template <int HeadDim>
+Status launch_attend(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
+template <int HeadDim>
+Status launch_score(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream);
 
 }  // namespace thimble::cuda

@@ -1,12 +1,17 @@
 // Decode attention: partial results of a softmax, and how several make one.
 #pragma once
 
-#include "cuda/attend/shape.h"
+#include <cmath>
+#include <cstddef>
+
+#include "cuda/attend/rows.h"
+#include "cuda/attend/shared.h"
 #include "cuda/simt/simt.h"
+#include "cuda/types.h"
 
 namespace thimble::cuda {
 
-inline constexpr float kNoMaximum = -1e30f;  // of no cells at all: finite, so that differences are
+inline constexpr float kNoMaximum = -1e30f;  // the maximum of no cells; finite, so that differences of maxima are
 
 /// A query row's softmax over some cells, which a warp holds: sums and weight are relative to 2^maximum, and lane i has
 /// the components i * N to i * N + N - 1.
@@ -15,42 +20,10 @@ struct RowPart {
   float maximum = kNoMaximum, weight = 0, sum[N] = {};
 };
 
-/// `N` adjacent floats, 2, 4 or 8; by way of L2 if other thread blocks wrote them.
-template <int N, bool FromL2 = false>
-SIMT void read_floats(const float* from, float (&to)[N]) {
-  if constexpr (N == 2) {
-    const float2 v =
-        FromL2 ? simt::load_l2(reinterpret_cast<const float2*>(from)) : *reinterpret_cast<const float2*>(from);
-    to[0] = v.x;
-    to[1] = v.y;
-  } else {
-    SIMT_UNROLL
-    for (int i = 0; i < N; i += 4) {
-      const float4* at = reinterpret_cast<const float4*>(from + i);
-      const float4 v = FromL2 ? simt::load_l2(at) : *at;
-      to[i] = v.x;
-      to[i + 1] = v.y;
-      to[i + 2] = v.z;
-      to[i + 3] = v.w;
-    }
-  }
-}
-template <int N>
-SIMT void write_floats(float* to, const float (&from)[N]) {
-  if constexpr (N == 2) {
-    *reinterpret_cast<float2*>(to) = make_float2(from[0], from[1]);
-  } else {
-    SIMT_UNROLL
-    for (int i = 0; i < N; i += 4) {
-      *reinterpret_cast<float4*>(to + i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
-    }
-  }
-}
-
-/// Adds up `n` parts of a row, part i with maximum m(i), weight w(i) and sums v(i, where they go), relative to the
-/// greatest maximum. A warp's lanes call it together: each looks at another part's maximum and weight, and reads the
-/// sums of a few parts before it uses any, as they may come from far away. More of them would be faster here, but take
-/// registers that the compiler then lacks in the loop over cells.
+/// Adds up `n` parts of a row, relative to the greatest of their maxima. Part i has maximum m(i) and weight w(i);
+/// v(i, to) writes its sums to `to`. All lanes of a warp call it: each lane takes the maximum and weight of another
+/// part, and reads the sums of kAtOnce parts before it uses any, as they may come from global memory. A larger kAtOnce
+/// would be faster here, but would take registers from the loop over cells.
 template <int N, typename M, typename W, typename V>
 SIMT RowPart<N> combine(int n, M m, W w, V v) {
   constexpr int kAtOnce = 4;
@@ -68,14 +41,14 @@ SIMT RowPart<N> combine(int n, M m, W w, V v) {
     const bool there = first + lane < n;
     const float maximum = there ? m(first + lane) : kNoMaximum, weight = there ? w(first + lane) : 0.0f;
     read(first);
-    float top = fmaxf(all.maximum, maximum);
+    float greatest = fmaxf(all.maximum, maximum);
     SIMT_UNROLL
-    for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, simt::shuffle_xor(top, mask));
-    const float old = simt::exp2_fast(all.maximum - top), factor = simt::exp2_fast(maximum - top);
+    for (int mask = 1; mask < 32; mask *= 2) greatest = fmaxf(greatest, simt::shuffle_xor(greatest, mask));
+    const float old = simt::exp2_fast(all.maximum - greatest), factor = simt::exp2_fast(maximum - greatest);
     float total = factor * weight;
     SIMT_UNROLL
     for (int mask = 1; mask < 32; mask *= 2) total += simt::shuffle_xor(total, mask);
-    all.maximum = top;
+    all.maximum = greatest;
     all.weight = all.weight * old + total;
     SIMT_UNROLL
     for (int i = 0; i < N; i++) all.sum[i] *= old;
@@ -94,20 +67,21 @@ SIMT RowPart<N> combine(int n, M m, W w, V v) {
   return all;
 }
 
-/// Warps' results of one query row each leave in shared memory, for those who add them up.
+/// The warps' results, which they leave in shared memory (Shared::Results) to be added up.
 template <typename S>
 struct WarpParts {
+  using Shared = AttendShared<S>;
   static constexpr int N = S::kHeadDim / 32;
 
   SIMT static float* sums(int warp, int row) {
-    return reinterpret_cast<float*>(simt::shared() + S::kSums) + (warp * S::kRows + row) * S::kSumStride;
+    return simt::shared_at<float, offsetof(Shared, results.sums)>() + (warp * S::kRows + row) * Shared::kSumStride;
   }
   SIMT static void leave_state(int warp, int row, float maximum, float weight) {
-    float* states = reinterpret_cast<float*>(simt::shared() + S::kStates) + warp * 2 * S::kRows + row;
+    float* states = simt::shared_at<float, offsetof(Shared, results.states)>() + warp * 2 * S::kRows + row;
     states[0] = maximum;
     states[S::kRows] = weight;
   }
-  /// The sum of n_warps warps' results from first_warp on; a warp calls it.
+  /// Adds up a query row's results of n_warps warps from first_warp on. All lanes of a warp call it.
   SIMT static RowPart<N> add_up(int first_warp, int n_warps, int row, int lane) {
     if constexpr (S::kDirect) {  // few warps each
       RowPart<N> all[1];
@@ -115,17 +89,17 @@ struct WarpParts {
       add_up_few(first_warps, n_warps, row, lane, all);
       return all[0];
     }
-    const float* states = reinterpret_cast<const float*>(simt::shared() + S::kStates) + first_warp * 2 * S::kRows + row;
+    const float* states = simt::shared_at<float, offsetof(Shared, results.states)>() + first_warp * 2 * S::kRows + row;
     return combine<N>(
         n_warps, [&](int w) { return states[w * 2 * S::kRows]; },
         [&](int w) { return states[w * 2 * S::kRows + S::kRows]; },
         [&](int w, float(&to)[N]) { read_floats(sums(first_warp + w, row) + lane * N, to); });
   }
-  /// The same for several items' rows, each the sum of few warps' from first_warps[k] on: these wait for one another's
-  /// loads together, and a warp after the other is less work than combine's maxima and sums over lanes.
+  /// The same for a row of several items, each the sum of a few warps' results from first_warps[k] on. The loads of all
+  /// items are under way together; for few warps this takes fewer instructions than combine.
   template <int Rows>
   SIMT static void add_up_few(const int (&first_warps)[Rows], int n_warps, int row, int lane, RowPart<N> (&all)[Rows]) {
-    const float* states = reinterpret_cast<const float*>(simt::shared() + S::kStates) + row;
+    const float* states = simt::shared_at<float, offsetof(Shared, results.states)>() + row;
     SIMT_NO_UNROLL
     for (int w = 0; w < n_warps; w++) {
       SIMT_UNROLL
@@ -133,9 +107,9 @@ struct WarpParts {
         const int warp = first_warps[k] + w;
         float sum[N];
         read_floats(sums(warp, row) + lane * N, sum);
-        const float maximum = states[warp * 2 * S::kRows], top = fmaxf(all[k].maximum, maximum);
-        const float old = simt::exp2_fast(all[k].maximum - top), factor = simt::exp2_fast(maximum - top);
-        all[k].maximum = top;
+        const float maximum = states[warp * 2 * S::kRows], greatest = fmaxf(all[k].maximum, maximum);
+        const float old = simt::exp2_fast(all[k].maximum - greatest), factor = simt::exp2_fast(maximum - greatest);
+        all[k].maximum = greatest;
         all[k].weight = all[k].weight * old + factor * states[warp * 2 * S::kRows + S::kRows];
         SIMT_UNROLL
         for (int i = 0; i < N; i++) all[k].sum[i] = all[k].sum[i] * old + factor * sum[i];
@@ -144,8 +118,8 @@ struct WarpParts {
   }
 };
 
-/// What thread blocks leave for one another in global memory: for each stream its splits' results, then its exact
-/// rows': sums [4][D], then maxima and weights.
+/// Results that thread blocks leave in global memory to be added up, AttendArgs::partials: for each stream those of its
+/// splits, then that of its exact rows. A result is float sums [4][D], maxima [4], weights [4].
 template <typename S>
 struct AttendPartials {
   static constexpr int D = S::kHeadDim, N = D / 32;

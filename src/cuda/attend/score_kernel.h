@@ -1,21 +1,36 @@
-// Scores alone, for retrieval: the kernel's body. Work is dealt out as in attention, keys are looked up as there.
+// The scores of all cells, for retrieval: the kernel's body. Thread blocks share the work as in attention, and keys are
+// looked up as there.
 #pragma once
 
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/attend/bytes.h"
 #include "cuda/attend/cells.h"
+#include "cuda/attend/items.h"
+#include "cuda/attend/queries.h"
+#include "cuda/attend/query_rows.h"
+#include "cuda/attend/score_table.h"
+#include "cuda/layout.h"
+#include "cuda/simt/simt.h"
+#include "cuda/types.h"
 
 namespace thimble::cuda {
 
 template <typename S>
 struct ScoreKernel {
   using Items = AttendItems<S>;
-  using Tables = AttendTables<S>;
+  using Queries = AttendQueries<S>;
+  using Scores = ScoreTable<S>;
+  using Rows = QueryRows<S>;
   using Cells = AttendCells<S>;
   using Lane = typename Cells::Lane;
-  using Row = typename Cells::Row;
+  using Row = typename Rows::Row;
   static constexpr int MK = S::kKeySubspaces, kKeyLoads = Cells::kKeyLoads;
 
-  /// Every lane of a row t has scores of cells 8g .. 8g+7; the greatest of the 4 rows of cells 8g + 2t and 8g + 2t + 1
-  /// stay with lane (g, t).
+  /// Takes the greatest over the 4 query rows. x has the scores of row t and cells 8g .. 8g+7; lane (g, t) gets those
+  /// of cells 8g + 2t and 8g + 2t + 1.
   SIMT static float2 over_rows(const Lane& l, const float (&x)[8]) {
     float y[4], z[2];
     SIMT_UNROLL
@@ -36,8 +51,8 @@ struct ScoreKernel {
     simt::launch_dependents();
     const Lane l = Cells::make_lane(a);
     const int head = simt::block_y(), row_group = simt::block_z();
-    Tables::copy_scales(a);
-    Cells::store_slopes(a);
+    Queries::copy_scales(a);
+    Rows::store_slopes(a);
     simt::wait_for_previous_grid();
     for (int item = simt::block_x(); item < Items::n_items(a); item += simt::blocks_x()) {
       const int stream = Items::stream_of(a, item), split = item - stream * a.n_splits;
@@ -45,7 +60,7 @@ struct ScoreKernel {
       int index = Items::block_begin(a, split) + l.warp;
       const uint8_t* block =
           a.keys.data + stream * a.keys.stream_stride + head * a.keys.head_stride + index * a.keys.block_stride;
-      // A block's codes are on their way while those before it are looked up.
+      // A block's codes are loaded while those of the block before it are looked up.
       uint4 next_codes[kKeyLoads], next_scales = make_uint4(0, 0, 0, 0);
       const auto load = [&] {
         SIMT_UNROLL
@@ -54,22 +69,22 @@ struct ScoreKernel {
       };
       if (index < end) load();
 
-      simt::sync();  // the last item's table is used up
-      Tables::fetch_queries(a, item);
-      typename Tables::KeyWords key_words;
-      Tables::load_key_words(a, key_words);
+      simt::sync();  // all warps are done with the last item's table
+      Queries::fetch(a, item);
+      typename Scores::Words key_words;
+      Scores::load(a, key_words);
       simt::wait_for_copies();
       simt::sync();
-      const Row row = Cells::make_row(a, stream, 0, l.t);
-      Tables::transform_queries(a, 1);
+      const Row row = Rows::make_row(a, stream, 0, l.t);
+      Queries::transform(a, 1);
       const bool pads = row_group * S::kRows + l.t >= a.n_tokens * a.group;
-      Tables::fill_score_table(key_words, 0);
+      Scores::fill(key_words, 0);
       simt::sync();
       const uint32_t* hidden =
           a.hidden ? a.hidden + stream * a.hidden_stream_stride + head * a.hidden_head_stride : nullptr;
       const size_t pair = size_t(stream) * a.n_kv_heads + head, n_blocks = a.n_cells / kBlockCells;
       float* scores = args.scores + (pair * a.row_groups + row_group) * a.n_cells;
-      float* tops = args.tops + (pair * a.row_groups + row_group) * n_blocks;
+      float* block_maxima = args.block_maxima + (pair * a.row_groups + row_group) * n_blocks;
       for (; index < end; index += S::kWarps) {
         uint4 codes[kKeyLoads];
         SIMT_UNROLL
@@ -84,7 +99,7 @@ struct ScoreKernel {
         Cells::table_scores(l, codes, x);
         SIMT_UNROLL
         for (int i = 0; i < 4; i++) {
-          const float2 scale = simt::unpack_half2(Cells::word_of(scales, i));
+          const float2 scale = simt::unpack_half2(word_of(scales, i));
           x[2 * i] *= scale.x;
           x[2 * i + 1] *= scale.y;
         }
@@ -93,10 +108,10 @@ struct ScoreKernel {
         for (int j = 0; j < 8; j++) x[j] = pads ? -INFINITY : x[j] * unit + row.offset();
         const float2 two = over_rows(l, x);
         *reinterpret_cast<float2*>(scores + index * kBlockCells + l.g * 8 + l.t * 2) = two;
-        float top = fmaxf(two.x, two.y);
+        float greatest = fmaxf(two.x, two.y);
         SIMT_UNROLL
-        for (int lanes = 1; lanes < 32; lanes *= 2) top = fmaxf(top, simt::shuffle_xor(top, lanes));
-        if (l.lane == 0) tops[index] = top;
+        for (int lanes = 1; lanes < 32; lanes *= 2) greatest = fmaxf(greatest, simt::shuffle_xor(greatest, lanes));
+        if (l.lane == 0) block_maxima[index] = greatest;
         if (row_group == 0 && l.g % 4 == 0 && l.t == 0) {
           args.all_hidden[pair * (n_blocks * 2) + index * 2 + l.g / 4] = skip;
         }

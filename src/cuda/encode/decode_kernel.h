@@ -1,4 +1,4 @@
-// Decoding blocks to f16 rows: the kernel's body. Grid [n_streams * n_kv_heads][blocks of 64 cells].
+// Decodes blocks of 64 cells to f16 rows: the kernel's body. Grid [n_streams * n_kv_heads][blocks of 64 cells].
 #pragma once
 
 #include "cuda/layout.h"

@@ -5,6 +5,7 @@
 #include "cuda/encode/encode_kernel.h"
 #include "cuda/encode/transform_kernel.h"
 #include "cuda/encode/window_kernel.h"
+#include "cuda/formats.h"
 #include "cuda/host/launch.h"
 
 namespace thimble::cuda {
@@ -54,17 +55,13 @@ Status launch_leave(const DeviceInfo& device, const LeaveArgs& args, dim3 grid, 
 
 template <int HeadDim>
 Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, dim3 grid, cudaStream_t stream) {
-  switch (args.codec.width) {
-    case 2:
-      return launch(device, decode_kernel<HeadDim, 2>, args, grid, 256, 0, stream);
-    case 4:
-      return launch(device, decode_kernel<HeadDim, 4>, args, grid, 256, 0, stream);
-    case 8:
-      return launch(device, decode_kernel<HeadDim, 8>, args, grid, 256, 0, stream);
-    default:
-      return Status::unsupported("no kernel for this width");
-  }
+  return for_width(
+      args.codec.width,
+      [&]<int Width>() { return launch(device, decode_kernel<HeadDim, Width>, args, grid, 256, 0, stream); },
+      Status::unsupported("no kernel for this width"));
 }
+
+const Status kNoHeadSize = Status::unsupported("head size must be 64, 128 or 256");
 
 bool complete(const CodecTables& codec, int head_dim, int n_kv_heads) {
   return codec.head_dim == head_dim && codec.n_kv_heads == n_kv_heads && codec.words && codec.half_norms &&
@@ -97,16 +94,8 @@ Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream) {
   // Few tokens spread over the multiprocessors, many share what they read.
   args.tokens_per_block = std::clamp(args.n_tokens * 2 * args.n_kv_heads / (2 * device.multiprocessors), 1, 8);
   const dim3 grid((args.n_tokens + args.tokens_per_block - 1) / args.tokens_per_block, args.n_kv_heads * 2);
-  switch (args.head_dim) {
-    case 64:
-      return launch_encode<64>(device, args, grid, stream);
-    case 128:
-      return launch_encode<128>(device, args, grid, stream);
-    case 256:
-      return launch_encode<256>(device, args, grid, stream);
-    default:
-      return Status::unsupported("head size must be 64, 128 or 256");
-  }
+  return for_head_dim(
+      args.head_dim, [&]<int HeadDim>() { return launch_encode<HeadDim>(device, args, grid, stream); }, kNoHeadSize);
 }
 
 Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream) {
@@ -155,16 +144,9 @@ Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream
   }
   if (args.n_cells == 0) return {};
   const dim3 grid(args.n_cells / kBlockCells, args.n_streams * args.n_kv_heads);
-  switch (args.codec.head_dim) {
-    case 64:
-      return launch_decode<64>(device, args, grid, stream);
-    case 128:
-      return launch_decode<128>(device, args, grid, stream);
-    case 256:
-      return launch_decode<256>(device, args, grid, stream);
-    default:
-      return Status::unsupported("head size must be 64, 128 or 256");
-  }
+  return for_head_dim(
+      args.codec.head_dim, [&]<int HeadDim>() { return launch_decode<HeadDim>(device, args, grid, stream); },
+      kNoHeadSize);
 }
 
 Status transform_rows(const DeviceInfo& device, const TransformArgs& args, cudaStream_t stream) {
@@ -177,16 +159,8 @@ Status transform_rows(const DeviceInfo& device, const TransformArgs& args, cudaS
   const size_t rows = size_t(args.n_streams) * args.n_tokens * args.group;
   if (rows == 0) return {};
   const dim3 grid(unsigned((rows + kTransformRows - 1) / kTransformRows), args.n_kv_heads);
-  switch (args.head_dim) {
-    case 64:
-      return launch_transform<64>(device, args, grid, stream);
-    case 128:
-      return launch_transform<128>(device, args, grid, stream);
-    case 256:
-      return launch_transform<256>(device, args, grid, stream);
-    default:
-      return Status::unsupported("head size must be 64, 128 or 256");
-  }
+  return for_head_dim(
+      args.head_dim, [&]<int HeadDim>() { return launch_transform<HeadDim>(device, args, grid, stream); }, kNoHeadSize);
 }
 
 }  // namespace thimble::cuda

@@ -6,8 +6,8 @@
 
 namespace thimble::cuda {
 
-/// In place, of `Rows` vectors at once, which wait for shuffles together. Lane i holds components i * N .. i * N + N -
-/// 1 of vectors of D = 32 N, a power of two.
+/// Rotates `Rows` vectors in place. Their shuffles are under way together. Lane i holds the components i * N to
+/// i * N + N - 1 of each vector of D = 32 N components, a power of two.
 template <int D, int Rows>
 SIMT void hadamard_warp(float (&rows)[Rows][D / 32], int lane) {
   constexpr int N = D / 32;
@@ -24,14 +24,14 @@ SIMT void hadamard_warp(float (&rows)[Rows][D / 32], int lane) {
   }
   SIMT_UNROLL
   for (int mask = 1; mask < 32; mask *= 2) {
-    const float sign = lane & mask ? -1.0f : 1.0f;  // a sum or a difference in one instruction, which rounds once
+    const float sign = lane & mask ? -1.0f : 1.0f;  // one fused instruction adds or subtracts, with one rounding
     SIMT_UNROLL
     for (int i = 0; i < Rows * N; i++) {
       float& x = rows[i / N][i % N];
       x = simt::fma_rn(x, sign, simt::shuffle_xor(x, mask));
     }
   }
-  // 1 / sqrt(D), rounded twice as on the CPU; the compiler does not work it out in advance.
+  // 1 / sqrt(D), rounded twice as on the CPU. It is written out as the compiler would not compute it in advance.
   constexpr float norm = D == 64 ? 0.125f : D == 128 ? 0.0883883461f : 0.0625f;
   static_assert(D == 64 || D == 128 || D == 256);
   SIMT_UNROLL

@@ -1,5 +1,5 @@
-// Transforming many rows of queries or outputs: the kernel's body. Grid [n_kv_heads][blocks of kTransformRows rows]; a
-// thread has one component of all rows, so that a number of the matrix is read once for all of them.
+// Transforms of many rows of queries or outputs: the kernel's body. Grid [n_kv_heads][blocks of kTransformRows rows]. A
+// thread computes one component of all rows, so that each number of the matrix is read once for all of them.
 #pragma once
 
 #include "cuda/encode/hadamard.h"

@@ -6,11 +6,11 @@
 
 namespace thimble::cuda {
 
-/// What the launchers need to know of a device, asked once.
+/// What the launchers need to know of a device. Query it once.
 struct DeviceInfo {
   int ordinal = 0;
   int multiprocessors = 0;
-  size_t shared_bytes = 0;  // that a block may have
+  size_t shared_bytes = 0;  // the most that a thread block may have
   int capability = 0;       // 80, 86, 89, 90
 };
 Status query_device(int ordinal, DeviceInfo* info);

@@ -1,4 +1,4 @@
-// Launching kernels: the one place that knows about shared memory limits and launch attributes.
+// Launches kernels, with their shared memory and launch attributes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,8 +7,8 @@
 
 namespace thimble::cuda {
 
-/// Launches a kernel that takes one argument structure. On devices that can, it may start while the kernel before it in
-/// the stream ends; every kernel here waits for that one before it touches what it may have written.
+/// Launches a kernel that takes one argument structure. From sm_90 on it may start while the kernel before it in the
+/// stream still runs; every kernel here waits for that one before it reads or writes what that one may have written.
 template <typename Args>
 Status launch(const DeviceInfo& device, void (*kernel)(Args), const Args& args, dim3 grid, int threads,
               size_t shared_bytes, cudaStream_t stream) {

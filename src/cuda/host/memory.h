@@ -9,7 +9,7 @@
 
 namespace thimble::cuda {
 
-/// Sets all bytes of memory that a device writes to, when this returns, after all that the device did with them.
+/// Sets all bytes of memory that the device may use. It waits for the device first, and for the bytes to be set.
 inline Status fill_memory(void* data, int byte, size_t size) {
   if (size == 0) return {};
   if (const cudaError_t e = cudaDeviceSynchronize(); e != cudaSuccess) return Status::from(e);
@@ -31,8 +31,8 @@ public:
     if (data_) (void)cudaFree(data_);
   }
 
-  /// At least `size` bytes, zeroed when they are new. What was there is lost, after all that the device still does with
-  /// it; `moved`, where given, is set if addresses changed.
+  /// Makes the memory at least `size` bytes. If it must grow, this waits for the device; the contents are lost, all
+  /// bytes are zero, and `moved` is set if given.
   Status reserve(size_t size, bool* moved = nullptr) {
     if (size <= size_) return {};
     if (data_) (void)cudaFree(std::exchange(data_, nullptr));  // waits for the device
@@ -45,7 +45,7 @@ public:
     if (moved) *moved = true;
     return fill(0);
   }
-  /// All bytes, as fill_memory does.
+  /// Sets all bytes, as fill_memory does.
   Status fill(int byte) { return fill_memory(data_, byte, size_); }
 
   template <typename T>
@@ -69,7 +69,7 @@ public:
     if (data_) (void)cudaFreeHost(data_);
   }
 
-  /// Once only; zeroed.
+  /// Allocates zeroed memory. Call it once.
   Status allocate(size_t size) {
     if (data_) return Status::invalid("memory is there already");
     if (const cudaError_t e = cudaHostAlloc(&data_, size, cudaHostAllocMapped); e != cudaSuccess) {
@@ -80,7 +80,7 @@ public:
     size_ = size;
     return clear();
   }
-  /// By the device, which writes faster than a thread of the host; after all that it did with the memory.
+  /// Sets all bytes to zero, as fill_memory does. The device writes them, faster than a thread of the host.
   Status clear() { return fill_memory(data_, 0, size_); }
 
   template <typename T>

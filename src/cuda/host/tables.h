@@ -8,7 +8,7 @@
 
 namespace thimble::cuda {
 
-/// The arrays in host memory; `view` points into them. What owns a copy in device memory is DeviceTables (device.h).
+/// The arrays in host memory; `view` points into them. DeviceTables (device.h) owns a copy in device memory.
 struct HostTables {
   int head_dim = 0, width = 0, n_kv_heads = 0;
   std::vector<uint32_t> packed;

@@ -1,11 +1,14 @@
-// Retrieval: the k cells of greatest score, and their rows from an exact store. Kernels' bodies; a block serves one
-// stream and KV head.
+// Retrieval: the bodies of the kernels that choose the k cells of greatest score and fetch their rows from an exact
+// store. A thread block serves one stream and KV head.
 //
-// Scoring leaves the greatest score of every block of 64 cells beside the scores. Whatever the scores are, the k best
-// cells lie in the k best blocks: each of these has a cell that is better than all of any other block. So the scores of
-// k blocks are read, and of these only those cells are looked at twice that reach the least of the blocks' greatest.
-// Better is who has the greater score, or of equals the lower index.
+// Scoring also writes the greatest score of every block of 64 cells. The k best cells lie in the k blocks with the
+// greatest of these, as each such block has a cell that is better than all cells of any other block. So only the scores
+// of k blocks are read, and only cells that reach the least of these k maxima become candidates. A cell is better than
+// another if its score is greater, or equal and its index lower.
 #pragma once
+
+#include <cstddef>
+#include <cstdint>
 
 #include "cuda/layout.h"
 #include "cuda/simt/simt.h"
@@ -19,18 +22,21 @@ struct RetrieveKernel {
 
   struct Shared {
     int bins[kBins];
-    uint32_t prefix;          // of the k-th greatest key, as far as it is known
-    int rank;                 // of that key among those that share the prefix, from 1
-    int count;                // of the list that is being made
-    uint32_t keys[kListed];   // of blocks, then of candidates
-    int32_t cells[kListed];   // candidates
-    int32_t blocks[kListed];  // that are among the k best, in any order
-    int32_t chosen[kListed];  // in any order
+    uint32_t prefix;          // the leading bits of the k-th greatest key that are known so far
+    int rank;                 // of that key among the keys with this prefix, from 1
+    int count;                // entries of the list that is being made
+    uint32_t keys[kListed];   // keys of blocks, then of candidates
+    int32_t cells[kListed];   // cells of candidates
+    int32_t blocks[kListed];  // the k best blocks, in any order
+    int32_t chosen[kListed];  // the chosen cells, in any order
   };
   static constexpr size_t kSharedBytes = sizeof(Shared);
+  static_assert(offsetof(Shared, prefix) == kBins * sizeof(int) && offsetof(Shared, keys) % 4 == 0);
+  static_assert(kSharedBytes == (kBins + 3 + 4 * kListed) * 4);
   static_assert(kMaxTop <= kListed);
 
-  /// Order of floats as order of unsigned numbers. NaN counts as greatest, so that it is attended to and shows.
+  /// Maps floats to unsigned numbers of the same order. NaN is the greatest, so that its cell is attended to and the
+  /// error is seen.
   SIMT static uint32_t key_of(float x) {
     const uint32_t bits = simt::float_to_bits(x + 0.0f);  // zeros are equal
     if ((bits & 0x7fffffffu) > 0x7f800000u) return ~0u;
@@ -38,8 +44,8 @@ struct RetrieveKernel {
   }
   static constexpr uint32_t kLowest = 0x007fffffu;  // key of -infinity
 
-  /// The greatest key over row groups, whose scores lie `stride` apart. Without a loop, where there is but one, many of
-  /// these loads are under way at once.
+  /// The greatest key over row groups, whose scores lie `stride` apart. With one group there is no loop, so that the
+  /// compiler issues the loads of several calls together.
   template <bool OneGroup>
   SIMT static uint32_t key_at(const float* scores, int row_groups, size_t stride, int i) {
     uint32_t greatest = key_of(scores[i]);
@@ -50,7 +56,7 @@ struct RetrieveKernel {
     return greatest;
   }
 
-  /// One warp finds the bin that the s.rank-th greatest key falls into.
+  /// Finds the bin of the s.rank-th greatest key. One warp calls it.
   SIMT static void find_bin(Shared& s, int shift) {
     constexpr int kShare = kBins / 32;
     const int lane = simt::thread() % 32, rank = s.rank, first = kBins - 1 - lane * kShare;  // lane 0: the greatest
@@ -64,7 +70,7 @@ struct RetrieveKernel {
       if (lane >= lanes) sum += before;
     }
     simt::sync_warp();  // all have read s.rank
-    // Where there are too few keys, the last bin.
+    // With fewer keys than s.rank, the last lane takes the last bin.
     if (sum - mine >= rank || (sum < rank && lane < 31)) return;
     int bin = first, left = rank - (sum - mine);
     while (bin > first - kShare + 1 && left > s.bins[bin]) left -= s.bins[bin--];
@@ -72,9 +78,9 @@ struct RetrieveKernel {
     s.rank = left;
   }
 
-  /// The k-th greatest of n keys, 8 bits a pass; afterwards s.rank tells how many of its equals are among the first k,
-  /// and s.bins[its low byte] how many there are. Keys of -infinity do not count; where there are fewer than k others,
-  /// the result is 0.
+  /// Finds the k-th greatest of n keys, 8 bits a pass. Afterwards s.rank is the number of keys equal to it among the
+  /// first k, and s.bins[its low byte] is the number of all keys equal to it. Keys of -infinity do not count; with
+  /// fewer than k other keys the result is 0.
   template <typename Key>
   SIMT static uint32_t kth_greatest(Shared& s, int n, int k, Key key) {
     const int tid = simt::thread();
@@ -99,10 +105,10 @@ struct RetrieveKernel {
     return s.prefix;
   }
 
-  /// What the k best of some keys have in common; all of them, where there are no more than k.
+  /// Admits the k best of some keys, or all of them if there are no more than k.
   struct Bound {
     uint32_t key;
-    uint32_t last;  // greatest index of those with that very key
+    uint32_t last;  // the greatest index that is admitted with exactly this key
     SIMT bool admits(uint32_t x, int index) const {
       return x > kLowest && (x > key || (x == key && uint32_t(index) <= last));
     }
@@ -117,8 +123,8 @@ struct RetrieveKernel {
     return b;
   }
 
-  /// Calls take(i, place in a list) for all i that qualify, in no order. Returns how many there were. Many a time, for
-  /// the sake of the loads behind `qualifies`.
+  /// Calls take(i, place in the list) for all i < n that qualify, in any order, and returns their number. A thread
+  /// takes kBatch of them at a time, so that the loads in `qualifies` are under way together.
   template <typename Qualifies, typename Take>
   SIMT static int list(Shared& s, int n, Qualifies qualifies, Take take) {
     constexpr int kBatch = 8;
@@ -139,8 +145,8 @@ struct RetrieveKernel {
     return s.count;
   }
 
-  /// Chooses the cells and puts them in order. Where fewer than k are to be seen, the rest is -1. `OneGroup`: of query
-  /// rows.
+  /// Chooses the cells and writes them in order. If fewer than k are not masked or hidden, the rest is -1. `OneGroup`:
+  /// a.row_groups is 1.
   template <bool OneGroup>
   SIMT static void choose(const RetrieveArgs& a) {
     simt::launch_dependents();
@@ -148,19 +154,19 @@ struct RetrieveKernel {
     Shared& s = *reinterpret_cast<Shared*>(simt::shared());
     const int pair = simt::block_y(), tid = simt::thread(), n_blocks = a.n_cells / kBlockCells;
     const float* scores = a.scores + size_t(pair) * a.row_groups * a.n_cells;
-    const float* tops = a.tops + size_t(pair) * a.row_groups * n_blocks;
+    const float* block_maxima = a.block_maxima + size_t(pair) * a.row_groups * n_blocks;
 
     const bool cached = n_blocks <= kListed;
-    const auto top_key = [&](int i) { return key_at<OneGroup>(tops, a.row_groups, n_blocks, i); };
+    const auto maximum_key = [&](int i) { return key_at<OneGroup>(block_maxima, a.row_groups, n_blocks, i); };
     if (cached) {
       constexpr int kShare = kListed / kThreads;
       uint32_t key[kShare];
       SIMT_UNROLL
-      for (int k = 0; k < kShare; k++) key[k] = tid + k * kThreads < n_blocks ? top_key(tid + k * kThreads) : 0;
+      for (int k = 0; k < kShare; k++) key[k] = tid + k * kThreads < n_blocks ? maximum_key(tid + k * kThreads) : 0;
       SIMT_UNROLL
       for (int k = 0; k < kShare; k++) s.keys[tid + k * kThreads] = key[k];
     }
-    const auto block_key = [&](int i) { return cached ? s.keys[i] : top_key(i); };
+    const auto block_key = [&](int i) { return cached ? s.keys[i] : maximum_key(i); };
     const auto itself = [](int i) { return i; };
     const Bound blocks = bound_of(s, n_blocks, a.top, block_key, itself);
     const int n_listed = list(
@@ -179,7 +185,7 @@ struct RetrieveKernel {
           s.cells[at] = cell_in(i);
           s.keys[at] = key_in(i);
         });
-    const bool fit = n_reach <= kListed;  // else there are many to choose, and many equals
+    const bool fit = n_reach <= kListed;  // else scores are read again for every pass
     const int n = fit ? n_reach : n_listed * kBlockCells;
     const auto key = [&](int i) { return fit ? s.keys[i] : key_in(i); };
     const auto cell = [&](int i) { return fit ? s.cells[i] : cell_in(i); };
@@ -200,7 +206,8 @@ struct RetrieveKernel {
     }
   }
 
-  /// Fetches the chosen rows, 16 bytes a thread; from pinned host memory, straight over the bus. Grid [pairs][blocks].
+  /// Fetches the rows of the chosen cells, 16 bytes a thread, from pinned host memory over the bus. Grid
+  /// [pairs][blocks].
   SIMT static void gather(const RetrieveArgs& a) {
     simt::launch_dependents();
     simt::wait_for_previous_grid();

@@ -32,7 +32,7 @@ template <typename Take>
 void for_each_array(RetrieveArgs& a, Take take) {
   const size_t pairs = size_t(a.n_streams) * a.n_kv_heads, rows = pairs * a.top * a.head_dim;
   take(a.scores, pairs * a.row_groups * a.n_cells);
-  take(a.tops, pairs * a.row_groups * (a.n_cells / kBlockCells));
+  take(a.block_maxima, pairs * a.row_groups * (a.n_cells / kBlockCells));
   take(a.all_hidden, pairs * (a.n_cells / 32));
   take(a.cells, pairs * a.top);
   take(a.keys, rows);
@@ -62,7 +62,8 @@ void place_retrieval(void* memory, RetrieveArgs* args) {
 
 Status choose_cells(const DeviceInfo& device, const RetrieveArgs& args, cudaStream_t stream) {
   if (Status s = check(args); !s.ok()) return s;
-  if (!args.scores || !args.tops || !args.all_hidden) return Status::invalid("scores or place for bits are missing");
+  if (!args.scores || !args.block_maxima || !args.all_hidden)
+    return Status::invalid("scores or place for bits are missing");
   const auto kernel = args.row_groups == 1 ? choose_kernel<true> : choose_kernel<false>;
   return launch(device, kernel, args, dim3(1, args.n_streams * args.n_kv_heads), RetrieveKernel::kThreads,
                 RetrieveKernel::kSharedBytes, stream);
@@ -86,7 +87,7 @@ Status retrieve_step(const DeviceInfo& device, const AttendArgs& attend_args, co
       retrieve_args.row_groups != row_groups(attend_args.n_tokens, attend_args.group)) {
     return Status::invalid("the cells that are retrieved are not those that are attended to");
   }
-  const ScoreArgs score{attend_args, retrieve_args.scores, retrieve_args.tops, retrieve_args.all_hidden};
+  const ScoreArgs score{attend_args, retrieve_args.scores, retrieve_args.block_maxima, retrieve_args.all_hidden};
   if (Status s = score_cells(device, score, stream); !s.ok()) return s;
   if (Status s = choose_cells(device, retrieve_args, stream); !s.ok()) return s;
   if (Status s = gather_cells(device, retrieve_args, stream); !s.ok()) return s;

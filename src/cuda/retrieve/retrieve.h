@@ -1,4 +1,5 @@
-// Retrieval on the device: the cells of greatest score, and their exact rows, from pinned host memory if need be.
+// Retrieval on the device: chooses the cells of greatest score and fetches their exact rows, from device memory or
+// pinned host memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,9 +21,9 @@ Status choose_cells(const DeviceInfo& device, const RetrieveArgs& args, cudaStre
 /// Enqueues one kernel that reads the chosen cells' rows from the store, which the device must be able to address.
 Status gather_cells(const DeviceInfo& device, const RetrieveArgs& args, cudaStream_t stream);
 
-/// One layer's decode step with retrieval, after `encode`, which puts new rows into the store and the window: scores
-/// all cells, chooses and gathers the best, attends; four kernels. The workspace is for `with_retrieved(...)`
-/// (types.h), the scratch memory of `retrieve_args` is placed.
+/// Enqueues one layer's decode step with retrieval, four kernels: it scores all cells, chooses the best, gathers their
+/// rows and attends. `encode` comes before it and writes new rows to the store and the window. The workspace is of
+/// attend_workspace_bytes for with_retrieved(...) (types.h); place_retrieval has placed the arrays of `retrieve_args`.
 Status retrieve_step(const DeviceInfo& device, const AttendArgs& attend_args, const RetrieveArgs& retrieve_args,
                      bool drop_tail, void* workspace, size_t workspace_bytes, cudaStream_t stream);
 

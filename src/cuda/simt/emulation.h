@@ -1,5 +1,6 @@
-// SIMT on the host: every thread of a block is a fiber, a warp's collectives are rendezvous of its 32 fibers. Slow and
-// plain; it exists to run the kernels' own source in tests. One block at a time, no parallelism.
+// An emulation of simt.h on the host, with which tests run the kernels' own source. Every thread of a block is a fiber;
+// a warp's collective operation waits until its 32 fibers have called it. Blocks run one after the other, in one
+// thread.
 #pragma once
 
 #include <ucontext.h>
@@ -54,7 +55,7 @@ namespace thimble::cuda::simt {
 /// Runs blocks of `threads` fibers (a multiple of 32).
 class Machine {
 public:
-  struct Slot {  // what a lane shows its warp; two, so that a fast lane cannot overwrite what a slow one still reads
+  struct Slot {  // the words that a lane shows its warp; of two rounds, as some lanes may still read the last round's
     uint32_t word[2][12];
   };
 
@@ -136,7 +137,7 @@ private:
     for (Fiber& fiber : fibers_) fiber.stack.resize(kStackBytes);
   }
 
-  // No loop around getcontext, which may return twice: a loop's variable would be lost then.
+  // getcontext may return twice, which would spoil a loop's variable: so no loop is around it.
   void begin(Fiber& fiber) {
     fiber.done = false;
     getcontext(&fiber.context);
@@ -211,6 +212,10 @@ inline int blocks_x() {
 }
 inline uint8_t* shared() {
   return Machine::current()->shared;
+}
+template <typename T, int Offset>
+T* shared_at() {
+  return reinterpret_cast<T*>(shared() + Offset);
 }
 inline uint32_t shared_address() {
   return 0;

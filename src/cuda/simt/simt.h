@@ -1,6 +1,5 @@
-// What the kernels' bodies use of CUDA, under names that also exist in an emulation: emulation.h runs the same source
-// on the host, block by block, so that its logic is tested where there is no GPU. Include this one from .cu files;
-// tests define THIMBLE_SIMT_HOST.
+// What the kernels' bodies use of CUDA. emulation.h defines the same names for the host, where tests run the kernels'
+// own source without a GPU. Kernels include this header; tests define THIMBLE_SIMT_HOST before they include a kernel.
 #pragma once
 
 #include <cstddef>
@@ -21,17 +20,18 @@ namespace thimble::cuda::simt {
 
 SIMT int thread() {
   const int r = int(threadIdx.x);
-  __builtin_assume(r >= 0 && r < 1024);  // or each division by a power of two minds negative numbers
+  __builtin_assume(r >= 0 && r < 1024);  // divisions by powers of two are then shifts
   return r;
 }
-/// The same, read anew: what is worked out from it once for each of many items takes no register in between.
+/// The thread's number, read from its register again. The compiler cannot keep what is computed from it from one call
+/// to the next, so that it occupies no register meanwhile.
 SIMT int thread_again() {
   int r;
   asm volatile("mov.u32 %0,%%tid.x;" : "=r"(r));
   __builtin_assume(r >= 0 && r < 1024);
   return r;
 }
-/// Holds the compiler to a value that it would rather work out again in each round of a loop.
+/// Keeps x in a register: the compiler cannot compute it again in each round of a loop.
 template <typename T>
 SIMT void keep(T& x) {
   static_assert(sizeof(T) == 4);
@@ -55,8 +55,13 @@ SIMT uint8_t* shared() {
   extern __shared__ __align__(1024) uint8_t memory[];
   return memory;
 }
+/// What lies there from byte `Offset` on.
+template <typename T, int Offset>
+SIMT T* shared_at() {
+  return reinterpret_cast<T*>(shared() + Offset);
+}
 
-/// The same as a number of 32 bits that load_shared takes: an address is then worked out in one instruction.
+/// The address of shared() in 32 bits, for load_shared. One instruction can compute an address in 32 bits.
 SIMT uint32_t shared_address() {
   return uint32_t(__cvta_generic_to_shared(shared()));
 }
@@ -71,7 +76,7 @@ SIMT void sync() {
 SIMT void sync_warp() {
   __syncwarp();
 }
-/// A barrier, too.
+/// Whether x holds for any thread of the block. All threads call it; it is a barrier.
 SIMT bool any_in_block(bool x) {
   return __syncthreads_or(x);
 }
@@ -92,13 +97,15 @@ template <typename T>
 SIMT T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(~0u, x, mask);
 }
-/// The greatest of a warp's.
+/// The greatest x of a warp's lanes.
 SIMT uint32_t max_of_warp(uint32_t x) {
   return __reduce_max_sync(~0u, x);
 }
 
-/// What this thread has seen written, and by barriers the rest of its block, is seen by who finds the sum later, and
-/// the reverse. A fence for all threads takes several times as long.
+/// Adds x to *p and returns what *p was before, with acquire and release order for the whole device: a thread whose
+/// call returns this call's sum, or a later one, sees all that this thread wrote before its call, and all that other
+/// threads of its block wrote before the last barrier. __threadfence() by every thread would take several times as
+/// long.
 SIMT int atomic_add_ordered(int* p, int x) {
   int r;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0,[%1],%2;" : "=r"(r) : "l"(p), "r"(x) : "memory");
@@ -114,7 +121,8 @@ SIMT void atomic_and(uint32_t* p, uint32_t x) {
   atomicAnd(p, x);
 }
 
-// Programmatic dependent launch: a grid may start while the one before it ends; what reads that one's results waits.
+// Programmatic dependent launch: launch_dependents() lets the next grid of the stream start before this one has ended;
+// a grid calls wait_for_previous_grid() before it reads or writes what the previous grid may write.
 SIMT void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -126,7 +134,7 @@ SIMT void wait_for_previous_grid() {
 #endif
 }
 
-/// The upper half of a product.
+/// The upper 32 bits of a product.
 SIMT uint32_t multiply_high(uint32_t a, uint32_t b) {
   return __umulhi(a, b);
 }
@@ -136,7 +144,8 @@ SIMT uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
   return r;
 }
-/// base + stride * byte i of `bytes`, for strides to 2^16: a product, which takes no time from the pipe that permutes.
+/// base + stride * byte i of `bytes`, for strides to 2^16. It is a dot product, so that it does not occupy the
+/// execution unit that permute() needs.
 SIMT uint32_t scale_byte(uint32_t bytes, int i, uint32_t stride, uint32_t base) {
   const uint32_t factors = stride << (i % 2 * 16);
   return i < 2 ? __dp2a_lo(factors, bytes, base) : __dp2a_hi(factors, bytes, base);
@@ -151,13 +160,13 @@ SIMT float reciprocal_fast(float x) {
   asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
   return r;
 }
-/// The greater one; NaN if either is.
+/// The greater of a and b; NaN if either is NaN.
 SIMT float max_nan(float a, float b) {
   float r;
   asm("max.NaN.f32 %0,%1,%2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
 }
-// Never contracted into fused multiply-adds: codes must equal the CPU's bit for bit.
+// The compiler does not contract these into fused multiply-adds, as codes must equal the CPU's bit for bit.
 SIMT float add_rn(float a, float b) {
   return __fadd_rn(a, b);
 }
@@ -198,12 +207,14 @@ SIMT uint32_t pack_half2(float low, float high) {
   return r;
 }
 
-/// 0, but not before an address in shared memory is known: a load from p + that is asked for after it.
+/// Returns 0 for any address in shared memory. The compiler does not know that it is 0, so that a load from
+/// p + after(address) is issued only when `address` has been computed, and so after the loads that `address` depends
+/// on.
 SIMT uint32_t after(uint32_t address) {
   return address >> 31;
 }
 
-/// 16 bytes that are read once: they leave no trace in L1.
+/// Loads 16 bytes that are read once, without a copy in L1.
 SIMT uint4 load_stream(const uint8_t* p) {
   uint4 r;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
@@ -211,17 +222,17 @@ SIMT uint4 load_stream(const uint8_t* p) {
                : "l"(p));
   return r;
 }
-/// 16 bytes.
+/// Loads 16 bytes.
 SIMT uint4 load_vector(const void* p) {
   uint4 r;
   asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
   return r;
 }
-/// Asks for the line of 128 bytes at `p` to come to L2.
+/// Prefetches the line of 128 bytes at `p` into L2.
 SIMT void prefetch_line(const uint8_t* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
-/// The same for more memory, from p + offset on, a line a lane. All lanes of a warp call it.
+/// Prefetches `Bytes` bytes from p + offset on into L2, a line a lane. All lanes of a warp call it.
 template <int Bytes>
 SIMT void prefetch_l2(const uint8_t* p, uint32_t offset, int lane) {
   SIMT_UNROLL
@@ -229,8 +240,9 @@ SIMT void prefetch_l2(const uint8_t* p, uint32_t offset, int lane) {
     if (first + lane * 128 < Bytes) prefetch_line(p + uint32_t(offset + first + lane * 128));
   }
 }
-/// 4 or 16 bytes from global to shared memory, without a register in between; there after wait_for_copies and a
-/// barrier. 16 bytes come straight from L2: L1 may hold what was there before an overlapping grid wrote.
+/// Starts a copy of 4 or 16 bytes from global to shared memory that passes through no register. A thread may read what
+/// it copied after wait_for_copies(), other threads after a barrier that follows it. Copies of 16 bytes bypass L1,
+/// which may hold what was there before an overlapping grid wrote.
 template <int Bytes>
 SIMT void copy_async(void* shared_to, const void* from) {
   static_assert(Bytes == 4 || Bytes == 16);
@@ -245,12 +257,12 @@ SIMT void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-/// Constant for the grid's whole life: loads may move ahead of stores.
+/// Loads what nobody writes while the grid runs; the compiler may move the load ahead of stores.
 template <typename T>
 SIMT T load_constant(const T* p) {
   return __ldg(p);
 }
-/// From L2: what another block of this grid wrote.
+/// Loads from L2, where another thread block's stores are seen.
 template <typename T>
 SIMT T load_l2(const T* p) {
   return __ldcg(p);
@@ -267,7 +279,7 @@ SIMT void mma_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-/// The same with a B of unsigned bytes.
+/// As mma_s8, with B of unsigned bytes.
 SIMT void mma_s8u8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])

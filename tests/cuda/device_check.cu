@@ -1,5 +1,8 @@
 // The CUDA kernels on a device against the codec's specification: small cases of every format, head size and option,
-// through the host API, from encoding to retrieval. Prints a line a case; exit status 1 if any fails.
+// through the host API, from encoding to retrieval. The cases of attention are those of the emulated tests (cases.h),
+// and some for which emulation is too slow. Prints a line a check; exit status 1 if any fails, 77 without a device.
+//
+// usage: cuda_device_check [--quick]    --quick: few cases, for compute-sanitizer
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -8,6 +11,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cases.h"
 #include "cuda/attend/attend.h"
 #include "cuda/attend/launch.h"
 #include "cuda/attend/shape.h"
@@ -55,21 +59,42 @@ private:
 };
 
 struct Case {
+  const char* name = "";
   int head_dim, key_width, value_width;
   int n_streams = 1, n_tokens = 1, n_kv_heads = 2, group = 4, n_cells = 256;
-  bool dense = false, mask = false, sinks = false;
+  bool dense = false, mask = false, alibi = false, sinks = false;
   float softcap = 0;
   int n_window = 0, top = 0;
   int batch = 1;  // streams that a thread block is to take at once
 };
 
+/// A case of the emulated tests. Splits and thread blocks are the launcher's choice here; one row of each stream is new
+/// wherever there are exact rows.
+Case case_of(const FormatCase& f, const AttendCase& c) {
+  return {.name = c.name,
+          .head_dim = f.head_dim,
+          .key_width = f.key_width,
+          .value_width = f.value_width,
+          .n_streams = c.n_streams,
+          .n_tokens = c.n_tokens,
+          .n_kv_heads = c.n_kv_heads,
+          .group = c.group,
+          .n_cells = c.n_cells,
+          .dense = c.dense,
+          .mask = c.mask,
+          .alibi = c.alibi,
+          .sinks = c.sinks,
+          .softcap = c.softcap,
+          .n_window = c.n_exact};
+}
+
 int failures = 0;
 
 void report(const Case& c, const char* what, bool good, double value) {
-  std::printf("%s D=%d widths %d/%d streams %d tokens %d group %d cells %d%s%s%s window %d top %d: %s %.2e\n",
-              good ? "ok  " : "FAIL", c.head_dim, c.key_width, c.value_width, c.n_streams, c.n_tokens, c.group,
-              c.n_cells, c.dense ? " dense" : "", c.mask ? " mask" : "", c.sinks ? " sinks" : "", c.n_window, c.top,
-              what, value);
+  std::printf("%s %s%sD=%d widths %d/%d streams %d tokens %d group %d cells %d%s%s%s%s window %d top %d: %s %.2e\n",
+              good ? "ok  " : "FAIL", c.name, *c.name ? ": " : "", c.head_dim, c.key_width, c.value_width, c.n_streams,
+              c.n_tokens, c.group, c.n_cells, c.dense ? " dense" : "", c.mask ? " mask" : "", c.alibi ? " ALiBi" : "",
+              c.sinks ? " sinks" : "", c.n_window, c.top, what, value);
   if (!good) failures++;
 }
 
@@ -170,6 +195,9 @@ void run(const DeviceInfo& device, const Case& c) {
   }
   Array<float> sinks(random.normals(n_heads)), output(size_t(c.n_streams) * c.n_tokens * n_heads * d);
   if (c.sinks) a.sinks = sinks.device();
+  Array<float> slopes(n_heads);
+  for (float& v : slopes.host) v = 0.25f * float(1 + random.below(4));
+  if (c.alibi) a.slopes = slopes.upload();
   Array<int32_t> new_tokens(window_cells.size());
   if (c.n_window > 0) {
     a.exact[0] = {window_keys.device(), window_values.device(), window_cells_d.device(), c.n_window, false};
@@ -261,7 +289,10 @@ void run(const DeviceInfo& device, const Case& c) {
             for (int i = 0; i < d; i++) x += double(exact ? q[i] : transformed[i]) * k[i];
             x *= a.scale;
             if (c.softcap != 0) x = c.softcap * std::tanh(x / c.softcap);
-            if (c.mask) x += half_to_float(mask[(size_t(s) * c.n_tokens + t) * c.n_cells + cell]);
+            if (c.mask) {
+              x += half_to_float(mask[(size_t(s) * c.n_tokens + t) * c.n_cells + cell]) *
+                   (c.alibi ? slopes.host[head] : 1.0f);
+            }
             const double e = std::exp(x);
             total += e;
             weight += exact ? 0 : e;
@@ -444,6 +475,11 @@ void run(const DeviceInfo& device, const Case& c) {
 
 int main(int argc, char** argv) {
   const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;  // for memory checkers
+  int n_devices = 0;
+  if (const cudaError_t e = cudaGetDeviceCount(&n_devices); e != cudaSuccess || n_devices == 0) {
+    std::printf("skipped: there is no CUDA device (%s)\n", cudaGetErrorString(e));
+    return 77;
+  }
   DeviceInfo device;
   if (const Status s = query_device(0, &device); !s.ok()) {
     std::printf("%s\n", s.message);
@@ -453,11 +489,23 @@ int main(int argc, char** argv) {
               device.multiprocessors, device.shared_bytes);
   DeviceInfo small = device;  // takes the kernels for smaller devices
   small.capability = 89;
-  for (const int head_dim : {64, 128, 256}) {
-    for (const auto& [key, value] : {std::pair(8, 8), {4, 4}, {2, 2}, {2, 4}, {4, 8}}) {
-      if (quick && (head_dim == 256 || key != value)) continue;
-      run(device, {.head_dim = head_dim, .key_width = key, .value_width = value});
-      if (!quick) run(small, {.head_dim = head_dim, .key_width = key, .value_width = value, .mask = true});
+  for (const FormatCase& f : kFormatCases) {
+    if (quick && (f.head_dim == 256 || f.key_width != f.value_width)) continue;
+    run(device, {.head_dim = f.head_dim, .key_width = f.key_width, .value_width = f.value_width});
+  }
+  for (const FormatCase& f : kSmallFormatCases) {
+    if (quick) break;
+    run(small, {.head_dim = f.head_dim, .key_width = f.key_width, .value_width = f.value_width, .mask = true});
+  }
+  // Formats of the emulated tests' lists are not all that there are.
+  for (const FormatCase& f : {FormatCase{64, 2, 4}, {64, 4, 8}, {256, 2, 4}, {256, 4, 8}}) {
+    if (quick) break;
+    run(device, {.head_dim = f.head_dim, .key_width = f.key_width, .value_width = f.value_width});
+    run(small, {.head_dim = f.head_dim, .key_width = f.key_width, .value_width = f.value_width, .mask = true});
+  }
+  for (const FormatCase& f : {kBytes, kWide}) {
+    for (const AttendCase& c : kAttendCases) {
+      if (!quick) run(device, case_of(f, c));
     }
   }
   DeviceInfo narrow = device;  // whose thread blocks take many streams at once
