@@ -1,5 +1,6 @@
 // `thimble run` and `thimble serve`: llama.cpp's own programs with the plugin loaded. Every flag that is not ours goes
 // to them as it is.
+#include <ggml-backend.h>
 #include <gguf.h>
 #include <unistd.h>
 
@@ -53,6 +54,18 @@ void check_model(const std::string& path) {
   }
 }
 
+// llama-server stores the states of idle chats in RAM by default, which a cache on a CUDA device cannot save yet: every
+// request after the first that is restored would fail.
+void leave_out_states_on_cuda(const std::string& program, std::vector<std::string>& args) {
+  if (program != "llama-server" || has_flag(args, {"--cache-ram", "-cram"})) return;
+  ggml_backend_load_all();
+  ggml_backend_reg_t cuda = ggml_backend_reg_by_name("CUDA");
+  if (!cuda || ggml_backend_reg_dev_count(cuda) == 0) return;
+  std::fprintf(stderr,
+               "thimble: a coded cache on a CUDA device cannot save its state yet: starting with --cache-ram 0\n");
+  args.insert(args.end(), {"--cache-ram", "0"});
+}
+
 // Becomes the program; returns only where that fails.
 [[noreturn]] void launch(const std::string& program, const Launch& options, std::vector<std::string> args) {
   const std::string path = llama_program(program);
@@ -84,6 +97,7 @@ void check_model(const std::string& path) {
     if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", "THIMBLE0"});
     if (!has_flag(args, {"-ngl", "--gpu-layers", "--n-gpu-layers"})) args.insert(args.end(), {"-ngl", "99"});
     if (!has_flag(args, {"-fa", "--flash-attn"})) args.insert(args.end(), {"-fa", "on"});
+    leave_out_states_on_cuda(program, args);
   }
   std::vector<char*> argv{const_cast<char*>(path.c_str())};
   for (std::string& arg : args) argv.push_back(arg.data());
@@ -100,8 +114,7 @@ CLI::App* add(CLI::App& app, const char* name, const char* what, Launch& options
           "Bits a number of the KV cache: f16, 4, 3, 2, 1.5, 1.25, 1, or K/V; 2+64 keeps all cells in f16 in RAM "
           "besides and attends to the 64 that matter most exactly")
       ->capture_default_str();
-  command->add_option("--window", options.window, "Last cells of a sequence in full precision")
-      ->capture_default_str();
+  command->add_option("--window", options.window, "Last cells of a sequence in full precision")->capture_default_str();
   command->add_option("--store", options.store, "Directory of a file for the f16 cells of 2+64, instead of RAM");
   command->add_option("--profile", options.profile,
                       "Calibration of the model (default: <model>.thimble.gguf beside it)");

@@ -277,7 +277,11 @@ void run(const DeviceInfo& device, const Case& c) {
           const float* q = &raw.host[(size_t(s * c.n_tokens + t) * n_heads + head) * d];
           key_codecs[kv_head].transform.query(q, transformed.data());
           double along_mean = 0;
-          for (int i = 0; c.dense && i < d; i++) along_mean += double(q[i]) * key_codecs[kv_head].transform.mean()[i];
+          // The kernels leave q.mean out, which a softmax alone does not see. A softcap does: the plugin refuses it
+          // there.
+          for (int i = 0; c.dense && c.softcap == 0 && i < d; i++) {
+            along_mean += double(q[i]) * key_codecs[kv_head].transform.mean()[i];
+          }
           double total = c.sinks ? std::exp(double(sinks.host[head])) : 0, weight = 0;
           std::vector<double> y(d), y_exact(d);
           for (int cell = 0; cell < c.n_cells; cell++) {
