@@ -45,6 +45,32 @@ Status DeviceWindow::copy_stream(int from, int to) {
   return copy(hidden_.as<uint32_t>() + to * hidden_stride(), hidden(from), hidden_stride() * sizeof(uint32_t));
 }
 
+Status DeviceWindow::read_books(WindowBooks* books) const {
+  books->n_streams = shape_.n_streams;
+  books->cells_per_stream = int(shape_.cells_per_stream);
+  books->capacity = capacity();
+  books->n_first = size_.first;
+  books->written.resize(shape_.n_streams);
+  books->cells.resize(size_t(shape_.n_streams) * capacity());
+  if (const cudaError_t e = cudaDeviceSynchronize(); e != cudaSuccess) return Status::from(e);
+  if (Status s = copy(books->written.data(), written_.as<void>(), books->written.size() * sizeof(int32_t)); !s.ok()) {
+    return s;
+  }
+  if (Status s = copy(books->cells.data(), cells_.as<void>(), books->cells.size() * sizeof(int32_t)); !s.ok()) return s;
+  books->list_hidden(hidden_stride());
+  return {};
+}
+
+Status DeviceWindow::write_books(const WindowBooks& books) {
+  if (Status s = copy(written_.as<void>(), books.written.data(), books.written.size() * sizeof(int32_t)); !s.ok()) {
+    return s;
+  }
+  if (Status s = copy(cells_.as<void>(), books.cells.data(), books.cells.size() * sizeof(int32_t)); !s.ok()) return s;
+  if (Status s = copy(hidden_.as<void>(), books.hidden.data(), books.hidden.size() * sizeof(uint32_t)); !s.ok())
+    return s;
+  return Status::from(cudaDeviceSynchronize());
+}
+
 WindowArgs DeviceWindow::begin_batch(const int64_t* cells, int n_tokens) {
   batch_++;
   WindowArgs args;

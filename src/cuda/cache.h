@@ -8,6 +8,7 @@
 #include "cache/layer.h"
 #include "cuda/device.h"
 #include "cuda/memory.h"
+#include "cuda/state/window_books.h"
 #include "cuda/types.h"
 
 namespace thimble::cuda {
@@ -21,6 +22,10 @@ public:
   Status init(const CacheShape& shape, WindowSize size);
   Status clear();
   Status copy_stream(int from, int to);
+
+  /// The books, for cells that are loaded; and what these became. After all that the device does with them.
+  Status read_books(WindowBooks* books) const;
+  Status write_books(const WindowBooks& books);
 
   int capacity() const { return size_.first + size_.last + kInFlightRows; }
   int64_t cells_per_stream() const { return shape_.cells_per_stream; }

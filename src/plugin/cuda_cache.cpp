@@ -85,10 +85,6 @@ size_t CudaCache::bind(int index, const CacheShape& shape, const std::vector<Hea
 }
 
 std::string CudaCache::problem(const ggml_tensor* node, NodeKind kind) const {
-  if (kind == NodeKind::shift) {
-    return "a context shift of a coded cache cannot be done on a CUDA device yet: start without --context-shift, or "
-           "use device=CPU";
-  }
   if (kind == NodeKind::write && (node->src[0]->type != GGML_TYPE_F32 || node->src[1]->type != GGML_TYPE_I64)) {
     return "new keys and values must be f32 and their cells 64-bit numbers on a CUDA device";
   }
@@ -132,9 +128,50 @@ void CudaCache::begin_batch(const int64_t* cells, int n_tokens, cudaStream_t str
 }
 
 void CudaCache::clear() {
-  failure_.clear();
   require(window_.clear(), "the window");
   for (auto& [index, layer] : layers_) require(layer->clear(), "the exact store");
+}
+
+cuda::CellState CudaCache::state() {
+  require(cuda::Status::from(cudaSetDevice(device_.ordinal)), "CUDA device");
+  if (!state_kernels_) state_kernels_ = cuda::state_kernels(device_);
+  return cuda::CellState(*state_kernels_);
+}
+
+cuda::WindowBooks CudaCache::books() const {
+  cuda::WindowBooks books;
+  require(window_.read_books(&books), "the window");
+  return books;
+}
+
+void CudaCache::read_cells(int layer, Kind kind, int64_t first, int64_t n, uint64_t hash, uint8_t* rows) {
+  cuda::CellState cells = state();
+  cells.save(layers_.at(layer)->prepare_args(window_), kind, books(), first, n, hash, rows);
+}
+
+std::vector<size_t> CudaCache::write_cells(int layer, Kind kind, std::span<const int64_t> cells, uint64_t hash,
+                                           const uint8_t* rows) {
+  std::vector<cuda::PrepareArgs> layers;
+  size_t index = 0;
+  for (const auto& [number, each] : layers_) {
+    if (number == layer) index = layers.size();
+    layers.push_back(each->prepare_args(window_));
+  }
+  cuda::CellState to = state();
+  cuda::WindowBooks books = this->books();
+  auto refused = to.load(layers, index, kind, books, cells, hash, rows, {window_size_.first, window_size_.last});
+  if (kind == Kind::key) require(window_.write_books(books), "the window");
+  return refused;
+}
+
+float* CudaCache::read_keys(int layer, std::span<const int64_t> cells) {
+  cuda::CellState state = this->state();
+  return state.read_keys(layers_.at(layer)->prepare_args(window_), books(), cells);
+}
+
+void CudaCache::write_keys(int layer, std::span<const int64_t> cells) {
+  cuda::CellState state = this->state();
+  state.write_keys(layers_.at(layer)->prepare_args(window_), books(), cells);
 }
 
 void CudaCache::copy_stream(int layer, Kind kind, int from, int to) {
