@@ -10,9 +10,9 @@
 #include <random>
 #include <vector>
 
-#include "cuda/attend.h"
-#include "cuda/prepare.h"
-#include "cuda/retrieve.h"
+#include "cuda/attend/attend.h"
+#include "cuda/encode/encode.h"
+#include "cuda/retrieve/retrieve.h"
 
 using namespace thimble;
 using namespace thimble::cuda;
@@ -117,7 +117,7 @@ int main(int argc, char** argv) {
     require(value_tables.upload(pack_tables(value_codecs)));
     const size_t block = key_codecs[0].format.block_bytes(), head = block * (kCells / 64), cache = head * kKvHeads;
 
-    PrepareArgs p;
+    EncodeArgs p;
     p.n_kv_heads = kKvHeads;
     p.head_dim = kDim;
     p.n_tokens = 1;
@@ -175,8 +175,8 @@ int main(int argc, char** argv) {
       key_caches.push_back({copied(bytes), cache, head, block});
       value_caches.push_back({copied(bytes), cache, head, block});
     }
-    const auto prepare_at = [&](int i, int n_tokens) {
-      PrepareArgs x = p;
+    const auto encode_at = [&](int i, int n_tokens) {
+      EncodeArgs x = p;
       x.n_tokens = n_tokens;
       x.key_cache = key_caches[i % kBuffers];
       x.value_cache = value_caches[i % kBuffers];
@@ -194,18 +194,20 @@ int main(int argc, char** argv) {
       return name;
     };
     time(label("encode 512 tokens"), 6, 0,
-         [&](int i, cudaStream_t s) { require(prepare(device, prepare_at(i, kPrefill), s)); });
+         [&](int i, cudaStream_t s) { require(encode(device, encode_at(i, kPrefill), s)); });
     constexpr int kLayers = 32;
-    PrepareArgs layer = p;
+    EncodeArgs layer = p;
     layer.key_cache = key_caches[0];
     layer.value_cache = value_caches[0];
     LeaveArgs leave;
-    leave.layers = copied(std::vector<PrepareArgs>(kLayers, layer));
+    leave.layers = copied(std::vector<EncodeArgs>(kLayers, layer));
     leave.n_layers = kLayers;
     leave.n_kv_heads = kKvHeads;
     leave.n_tokens = 1;
     leave.cells = p.cells;
     leave.slots = p.window.slots;
+    leave.n_leaving = copied(std::vector<int>{1, 0});
+    leave.books = copied(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, {}}});
     time(label("code a cell that leaves the window, 32 layers"), 24, 0,
          [&](int, cudaStream_t s) { require(code_leaving(device, leave, kDim, s)); });
     const auto attend_short = [&](int i, int n_cells, bool window, cudaStream_t s) {
@@ -254,7 +256,7 @@ int main(int argc, char** argv) {
     place_retrieval(allocate<char>(retrieval_bytes(r)), &r);
     const double rows = 2.0 * kKvHeads * kTop * kDim * 2;  // bytes
     time("score 131072 cells", 24, double(cache), [&](int i, cudaStream_t s) {
-      require(score_cells(device, {attend_at(i), r.scores, r.tops, r.all_hidden}, s));
+      require(score_cells(device, {attend_at(i), r.scores, r.block_maxima, r.all_hidden}, s));
     });
     time("choose 64 of 131072 cells for 8 heads", 24, 0,
          [&](int, cudaStream_t s) { require(choose_cells(device, r, s)); });
@@ -263,9 +265,9 @@ int main(int argc, char** argv) {
     const size_t more_bytes = attend_workspace_bytes(device, with_retrieved(a, r, false));
     void* more = allocate<char>(more_bytes);
     time("step 1x131072 with retrieval", 24, 3.0 * cache, [&](int i, cudaStream_t s) {
-      PrepareArgs x = prepare_at(i, 1);
+      EncodeArgs x = encode_at(i, 1);
       x.store = {store, store + store_half, 0, 1, kCells};
-      require(prepare(device, x, s));
+      require(encode(device, x, s));
       require(retrieve_step(device, attend_at(i), r, false, more, more_bytes, s));
     });
   }

@@ -1,5 +1,5 @@
 // C entry points over src/cuda for bench/cuda_attention.py, which owns all memory.
-#include "cuda/attend.h"
+#include "cuda/attend/attend.h"
 #include "cuda/layout.h"
 
 using namespace thimble;

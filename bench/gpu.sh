@@ -5,7 +5,7 @@
 # usage: [THIMBLE_BUILD=...] bench/gpu.sh [output folder [part...]]
 #
 # The parts, all by default:
-#   check       every kernel against the codec's specification (cuda_check), and small cases under compute-sanitizer
+#   check       every kernel against the codec's specification (tests/cuda/device_check.cu), and small cases under compute-sanitizer
 #   attention   decode attention against cuDNN and flash attention in f16 (cuda_attention.py)
 #   step        what else a step does: encoding, window, retrieval, tile decode (cuda_bench)
 #   limiters    ncu's limiter for each kernel
@@ -49,28 +49,31 @@ within() { # seconds, command: nor past the end of all
 wants() { [[ " ${parts[*]} " =~ \ ($1)\  ]]; }
 
 kernels() {
-  local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests
+  local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests/cuda
                -Xcompiler "-fPIC,-ffp-contract=off")
-  local library=() pids=() source program pid
-  for source in src/cuda/*.cu src/cuda/*.cpp src/codec/*.cpp; do library+=("$out/$(basename "$source").o"); done
-  for source in src/cuda/*.cu src/cuda/*.cpp src/codec/*.cpp bench/*.cu; do
-    nvcc "${flags[@]}" -c "$source" -o "$out/$(basename "$source").o" &
+  local library=() sources pids=() source pid
+  mapfile -t sources < <(find src/cuda -name '*.cu' -o -name '*.cpp'; ls src/codec/*.cpp)
+  object() { echo "$out/${1//\//-}.o"; }
+  for source in "${sources[@]}"; do library+=("$(object "$source")"); done
+  for source in "${sources[@]}" tests/cuda/device_check.cu bench/*.cu; do
+    nvcc "${flags[@]}" -c "$source" -o "$(object "$source")" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid"; done
-  for program in cuda_check cuda_bench; do nvcc -o "$out/$program" "$out/$program.cu.o" "${library[@]}"; done
-  nvcc -shared -o "$out/shim.so" "$out/cuda_shim.cu.o" "${library[@]}"
+  nvcc -o "$out/device_check" "$(object tests/cuda/device_check.cu)" "${library[@]}"
+  nvcc -o "$out/cuda_bench" "$(object bench/cuda_bench.cu)" "${library[@]}"
+  nvcc -shared -o "$out/shim.so" "$(object bench/cuda_shim.cu)" "${library[@]}"
 }
 
 check() {
   local status tool
-  within 100 "$out/cuda_check" > "$out/cuda_check.txt" || { status=$?; cat "$out/cuda_check.txt"; exit $status; }
-  grep -c '^ok' "$out/cuda_check.txt" | sed 's/$/ checks passed/'
-  grep '^none' "$out/cuda_check.txt" || true
+  within 100 "$out/device_check" > "$out/device_check.txt" || { status=$?; cat "$out/device_check.txt"; exit $status; }
+  grep -c '^ok' "$out/device_check.txt" | sed 's/$/ checks passed/'
+  grep '^none' "$out/device_check.txt" || true
   command -v compute-sanitizer > /dev/null || return 0
   for tool in memcheck racecheck; do
     echo "== compute-sanitizer $tool"
-    within 100 compute-sanitizer --tool $tool "$out/cuda_check" --quick > "$out/$tool.txt" 2>&1 || echo "exit status $?"
+    within 100 compute-sanitizer --tool $tool "$out/device_check" --quick > "$out/$tool.txt" 2>&1 || echo "exit status $?"
     tail -2 "$out/$tool.txt"
   done
 }

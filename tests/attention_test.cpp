@@ -22,7 +22,7 @@ namespace {
 struct Case {
   int k_dim = 64, v_dim = 64, n_kv_heads = 2, group = 3, n_tokens = 1, n_streams = 1, cells = 200, n_cells = 200;
   double bits = 2;
-  WindowSize window{4, 20};
+  WindowSize window{20, 4, 0};
   float max_bias = 0, softcap = 0;
   bool sinks = false, mask = true;
   bool blind = false;  // the mask hides everything
@@ -134,7 +134,8 @@ Filled fill(const Case& c, unsigned seed) {
     return CacheSide(shape, codecs, n_slots, memory.back().data());
   };
   CacheSide keys = make_side(Kind::key), values = make_side(Kind::value);
-  filled.layer = std::make_unique<CacheLayer>(std::move(keys), std::move(values), Window(c.window, n_slots, c.cells));
+  filled.layer =
+      std::make_unique<CacheLayer>(std::move(keys), std::move(values), Window(c.window, n_slots, c.cells, c.n_streams));
   CacheLayer& layer = *filled.layer;
 
   // A few batches, each stream's cells in order.
@@ -173,7 +174,7 @@ Filled fill(const Case& c, unsigned seed) {
 const CacheLayer& filled_layer(const Case& c, unsigned seed) {
   static std::map<std::tuple<int, int, int, int, int, int, int, double, int, int, bool, bool, unsigned>, Filled> all;
   auto& filled = all[{c.k_dim, c.v_dim, c.n_kv_heads, c.n_tokens, c.n_streams, c.cells, c.n_cells, c.bits,
-                      c.window.first, c.window.last, c.dense_transform, c.top > 0, seed}];
+                      c.window.pool, c.window.last, c.dense_transform, c.top > 0, seed}];
   if (!filled.layer) filled = fill(c, seed);
   return *filled.layer;
 }
@@ -345,7 +346,7 @@ TEST_P(AttentionOn, AwkwardNumbersOfCells) {
     c.n_cells = n;
     SCOPED_TRACE(n);
     expect(c);
-    c.window = {0, 0};
+    c.window = {0, 0, 0};
     expect(c);
   }
 }
@@ -467,7 +468,7 @@ TEST_P(AttentionOn, RetrievalWithoutAWindowOrWithF16Keys) {
   Case c;
   c.top = 30;
   c.cells = c.n_cells = 400;
-  c.window = {0, 0};
+  c.window = {0, 0, 0};
   expect(c);
   c.bits = 16;
   expect(c);

@@ -11,7 +11,7 @@ namespace thimble {
 namespace {
 
 struct TestLayer {
-  explicit TestLayer(double bits, int n_streams = 1, int64_t cells = 100, WindowSize window = {2, 6},
+  explicit TestLayer(double bits, int n_streams = 1, int64_t cells = 100, WindowSize window = {6, 2, 0},
                      bool with_store = false) {
     const CacheShape shape{2, cells, n_streams};
     const int n_slots = window.total() * n_streams;
@@ -23,7 +23,7 @@ struct TestLayer {
       return CacheSide(shape, codecs, n_slots, memory.data());
     };
     CacheSide k = make(Kind::key, k_memory), v = make(Kind::value, v_memory);
-    layer = std::make_unique<CacheLayer>(std::move(k), std::move(v), Window(window, n_slots, cells));
+    layer = std::make_unique<CacheLayer>(std::move(k), std::move(v), Window(window, n_slots, cells, n_streams));
   }
   // Writes cells [0, n) of a stream, one at a time.
   void fill(int n, int stream = 0, unsigned seed = 1) {
@@ -130,7 +130,7 @@ std::vector<uint8_t> written(int n, unsigned seed = 1) {
 
 TEST(Store, StatesAreTheRowsAsWritten) {
   for (double bits : {4.0, 2.0, 1.0}) {
-    TestLayer a(bits, 1, 100, {2, 6}, true), b(bits, 1, 100, {2, 6}, true), without(bits);
+    TestLayer a(bits, 1, 100, {6, 2, 0}, true), b(bits, 1, 100, {6, 2, 0}, true), without(bits);
     a.fill(50);
     const auto state = a.save(0, 50);
     EXPECT_EQ(state, written(50));
@@ -139,7 +139,7 @@ TEST(Store, StatesAreTheRowsAsWritten) {
     // The codes are those of the same rows, too.
     b.load(state, 0, 50);
     EXPECT_EQ(b.k_memory, [&] {
-      TestLayer again(bits, 1, 100, {2, 6}, true);
+      TestLayer again(bits, 1, 100, {6, 2, 0}, true);
       again.load(state, 37, 50);
       again.load(state, 0, 50);
       return again.k_memory;
@@ -158,7 +158,7 @@ TEST(Store, StatesAreTheRowsAsWritten) {
 }
 
 TEST(Store, StatesOfCodesLoadAsWhatTheyStandFor) {
-  TestLayer a(2), b(2, 1, 100, {2, 6}, true);
+  TestLayer a(2), b(2, 1, 100, {6, 2, 0}, true);
   a.fill(50);
   b.load(a.save(0, 50), 0, 50);
   std::vector<float> row(128);
@@ -173,7 +173,7 @@ TEST(Store, StatesOfCodesLoadAsWhatTheyStandFor) {
 }
 
 TEST(Store, CopyTakesRowsCodesAndWindow) {
-  TestLayer a(2, 3, 100, {2, 6}, true);
+  TestLayer a(2, 3, 100, {6, 2, 0}, true);
   a.fill(60, 1, 7);
   a.fill(20, 2, 8);
   for (Kind kind : {Kind::key, Kind::value}) a.layer->copy_stream(kind, 1, 2);
@@ -189,7 +189,7 @@ TEST(Store, CopyTakesRowsCodesAndWindow) {
 }
 
 TEST(Store, OverwrittenAndClearedCells) {
-  TestLayer a(2, 1, 100, {2, 6}, true);
+  TestLayer a(2, 1, 100, {6, 2, 0}, true);
   a.fill(50, 0, 1);
   a.fill(30, 0, 2);
   EXPECT_EQ(a.save(0, 30), written(30, 2));

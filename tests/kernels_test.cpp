@@ -1,5 +1,5 @@
 // Every instruction set against the scalar specification: codes and tiles bit for bit, attention to a stated error.
-#include "attention/kernels.h"
+#include "kernels/kernels.h"
 
 #include <gtest/gtest.h>
 

@@ -91,7 +91,7 @@ TEST_F(PluginContexts, ThreadsChangeBetweenBatches) {
 
 TEST_F(PluginContexts, WithoutAWindow) {
   Options options;
-  options.first = options.last = 0;
+  options.last = options.pool = 0;
   expect_like_plain(
       options, [](Session& s) { tell(s, 0); }, 0.05);
 }

@@ -203,5 +203,43 @@ TEST_F(PluginDecode, EachSequenceKeepsItsOwnWindow) {
   }
 }
 
+// ---- several tokens at once, as speculative decoding asks for them
+
+// A prompt of 150 tokens, then 96 more in batches of `n` of which `wrong` at the end are drafts that are taken back.
+std::vector<Logits> decode_drafts(const Options& options, int n, int wrong) {
+  Session session(options);
+  session.feed(text(0, 150), 0, 0);
+  session.logits.clear();
+  std::vector<Logits> accepted;
+  for (int at = 150; at < 246;) {
+    const int right = std::min(n - wrong, 246 - at);
+    Tokens tokens = text(at, right);
+    const Tokens drafts = text(500 + at, wrong);
+    tokens.insert(tokens.end(), drafts.begin(), drafts.end());
+    session.logits.clear();
+    session.feed(tokens);
+    accepted.insert(accepted.end(), session.logits.begin(), session.logits.begin() + right);
+    at += right;
+    llama_memory_seq_rm(session.memory(), 0, at, -1);
+  }
+  return accepted;
+}
+
+TEST_F(PluginDecode, SeveralTokensAtOnceSeeWhatEachWouldHaveSeenAlone) {
+  for (double bits : {2.0, 4.0}) {
+    Options options;
+    options.bits = bits;
+    options.last = 128;
+    options.pool = 40;
+    const std::vector<Logits> alone = decode_drafts(options, 1, 0);
+    for (const auto& [n, wrong] : {std::pair{2, 0}, {4, 3}, {8, 0}, {8, 5}, {16, 0}, {16, 9}}) {
+      const Difference difference = compare(alone, decode_drafts(options, n, wrong));
+      std::printf("%g bits, %d tokens, %d taken back: KL mean %.1e, max %.1e\n", bits, n, wrong, difference.mean_kl,
+                  difference.max_kl);
+      EXPECT_LT(difference.mean_kl, 1e-3) << bits << " bits, " << n << " tokens, " << wrong << " taken back";
+    }
+  }
+}
+
 }  // namespace
 }  // namespace thimble::test

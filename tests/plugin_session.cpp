@@ -60,7 +60,7 @@ std::string number(double value) {
 }  // namespace
 
 std::string Options::kv() const {
-  return "bits=" + number(bits) + ",window=" + std::to_string(first) + "+" + std::to_string(last) +
+  return "bits=" + number(bits) + ",window=" + std::to_string(last) + ",pool=" + std::to_string(pool) +
          ",small=" + std::to_string(small_cells) + (retrieval.empty() ? "" : "," + retrieval);
 }
 
@@ -149,8 +149,8 @@ Session::Session(const Options& options) : options_(options) {
   if (!options.model) check_size();
 }
 
-// A head of 64 numbers has a scale of 16 bits with its codes; cells of the window (16 more than asked for) are f16 rows
-// besides, where no exact store has them.
+// A head of 64 numbers has a scale of 16 bits with its codes; cells of the window and the pool (32 more than asked for)
+// are f16 rows besides, where no exact store has them.
 void Session::check_size() const {
   const int n_head_kv = llama_model_n_head_kv(model_.get());
   const int head_dim = llama_model_n_embd(model_.get()) / llama_model_n_head(model_.get());
@@ -161,7 +161,7 @@ void Session::check_size() const {
   if (options_.coded() && options_.bits < 16) {
     const bool store = options_.retrieval.starts_with("top=") && !options_.retrieval.ends_with("policy=none");
     share = (options_.bits + 16.0 / head_dim) / 16;
-    const int n_window = options_.first + options_.last > 0 ? options_.first + options_.last + 16 : 0;
+    const int n_window = options_.last + options_.pool > 0 ? options_.last + options_.pool + 32 : 0;
     if (!store) share += n_window * n_windows / n_cells;
     if (store && options_.retrieval.find("tail=drop") != std::string::npos) share /= 2;  // values have no codes
   }

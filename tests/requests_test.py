@@ -29,7 +29,7 @@ def answer(s, request):
     return s.post("/completion", {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False})
 
 
-with Server(server, plugin, model, "bits=2,window=4+16,top=16,small=0", "-np", "2") as s:
+with Server(server, plugin, model, "bits=2,window=16,pool=4,top=16,small=0", "-np", "2") as s:
     alone = [answer(s, r) for r in requests]
     longest = max(a["timings"]["prompt_n"] for a in alone)
     check(longest > 150, f"prompts of up to {longest} tokens")

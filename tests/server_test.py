@@ -20,7 +20,7 @@ questions = ["My dog is called Bingo. What is my dog called?", alice[:1200] + "\
 
 
 def start(*arguments):
-    return Server(server, plugin, model, "bits=4,window=4+32", *arguments)
+    return Server(server, plugin, model, "bits=4,window=32,pool=4", *arguments)
 
 
 def ask_restored(s, i):

@@ -13,19 +13,19 @@ TEST(Settings, DefaultsAndWhatIsSaid) {
   const Settings none = Settings::parse("");
   EXPECT_EQ(none.key_bits, 4);
   EXPECT_EQ(none.value_bits, 4);
-  EXPECT_EQ(none.window, (WindowSize{8, 128, 16}));
+  EXPECT_EQ(none.window, (WindowSize{128, 40, 16}));
   EXPECT_EQ(none.small_cells, 1024);
 
-  const Settings all =
-      Settings::parse("bits=4/2,window=16+64,sequences=9,small=0,profile=/a/model.thimble.gguf,device=CUDA0");
+  const Settings all = Settings::parse("bits=4/2,window=64,pool=9,small=0,profile=/a/model.thimble.gguf,device=CUDA0");
   EXPECT_EQ(all.key_bits, 4);
   EXPECT_EQ(all.value_bits, 2);
-  EXPECT_EQ(all.window, (WindowSize{16, 64, 16}));
-  EXPECT_EQ(all.sequences, 9);
+  EXPECT_EQ(all.window, (WindowSize{64, 9, 16}));
   EXPECT_EQ(all.small_cells, 0);
   EXPECT_EQ(all.profile, "/a/model.thimble.gguf");
   EXPECT_EQ(all.device, "CUDA0");
   EXPECT_EQ(Settings::parse("bits=1.25").key_bits, 1.25);
+  EXPECT_EQ(Settings::parse("window=0").window, (WindowSize{0, 0, 0}));
+  EXPECT_EQ(Settings::parse("window=0,pool=5").window, (WindowSize{0, 5, 16}));
 }
 
 TEST(Settings, Retrieval) {
@@ -52,8 +52,8 @@ TEST(Settings, PassThroughIsBothSidesAt16) {
 
 TEST(Settings, PrintedTheyReadTheSame) {
   for (const char* text :
-       {"", "bits=2", "bits=4/1.5,window=0+0,sequences=1,small=7", "profile=p,device=CPU", "top=9,policy=none",
-        "top=8,store=pinned", "top=64,store=file,path=/p,tail=drop,policy=all"}) {
+       {"", "bits=2", "bits=4/1.5,window=0,small=7", "window=0,pool=3", "window=5", "profile=p,device=CPU",
+        "top=9,policy=none", "top=8,store=pinned", "top=64,store=file,path=/p,tail=drop,policy=all"}) {
     const Settings s = Settings::parse(text);
     EXPECT_EQ(Settings::parse(s.to_string()).to_string(), s.to_string()) << text;
   }
@@ -61,7 +61,7 @@ TEST(Settings, PrintedTheyReadTheSame) {
 
 TEST(Settings, HashNamesTheCodes) {
   const uint64_t hash = Settings::parse("bits=4").hash();
-  EXPECT_EQ(Settings::parse("bits=4,sequences=7,small=0").hash(), hash);
+  EXPECT_EQ(Settings::parse("bits=4,pool=7,small=0").hash(), hash);
   EXPECT_NE(Settings::parse("bits=2").hash(), hash);
   EXPECT_NE(Settings::parse("bits=4/2").hash(), Settings::parse("bits=2/4").hash());
 }
@@ -91,12 +91,12 @@ INSTANTIATE_TEST_SUITE_P(
                     Wrong{" bits=4", "' bits'"}, Wrong{"bits=4/", "bits="}, Wrong{"bits=4/2/1", "bits=2/1"},
                     Wrong{"bits=4,bits=4", "twice"}, Wrong{"bits=4,", "key=value"}, Wrong{",", "key=value"},
                     Wrong{",bits=4", "key=value"}, Wrong{"bits=4,,small=0", "key=value"}, Wrong{"=4", "''"},
-                    Wrong{"window=128", "window=128"}, Wrong{"window=8+", "window="}, Wrong{"window=+8", "window="},
-                    Wrong{"window=8+-1", "window=-1"}, Wrong{"window=8+12x", "window=12x"},
-                    Wrong{"window=8+99999999999", "window=99999999999"}, Wrong{"sequences=0", "sequences=0"},
-                    Wrong{"sequences=1e3", "sequences=1e3"}, Wrong{"small=-1", "small=-1"}, Wrong{"small=", "small="},
-                    Wrong{"profile=", "profile="}, Wrong{"device=", "device="}, Wrong{"top=-1", "top=-1"},
-                    Wrong{"top=", "top="}, Wrong{"store=ram", "store="}, Wrong{"top=64,store=disk", "store=disk"},
+                    Wrong{"window=8+128", "window=8+128"}, Wrong{"window=", "window="}, Wrong{"window=-1", "window=-1"},
+                    Wrong{"window=12x", "window=12x"}, Wrong{"window=99999999999", "window=99999999999"},
+                    Wrong{"pool=-1", "pool=-1"}, Wrong{"sequences=4", "sequences"}, Wrong{"pool=1e3", "pool=1e3"},
+                    Wrong{"small=-1", "small=-1"}, Wrong{"small=", "small="}, Wrong{"profile=", "profile="},
+                    Wrong{"device=", "device="}, Wrong{"top=-1", "top=-1"}, Wrong{"top=", "top="},
+                    Wrong{"store=ram", "store="}, Wrong{"top=64,store=disk", "store=disk"},
                     Wrong{"top=64,store=file", "path="}, Wrong{"top=64,path=/tmp", "path="},
                     Wrong{"top=64,store=pinned,path=/tmp", "path="}, Wrong{"top=64,store=file,path=", "path="},
                     Wrong{"top=64,tail=", "tail="}, Wrong{"tail=drop", "tail="},

@@ -7,6 +7,8 @@
 #include <map>
 #include <set>
 
+#include "window_vectors.h"
+
 namespace thimble {
 namespace {
 
@@ -15,22 +17,19 @@ class Sequences {
 public:
   Sequences(WindowSize size, int max_slots, int64_t cells) : window(size, max_slots, cells) {}
 
-  // Writes one token for each given sequence, at the lowest free cells.
-  void decode(const std::vector<int>& sequences) {
-    std::vector<int64_t> batch;
-    for (int s : sequences) {
-      int64_t cell = 0;
-      while (owner_.count(cell)) cell++;
-      owner_[cell] = {s, positions_[s]++};
-      batch.push_back(cell);
-    }
-    window.begin_batch(batch);
-    EXPECT_GE(window.rows().size(), batch.size());
-    window.commit([&](int row, int64_t cell) {
-      const auto it = owner_.find(cell);
-      const auto& self = owner_.at(batch[row]);
-      return it != owner_.end() && it->second.first == self.first && it->second.second <= self.second;
-    });
+  // Writes one token for each given sequence, at the lowest free cells. Without a judge the oldest cells matter most.
+  void decode(const std::vector<int>& sequences, const Window::Judge& judge = nullptr) {
+    begin(sequences, judge);
+    window.commit([&](int row, int64_t cell) { return sees(row, cell); }, judge);
+  }
+  // Positions of a sequence that its next token finds exact.
+  std::set<int> exact_of_next(int sequence, const Window::Judge& judge) {
+    begin({sequence}, judge);
+    return exact(sequence);
+  }
+  void take_back(int sequence, int n) {
+    remove(sequence, positions_[sequence] - n, positions_[sequence]);
+    positions_[sequence] -= n;
   }
   void remove(int sequence) {
     std::erase_if(owner_, [&](const auto& e) { return e.second.first == sequence; });
@@ -53,7 +52,7 @@ public:
   static std::set<int> expected(int length, WindowSize size) {
     std::set<int> positions;
     for (int p = 0; p < length; p++) {
-      if (p < size.first || p >= length - size.last) positions.insert(p);
+      if (p < size.pool || p >= length - size.last) positions.insert(p);
     }
     return positions;
   }
@@ -61,11 +60,30 @@ public:
   Window window;
 
 private:
+  void begin(const std::vector<int>& sequences, const Window::Judge& judge) {
+    batch_.clear();
+    for (int s : sequences) {
+      int64_t cell = 0;
+      while (owner_.count(cell)) cell++;
+      owner_[cell] = {s, positions_[s]++};
+      batch_.push_back(cell);
+    }
+    window.begin_batch(batch_);
+    EXPECT_GE(window.rows().size(), batch_.size());
+    window.settle([&](int row, int64_t cell) { return sees(row, cell); }, judge);
+  }
+  bool sees(int row, int64_t cell) const {
+    const auto it = owner_.find(cell);
+    const auto& self = owner_.at(batch_[row]);
+    return it != owner_.end() && it->second.first == self.first && it->second.second <= self.second;
+  }
+
+  std::vector<int64_t> batch_;
   std::map<int64_t, std::pair<int, int>> owner_;
   std::map<int, int> positions_;
 };
 
-constexpr WindowSize kSize{4, 10};
+constexpr WindowSize kSize{10, 4, 0};
 
 TEST(Window, KeepsFirstAndLastOfOneSequence) {
   Sequences s(kSize, kSize.total(), 1000);
@@ -86,7 +104,7 @@ TEST(Window, BatchesOfAnySizeLeaveTheSameWindow) {
 }
 
 TEST(Window, SpareCellsLeaveTogether) {
-  constexpr WindowSize kSpare{4, 10, 5};
+  constexpr WindowSize kSpare{10, 4, 5};
   Sequences s(kSpare, kSpare.total(), 1000);
   size_t most = 0;
   int departures = 0;
@@ -165,27 +183,121 @@ TEST(Window, ASequenceThatGaveCellsAwayKeepsItsWindow) {
   for (int p : {0, 1, 2, 3, 22, 23, 28, 29, 30, 35}) EXPECT_TRUE(window.count(p)) << p;
 }
 
-// Only which cells are exact and which is the newest decides what stays: not the order in which they came.
-TEST(Window, NoHistoryDecides) {
-  const auto sees_all = [](int, int64_t) { return true; };
-  Window written(kSize, kSize.total(), 100), loaded(kSize, kSize.total(), 100);
-  for (int64_t cell : {90, 91, 92, 93, 94, 95, 96, 20, 21, 22, 23}) {
-    written.begin_batch({&cell, 1});
-    written.commit(sees_all);
-  }
-  int64_t leaving;
-  for (int64_t cell : {20, 21, 22, 23, 90, 91, 92, 93, 94, 95, 96}) loaded.place(cell, &leaving);
-  for (int64_t cell = 24; cell < 50; cell++) {
-    std::set<int64_t> exact[2];
-    for (Window* window : {&written, &loaded}) {
-      window->begin_batch({&cell, 1});
-      window->commit(sees_all);
-      for (const auto& row : window->rows()) exact[window == &loaded].insert(row.cell);
+// Cells' numbers mean nothing: the last are those written last, wherever they lie.
+TEST(Window, OrderOfWritingDecides) {
+  const std::vector<int64_t> cells = {90, 3, 91, 2, 50, 1, 99, 0, 60, 4, 30, 31, 7, 6, 5, 80, 20, 10, 98, 40, 41};
+  for (bool loaded : {false, true}) {
+    Window window(kSize, kSize.total(), 100);
+    std::vector<Window::Row> leaving;
+    for (size_t i = 0; i < cells.size(); i++) {
+      if (loaded && i < 12) {
+        EXPECT_GE(window.place(cells[i], leaving), 0);
+      } else {
+        window.begin_batch({&cells[i], 1});
+        window.commit([](int, int64_t) { return true; });
+      }
+      for (size_t j = 0; j <= i; j++) {
+        EXPECT_EQ(window.find(cells[j]) >= 0, j < 4 || j + 10 > i) << "cell " << j << " of " << i;
+      }
     }
-    EXPECT_EQ(exact[0], exact[1]) << cell;
-    EXPECT_TRUE(exact[0].count(20)) << "of " << kSize.last << " behind " << cell;
-    if (cell == 29) break;  // from here on 20 is too old
   }
+}
+
+TEST(Window, TheJudgeSaysWhatMattersMost) {
+  Sequences s(kSize, kSize.total(), 1000);
+  const auto matters = [](int cell) { return cell * 37 % 101; };
+  for (int n = 1; n <= 100; n++) {
+    s.decode({0}, [&](std::span<const int> batch_rows, std::span<const Window::Row> rows,
+                      std::span<const Window::Row> recent, std::span<float> scores) {
+      EXPECT_EQ(batch_rows.size(), 1u);
+      EXPECT_EQ(recent.size(), size_t(kSize.last));
+      for (size_t i = 0; i < rows.size(); i++) scores[i] = float(matters(rows[i].cell));
+    });
+    std::vector<int> others;
+    for (int p = 0; p < n - kSize.last; p++) others.push_back(p);
+    std::sort(others.begin(), others.end(), [&](int a, int b) { return matters(a) > matters(b); });
+    others.resize(std::min<size_t>(others.size(), kSize.pool));
+    std::set<int> expected(others.begin(), others.end());
+    for (int p = std::max(0, n - kSize.last); p < n; p++) expected.insert(p);
+    EXPECT_EQ(s.exact(0), expected) << n;
+  }
+}
+
+// What a token finds exact is what it would have found had all before it come one by one, drafts that were taken back
+// left out.
+TEST(Window, AfterSeveralTokensAtOnceWhatStaysIsAsOneByOne) {
+  constexpr WindowSize kSpare{10, 4, 5};
+  for (int wrong : {0, 1, 3}) {
+    for (int batch = 2; batch <= kSpare.spare; batch++) {
+      if (wrong >= batch) continue;
+      Sequences together(kSpare, kSpare.slots(), 1000), alone(kSpare, kSpare.slots(), 1000);
+      const auto judge = [](std::span<const int> batch_rows, std::span<const Window::Row> rows,
+                            std::span<const Window::Row>, std::span<float> scores) {
+        EXPECT_EQ(batch_rows.size(), 1u);
+        for (size_t i = 0; i < rows.size(); i++) scores[i] = float(rows[i].cell * 37 % 101);
+      };
+      for (int n = 0; n < 100; n += batch - wrong) {
+        together.decode(std::vector<int>(batch, 0), judge);
+        for (int i = 0; i < batch - wrong; i++) alone.decode({0}, judge);
+        together.take_back(0, wrong);
+        // The next token tells.
+        Sequences next = together, next_alone = alone;
+        const std::set<int> exact = next.exact_of_next(0, judge), exact_alone = next_alone.exact_of_next(0, judge);
+        EXPECT_EQ(exact, exact_alone) << n << " + " << batch << " - " << wrong;
+      }
+    }
+  }
+}
+
+// An idle sequence gives up its last cells before those that matter most, and those only where there is no room else.
+TEST(Window, IdleSequencesKeepThePool) {
+  Sequences s(kSize, 2 * kSize.total(), 1000);
+  for (int n = 0; n < 30; n++) s.decode({0});
+  for (int n = 0; n < 30; n++) s.decode({1});
+  for (int n = 0; n < 30; n++) s.decode({2});
+  EXPECT_EQ(s.exact(2), Sequences::expected(30, kSize));
+  EXPECT_EQ(s.exact(1), (std::set<int>{0, 1, 2, 3, 24, 25, 26, 27, 28, 29}));
+  EXPECT_EQ(s.exact(0), (std::set<int>{0, 1, 2, 3}));
+  for (int n = 0; n < 30; n++) s.decode({3});
+  EXPECT_EQ(s.exact(3), Sequences::expected(30, kSize));
+  for (int q : {0, 1}) EXPECT_EQ(s.exact(q), (std::set<int>{0, 1, 2, 3})) << q;
+}
+
+TEST(Window, MoreSequencesAtOnceThanThereIsRoomForShareIt) {
+  Sequences s(kSize, 2 * kSize.total(), 1000);
+  for (int n = 1; n <= 30; n++) {
+    s.decode({0, 1, 2});
+    EXPECT_LE(s.window.rows().size(), size_t(2 * kSize.total()));
+    for (int q = 0; q < 3; q++) {
+      for (int p : {0, 3, n - 1, n - 5}) {
+        if (p < 0 || p >= n) continue;
+        EXPECT_TRUE(s.exact(q).count(p)) << q << " " << p << " of " << n;
+      }
+    }
+  }
+}
+
+// Two states that are loaded one after the other are two sequences.
+TEST(Window, EachStateThatArrivesIsASequence) {
+  Window window(kSize, 2 * kSize.total(), 1000);
+  std::vector<Window::Row> leaving;
+  for (int64_t first : {100, 400}) {
+    window.end_arrival();
+    for (int64_t cell = first; cell < first + 40; cell++) window.place(cell, leaving);
+  }
+  EXPECT_EQ(leaving.size(), size_t(2 * (40 - kSize.total())));
+  for (int64_t first : {100, 400}) {
+    for (int i = 0; i < 40; i++) EXPECT_EQ(window.find(first + i) >= 0, i < 4 || i >= 30) << first + i;
+  }
+}
+
+TEST(Window, SlotsOfAStream) {
+  const WindowSize size{128, 40, 16};
+  EXPECT_EQ(Window::slots_of_stream(size, 4096, 1), 4 * 200);
+  EXPECT_EQ(Window::slots_of_stream(size, 65536, 1), 64 * 200);
+  EXPECT_EQ(Window::slots_of_stream(size, 1024, 64), 200);
+  EXPECT_EQ(Window::slots_of_stream(size, 256, 1), 256);
+  EXPECT_EQ(Window::slots_of_stream({0, 0, 0}, 4096, 1), 0);
 }
 
 TEST(Window, ActiveSequencesWinOverIdleOnes) {
@@ -197,16 +309,16 @@ TEST(Window, ActiveSequencesWinOverIdleOnes) {
 }
 
 TEST(Window, NoWindowKeepsOnlyTheBatch) {
-  Window window({0, 0}, 0, 100);
+  Window window({0, 0, 0}, 0, 100);
   window.begin_batch(std::vector<int64_t>{1, 2, 3});
   EXPECT_EQ(window.rows().size(), 3u);
   const Window::Changes changes = window.commit([](int, int64_t) { return true; });
   EXPECT_TRUE(changes.moves.empty());
   EXPECT_EQ(changes.leaving.size(), 3u);
   EXPECT_TRUE(window.rows().empty());
-  int64_t leaving;
-  EXPECT_EQ(window.place(1, &leaving), -1);
-  EXPECT_EQ(leaving, -1);
+  std::vector<Window::Row> leaving;
+  EXPECT_EQ(window.place(1, leaving), -1);
+  EXPECT_TRUE(leaving.empty());
 }
 
 TEST(Window, RewrittenCellsAreForgotten) {
@@ -219,7 +331,7 @@ TEST(Window, RewrittenCellsAreForgotten) {
 
 // What a removed sequence left in its stream goes before the window of a stream that has been idle for longer.
 TEST(Window, StreamsRecycleTheirOwnSlots) {
-  Window window({1, 4}, 10, 100, 2);
+  Window window({4, 1, 0}, 10, 100, 2);
   const auto write = [&](int64_t first, int n) {
     for (int64_t cell = first; cell < first + n; cell++) {
       window.begin_batch({&cell, 1});
@@ -230,9 +342,71 @@ TEST(Window, StreamsRecycleTheirOwnSlots) {
   write(0, 9);
   write(20, 9);  // of another sequence: sees none of the first nine
   for (int64_t cell : {100, 101, 102, 103, 104, 20, 25, 26, 27, 28}) EXPECT_GE(window.find(cell), 0) << cell;
-  int64_t leaving;
-  for (int64_t cell = 40; cell < 49; cell++) window.place(cell, &leaving);  // a loaded state
+  std::vector<Window::Row> leaving;
+  for (int64_t cell = 40; cell < 49; cell++) window.place(cell, leaving);  // a loaded state
   for (int64_t cell : {100, 101, 102, 103, 104}) EXPECT_GE(window.find(cell), 0) << cell;
+}
+
+// 64 chats of a thousand tokens in one unified cache, taking turns: each has what it would have alone.
+TEST(Window, ManyIdleSequencesKeepAllTheirs) {
+  const WindowSize size;
+  constexpr int64_t kCells = 65536;
+  Window window(size, Window::slots_of_stream(size, kCells, 1), kCells);
+  const auto write = [&](int chat, int first, int n) {
+    std::vector<int64_t> cells;
+    for (int i = first; i < first + n; i++) cells.push_back(int64_t(i) * 64 + chat);
+    window.begin_batch(cells);
+    window.commit([&](int row, int64_t cell) { return cell % 64 == chat && cell <= cells[row]; });
+  };
+  for (int round = 0; round < 3; round++) {
+    for (int chat = 0; chat < 64; chat++) write(chat, round * 300, 300);
+  }
+  for (int chat = 0; chat < 64; chat++) {
+    for (int i = 0; i < 900; i++) {
+      EXPECT_EQ(window.find(int64_t(i) * 64 + chat) >= 0, i < size.pool || i >= 900 - size.last) << chat << " " << i;
+    }
+  }
+}
+
+// The scripts that every implementation is held to.
+TEST(Window, Vectors) {
+  const std::vector<WindowScript> scripts = read_window_scripts(THIMBLE_TEST_DATA "/window_vectors.txt");
+  ASSERT_EQ(scripts.size(), 18u);
+  for (const WindowScript& script : scripts) {
+    Window window(script.size, script.slots * script.n_streams, script.cells_per_stream, script.n_streams);
+    WindowOwners owners;
+    const auto judge = [&](std::span<const int>, std::span<const Window::Row> rows, std::span<const Window::Row>,
+                           std::span<float> scores) {
+      for (size_t i = 0; i < rows.size(); i++) scores[i] = float(owners.importance(rows[i].cell));
+    };
+    int n_writes = 0;
+    for (const WindowScript::Step& step : script.steps) {
+      if (step.what == WindowScript::Step::remove) {
+        owners.remove(step);
+        continue;
+      }
+      std::vector<int64_t> cells;
+      for (const WindowScript::Token& token : step.tokens) {
+        owners.write(token);
+        cells.push_back(token.cell);
+      }
+      if (step.what == WindowScript::Step::arrive) {
+        std::vector<Window::Row> leaving;
+        window.end_arrival();
+        for (int64_t cell : cells) window.place(cell, leaving);
+        continue;
+      }
+      const auto sees = [&](int row, int64_t cell) { return owners.sees(cells[row], cell); };
+      window.begin_batch(cells);
+      window.settle(sees, judge);
+      std::vector<int64_t> exact;
+      for (const Window::Row& row : window.rows()) exact.push_back(row.cell);
+      ASSERT_EQ(exact, step.exact) << script.name << ", batch " << n_writes;
+      window.commit(sees, judge);
+      n_writes++;
+    }
+    EXPECT_GT(n_writes, 5);
+  }
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ namespace thimble {
 namespace {
 
 struct Options {
-  std::string model, profile, json, window = "8+128";
+  std::string model, profile, json, window = "128";
   std::vector<int> depths = {0, 4096, 8000};
   std::vector<std::string> caches = {"f16", "q8_0", "q4_0", "4", "2", "1"};
   int n_decode = 32, n_prompt = 512, n_ubatch = 512, rounds = 5;

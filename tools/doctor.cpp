@@ -8,8 +8,8 @@
 #include <sstream>
 #include <string>
 
-#include "attention/kernels.h"
 #include "commands.h"
+#include "kernels/kernels.h"
 #include "model.h"
 #include "paths.h"
 #include "plugin/settings.h"

@@ -17,7 +17,7 @@ namespace thimble {
 namespace {
 
 struct Launch {
-  std::string kv = "4", window = "8+128", profile, store;
+  std::string kv = "4", window = "128", profile, store;
 };
 
 bool has_flag(const std::vector<std::string>& args, std::initializer_list<const char*> flags) {
@@ -100,7 +100,7 @@ CLI::App* add(CLI::App& app, const char* name, const char* what, Launch& options
           "Bits a number of the KV cache: f16, 4, 3, 2, 1.5, 1.25, 1, or K/V; 2+64 keeps all cells in f16 in RAM "
           "besides and attends to the 64 that matter most exactly")
       ->capture_default_str();
-  command->add_option("--window", options.window, "Cells of a sequence in full precision, first+last")
+  command->add_option("--window", options.window, "Last cells of a sequence in full precision")
       ->capture_default_str();
   command->add_option("--store", options.store, "Directory of a file for the f16 cells of 2+64, instead of RAM");
   command->add_option("--profile", options.profile,

@@ -12,8 +12,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention/kernels.h"
 #include "cache/layer.h"
+#include "kernels/kernels.h"
 
 namespace thimble {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "attention/kernels.h"
+#include "kernels/kernels.h"
 
 namespace thimble {
 
@@ -85,8 +85,42 @@ void CacheLayer::write_row(Kind kind, int row, const uint16_t* data) {
   std::copy_n(data, s.row_size(), s.rows().row({int32_t(window_.batch()[row]), true, row}));
 }
 
-void CacheLayer::begin_commit(const std::function<bool(int, int64_t)>& visible) {
-  changes_ = has_keys_ && has_values_ ? window_.commit(visible) : Window::Changes{};
+Window::Judge CacheLayer::judge(const BatchQueries& queries) const {
+  if (!queries.data) return nullptr;
+  return [this, queries](std::span<const int> batch_rows, std::span<const Window::Row> rows,
+                         std::span<const Window::Row> recent, std::span<float> scores) {
+    std::vector<const uint16_t*> keys[2];
+    for (const Window::Row& row : rows) keys[0].push_back(keys_.row_data(row));
+    for (const Window::Row& row : recent) keys[1].push_back(keys_.row_data(row));
+    score_cells(mean_query(queries, batch_rows), queries.n_heads, keys_.shape().n_kv_heads, queries.dim, keys[0],
+                keys[1], scores);
+  };
+}
+
+void CacheLayer::settle(const Window::Visible& visible) {
+  if (!has_keys_ || !has_values_ || !window_.settles()) return;
+  for (const Window::Row& row : window_.settle(visible, judge(kept_queries_))) {
+    for (const CacheSide* s : {&keys_, &values_}) s->encode_row(s->row_data(row), row.cell);
+  }
+}
+
+void CacheLayer::begin_commit(const Window::Visible& visible, const BatchQueries& queries) {
+  changes_ = {};
+  if (!has_keys_ || !has_values_) return;
+  const size_t n_rows = window_.batch().size();
+  changes_ = window_.commit(visible, judge(queries));
+  if (window_.settles()) keep_queries(queries, n_rows);
+}
+
+void CacheLayer::keep_queries(const BatchQueries& queries, size_t n_rows) {
+  const size_t head = queries.dim, row = head * queries.n_heads;
+  queries_.clear();
+  for (size_t r = 0; queries.data && r < n_rows; r++) {
+    for (int h = 0; h < queries.n_heads; h++)
+      queries_.insert(queries_.end(), queries.row(r, h), queries.row(r, h) + head);
+  }
+  kept_queries_ = {
+      queries.data ? queries_.data() : nullptr, queries.n_heads, queries.dim, int64_t(n_rows), row, head, 0};
 }
 
 // By heads first: each has its own codebook, which then serves many rows.
@@ -106,16 +140,19 @@ void CacheLayer::end_commit() {
   has_keys_ = has_values_ = false;
 }
 
-void CacheLayer::take_row(Kind kind, int64_t cell, const uint16_t* row, bool in_window) {
-  if (kind == Kind::key && in_window) {
-    int64_t leaving;
-    const int slot = window_.place(cell, &leaving);
-    for (const CacheSide* s : {&keys_, &values_}) {
-      if (leaving < 0) break;
-      // Its values may be still to come.
-      if (const uint16_t* left = s->row_data({int32_t(leaving), false, slot})) s->encode_row(left, leaving);
+void CacheLayer::take_row(Kind kind, int64_t cell, const uint16_t* row) {
+  if (kind == Kind::key) {
+    if (arrived_ == Kind::value) window_.end_arrival();
+    std::vector<Window::Row> leaving;
+    window_.place(cell, leaving);
+    for (const Window::Row& left : leaving) {
+      for (const CacheSide* s : {&keys_, &values_}) {
+        // Its values may be still to come.
+        if (const uint16_t* data = s->row_data(left)) s->encode_row(data, left.cell);
+      }
     }
   }
+  arrived_ = kind;
   CacheSide& s = side(kind);
   if (uint16_t* kept = exact_row(kind, cell)) std::copy_n(row, s.row_size(), kept);
   if (window_.find(cell) < 0) s.encode_row(row, cell);
@@ -125,15 +162,8 @@ void CacheLayer::copy_stream(Kind kind, int from, int to) {
   const int64_t n = keys_.shape().cells_per_stream;
   CacheSide& s = side(kind);
   s.copy_stream(from, to);
-  if (kind == Kind::key) {
-    // llama.cpp copies keys first: they bring the slots, the values then fill them.
-    for (int64_t cell = to * n; cell < (to + 1) * n; cell++) window_.forget(cell);
-    const std::vector<Window::Row> rows = window_.rows();
-    for (const Window::Row& row : rows) {
-      int64_t leaving;  // none: a stream has as many slots as another
-      if (!row.in_flight && row.cell / n == from) window_.place(row.cell - from * n + to * n, &leaving);
-    }
-  }
+  // llama.cpp copies keys first: they bring the slots, the values then fill them.
+  if (kind == Kind::key) window_.copy_stream(from, to);
   for (const Window::Row& row : window_.rows()) {
     if (row.in_flight || row.cell / n != to) continue;
     const int source = window_.find(row.cell - to * n + from * n);

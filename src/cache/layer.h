@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cache/exact_rows.h"
+#include "cache/pool.h"
 #include "cache/window.h"
 #include "codec/head_codec.h"
 #include "store/exact_store.h"
@@ -103,32 +104,41 @@ public:
   void begin_write(Kind kind, std::span<const int64_t> cells);
   /// Row `row` of the batch, f16. Rows may be stored by several threads at once.
   void write_row(Kind kind, int row, const uint16_t* data);
-  /// Ends the batch; `visible` as in Window::commit. In three steps, for a team of threads: one begins, from then on
+  /// Before a batch is attended to, once both its sides are written: codes what the batch before, of several tokens,
+  /// made too many (Window::settle). `visible` as in Window::commit.
+  void settle(const Window::Visible& visible);
+  /// Ends the batch; `visible` as in Window::commit. Its queries, row by row of the batch, say which cells matter most;
+  /// without them older cells do. In three steps, for a team of threads: one begins, from then on
   /// the window is as it will be; all code their share of the cells that leave it; one ends, and exact rows move. Until
   /// then they lie where they did, so that the batch may be attended to at any time before.
-  void begin_commit(const std::function<bool(int, int64_t)>& visible);
+  void begin_commit(const Window::Visible& visible, const BatchQueries& queries = {});
   void code_leaving(int thread, int n_threads);
   void end_commit();
-  void commit(const std::function<bool(int, int64_t)>& visible) {
-    begin_commit(visible);
+  void commit(const Window::Visible& visible, const BatchQueries& queries = {}) {
+    begin_commit(visible, queries);
     code_leaving(0, 1);
     end_commit();
   }
 
-  /// An exact row that arrives by itself, after ExactRows::keep. Keys of a cell come before its values, and say whether
-  /// the window takes it (where it has slots at all); it is coded where not.
-  void take_row(Kind kind, int64_t cell, const uint16_t* row, bool in_window);
+  /// An exact row that arrives by itself, after ExactRows::keep. All keys of a state come before its values: keys after
+  /// values are of another sequence. The window takes it, where it has slots at all; it is coded where not.
+  void take_row(Kind kind, int64_t cell, const uint16_t* row);
 
   void copy_stream(Kind kind, int from, int to);
   void clear();
 
 private:
   void code_abandoned();
+  Window::Judge judge(const BatchQueries& queries) const;
+  void keep_queries(const BatchQueries& queries, size_t n_rows);
 
   CacheSide keys_, values_;
   Window window_;
   bool has_keys_ = false, has_values_ = false;  // of the batch in flight
   Window::Changes changes_;                     // between begin_commit and end_commit
+  Kind arrived_ = Kind::key;                    // the row that arrived last
+  std::vector<float> queries_;                  // of the batch before where cells wait to leave: [row][head][dim]
+  BatchQueries kept_queries_;                   // these
 };
 
 }  // namespace thimble

@@ -70,7 +70,7 @@ void write_refused_row(uint8_t* row, size_t row_bytes) {
   std::memcpy(row, kTag, std::min(row_bytes, sizeof(kTag)));
 }
 
-void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row, bool in_window) {
+void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row) {
   CacheSide& side = layer.side(kind);
   const Format& format = side.format();
   const RowKind what = row_kind(row, hash, !format.f16 && side.coded());
@@ -91,7 +91,7 @@ void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const 
   }
   std::vector<uint16_t> exact(side.row_size());
   std::memcpy(exact.data(), row, exact.size() * 2);
-  layer.take_row(kind, cell, exact.data(), in_window);
+  layer.take_row(kind, cell, exact.data());
 }
 
 }  // namespace thimble

@@ -30,9 +30,8 @@ void write_coded_row(const uint8_t* vectors, size_t n, uint64_t hash, uint8_t* r
 void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, uint8_t* row);
 /// Keys of a cell are loaded before its values. Throws std::runtime_error where the row holds codes of another hash,
 /// or the exact store is full.
-/// `in_window`: whether the window takes a cell that arrives exactly. Without an exact store only the window's cells
-/// are saved so; with one all are, and the caller knows the order.
-void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row, bool in_window = true);
+/// A row that arrives exactly is taken for one of the window, as long as that has room (Window::place).
+void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row);
 
 /// A row that load_cell refuses, for a cell that could not be saved.
 void write_refused_row(uint8_t* row, size_t row_bytes);

@@ -2,21 +2,32 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <map>
-#include <tuple>
 
 namespace thimble {
 namespace {
 
 constexpr uint64_t kGone = 0;  // older than any sequence
+constexpr int64_t kCellsOfASequence = 1024;
+constexpr int kSequences = 4;  // that a stream of any size has slots for
+
+bool by_cell(const Window::Row& a, const Window::Row& b) {
+  return a.cell < b.cell;
+}
 
 }  // namespace
 
 Window::Window(WindowSize size, int max_slots, int64_t cells_per_stream, int n_streams)
     : size_(size),
-      max_slots_(size.total() > 0 ? max_slots : 0),
+      max_slots_(size.last + size.pool > 0 ? max_slots : 0),
       max_slots_per_stream_(max_slots_ / n_streams),
-      cells_per_stream_(cells_per_stream) {}
+      cells_per_stream_(cells_per_stream),
+      n_used_(n_streams) {}
+
+int Window::slots_of_stream(WindowSize size, int64_t cells_per_stream, int n_streams) {
+  if (size.last + size.pool == 0) return 0;
+  const int64_t n = n_streams > 1 ? 1 : std::max<int64_t>(kSequences, cells_per_stream / kCellsOfASequence);
+  return int(std::min<int64_t>(size.slots() * n, std::max<int64_t>(size.slots(), cells_per_stream)));
+}
 
 int Window::find(int64_t cell) const {
   const auto it = slot_of_.find(cell);
@@ -24,36 +35,62 @@ int Window::find(int64_t cell) const {
 }
 
 void Window::forget(int64_t cell) {
-  const auto it = slot_of_.find(cell);
-  if (it == slot_of_.end()) return;
-  slots_[it->second].cell = -1;
-  slot_of_.erase(it);
-  std::erase_if(rows_, [cell](const Row& row) { return !row.in_flight && row.cell == cell; });
+  const int slot = find(cell);
+  if (slot >= 0) empty(slots_[slot]);
 }
 
 void Window::empty(Slot& slot) {
+  n_used_[stream_of(slot.cell)]--;
   slot_of_.erase(slot.cell);
   slot.cell = -1;
+  unused_.push_back(int(&slot - slots_.data()));
+  listed_ = false;
+}
+
+int Window::free_slot() {
+  if (unused_.empty()) {
+    slots_.emplace_back();
+    return int(slots_.size()) - 1;
+  }
+  const int slot = unused_.back();
+  unused_.pop_back();
+  return slot;
+}
+
+void Window::fill(int slot, int64_t cell, uint64_t order, uint64_t sequence) {
+  slots_[slot] = {cell, order, sequence};
+  slot_of_[cell] = slot;
+  n_used_[stream_of(cell)]++;
+  listed_ = false;
 }
 
 void Window::clear() {
   slots_.clear();
+  unused_.clear();
+  std::fill(n_used_.begin(), n_used_.end(), 0);
   slot_of_.clear();
   batch_.clear();
   rows_.clear();
+  listed_ = true;
+  arriving_ = 0;
+  settles_ = false;
 }
 
-// In order of cells.
-void Window::list_rows() {
+const std::vector<Window::Row>& Window::rows() const {
+  if (listed_) return rows_;
   rows_.clear();
   for (int i = 0; i < int(slots_.size()); i++) {
     if (slots_[i].cell >= 0) rows_.push_back({int32_t(slots_[i].cell), false, i});
   }
   for (int i = 0; i < int(batch_.size()); i++) rows_.push_back({int32_t(batch_[i]), true, i});
-  std::sort(rows_.begin(), rows_.end(), [](const Row& a, const Row& b) { return a.cell < b.cell; });
+  std::sort(rows_.begin(), rows_.end(), by_cell);
+  listed_ = true;
+  return rows_;
 }
 
 void Window::begin_batch(std::span<const int64_t> cells) {
+  arriving_ = 0;
+  rows();
   batch_.assign(cells.begin(), cells.end());
   overwritten_.clear();
   for (int64_t cell : cells) {
@@ -64,133 +101,224 @@ void Window::begin_batch(std::span<const int64_t> cells) {
   }
   // What stays is in order already: sorting all of it would be the most of what a decoded token costs here.
   std::erase_if(rows_, [this](const Row& row) { return row.in_flight || slots_[row.index].cell != row.cell; });
-  const auto by_cell = [](const Row& a, const Row& b) { return a.cell < b.cell; };
   const size_t n_slots = rows_.size();
   for (int i = 0; i < int(batch_.size()); i++) rows_.push_back({int32_t(batch_[i]), true, i});
   std::sort(rows_.begin() + n_slots, rows_.end(), by_cell);
   std::inplace_merge(rows_.begin(), rows_.begin() + n_slots, rows_.end(), by_cell);
+  listed_ = true;
 }
 
-// A slot for one more cell: an unused one, a new one, or one of the sequence which no batch has seen for longest. A
-// stream that has its share recycles its own: what is left there of a removed sequence may have been seen later than
-// what an idle stream still needs.
-int Window::free_slot(int64_t cell, int64_t* leaving) {
-  const int64_t first = cell / cells_per_stream_ * cells_per_stream_, end = first + cells_per_stream_;
-  Slot *unused = nullptr, *oldest = nullptr;
-  int n_in_stream = 0;
+// Marks what stays of all that a sequence has exact: all of it, if it is not more than `most`.
+void Window::keep(Members& sequence, int last, int spare, int most, const Judge& judge) const {
+  const int n = int(sequence.size());
+  if (n <= most) {
+    for (Candidate* c : sequence) c->keep = true;
+    return;
+  }
+  std::sort(sequence.begin(), sequence.end(), [](auto* a, auto* b) { return a->order < b->order; });
+  int n_new = 0;
+  for (const Candidate* c : sequence) n_new += c->row.in_flight;
+  // One by one, few tokens would have made cells leave when they were one too many; later ones would still be to come.
+  const int end = n_new <= spare ? last + size_.pool + spare + 1 : n;
+  std::vector<int> judges;  // batch rows: all of a prompt's; else the one that is too many, or the first there is
+  for (const Candidate* c : sequence) {
+    const bool is_one = judges.empty() && c->row.in_flight, decides = c == sequence[end - 1] && c->order > n_before_;
+    if (n_new <= spare && decides) judges.clear();
+    if (n_new > spare ? c->row.in_flight : decides || is_one) judges.push_back(int(c->order - n_before_ - 1));
+  }
+  for (int i = end - last; i < n; i++) sequence[i]->keep = true;
+
+  const int n_others = end - last;
+  std::vector<std::pair<float, int>> best(n_others);
+  for (int i = 0; i < n_others; i++) best[i] = {float(-i), i};
+  if (judge && size_.pool > 0 && !judges.empty()) {
+    std::vector<Row> rows(n);
+    std::vector<float> scores(n_others);
+    for (int i = 0; i < n; i++) rows[i] = sequence[i]->row;
+    judge(judges, {rows.data(), size_t(n_others)}, {rows.data() + n_others, size_t(last)}, scores);
+    for (int i = 0; i < n_others; i++) best[i].first = scores[i];
+  }
+  const int n_pool = std::min(size_.pool, n_others);
+  std::partial_sort(best.begin(), best.begin() + n_pool, best.end(),
+                    [](auto a, auto b) { return a.first != b.first ? a.first > b.first : a.second < b.second; });
+  for (int i = 0; i < n_pool; i++) sequence[best[i].second]->keep = true;
+}
+
+// Where the sequences of one batch together have more to keep than there are slots, all of them keep fewer last cells.
+void Window::fit(std::vector<Candidate>& candidates, std::vector<Members>& sequences, const Judge& judge) const {
+  const auto excess = [&] {
+    std::vector<int> n(n_used_.size());
+    int most = 0;
+    for (const Candidate& c : candidates) {
+      if (c.keep) most = std::max(most, ++n[stream_of(c.row.cell)]);
+    }
+    return most - max_slots_per_stream_;
+  };
+  for (int last = size_.last; excess() > 0; last /= 2) {
+    for (Candidate& c : candidates) c.keep = false;
+    for (Members& sequence : sequences) keep(sequence, last, 0, last + size_.pool, judge);
+    if (last > 0) continue;
+    std::vector<int> n(n_used_.size());
+    for (Candidate& c : candidates) c.keep = c.keep && ++n[stream_of(c.row.cell)] <= max_slots_per_stream_;
+  }
+}
+
+// Makes room for n more cells of a stream, or for size_.spare more if it has to make some, out of what no batch has
+// seen since `seen_from`.
+void Window::make_room(int64_t stream, int n, uint64_t seen_from) {
+  int missing = n_used_[stream] + n - max_slots_per_stream_;
+  if (missing <= 0) return;
+  missing = std::max(missing, size_.spare);
+  std::vector<Slot*> unseen;
   for (Slot& slot : slots_) {
-    if (slot.cell < 0) {
-      if (!unused) unused = &slot;
-    } else if (slot.cell >= first && slot.cell < end) {
-      n_in_stream++;
-      if (!oldest || std::tie(slot.sequence, slot.cell) < std::tie(oldest->sequence, oldest->cell)) oldest = &slot;
+    if (slot.cell >= 0 && slot.sequence < seen_from && stream_of(slot.cell) == stream) unseen.push_back(&slot);
+  }
+  std::sort(unseen.begin(), unseen.end(), [](const Slot* a, const Slot* b) {
+    return a->sequence != b->sequence ? a->sequence < b->sequence : a->order < b->order;
+  });
+  // By sequences: what is gone, then what is behind the pool, then the pool.
+  for (int round = 0; round < 3; round++) {
+    for (auto at = unseen.begin(); at != unseen.end() && missing > 0;) {
+      const auto end = std::find_if(at, unseen.end(), [=](const Slot* s) { return s->sequence != (*at)->sequence; });
+      const bool gone = (*at)->sequence == kGone;
+      auto slot = at + (round == 1 ? std::min<ptrdiff_t>(size_.pool, end - at) : 0);
+      for (; slot != end && missing > 0 && (round > 0 || gone); ++slot) {
+        if ((*slot)->cell < 0) continue;  // left already
+        empty(**slot);
+        missing--;
+      }
+      at = end;
     }
   }
-  if (n_in_stream < max_slots_per_stream_) {
-    if (!unused) unused = &slots_.emplace_back();
-    return int(unused - slots_.data());
-  }
-  if (!oldest) return -1;
-  if (leaving) *leaving = oldest->cell;
-  empty(*oldest);
-  return int(oldest - slots_.data());
 }
 
-// Makes room for n more cells of a stream, or for size_.spare more if it has to make some, out of what this batch did
-// not see: that which no batch has seen for longest goes first.
-void Window::let_go_unseen(int64_t stream, int n, uint64_t seen_from) {
-  const int64_t first = stream * cells_per_stream_, end = first + cells_per_stream_;
-  std::vector<Slot*> used;
-  for (Slot& slot : slots_) {
-    if (slot.cell >= first && slot.cell < end) used.push_back(&slot);
-  }
-  const int missing = int(used.size()) + n - max_slots_per_stream_;
-  if (missing <= 0) return;
-  std::erase_if(used, [&](const Slot* slot) { return slot->sequence >= seen_from; });
-  std::sort(used.begin(), used.end(), [](const Slot* a, const Slot* b) {
-    return std::tie(a->sequence, a->cell) < std::tie(b->sequence, b->cell);
-  });
-  used.resize(std::min<size_t>(used.size(), std::max(missing, size_.spare)));
-  for (Slot* slot : used) empty(*slot);
-}
-
-int Window::place(int64_t cell, int64_t* leaving) {
-  *leaving = -1;
+int Window::place(int64_t cell, std::vector<Row>& leaving) {
   forget(cell);
-  const int slot = free_slot(cell, leaving);
-  if (slot < 0) return -1;
-  slots_[slot] = {cell, ++n_sequences_};  // of a sequence by itself until a batch sees it
-  slot_of_[cell] = slot;
-  list_rows();
+  if (max_slots_per_stream_ == 0) return -1;
+  if (arriving_ == 0) arriving_ = ++n_sequences_;
+  const int64_t stream = stream_of(cell);
+  const auto before = slots_;
+  std::vector<Candidate> candidates;
+  for (int i = 0; i < int(slots_.size()); i++) {
+    const Slot& slot = slots_[i];
+    if (slot.cell < 0 || slot.sequence != arriving_ || stream_of(slot.cell) != stream) continue;
+    candidates.push_back({{int32_t(slot.cell), false, i}, slot.order, slot.sequence});
+  }
+  candidates.push_back({{int32_t(cell), false, -1}, n_written_ + 1, arriving_});
+  Members members;
+  for (Candidate& c : candidates) members.push_back(&c);
+  keep(members, size_.last, size_.spare, size_.slots(), nullptr);
+  for (const Candidate& c : candidates) {
+    if (!c.keep && c.row.index >= 0) empty(slots_[c.row.index]);
+  }
+  make_room(stream, 1, arriving_);
+  for (int i = 0; i < int(before.size()); i++) {
+    if (before[i].cell >= 0 && slots_[i].cell < 0) leaving.push_back({int32_t(before[i].cell), false, i});
+  }
+  if (!candidates.back().keep || n_used_[stream] >= max_slots_per_stream_) return -1;
+  const int slot = free_slot();
+  fill(slot, cell, ++n_written_, arriving_);
   return slot;
 }
 
-// Of what a sequence sees, in order of cells, keeps the first cells and the last of the others.
-void Window::keep_ends(std::vector<Candidate*>& sequence, int64_t newest,
-                       const std::function<bool(int64_t)>& visible) const {
-  const ptrdiff_t at_most = size_.last + size_.spare;
-  if (ptrdiff_t(sequence.size()) > at_most) {
-    // The first cells are those of lowest index that the sequence sees: caches fill from the start.
-    int64_t bound = newest / cells_per_stream_ * cells_per_stream_;
-    for (int n = 0; n < size_.first && bound <= sequence.back()->row.cell; bound++) n += visible(bound);
-    const auto is_before = [](int64_t cell) { return [cell](const Candidate* c) { return c->row.cell < cell; }; };
-    const auto others = std::partition_point(sequence.begin(), sequence.end(), is_before(bound));
-    if (sequence.end() - others > at_most) {
-      // Those behind the newest are the latest, those above it were written the last time around.
-      std::rotate(others, std::partition_point(others, sequence.end(), is_before(newest + 1)), sequence.end());
-      sequence.erase(others, sequence.end() - size_.last);
-    }
+void Window::copy_stream(int from, int to) {
+  const int64_t n = cells_per_stream_;
+  for (Slot& slot : slots_) {
+    if (slot.cell >= 0 && stream_of(slot.cell) == to) empty(slot);
   }
-  for (Candidate* c : sequence) c->keep = true;
+  for (size_t i = 0; i < slots_.size(); i++) {
+    const Slot source = slots_[i];
+    if (source.cell < 0 || stream_of(source.cell) != from) continue;
+    fill(free_slot(), source.cell + (to - from) * n, source.order, source.sequence);
+  }
 }
 
-Window::Changes Window::commit(const std::function<bool(int, int64_t)>& visible) {
-  const int n_batch = int(batch_.size());
-  const uint64_t seen_from = n_sequences_ + 1;
-  std::vector<Candidate> candidates;
-  std::vector<Candidate*> of_batch(n_batch);
-  candidates.reserve(rows_.size());
-  for (const Row& row : rows_) {
-    candidates.push_back({row, row.in_flight ? 0 : slots_[row.index].sequence});
-    if (row.in_flight) of_batch[row.index] = &candidates.back();
+// All exact rows, those of the batch as written behind all others.
+std::vector<Window::Candidate> Window::candidates() const {
+  std::vector<Candidate> all;
+  all.reserve(rows().size());
+  for (const Row& row : rows()) {
+    const Slot flying{row.cell, n_written_ + 1 + row.index, 0};
+    const Slot& slot = row.in_flight ? flying : slots_[row.index];
+    all.push_back({row, slot.order, slot.sequence});
   }
-  std::vector<Candidate*> sequence;
-  for (int row = n_batch - 1; row >= 0 && max_slots_ > 0; row--) {
+  return all;
+}
+
+// What each sequence of the batch has exact. They get new numbers.
+std::vector<Window::Members> Window::sequences(std::vector<Candidate>& candidates, const Visible& visible) {
+  std::vector<Candidate*> of_batch(batch_.size());
+  for (Candidate& c : candidates) {
+    if (c.row.in_flight) of_batch[c.row.index] = &c;
+  }
+  std::vector<Members> all;
+  for (int row = int(batch_.size()) - 1; row >= 0; row--) {
     if (of_batch[row]->sequence > 0) continue;  // a later row of the same sequence sees all that this one does
     n_sequences_++;
-    sequence.clear();
+    Members& sequence = all.emplace_back();
     for (Candidate& c : candidates) {
       if (!visible(row, c.row.cell)) continue;
       c.sequence = n_sequences_;
       sequence.push_back(&c);
     }
-    keep_ends(sequence, batch_[row], [&](int64_t cell) { return visible(row, cell); });
   }
+  return all;
+}
+
+std::vector<Window::Row> Window::settle(const Visible& visible, const Judge& judge) {
+  std::vector<Row> leaving;
+  if (!settles_) return leaving;
+  settles_ = false;
+  std::vector<Candidate> all = candidates();
+  for (Members& sequence : sequences(all, visible)) {
+    std::erase_if(sequence, [](const Candidate* c) { return c->row.in_flight; });
+    keep(sequence, size_.last, size_.spare, size_.total(), judge);
+    for (const Candidate* c : sequence) {
+      // What another sequence sees as well is that one's to let go.
+      if (!c->keep && c->sequence == sequence.front()->sequence) leaving.push_back(c->row);
+    }
+  }
+  for (const Row& row : leaving) empty(slots_[row.index]);
+  return leaving;
+}
+
+Window::Changes Window::commit(const Visible& visible, const Judge& judge) {
+  const uint64_t seen_from = n_sequences_ + 1;
+  std::vector<Candidate> all = candidates();
+  std::vector<Members> seen;
+  if (max_slots_ > 0) seen = sequences(all, visible);
+  n_before_ = n_written_;
+  n_written_ += batch_.size();
+  settles_ = false;
+  for (Members& sequence : seen) {
+    int n_new = 0;
+    for (const Candidate* c : sequence) n_new += c->row.in_flight;
+    const bool waits = n_new > 1 && n_new <= size_.spare;
+    keep(sequence, size_.last, size_.spare, waits ? size_.slots() : size_.total(), judge);
+    settles_ = settles_ || (waits && int(sequence.size()) > size_.total());
+  }
+  fit(all, seen, judge);
 
   std::map<int64_t, int> arriving;  // by stream
-  for (const Candidate& c : candidates) {
+  for (const Candidate& c : all) {
     if (c.row.in_flight) {
-      if (c.keep) arriving[c.row.cell / cells_per_stream_]++;
+      if (c.keep) arriving[stream_of(c.row.cell)]++;
       continue;
     }
-    const bool seen = c.sequence >= seen_from, gone = !seen && overwritten_.count(c.sequence);
+    const bool is_seen = c.sequence >= seen_from, gone = !is_seen && overwritten_.count(c.sequence);
     // What is gone leaves when its room is needed, not at once: the next conversation is about to write over most of
     // it, and what is written over need not be coded.
     slots_[c.row.index].sequence = gone ? kGone : c.sequence;
-    if (seen && !c.keep) empty(slots_[c.row.index]);
+    if (is_seen && !c.keep) empty(slots_[c.row.index]);
   }
-  for (const auto& [stream, n] : arriving) let_go_unseen(stream, n, seen_from);
+  for (const auto& [stream, n] : arriving) make_room(stream, n, seen_from);
   Changes changes;
-  for (const Candidate* c : of_batch) {
-    if (!c->keep) continue;
-    const int slot = free_slot(c->row.cell);
-    if (slot < 0) break;
-    slots_[slot] = {c->row.cell, c->sequence};
-    slot_of_[c->row.cell] = slot;
-    changes.moves.push_back({c->row.index, slot});
+  for (const Candidate& c : all) {
+    if (!c.row.in_flight || !c.keep) continue;
+    const int slot = free_slot();
+    fill(slot, c.row.cell, c.order, c.sequence);
+    changes.moves.push_back({c.row.index, slot});
   }
-  // Where free_slot recycled a slot that this very batch had just filled, only the last move into it counts.
-  std::erase_if(changes.moves, [this](const Move& m) { return slots_[m.slot].cell != batch_[m.batch_row]; });
   std::erase_if(rows_, [&](Row& row) {
     const int slot = row.in_flight ? find(row.cell) : row.index;
     const bool stays = slot >= 0 && slots_[slot].cell == row.cell;
@@ -198,6 +326,7 @@ Window::Changes Window::commit(const std::function<bool(int, int64_t)>& visible)
     if (stays) row = {row.cell, false, slot};
     return !stays;
   });
+  listed_ = true;
   batch_.clear();
   overwritten_.clear();
   return changes;

@@ -27,7 +27,7 @@
 
 namespace thimble::cuda {
 
-/// Byte of lane (g, t)'s stream within the block's codes.
+/// Where byte n of lane (g, t)'s stream lies within the block's codes.
 THIMBLE_HOST_DEVICE constexpr int stream_position(int g, int t, int n) {
   return n / 16 * 512 + (4 * g + t) * 16 + n % 16;
 }

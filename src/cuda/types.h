@@ -1,5 +1,5 @@
-// Structures that the host API and the kernels share. All pointers are device pointers unless a comment says pinned;
-// nothing here owns memory. Sizes are in elements, strides in what their comment says.
+// The argument structures of the host API and the kernels. All pointers are device pointers unless a comment says
+// pinned; nothing here owns memory. Sizes are in elements, strides in what their comment says.
 #pragma once
 
 #include <cstddef>
@@ -7,17 +7,17 @@
 
 namespace thimble::cuda {
 
-/// Query rows of one KV head that one block attends for: more rows make more row groups.
+/// Query rows of one KV head that one thread block attends for. More rows make more row groups.
 inline constexpr int kRowGroup = 4;
-inline constexpr int kMaxTokens = 8;  // of one attend call, a stream
+inline constexpr int kMaxTokens = 8;  // of a stream in one call of attend
 
-inline constexpr int kMaxTop = 4096;  // cells that retrieval chooses for a stream and KV head
+inline constexpr int kMaxTop = 4096;  // the most cells that retrieval chooses for a stream and KV head
 
 inline constexpr int row_groups(int n_tokens, int group) {
   return (n_tokens * group + kRowGroup - 1) / kRowGroup;
 }
 
-/// What keys or values of one layer are coded with; tables.h makes it from HeadCodecs.
+/// The codecs of one layer's keys or values; host/tables.h makes them from HeadCodecs.
 struct CodecTables {
   int head_dim = 0;
   int width = 0;  // numbers a subspace: 2, 4 or 8
@@ -42,7 +42,7 @@ struct CacheView {
   size_t stream_stride = 0, head_stride = 0, block_stride = 0;
 };
 
-/// Cells whose keys and values are at hand in full: f16, as the model wrote them.
+/// Exact keys and values of some cells: f16, as the model wrote them.
 struct ExactRows {
   const uint16_t* keys = nullptr;    // [n_streams][n_kv_heads][capacity][head_dim]
   const uint16_t* values = nullptr;  // the same
@@ -61,27 +61,50 @@ struct WindowRows {
   int capacity = 0;
 };
 
-/// New tokens' keys and values that attention reads where the model put them, and writes into the window on its way.
+/// New tokens' keys and values, where the model wrote them. Attention reads them there and writes them to the window.
 struct NewRows {
-  const float *keys = nullptr, *values = nullptr;  // as in PrepareArgs; null: none
+  const float *keys = nullptr, *values = nullptr;  // as in EncodeArgs; null: none
   size_t key_token_stride = 0, key_head_stride = 0, value_token_stride = 0, value_head_stride = 0;
   const int32_t* tokens = nullptr;                            // [n_streams][capacity], see WindowArgs
   uint16_t *window_keys = nullptr, *window_values = nullptr;  // the rows of AttendArgs::exact[0]
 };
 
-/// Which cells the window holds, the same for all layers: the first `n_first` cells of each stream for good, and the
-/// last ones written in a ring. All arrays start as: written 0, window_cells and tokens -1, hidden 0.
+inline constexpr int kMaxWindowRows = 1024;  // of a stream
+
+/// What the window knows of a stream besides its rows; all zeros at first.
+struct WindowBooks {
+  uint32_t n_batches, n_written, n_sequences;
+  uint32_t seen_from;           // the first number given to a sequence of the last batch
+  uint32_t waits;               // whether several tokens made a sequence too many, which is settled by the next batch
+  uint32_t n_single;            // sequences of one token in the last batch,
+  uint32_t single[kMaxTokens];  // their numbers
+};
+
+/// Which cells the window holds, the same for all layers (encode/window_kernel.h). At first cells and tokens are -1,
+/// all else 0.
 struct WindowArgs {
   int n_streams = 1, n_tokens = 0;
-  const int64_t* cells = nullptr;  // [n_tokens], as in PrepareArgs
+  const int64_t* cells = nullptr;  // [n_tokens], as in EncodeArgs
   int cells_per_stream = 0;
-  int capacity = 0, n_first = 0;    // rows; those that the first cells have
-  int32_t* written = nullptr;       // [n_streams]: tokens that went through the ring, modulo its size
-  int32_t* window_cells = nullptr;  // [n_streams][capacity], for ExactRows
-  int32_t* slots = nullptr;         // [n_tokens], for WindowRows
-  int32_t* tokens = nullptr;        // [n_streams][capacity]: the token that a row is to be written for, or -1
-  int64_t* displaced = nullptr;     // [n_tokens]: the cell that leaves the window for a token, to be coded; -1: none
-  uint32_t* hidden = nullptr;       // for AttendArgs; words of a stream: hidden_stream_stride
+  /// What tokens see, f16, -infinity: not. Of token i: mask_cells cells of its stream, in row i % mask_tokens of matrix
+  /// i / mask_tokens. Strides in elements. Null: all.
+  const uint16_t* mask = nullptr;
+  size_t mask_token_stride = 0, mask_stream_stride = 0;
+  int mask_tokens = 1, mask_cells = 0;
+  int n_batch_streams = 1;                         // streams that have tokens, equally many
+  int last = 0, pool = 0, spare = 0;               // WindowSize
+  int slots = 0, capacity = 0;                     // rows of a stream; those of tokens in flight, too: kMaxTokens more
+  WindowBooks* books = nullptr;                    // [n_streams]
+  int32_t* window_cells = nullptr;                 // [n_streams][capacity], for ExactRows; -1: unused
+  uint32_t *order = nullptr, *sequence = nullptr;  // [n_streams][capacity]: of writing; that saw it last
+  uint32_t* marks = nullptr;                       // [n_tokens], for the kernel alone
+  int32_t* token_slots = nullptr;                  // [n_tokens], for WindowRows
+  int32_t* tokens = nullptr;  // [n_streams][capacity]: the token that a row is to be written for, or -1
+  /// Cells that leave the window, to be coded from their rows: n_leaving[number of the batch % 2] of them.
+  int64_t* leaving_cells = nullptr;  // [n_streams * capacity]
+  int32_t* leaving_slots = nullptr;  // the same: row in the stream's window
+  int* n_leaving = nullptr;          // [2]
+  uint32_t* hidden = nullptr;        // for AttendArgs; words of a stream: hidden_stream_stride
   size_t hidden_stream_stride = 0;
 };
 
@@ -93,7 +116,7 @@ struct DenseRows {
 };
 
 /// One layer's keys and values to code.
-struct PrepareArgs {
+struct EncodeArgs {
   int n_kv_heads = 1, head_dim = 128;
 
   // Tokens to encode, of all streams. Token i goes to cell cells[i] % cells_per_stream of stream cells[i] /
@@ -120,11 +143,13 @@ struct PrepareArgs {
 
 /// The cells that leave the window, for all layers at once; what is the same for all stands here.
 struct LeaveArgs {
-  const PrepareArgs* layers = nullptr;  // device memory, [n_layers]
-  int n_layers = 0, n_kv_heads = 1;     // the most that a layer has
-  int n_tokens = 0;
-  const int64_t* cells = nullptr;  // WindowArgs::displaced
+  const EncodeArgs* layers = nullptr;  // device memory, [n_layers]
+  int n_layers = 0, n_kv_heads = 1;    // the most that a layer has
+  int n_tokens = 0;                    // of the batch; by about so many thread blocks are launched
+  const int64_t* cells = nullptr;      // WindowArgs::leaving_cells
   const int32_t* slots = nullptr;
+  const int* n_leaving = nullptr;
+  const WindowBooks* books = nullptr;
   int tokens_per_block = 1;  // filled in by the launcher
 };
 
@@ -139,8 +164,8 @@ struct DecodeArgs {
   uint16_t* rows = nullptr;  // [n_streams][n_kv_heads][n_cells][head_dim]
 };
 
-/// Rows of queries or of attention's outputs to take through a codec's transform or back, for attention over decoded
-/// rows. Token t's head h of stream s lies at in + s * stream_stride + t * token_stride + h * head_stride.
+/// Rows of queries to transform, or of attention's outputs to transform back, for attention over decoded rows. Token
+/// t's head h of stream s lies at in + s * stream_stride + t * token_stride + h * head_stride.
 struct TransformArgs {
   int n_streams = 1, n_tokens = 0, n_kv_heads = 1, group = 1, head_dim = 128;
   const float* in = nullptr;
@@ -150,28 +175,29 @@ struct TransformArgs {
   float* out = nullptr;   // [n_streams][n_tokens][n_heads][head_dim]; may be `in`, where that has this order
 };
 
-/// Choosing the cells that matter most to one step's queries, and fetching their exact keys and values.
+/// Retrieval: the `top` cells with the greatest scores for one step's queries are chosen, and their exact keys and
+/// values are fetched from the store.
 struct RetrieveArgs {
   int n_streams = 1, n_kv_heads = 1, head_dim = 128;
   int n_cells = 0;     // as in AttendArgs
-  int row_groups = 1;  // that have scores of their own
+  int row_groups = 1;  // each has scores of its own
   int top = 0;         // cells to choose for each stream and KV head
   // The store: pinned host memory or device memory, as ExactRows are, [n_streams][n_kv_heads][store_cells][head_dim].
   const uint16_t *store_keys = nullptr, *store_values = nullptr;
   int store_cells = 0;
 
-  // What the kernels leave for one another, in scratch memory (place_retrieval). Scores are the greatest over a group
-  // of 4 query rows, in units of log2 e; -infinity: masked or hidden.
-  float* scores = nullptr;                      // [n_streams][n_kv_heads][row_groups][n_cells]
-  float* tops = nullptr;                        // [n_streams][n_kv_heads][row_groups][n_cells / 64]: the greatest there
-  uint32_t* all_hidden = nullptr;               // [n_streams][n_kv_heads][n_cells / 32]: of window and chosen cells
-  int32_t* cells = nullptr;                     // [n_streams][n_kv_heads][top]: the chosen, in order; -1: none
+  // Arrays in scratch memory (place_retrieval), which one kernel writes and the next reads. A score is the greatest
+  // over a group of 4 query rows, in units of log2 e; -infinity: masked or hidden.
+  float* scores = nullptr;         // [n_streams][n_kv_heads][row_groups][n_cells]
+  float* block_maxima = nullptr;   // [n_streams][n_kv_heads][row_groups][n_cells / 64]: greatest score of each block
+  uint32_t* all_hidden = nullptr;  // [n_streams][n_kv_heads][n_cells / 32]: hidden cells, and chosen ones
+  int32_t* cells = nullptr;        // [n_streams][n_kv_heads][top]: the chosen cells, in order; -1: none
   uint16_t *keys = nullptr, *values = nullptr;  // [n_streams][n_kv_heads][top][head_dim]: their rows
 };
 
-/// Everything about one attention operation over one layer.
+/// One attention operation over one layer.
 ///
-/// Rows: the queries of one KV head, row = token * group + head within the group, padded to `row_groups` groups of 4.
+/// The query rows of a KV head are row = token * group + head within the group, padded to `row_groups` groups of 4.
 struct AttendArgs {
   int n_streams = 1, n_tokens = 1, n_kv_heads = 1, group = 1, head_dim = 128;
   int n_cells = 0;  // attended to, from cell 0 on, exact rows' included; a multiple of 64
@@ -192,14 +218,14 @@ struct AttendArgs {
   const float* slopes = nullptr;  // [n_heads], ALiBi: factor on the mask. Null: 1
   const float* sinks = nullptr;   // [n_heads], a logit that takes weight and gives no value. Null: none
 
-  /// Cells that the coded part leaves out, as they are among the exact rows: bit c % 32 of word c / 32; a word stride
-  /// for each stream and KV head (0: all heads alike). Null: none.
+  /// Hidden cells: bit c % 32 of word c / 32 is set for a cell c that is not attended to from its codes, as it is among
+  /// the exact rows. Strides in words; head stride 0: the same for all heads. Null: none.
   const uint32_t* hidden = nullptr;
   size_t hidden_stream_stride = 0, hidden_head_stride = 0;
   ExactRows exact[2];  // the window, and what retrieval fetched
   NewRows fresh;       // rows of the window that are being written
-  // Rows of cells from this one on are left out: the window may hold cells that were removed since, for which there is
-  // no mask.
+  // Exact rows of cells from this one on are left out: the window may still hold cells that were removed, for which
+  // there is no mask.
   int end_cell = INT32_MAX;
 
   /// f32 [n_streams][n_tokens][n_heads][head_dim].
@@ -217,8 +243,8 @@ struct AttendArgs {
   int* arrived = nullptr;     // [n_streams][n_kv_heads * row_groups], zero between calls
 };
 
-/// Says how `args`' cells are split. A stream's cells are `n_splits` items for thread blocks, each of which takes
-/// 2^batch_shift at once; what is the same for all is worked out here.
+/// Splits each stream's cells into `n_splits` items, of which a thread block takes 2^batch_shift at once, and fills in
+/// the fields of `args` that follow from this.
 inline void deal_out(AttendArgs& args, int n_splits, int exact_blocks, int batch_shift = 0) {
   args.batch_shift = batch_shift;
   args.row_groups = row_groups(args.n_tokens, args.group);
@@ -232,21 +258,21 @@ inline void deal_out(AttendArgs& args, int n_splits, int exact_blocks, int batch
   args.splits_inverse = n_splits == 1 ? 0 : uint32_t((1ull << 32) / uint32_t(n_splits) + 1);
 }
 
-/// Batches of items, of all thread blocks that share a KV head and a group of query rows.
+/// Number of batches of items for one KV head and row group.
 inline int n_batches(const AttendArgs& args) {
   return (args.n_streams * args.n_splits + (1 << args.batch_shift) - 1) >> args.batch_shift;
 }
 
-/// Scoring of all cells. Of `attend`, values, exact rows, sinks and output are not looked at; what there is to fill in
-/// is as in RetrieveArgs.
+/// Scores of all cells are computed into the arrays, which are as in RetrieveArgs. Values, exact rows, sinks and output
+/// of `attend` are not used.
 struct ScoreArgs {
   AttendArgs attend;
-  float *scores = nullptr, *tops = nullptr;
-  uint32_t* all_hidden = nullptr;  // a copy of attend.hidden, for each KV head
+  float *scores = nullptr, *block_maxima = nullptr;
+  uint32_t* all_hidden = nullptr;  // becomes a copy of attend.hidden for each KV head
 };
 
-/// What is attended to after retrieval: `args`, with the chosen cells taken from their rows. `drop_tail`: and the cells
-/// that are left from their codes not at all.
+/// Returns the arguments of attention after retrieval: `args` with the chosen cells as exact rows. With `drop_tail`,
+/// other cells are not attended to from their codes.
 inline AttendArgs with_retrieved(AttendArgs args, const RetrieveArgs& retrieve, bool drop_tail) {
   args.exact[1] = {retrieve.keys, retrieve.values, retrieve.cells, retrieve.top, true};
   args.hidden = drop_tail ? nullptr : retrieve.all_hidden;

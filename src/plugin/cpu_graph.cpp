@@ -88,11 +88,14 @@ void CpuGraph::run_attend(ggml_tensor* dst, int thread, int n_threads, void* dat
       }
       op.failed = op.graph->failed_;
       if (!op.failed) {
-        attention.prepare(p, n_threads, kernels());
         const bool rows_match = int64_t(op.layer->cache->window().batch().size()) == q->ne[1] * q->ne[3];
+        const Sight sight(op.node, mask ? mask->data : nullptr);
+        if (rows_match) op.layer->cache->settle([&](int row, int64_t cell) { return sight.sees(row, cell); });
+        attention.prepare(p, n_threads, kernels());
         if (op.commits) {
-          const Sight sight(op.node, mask ? mask->data : nullptr);
-          op.layer->cache->begin_commit([&](int row, int64_t cell) { return !rows_match || sight.sees(row, cell); });
+          const BatchQueries queries{p.q, p.n_heads, int(q->ne[0]), p.n_tokens, p.q_token, p.q_head, p.q_stream};
+          op.layer->cache->begin_commit([&](int row, int64_t cell) { return !rows_match || sight.sees(row, cell); },
+                                        rows_match ? queries : BatchQueries{});
         }
       }
     } catch (const std::exception& error) {

@@ -5,14 +5,14 @@
 #include <stdexcept>
 #include <utility>
 
-#include "cuda/attend.h"
+#include "cuda/attend/attend.h"
+#include "cuda/encode/encode.h"
 #include "cuda/layout.h"
-#include "cuda/prepare.h"
 #include "plugin/kv_buffer.h"
 
 namespace thimble {
 
-static_assert(DeviceCache::kInFlightRows == cuda::kInFlightRows);
+static_assert(DeviceCache::kInFlightRows == cuda::kMaxTokens && DeviceCache::kMaxRows == cuda::kMaxWindowRows);
 
 void require(const cuda::Status& status, const char* what) {
   if (!status.ok()) throw std::runtime_error(std::string(what) + ": " + status.message);
@@ -101,13 +101,13 @@ std::string CudaCache::problem(const ggml_tensor* node, NodeKind kind) const {
   return {};
 }
 
-void CudaCache::begin_batch(const int64_t* cells, int n_tokens, cudaStream_t stream) {
+void CudaCache::begin_batch(const int64_t* cells, int n_tokens, const cuda::BatchMask& mask, cudaStream_t stream) {
   std::set<int> head_dims;
   cuda::LeaveArgs leave;
-  std::vector<cuda::PrepareArgs> layers;
+  std::vector<cuda::EncodeArgs> layers;
   for (const auto& [index, layer] : layers_) {
     if (layer->has_store()) continue;  // its tokens are coded as they come
-    layers.push_back(layer->prepare_args(window_));
+    layers.push_back(layer->encode_args(window_));
     leave.n_kv_heads = std::max(leave.n_kv_heads, layer->shape().n_kv_heads);
     head_dims.insert(layer->head_dim());
   }
@@ -117,13 +117,12 @@ void CudaCache::begin_batch(const int64_t* cells, int n_tokens, cudaStream_t str
     require(cuda::Status::from(cudaMemcpy(leaving_.back().as<void>(), layers.data(), bytes, cudaMemcpyHostToDevice)),
             "the layers");
   }
-  require(cuda::update_window(device_, window_.begin_batch(cells, n_tokens), stream), "the window");
+  require(cuda::update_window(device_, window_.begin_batch(cells, n_tokens, mask), stream), "the window");
   if (layers.empty()) return;
-  leave.layers = leaving_.back().as<cuda::PrepareArgs>();
+  leave.layers = leaving_.back().as<cuda::EncodeArgs>();
   leave.n_layers = int(layers.size());
   leave.n_tokens = n_tokens;
-  leave.cells = window_.displaced();
-  leave.slots = window_.slots();
+  window_.fill(leave);
   for (int head_dim : head_dims) require(cuda::code_leaving(device_, leave, head_dim, stream), "encoding");
 }
 
@@ -138,40 +137,40 @@ cuda::CellState CudaCache::state() {
   return cuda::CellState(*state_kernels_);
 }
 
-cuda::WindowBooks CudaCache::books() const {
-  cuda::WindowBooks books;
-  require(window_.read_books(&books), "the window");
-  return books;
+cuda::HostWindow CudaCache::host_window() const {
+  cuda::HostWindow window;
+  require(window_.read(&window), "the window");
+  return window;
 }
 
 void CudaCache::read_cells(int layer, Kind kind, int64_t first, int64_t n, uint64_t hash, uint8_t* rows) {
   cuda::CellState cells = state();
-  cells.save(layers_.at(layer)->prepare_args(window_), kind, books(), first, n, hash, rows);
+  cells.save(layers_.at(layer)->encode_args(window_), kind, host_window(), first, n, hash, rows);
 }
 
 std::vector<size_t> CudaCache::write_cells(int layer, Kind kind, std::span<const int64_t> cells, uint64_t hash,
                                            const uint8_t* rows) {
-  std::vector<cuda::PrepareArgs> layers;
+  std::vector<cuda::EncodeArgs> layers;
   size_t index = 0;
   for (const auto& [number, each] : layers_) {
     if (number == layer) index = layers.size();
-    layers.push_back(each->prepare_args(window_));
+    layers.push_back(each->encode_args(window_));
   }
   cuda::CellState to = state();
-  cuda::WindowBooks books = this->books();
-  auto refused = to.load(layers, index, kind, books, cells, hash, rows, {window_size_.first, window_size_.last});
-  if (kind == Kind::key) require(window_.write_books(books), "the window");
+  cuda::HostWindow window = host_window();
+  auto refused = to.load(layers, index, kind, window, cells, hash, rows);
+  if (kind == Kind::key) require(window_.write(window), "the window");
   return refused;
 }
 
 float* CudaCache::read_keys(int layer, std::span<const int64_t> cells) {
   cuda::CellState state = this->state();
-  return state.read_keys(layers_.at(layer)->prepare_args(window_), books(), cells);
+  return state.read_keys(layers_.at(layer)->encode_args(window_), host_window(), cells);
 }
 
 void CudaCache::write_keys(int layer, std::span<const int64_t> cells) {
   cuda::CellState state = this->state();
-  state.write_keys(layers_.at(layer)->prepare_args(window_), books(), cells);
+  state.write_keys(layers_.at(layer)->encode_args(window_), host_window(), cells);
 }
 
 void CudaCache::copy_stream(int layer, Kind kind, int from, int to) {

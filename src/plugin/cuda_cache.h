@@ -4,7 +4,7 @@
 #include <map>
 #include <memory>
 
-#include "cuda/cache.h"
+#include "cuda/host/cache.h"
 #include "cuda/state/state.h"
 #include "plugin/device_cache.h"
 
@@ -34,11 +34,11 @@ public:
   cuda::DeviceLayer& layer(int index) { return *layers_.at(index); }
 
   /// Takes a batch's tokens into the window, and codes the cells that leave it, of all layers.
-  void begin_batch(const int64_t* cells, int n_tokens, cudaStream_t stream);
+  void begin_batch(const int64_t* cells, int n_tokens, const cuda::BatchMask& mask, cudaStream_t stream);
 
 private:
   cuda::CellState state();
-  cuda::WindowBooks books() const;
+  cuda::HostWindow host_window() const;
 
   cuda::DeviceInfo device_;
   WindowSize window_size_;

@@ -226,6 +226,7 @@ ggml_status CudaGraph::compute(ggml_cgraph* graph) {
 }
 
 void CudaGraph::run(const std::vector<Step>& steps, ggml_cgraph* graph) {
+  steps_ = &steps;
   for (const Step& step : steps) {
     if (!step.inner.empty()) run_inner(step.inner, graph);
     if (step.cut.layer) run_cut(step.cut);
@@ -273,12 +274,31 @@ const float* CudaGraph::slopes(float max_bias, int n_heads) {
   return memory.as<float>();
 }
 
+// What the tokens of the batch see: llama.cpp makes one mask for all layers of a cache.
+cuda::BatchMask CudaGraph::mask_of_batch(const CudaCache& cache) const {
+  for (const Step& step : *steps_) {
+    const Cut& cut = step.cut;
+    if (!cut.layer || !cut.attend || &cache_of(cut) != &cache) continue;
+    const ggml_tensor *q = cut.attend->src[0], *mask = cut.attend->src[3];
+    cuda::BatchMask batch;
+    batch.n_tokens = int(q->ne[1]);
+    batch.n_streams = int(q->ne[3]);
+    batch.n_cells = int(cut.attend->src[1]->ne[1]);
+    if (!mask) return batch;
+    batch.data = data<uint16_t>(mask);
+    batch.token_stride = mask->nb[1] / sizeof(uint16_t);
+    batch.stream_stride = mask->ne[3] > 1 ? mask->nb[3] / sizeof(uint16_t) : 0;
+    return batch;
+  }
+  throw std::runtime_error("cells are written in a graph that does not attend to them");
+}
+
 // What there is to encode; the window takes in the cells before the first layer's.
-cuda::PrepareArgs CudaGraph::prepare_args(const Cut& cut) {
+cuda::EncodeArgs CudaGraph::encode_args(const Cut& cut) {
   CudaCache& cache = cache_of(cut);
   cuda::DeviceLayer& layer = cache.layer(cut.layer->index);
   cuda::DeviceWindow& window = cache.window();
-  cuda::PrepareArgs p = layer.prepare_args(window);
+  cuda::EncodeArgs p = layer.encode_args(window);
   for (Kind kind : {Kind::key, Kind::value}) {
     const ggml_tensor* write = cut.writes[int(kind)];
     if (!write) continue;
@@ -291,7 +311,7 @@ cuda::PrepareArgs CudaGraph::prepare_args(const Cut& cut) {
     uint64_t& batch = layer.batch[int(kind)];
     if (batch == window.batch()) {  // the first of this batch to be written
       if (p.n_tokens > cuda::kMaxTokens) require(window.keep_cells(stream_), "the window");
-      cache.begin_batch(p.cells, p.n_tokens, stream_);
+      cache.begin_batch(p.cells, p.n_tokens, mask_of_batch(cache), stream_);
     }
     batch = window.batch();
   }
@@ -302,9 +322,9 @@ void CudaGraph::run_cut(const Cut& cut) {
   if (cut.shift) return shift(cut);
   go_to_ours();
   mind_refused(cut);
-  cuda::PrepareArgs p = prepare_args(cut);
+  cuda::EncodeArgs p = encode_args(cut);
   if (!cut.attend) {
-    require(cuda::prepare(device_, p, stream_), "encoding");
+    require(cuda::encode(device_, p, stream_), "encoding");
   } else if (is_prefill(cut.attend)) {
     prefill(cut, p);
   } else {
@@ -398,7 +418,7 @@ void CudaGraph::shift(const Cut& cut) {
 
 // New tokens wait for their coding until they leave the window: attention takes their rows into it. Where there is an
 // exact store they are coded at once, by the kernel that puts their rows there, before retrieval looks for them.
-void CudaGraph::attend(const Cut& cut, const cuda::PrepareArgs& p) {
+void CudaGraph::attend(const Cut& cut, const cuda::EncodeArgs& p) {
   const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1], *mask = cut.attend->src[3];
   const auto [scale, max_bias, softcap] = attention_parameters(cut.attend);
   CudaCache& cache = cache_of(cut);
@@ -445,7 +465,7 @@ void CudaGraph::attend(const Cut& cut, const cuda::PrepareArgs& p) {
     a.fresh.window_keys += rows;
     a.fresh.window_values += rows;
   } else {
-    require(cuda::prepare(device_, p, stream_), "encoding");
+    require(cuda::encode(device_, p, stream_), "encoding");
   }
   a.hidden = window.hidden(stream);
   a.hidden_stream_stride = window.hidden_stride();
@@ -506,17 +526,17 @@ void CudaGraph::decode(const Cut& cut, const cuda::DenseRows& rows, bool before_
     require(cuda::decode_cells(device_, d, stream_), "decoding");
   }
   // The window's cells need not be coded. While new tokens' rows are not written, it holds those of before.
-  cuda::PrepareArgs exact = layer.prepare_args(cache.window());
+  cuda::EncodeArgs exact = layer.encode_args(cache.window());
   exact.from_window = true;
   exact.window_cells = before_batch ? cache.window().kept_cells() : cache.window().cells(0);
   exact.n_tokens = cache.window().n_streams() * exact.window.capacity;
   exact.dense = rows;
-  require(cuda::prepare(device_, exact, stream_), "rows of the window");
+  require(cuda::encode(device_, exact, stream_), "rows of the window");
 }
 
 // Many query tokens: all cells become f16 rows, and the inner backend's flash attention does the rest. Without an exact
 // store it is over transformed rows, and queries and outputs are transformed for it.
-void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
+void CudaGraph::prefill(const Cut& cut, cuda::EncodeArgs& p) {
   const ggml_tensor *q = cut.attend->src[0], *k = cut.attend->src[1];
   const cuda::DeviceLayer& layer = cache_of(cut).layer(cut.layer->index);
   const int n_streams = int(q->ne[3]), n_tokens = int(q->ne[1]), n_heads = int(q->ne[2]), n_cells = int(k->ne[1]);
@@ -529,7 +549,7 @@ void CudaGraph::prefill(const Cut& cut, cuda::PrepareArgs& p) {
     decode(cut, rows, /*before_batch=*/p.n_tokens > 0);
     p.dense = rows;
   }
-  require(cuda::prepare(device_, p, stream_), "encoding");
+  require(cuda::encode(device_, p, stream_), "encoding");
   if (!is_transformed) read_store(cut, rows);
 
   cuda::TransformArgs t;

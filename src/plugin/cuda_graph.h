@@ -12,10 +12,10 @@
 #include <map>
 #include <vector>
 
-#include "cuda/attend.h"
-#include "cuda/memory.h"
-#include "cuda/prepare.h"
-#include "cuda/retrieve.h"
+#include "cuda/attend/attend.h"
+#include "cuda/encode/encode.h"
+#include "cuda/host/memory.h"
+#include "cuda/retrieve/retrieve.h"
 #include "plugin/cuda_cache.h"
 #include "plugin/graph.h"
 #include "plugin/plan.h"
@@ -50,12 +50,13 @@ private:
   void run_cut(const Cut& cut);
   void shift(const Cut& cut);
   void mind_refused(const Cut& cut);
-  void attend(const Cut& cut, const cuda::PrepareArgs& prepare);
+  void attend(const Cut& cut, const cuda::EncodeArgs& encode);
   void retrieve(const Cut& cut, const cuda::AttendArgs& attend);
-  void prefill(const Cut& cut, cuda::PrepareArgs& prepare);
+  void prefill(const Cut& cut, cuda::EncodeArgs& encode);
   void read_store(const Cut& cut, const cuda::DenseRows& rows);
   void decode(const Cut& cut, const cuda::DenseRows& rows, bool before_batch);
-  cuda::PrepareArgs prepare_args(const Cut& cut);
+  cuda::EncodeArgs encode_args(const Cut& cut);
+  cuda::BatchMask mask_of_batch(const CudaCache& cache) const;
   const float* slopes(float max_bias, int n_heads);
   template <typename T>
   T* scratch(cuda::DeviceMemory& memory, size_t n);
@@ -68,7 +69,8 @@ private:
   bool capturing_ = false, can_capture_ = true;
   uint64_t clock_ = 0;
   std::vector<Seen> seen_;
-  ggml_tensor marker_{};  // see run_inner
+  const std::vector<Step>* steps_ = nullptr;  // that are run
+  ggml_tensor marker_{};                      // see run_inner
   ggml_tensor stand_ins_[4]{};
   cuda::DeviceMemory workspace_, queries_, dense_, retrieval_;
   cuda::DeviceMemory positions_;

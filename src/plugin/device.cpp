@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention/kernels.h"
 #include "ggml-impl.h"
+#include "kernels/kernels.h"
 #include "plugin/graph.h"
 #include "plugin/kv_buffer.h"
 #include "plugin/settings.h"

@@ -17,6 +17,7 @@ class DeviceCache {
 public:
   /// Exact rows that a stream has beside the window's, for the tokens that are being decoded.
   static constexpr int kInFlightRows = 8;
+  static constexpr int kMaxRows = 1024;  // exact rows of a stream
 
   virtual ~DeviceCache() = default;
 

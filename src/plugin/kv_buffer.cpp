@@ -30,10 +30,12 @@ KvBuffer& context_of(ggml_backend_buffer_t buffer) {
   return *static_cast<KvBuffer*>(buffer->context);
 }
 
-int window_slots(const Settings& settings, int64_t n_streams, bool on_cpu) {
+int window_slots(const Settings& settings, int64_t cells_per_stream, int64_t n_streams, bool on_cpu) {
   const WindowSize& window = settings.window;
   if (settings.passthrough()) return 0;
-  return (on_cpu ? window.total() : window.first + window.last + DeviceCache::kInFlightRows) * int(n_streams);
+  if (on_cpu) return window.slots() * int(n_streams);
+  const int slots = Window::slots_of_stream(window, cells_per_stream, int(n_streams));
+  return std::min(slots + DeviceCache::kInFlightRows, DeviceCache::kMaxRows) * int(n_streams);
 }
 
 // Values of which only the window and retrieved cells are read need no codes.
@@ -50,7 +52,9 @@ size_t reserved_bytes(const ggml_tensor* tensor, const CacheName& name, const Se
   const Format format = source.format(name.layer, name.kind, head_dim);
   const CacheShape shape{int(width / format.head_dim), tensor->ne[1], int(tensor->ne[2])};
   // In RAM the exact store has the window's rows, too.
-  const int n_slots = on_cpu && source.retrieves(name.layer) ? 0 : window_slots(settings, shape.n_streams, on_cpu);
+  const int n_slots = on_cpu && source.retrieves(name.layer)
+                          ? 0
+                          : window_slots(settings, shape.cells_per_stream, shape.n_streams, on_cpu);
   return CacheSide::memory_bytes(shape, format, n_slots, is_coded(name.kind, name.layer, settings, source));
 }
 
@@ -279,7 +283,7 @@ void KvBuffer::bind_on_device(ManagedLayer& layer, int key_dim, int value_dim, i
     const int dim = kind == Kind::key ? key_dim : value_dim;
     const ggml_tensor* tensor = layer.tensors[int(kind)];
     const Format format = checked_format(layer, kind, dim, shape);
-    const int n_slots = window_slots(settings_, shape.n_streams, /*on_cpu=*/false);
+    const int n_slots = window_slots(settings_, shape.cells_per_stream, shape.n_streams, /*on_cpu=*/false);
     const size_t needed =
         CacheSide::memory_bytes(shape, format, n_slots, is_coded(kind, layer.index, settings_, *source_));
     if (needed > reserved_bytes(tensor, {kind, layer.index}, settings_, *source_, /*on_cpu=*/false)) {
@@ -310,7 +314,7 @@ void KvBuffer::bind_in_ram(ManagedLayer& layer, int key_dim, int value_dim, int 
                         : ExactStore::ram(shape.n_cells(), tensor->ne[0]);
       store_bytes_ += store->total_bytes();
     }
-    const int n_slots = store ? 0 : window_slots(settings_, shape.n_streams, /*on_cpu=*/true);
+    const int n_slots = store ? 0 : window_slots(settings_, shape.cells_per_stream, shape.n_streams, /*on_cpu=*/true);
     const bool coded = is_coded(kind, layer.index, settings_, *source_);
     const size_t bytes = CacheSide::memory_bytes(shape, format, n_slots, coded);
     uint8_t* memory = static_cast<uint8_t*>(tensor->data);
@@ -326,10 +330,10 @@ void KvBuffer::bind_in_ram(ManagedLayer& layer, int key_dim, int value_dim, int 
   layer.drop_tail = settings_.drop_tail;
   const int n_streams = keys.shape().n_streams;
   const int64_t cells = keys.shape().cells_per_stream;
-  const int sequences = n_streams > 1 ? n_streams : settings_.sequences;
   WindowSize window = settings_.window;
-  if (keys.store()) window.spare = 0;  // a state of exact rows does not say which cells were not coded yet
-  const int max_slots = settings_.passthrough() ? 0 : window.total() * sequences;
+  // A state of exact rows does not say which cells were not coded yet, and what matters most is retrieved.
+  if (keys.store()) window.spare = window.pool = 0;
+  const int max_slots = settings_.passthrough() ? 0 : Window::slots_of_stream(window, cells, n_streams) * n_streams;
   layer.cache =
       std::make_unique<CacheLayer>(std::move(keys), std::move(values), Window(window, max_slots, cells, n_streams));
 }
@@ -432,11 +436,8 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
     const uint8_t* row = data + i * row_bytes;
     const int64_t cell = rows.first + i;
     auto& refused = rows.layer->refused[int(rows.kind)];
-    // llama.cpp loads the cells of a sequence in one go where they are adjacent: these were its window.
-    const bool in_window =
-        rows.layer->top == 0 || i < settings_.window.first || i >= rows.count - settings_.window.last;
     try {
-      load_cell(*rows.layer->cache, rows.kind, cell, source_->hash(), row, in_window);
+      load_cell(*rows.layer->cache, rows.kind, cell, source_->hash(), row);
       refused.erase(cell);
     } catch (const std::runtime_error& error) {
       refused[cell].assign(row, row + row_bytes);

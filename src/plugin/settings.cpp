@@ -70,13 +70,9 @@ Settings Settings::parse(const std::string& text) {
       s.key_bits = parse_bits(value.substr(0, slash));
       s.value_bits = slash == std::string::npos ? s.key_bits : parse_bits(value.substr(slash + 1));
     } else if (key == "window") {
-      const size_t plus = value.find('+');
-      if (plus == std::string::npos) fail("window=" + value + " must be FIRST+LAST, as in window=8+128");
-      s.window.first = parse_int("window", value.substr(0, plus), 0, 65536);
-      s.window.last = parse_int("window", value.substr(plus + 1), 0, 65536);
-      if (s.window.first + s.window.last == 0) s.window.spare = 0;
-    } else if (key == "sequences") {
-      s.sequences = parse_int(key, value, 1, 256);
+      s.window.last = parse_int(key, value, 0, 65536);
+    } else if (key == "pool") {
+      s.window.pool = parse_int(key, value, 0, 65536);
     } else if (key == "small") {
       s.small_cells = parse_int(key, value, 0, 1 << 30);
     } else if (key == "profile") {
@@ -98,9 +94,11 @@ Settings Settings::parse(const std::string& text) {
       s.policy = Settings::Policy(choose(key, value, kPolicies));
     } else {
       fail("unknown key '" + key +
-           "'; known are bits, window, sequences, small, profile, device, top, store, path, tail, policy");
+           "'; known are bits, window, pool, small, profile, device, top, store, path, tail, policy");
     }
   }
+  if (s.window.last == 0 && !given.count("pool")) s.window.pool = 0;
+  if (s.window.last + s.window.pool == 0) s.window.spare = 0;
   if (s.top == 0) {
     for (const char* key : {"store", "path", "tail", "policy"}) {
       if (given.count(key)) fail(std::string(key) + "= has no meaning without top=");
@@ -121,8 +119,8 @@ Settings Settings::from_environment() {
 std::string Settings::to_string() const {
   std::string text = "bits=" + number(key_bits);
   if (value_bits != key_bits) text += "/" + number(value_bits);
-  text += ",window=" + std::to_string(window.first) + "+" + std::to_string(window.last);
-  text += ",sequences=" + std::to_string(sequences) + ",small=" + std::to_string(small_cells);
+  text += ",window=" + std::to_string(window.last) + ",pool=" + std::to_string(window.pool);
+  text += ",small=" + std::to_string(small_cells);
   if (!profile.empty()) text += ",profile=" + profile;
   if (!device.empty()) text += ",device=" + device;
   if (top > 0) {

@@ -1,11 +1,10 @@
-// What the environment variable THIMBLE_KV says, e.g. "bits=2,window=8+128".
+// What the environment variable THIMBLE_KV says, e.g. "bits=2,window=128".
 //
 //   - bits=4: bits a number: 16 (f16, nothing coded), 4, 3, 2, 1.5, 1.25 or 1; bits=K/V gives keys and values their
 //   own.
-//   - window=8+128: cells of each sequence kept in full precision, the first and the last written (and up to 16 more,
-//     which are then coded together).
-//   - sequences=4: sequences of a unified cache that get a window each (a cache of one stream per sequence needs no
-//     number).
+//   - window=128: the last cells of each sequence, by order of writing, that are kept in full precision (and up to 16
+//     more, which are then coded together); with window=0 there is no pool unless pool= asks for one.
+//   - pool=40: other cells of each sequence that are kept in full precision because they matter most (cache/pool.h).
 //   - small=1024: caches of at most this many cells (sliding windows) stay f16; 0 codes all.
 //   - profile=PATH: calibration of the model; without it the uncalibrated codec is used.
 //   - device=NAME: ggml device to run on, by its name or its backend's; read when the plugin is loaded. Without it, the
@@ -31,8 +30,7 @@ namespace thimble {
 struct Settings {
   double key_bits = 4;
   double value_bits = 4;
-  WindowSize window{8, 128, 16};
-  int sequences = 4;
+  WindowSize window;
   int small_cells = 1024;
   std::string profile;
   std::string device;

@@ -16,8 +16,8 @@ namespace {
 void set_plugin(const SessionOptions& options, const EvalCache& cache) {
   // small=0: short contexts are coded too.
   char text[64];
-  std::snprintf(text, sizeof text, "bits=%g/%g,window=%d+%d,small=0", cache.key_bits, cache.value_bits, options.first,
-                options.last);
+  std::snprintf(text, sizeof text, "bits=%g/%g,window=%d,pool=%d,small=0", cache.key_bits, cache.value_bits,
+                options.last, options.pool);
   std::string settings = text;
   if (cache.top > 0) settings += ",top=" + std::to_string(cache.top) + ",policy=" + options.policy;
   if (cache.drop_tail) settings += ",tail=drop";

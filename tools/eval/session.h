@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cache/window.h"
 #include "eval/cache.h"
 #include "eval/emulated_cache.h"
 #include "model.h"
@@ -23,12 +24,15 @@ struct CalibratedProfile {
 struct SessionOptions {
   std::string model, device = "CPU";
   CalibratedProfile ours, vecinfer;
-  int first = 8, last = 128;  // the exact window
+  int first = 8, last = 128;  // the exact window; emulated caches keep the first cells
+  int pool = 40;              // where the plugin keeps those that matter most
   int n_batch = 512;
   int n_threads = 1;
   std::string policy = "all";  // layers that retrieve
   bool reference = false;      // emulate coded caches
 
+  /// That a coded cache holds.
+  int window_rows() const { return reference ? first + last : WindowSize{last, pool}.slots(); }
   const CalibratedProfile& profile_of(const EvalCache& cache) const {
     return cache.method == Method::vecinfer ? vecinfer : ours;
   }

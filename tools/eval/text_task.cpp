@@ -91,7 +91,7 @@ void print_row(const json& row) {
 json cache_row(const EvalCache& cache, const SessionOptions& options, const ModelShape& shape, int n_cells) {
   const Profile* profile = options.profile_of(cache).get();
   const bool all = options.policy == "all";
-  const CacheBytes bytes = cache_bytes(cache, profile, shape, all, n_cells, options.first + options.last);
+  const CacheBytes bytes = cache_bytes(cache, profile, shape, all, n_cells, options.window_rows());
   EvalCache lone = cache;  // bits as n_cells grows without bound: what was fetched and the window do not count
   lone.top = cache.method == Method::tailorkv ? 0 : cache.top;
   return {{"kv", cache.name},

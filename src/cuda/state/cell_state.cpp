@@ -25,7 +25,7 @@ void in_parallel(size_t n, size_t bytes_each, F f) {
   f(0, n / n_threads);
 }
 
-CellArgs side_of(const PrepareArgs& layer, Kind kind) {
+CellArgs side_of(const EncodeArgs& layer, Kind kind) {
   const bool is_key = kind == Kind::key;
   CellArgs side;
   side.is_key = is_key;
@@ -68,7 +68,7 @@ const int32_t* CellState::upload(std::span<const int32_t> slots) {
 
 // ---- saving
 
-void CellState::save(const PrepareArgs& layer, Kind kind, const WindowBooks& books, int64_t first, int64_t n,
+void CellState::save(const EncodeArgs& layer, Kind kind, const HostWindow& window, int64_t first, int64_t n,
                      uint64_t hash, uint8_t* rows) {
   kernels_.begin();
   CellArgs side = side_of(layer, kind);
@@ -79,7 +79,7 @@ void CellState::save(const PrepareArgs& layer, Kind kind, const WindowBooks& boo
     std::vector<int32_t> exact_slots;
     std::vector<size_t> exact_entries;
     for (int64_t cell = first + done; cell < first + std::min(n, done + at_once); cell++) {
-      if (const int slot = books.slot_of(cell); slot >= 0) {
+      if (const int slot = window.slot_of(cell); slot >= 0) {
         exact_entries.push_back(cells.size());
         exact_cells.push_back(cell);
         exact_slots.push_back(slot);
@@ -117,7 +117,7 @@ void CellState::save(const PrepareArgs& layer, Kind kind, const WindowBooks& boo
 }
 
 // The store is the host's memory.
-void CellState::save_stored(const PrepareArgs& layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) {
+void CellState::save_stored(const EncodeArgs& layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) {
   const CellArgs side = side_of(layer, kind);
   const size_t bytes = row_bytes(side), head_bytes = side.head_dim * sizeof(uint16_t);
   in_parallel(size_t(n), bytes, [&](size_t begin, size_t end) {
@@ -133,8 +133,8 @@ void CellState::save_stored(const PrepareArgs& layer, Kind kind, int64_t first, 
 
 // ---- loading
 
-CellState::Refused CellState::load(std::span<const PrepareArgs> layers, size_t index, Kind kind, WindowBooks& books,
-                                   std::span<const int64_t> cells, uint64_t hash, const uint8_t* rows, Ends ends) {
+CellState::Refused CellState::load(std::span<const EncodeArgs> layers, size_t index, Kind kind, HostWindow& window,
+                                   std::span<const int64_t> cells, uint64_t hash, const uint8_t* rows) {
   const CellArgs side = side_of(layers[index], kind);
   const size_t bytes = row_bytes(side), n = cells.size();
   std::vector<RowKind> kinds(n);
@@ -148,14 +148,11 @@ CellState::Refused CellState::load(std::span<const PrepareArgs> layers, size_t i
 
   kernels_.begin();
   if (kind == Kind::key) {
-    std::vector<WindowBooks::Wish> wishes(n, WindowBooks::Wish::leave);
-    for (size_t i : exact) {
-      const bool enters = !side.store || int64_t(i) < ends.first || int64_t(i) >= int64_t(n) - ends.last;
-      wishes[i] = enters ? WindowBooks::Wish::enter : WindowBooks::Wish::stay;
-    }
-    if (const auto changes = books.place(cells, wishes); changes.any()) change_window(layers, changes);
+    std::vector<bool> is_exact(n);
+    for (size_t i : exact) is_exact[i] = true;
+    if (const auto changes = window.place(cells, is_exact); changes.any()) change_window(layers, changes);
   }
-  const std::vector<int32_t> slots = books.slots_of(cells);
+  const std::vector<int32_t> slots = window.slots_of(cells);
   load_codes(side, cells, slots, coded, rows);
   load_exact(layers[index], side, cells, slots, exact, rows);
   kernels_.wait();
@@ -163,13 +160,13 @@ CellState::Refused CellState::load(std::span<const PrepareArgs> layers, size_t i
 }
 
 // Of all layers: those whose state is still to come get their rows then, the others need them now.
-void CellState::change_window(std::span<const PrepareArgs> layers, const WindowBooks::Changes& changes) {
+void CellState::change_window(std::span<const EncodeArgs> layers, const HostWindow::Changes& changes) {
   if (!changes.leaving.empty()) {
     const int64_t* cells = upload(changes.leaving);
     const int32_t* slots = upload(changes.leaving_slots);
-    for (const PrepareArgs& layer : layers) {
+    for (const EncodeArgs& layer : layers) {
       if (layer.store.keys) continue;  // its cells were coded as they came
-      PrepareArgs p = layer;
+      EncodeArgs p = layer;
       p.from_window = true;
       p.n_tokens = int(changes.leaving.size());
       p.cells = cells;
@@ -181,7 +178,7 @@ void CellState::change_window(std::span<const PrepareArgs> layers, const WindowB
   if (changes.entering.empty()) return;
   const int64_t* cells = upload(changes.entering);
   const int32_t* slots = upload(changes.entering_slots);
-  for (const PrepareArgs& layer : layers) {
+  for (const EncodeArgs& layer : layers) {
     for (Kind kind : {Kind::key, Kind::value}) {
       CellArgs side = side_of(layer, kind);
       side.n = int(changes.entering.size());
@@ -239,7 +236,7 @@ void CellState::load_codes(const CellArgs& side, std::span<const int64_t> cells,
   }
 }
 
-void CellState::load_exact(const PrepareArgs& layer, const CellArgs& side, std::span<const int64_t> cells,
+void CellState::load_exact(const EncodeArgs& layer, const CellArgs& side, std::span<const int64_t> cells,
                            std::span<const int32_t> slots, std::span<const size_t> entries, const uint8_t* rows) {
   const size_t bytes = row_bytes(side), at_once = size_t(cells_at_once(bytes));
   for (size_t done = 0; done < entries.size(); done += at_once) {
@@ -265,7 +262,7 @@ void CellState::load_exact(const PrepareArgs& layer, const CellArgs& side, std::
 }
 
 // Cells of a store are coded at once, as when they are written; those of the window when they leave it.
-void CellState::put_and_encode(const PrepareArgs& layer, CellArgs side, std::span<const int64_t> cells,
+void CellState::put_and_encode(const EncodeArgs& layer, CellArgs side, std::span<const int64_t> cells,
                                std::span<const int32_t> slots) {
   uint16_t* const store = side.store;
   std::vector<int64_t> to_encode(cells.begin(), cells.end());
@@ -280,7 +277,7 @@ void CellState::put_and_encode(const PrepareArgs& layer, CellArgs side, std::spa
   kernels_.put_rows(side);
   kernels_.wait();
   if (n_encoded == 0) return;
-  PrepareArgs p = layer;
+  EncodeArgs p = layer;
   p.n_tokens = side.n;
   p.cells = upload(to_encode);
   (side.is_key ? p.keys : p.values) = side.floats;
@@ -293,12 +290,12 @@ void CellState::put_and_encode(const PrepareArgs& layer, CellArgs side, std::spa
 
 // ---- keys, to be rotated
 
-float* CellState::read_keys(const PrepareArgs& layer, const WindowBooks& books, std::span<const int64_t> cells) {
+float* CellState::read_keys(const EncodeArgs& layer, const HostWindow& window, std::span<const int64_t> cells) {
   kernels_.begin();
   CellArgs side = side_of(layer, Kind::key);
   side.n = int(cells.size());
   side.cells = upload(cells);
-  const std::vector<int32_t> slots = books.slots_of(cells);
+  const std::vector<int32_t> slots = window.slots_of(cells);
   side.slots = upload(slots);
   side.floats = static_cast<float*>(kernels_.device_memory(Scratch::floats, 2 * cells.size() * row_bytes(side)));
   kernels_.read_rows(side);
@@ -306,14 +303,14 @@ float* CellState::read_keys(const PrepareArgs& layer, const WindowBooks& books, 
   return side.floats;
 }
 
-void CellState::write_keys(const PrepareArgs& layer, const WindowBooks& books, std::span<const int64_t> cells) {
+void CellState::write_keys(const EncodeArgs& layer, const HostWindow& window, std::span<const int64_t> cells) {
   kernels_.begin();
   CellArgs side = side_of(layer, Kind::key);
   side.n = int(cells.size());
   side.floats = static_cast<float*>(kernels_.device_memory(Scratch::floats, 2 * cells.size() * row_bytes(side)));
   side.halves = static_cast<uint16_t*>(kernels_.device_memory(Scratch::halves, cells.size() * row_bytes(side)));
   kernels_.round(side);
-  put_and_encode(layer, side, cells, books.slots_of(cells));
+  put_and_encode(layer, side, cells, window.slots_of(cells));
 }
 
 }  // namespace thimble::cuda

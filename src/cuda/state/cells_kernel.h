@@ -1,8 +1,8 @@
 // Cells of a layer to and from rows: the kernels' bodies.
 #pragma once
 
-#include "cuda/hadamard.h"
-#include "cuda/simt.h"
+#include "cuda/encode/hadamard.h"
+#include "cuda/simt/simt.h"
 #include "cuda/state/cell_args.h"
 #include "cuda/state/code_packer.h"
 

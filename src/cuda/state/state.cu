@@ -1,9 +1,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/launch.h"
-#include "cuda/memory.h"
-#include "cuda/prepare.h"
+#include "cuda/encode/encode.h"
+#include "cuda/host/launch.h"
+#include "cuda/host/memory.h"
 #include "cuda/state/cells_kernel.h"
 #include "cuda/state/state.h"
 
@@ -81,7 +81,7 @@ public:
   void put_rows(const CellArgs& a) override { rows(a, put_kernel<64>, put_kernel<128>, put_kernel<256>); }
   void widen(const CellArgs& a) override { convert(a, convert_kernel<false>); }
   void round(const CellArgs& a) override { convert(a, convert_kernel<true>); }
-  void encode(const PrepareArgs& args) override { require(prepare(device_, args, stream_)); }
+  void encode(const EncodeArgs& args) override { require(cuda::encode(device_, args, stream_)); }
 
 private:
   using Kernel = void (*)(CellArgs);

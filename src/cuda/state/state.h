@@ -5,7 +5,7 @@
 
 #include <memory>
 
-#include "cuda/device.h"
+#include "cuda/host/device.h"
 #include "cuda/state/cell_state.h"
 
 namespace thimble::cuda {

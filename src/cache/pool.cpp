@@ -1,0 +1,84 @@
+#include "cache/pool.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/kernels.h"
+
+namespace thimble {
+namespace {
+
+constexpr size_t kMostQueries = 64;
+
+// Sums that do not depend on how a compiler orders them: four, then their sum.
+float product(const float* a, const float* b, int n) {
+  float sums[4] = {};
+  int d = 0;
+  for (; d + 4 <= n; d += 4) {
+    for (int i = 0; i < 4; i++) sums[i] += a[d + i] * b[d + i];
+  }
+  for (; d < n; d++) sums[0] += a[d] * b[d];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// products[head of the group][cell]
+void multiply(const float* query, int group, int kv_head, int dim, std::span<const uint16_t* const> keys, float* out) {
+  float tile[kBlockCells * kMaxHeadDim];
+  const uint8_t* rows[kBlockCells];
+  for (size_t first = 0; first < keys.size(); first += kBlockCells) {
+    const int n = int(std::min<size_t>(kBlockCells, keys.size() - first));
+    for (int i = 0; i < n; i++) rows[i] = reinterpret_cast<const uint8_t*>(keys[first + i] + size_t(kv_head) * dim);
+    kernels().load_rows(Kind::value, rows, n, dim, tile);  // row by row
+    for (int i = 0; i < n; i++) {
+      for (int g = 0; g < group; g++) {
+        out[g * keys.size() + first + i] = product(query + size_t(g) * dim, tile + size_t(i) * dim, dim);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<float> mean_query(const BatchQueries& queries, std::span<const int> rows) {
+  std::vector<float> mean(size_t(queries.n_heads) * queries.dim, 0.0f);
+  const size_t n = std::min(rows.size(), kMostQueries);
+  for (size_t i = 0; i < n; i++) {
+    const int row = rows[i * rows.size() / n];
+    for (int h = 0; h < queries.n_heads; h++) {
+      const float* q = queries.row(row, h);
+      for (int d = 0; d < queries.dim; d++) mean[size_t(h) * queries.dim + d] += q[d];
+    }
+  }
+  for (float& x : mean) x /= float(std::max<size_t>(n, 1));
+  return mean;
+}
+
+void score_cells(std::span<const float> query, int n_heads, int n_kv_heads, int dim,
+                 std::span<const uint16_t* const> cells, std::span<const uint16_t* const> recent,
+                 std::span<float> scores) {
+  const int group = n_heads / n_kv_heads;
+  std::vector<float> of_cells(group * cells.size()), of_recent(group * recent.size());
+  std::fill(scores.begin(), scores.end(), -std::numeric_limits<float>::infinity());
+  for (int kv_head = 0; kv_head < n_kv_heads; kv_head++) {
+    const float* q = query.data() + size_t(kv_head) * group * dim;
+    multiply(q, group, kv_head, dim, cells, of_cells.data());
+    multiply(q, group, kv_head, dim, recent, of_recent.data());
+    for (int g = 0; g < group; g++) {
+      double sum = 0, squares = 0;
+      for (size_t i = 0; i < recent.size(); i++) {
+        const double x = of_recent[g * recent.size() + i];
+        sum += x;
+        squares += x * x;
+      }
+      const double n = double(std::max<size_t>(recent.size(), 1)), mean = sum / n;
+      const double deviation = std::sqrt(std::max(squares / n - mean * mean, 1e-12));
+      for (size_t i = 0; i < cells.size(); i++) {
+        const float z = float((of_cells[g * cells.size() + i] - mean) / deviation);
+        if (z > scores[i]) scores[i] = z;
+      }
+    }
+  }
+}
+
+}  // namespace thimble

@@ -1,0 +1,38 @@
+// Decodes blocks of 64 cells to f16 rows: the kernel's body. Grid [n_streams * n_kv_heads][blocks of 64 cells].
+#pragma once
+
+#include "cuda/layout.h"
+#include "cuda/simt/simt.h"
+#include "cuda/types.h"
+
+namespace thimble::cuda {
+
+template <int HeadDim, int Width>
+struct DecodeKernel {
+  static constexpr int D = HeadDim, W = Width, M = D / W;
+  static constexpr int kThreads = 256;
+
+  SIMT static void run(const DecodeArgs& a) {
+    simt::launch_dependents();
+    simt::wait_for_previous_grid();
+    const int stream = simt::block_y() / a.n_kv_heads, head = simt::block_y() % a.n_kv_heads;
+    const uint8_t* block = a.cache.data + stream * a.cache.stream_stride + head * a.cache.head_stride +
+                           simt::block_x() * a.cache.block_stride;
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + M * kBlockCells);
+    const float* words = a.codec.words + size_t(head) * D * kCodewords;
+    uint16_t* rows = a.rows + (size_t(simt::block_y()) * a.n_cells + simt::block_x() * kBlockCells) * D;
+    for (int i = simt::thread(); i < kBlockCells * M; i += kThreads) {
+      const int cell = i / M, m = i % M;
+      const int code = block[a.is_key ? cuda_key_position(M, m, cell) : cuda_value_position(m, cell)];
+      const float s = simt::half_to_float(scales[cell]), scale = code & 0x80 ? -s : s;
+      uint32_t* out = reinterpret_cast<uint32_t*>(rows + cell * D + m * W);
+      SIMT_UNROLL
+      for (int j = 0; j < W; j += 2) {
+        const float* word = words + (m * W + j) * kCodewords + (code & 0x7f);
+        out[j / 2] = simt::pack_half2(simt::mul_rn(scale, word[0]), simt::mul_rn(scale, word[kCodewords]));
+      }
+    }
+  }
+};
+
+}  // namespace thimble::cuda

@@ -1,0 +1,166 @@
+#include <algorithm>
+
+#include "cuda/encode/decode_kernel.h"
+#include "cuda/encode/encode.h"
+#include "cuda/encode/encode_kernel.h"
+#include "cuda/encode/transform_kernel.h"
+#include "cuda/encode/window_kernel.h"
+#include "cuda/formats.h"
+#include "cuda/host/launch.h"
+
+namespace thimble::cuda {
+namespace {
+
+template <int HeadDim>
+__global__ void __launch_bounds__(EncodeKernel<HeadDim>::kThreads) encode_kernel(const __grid_constant__ EncodeArgs a) {
+  EncodeKernel<HeadDim>::run(a);
+}
+
+template <int HeadDim>
+__global__ void __launch_bounds__(EncodeKernel<HeadDim>::kThreads) leave_kernel(const __grid_constant__ LeaveArgs a) {
+  EncodeKernel<HeadDim>::run_leaving(a);
+}
+
+template <int HeadDim, int Width>
+__global__ void __launch_bounds__(256) decode_kernel(const __grid_constant__ DecodeArgs a) {
+  DecodeKernel<HeadDim, Width>::run(a);
+}
+
+template <int HeadDim>
+__global__ void __launch_bounds__(HeadDim) transform_kernel(const __grid_constant__ TransformArgs a) {
+  TransformKernel<HeadDim>::run(a);
+}
+
+template <int HeadDim>
+Status launch_transform(const DeviceInfo& device, const TransformArgs& args, dim3 grid, cudaStream_t stream) {
+  using Kernel = TransformKernel<HeadDim>;
+  return launch(device, transform_kernel<HeadDim>, args, grid, HeadDim, Kernel::kSharedBytes, stream);
+}
+
+__global__ void __launch_bounds__(WindowKernel::kThreads) window_kernel(const __grid_constant__ WindowArgs a) {
+  WindowKernel::run(a);
+}
+
+template <int HeadDim>
+Status launch_encode(const DeviceInfo& device, const EncodeArgs& args, dim3 grid, cudaStream_t stream) {
+  using Kernel = EncodeKernel<HeadDim>;
+  return launch(device, encode_kernel<HeadDim>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
+}
+
+template <int HeadDim>
+Status launch_leave(const DeviceInfo& device, const LeaveArgs& args, dim3 grid, cudaStream_t stream) {
+  using Kernel = EncodeKernel<HeadDim>;
+  return launch(device, leave_kernel<HeadDim>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
+}
+
+template <int HeadDim>
+Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, dim3 grid, cudaStream_t stream) {
+  return for_width(
+      args.codec.width,
+      [&]<int Width>() { return launch(device, decode_kernel<HeadDim, Width>, args, grid, 256, 0, stream); },
+      Status::unsupported("no kernel for this width"));
+}
+
+const Status kNoHeadSize = Status::unsupported("head size must be 64, 128 or 256");
+
+bool complete(const CodecTables& codec, int head_dim, int n_kv_heads) {
+  return codec.head_dim == head_dim && codec.n_kv_heads == n_kv_heads && codec.words && codec.half_norms &&
+         (codec.width == 2 || codec.width == 4 || codec.width == 8) && (!codec.forward || (codec.mean && codec.undo));
+}
+
+}  // namespace
+
+Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream) {
+  if (args.n_kv_heads < 1 || args.n_tokens < 0) return Status::invalid("a count is out of range");
+  if (args.n_tokens == 0) return {};
+  if (args.from_window) {
+    if (!args.window.keys || !args.window.values || args.window.capacity < 1 || !(args.window_cells || args.cells)) {
+      return Status::invalid("window rows are missing");
+    }
+  } else if ((!args.keys && !args.values) || !args.cells) {
+    return Status::invalid("keys and values or cells are missing");
+  }
+  if (!args.key_cache.data || !(args.value_cache.data || args.store.values)) {
+    return Status::invalid("caches are missing");
+  }
+  if (args.cells_per_stream < 1) return Status::invalid("streams have no cells");
+  if (args.window.slots && (!args.window.keys || !args.window.values || args.window.capacity < 1)) {
+    return Status::invalid("window rows are missing");
+  }
+  if (!complete(args.key_codec, args.head_dim, args.n_kv_heads) ||
+      !complete(args.value_codec, args.head_dim, args.n_kv_heads)) {
+    return Status::invalid("a codec is incomplete");
+  }
+  // Few tokens spread over the multiprocessors, many share what they read.
+  args.tokens_per_block = std::clamp(args.n_tokens * 2 * args.n_kv_heads / (2 * device.multiprocessors), 1, 8);
+  const dim3 grid((args.n_tokens + args.tokens_per_block - 1) / args.tokens_per_block, args.n_kv_heads * 2);
+  return for_head_dim(
+      args.head_dim, [&]<int HeadDim>() { return launch_encode<HeadDim>(device, args, grid, stream); }, kNoHeadSize);
+}
+
+Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream) {
+  if (args.n_layers < 1 || args.n_kv_heads < 1 || args.n_tokens < 0) return Status::invalid("a count is out of range");
+  if (!args.layers || !args.cells || !args.slots || !args.n_leaving || !args.books) {
+    return Status::invalid("an array is missing");
+  }
+  if (args.n_tokens == 0) return {};
+  // Layers and heads are enough to fill a device. How many cells leave only the device knows: blocks take them in turn.
+  args.tokens_per_block = 8;
+  const dim3 grid(std::clamp(args.n_tokens / 8, 2, 16), args.n_layers * args.n_kv_heads * 2);
+  switch (head_dim) {
+    case 64:
+      return launch_leave<64>(device, args, grid, stream);
+    case 128:
+      return launch_leave<128>(device, args, grid, stream);
+    case 256:
+      return launch_leave<256>(device, args, grid, stream);
+    default:
+      return Status::unsupported("head size must be 64, 128 or 256");
+  }
+}
+
+Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream) {
+  if (args.n_streams < 1 || args.n_tokens < 0 || args.cells_per_stream < 1 || args.last < 0 || args.pool < 0 ||
+      args.spare < 0 || args.slots < 0 || args.capacity < args.slots || args.capacity > kMaxWindowRows ||
+      args.mask_tokens < 1 || args.n_batch_streams < 1) {
+    return Status::invalid("a count is out of range");
+  }
+  if (args.n_tokens == 0) return {};
+  if (!args.cells || !args.books || !args.window_cells || !args.order || !args.sequence || !args.marks ||
+      !args.token_slots || !args.tokens || !args.leaving_cells || !args.leaving_slots || !args.n_leaving ||
+      !args.hidden) {
+    return Status::invalid("an array is missing");
+  }
+  return launch(device, window_kernel, args, dim3(1, args.n_streams), WindowKernel::kThreads,
+                WindowKernel::kSharedBytes, stream);
+}
+
+Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream) {
+  if (args.n_streams < 1 || args.n_kv_heads < 1 || args.n_cells < 0 || args.n_cells % kBlockCells != 0) {
+    return Status::invalid("a count is out of range");
+  }
+  if (!args.cache.data || !args.rows || !complete(args.codec, args.codec.head_dim, args.n_kv_heads)) {
+    return Status::invalid("cache, rows or codec are missing");
+  }
+  if (args.n_cells == 0) return {};
+  const dim3 grid(args.n_cells / kBlockCells, args.n_streams * args.n_kv_heads);
+  return for_head_dim(
+      args.codec.head_dim, [&]<int HeadDim>() { return launch_decode<HeadDim>(device, args, grid, stream); },
+      kNoHeadSize);
+}
+
+Status transform_rows(const DeviceInfo& device, const TransformArgs& args, cudaStream_t stream) {
+  if (args.n_streams < 1 || args.n_tokens < 0 || args.n_kv_heads < 1 || args.group < 1) {
+    return Status::invalid("a count is out of range");
+  }
+  if (!args.in || !args.out || !complete(args.codec, args.head_dim, args.n_kv_heads)) {
+    return Status::invalid("rows or codec are missing");
+  }
+  const size_t rows = size_t(args.n_streams) * args.n_tokens * args.group;
+  if (rows == 0) return {};
+  const dim3 grid(unsigned((rows + kTransformRows - 1) / kTransformRows), args.n_kv_heads);
+  return for_head_dim(
+      args.head_dim, [&]<int HeadDim>() { return launch_transform<HeadDim>(device, args, grid, stream); }, kNoHeadSize);
+}
+
+}  // namespace thimble::cuda

@@ -1,0 +1,29 @@
+// Encoding of keys and values, the window's books, and rows for dense attention.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/host/device.h"
+#include "cuda/types.h"
+
+namespace thimble::cuda {
+
+/// Enqueues one kernel that codes args.n_tokens tokens' keys and values into their cells, bit for bit as encode_vector
+/// does, and writes their exact rows into the window. No two tokens of a call may go to the same cell.
+Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream);
+
+/// Enqueues one kernel that codes the cells which update_window let go, of all layers of a head size. It comes before
+/// their rows are overwritten.
+Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream);
+
+/// Enqueues one kernel that takes new tokens' cells into the window and lets go what has to leave. Once a batch, before
+/// `encode` of any layer, and followed by code_leaving. Cells that are written again leave their old row.
+Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream);
+
+/// Enqueues one kernel that decodes all cells to f16 rows.
+Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream);
+
+/// Enqueues one kernel that transforms queries for attention over decoded rows, or its outputs back.
+Status transform_rows(const DeviceInfo& device, const TransformArgs& args, cudaStream_t stream);
+
+}  // namespace thimble::cuda

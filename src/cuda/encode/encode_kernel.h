@@ -1,0 +1,273 @@
+// Encoding of keys and values: the kernel's body, in the codec's own order of operations, so that codes and scales
+// equal encode_vector's bit for bit.
+//
+// Grid [keys, values][n_kv_heads][blocks], for cells that leave the window [n_layers] of these. A block codes a few
+// tokens' vectors of one head, so that codewords and matrices are read once for all of them.
+#pragma once
+
+#include "cuda/encode/hadamard.h"
+#include "cuda/layout.h"
+#include "cuda/simt/simt.h"
+#include "cuda/types.h"
+
+namespace thimble::cuda {
+
+template <int HeadDim>
+struct EncodeKernel {
+  static constexpr int D = HeadDim;
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kMaxTokensPerBlock = 8;
+
+  struct Shared {
+    float x[kMaxTokensPerBlock][D];  // input; later the codewords' components
+    float y[kMaxTokensPerBlock][D];  // transformed
+    float inverse_rms[kMaxTokensPerBlock];
+    uint16_t scale[kMaxTokensPerBlock];
+    uint8_t codes[kMaxTokensPerBlock][D / 2];
+  };
+  static constexpr size_t kSharedBytes = sizeof(Shared);
+
+  SIMT static Shared& memory() { return *reinterpret_cast<Shared*>(simt::shared()); }
+
+  /// y = x matrix for `n` vectors, without fused multiply-adds and in index order; or the Hadamard rotation.
+  SIMT static void transform(Shared& s, int n, const float* matrix) {
+    if (matrix) {
+      const int d = simt::thread() % D;
+      for (int i = simt::thread() / D; i < n; i += kThreads / D) {
+        float sum = 0;
+        SIMT_UNROLL_BY(32)
+        for (int k = 0; k < D; k++) {
+          sum = simt::add_rn(sum, simt::mul_rn(s.x[i][k], simt::load_constant(matrix + k * D + d)));
+        }
+        s.y[i][d] = sum;
+      }
+    } else {
+      const int lane = simt::thread() % 32;
+      for (int i = simt::thread() / 32; i < n; i += kWarps) {
+        float v[1][D / 32];
+        SIMT_UNROLL
+        for (int k = 0; k < D / 32; k++) v[0][k] = s.x[i][lane * (D / 32) + k];
+        hadamard_warp<D>(v, lane);
+        SIMT_UNROLL
+        for (int k = 0; k < D / 32; k++) s.y[i][lane * (D / 32) + k] = v[0][k];
+      }
+    }
+    simt::sync();
+  }
+
+  // ---- keys and values
+
+  SIMT static bool finite(float x) { return (simt::float_to_bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+  /// Root mean squares. Vectors that have none get their code and scale here, and inverse_rms 0.
+  SIMT static void normalize(Shared& s, int n) {
+    const int i = simt::thread();
+    if (i < n) {
+      float square = 0;
+      SIMT_UNROLL_BY(32)
+      for (int d = 0; d < D; d++) square = simt::add_rn(square, simt::mul_rn(s.y[i][d], s.y[i][d]));
+      const bool plain = square != 0 && finite(square);
+      s.inverse_rms[i] = plain ? simt::div_rn(1.0f, simt::sqrt_rn(simt::div_rn(square, float(D)))) : 0.0f;
+      s.scale[i] = square == 0 ? 0 : 0x7e00;
+    }
+    simt::sync();
+  }
+
+  /// The nearest of a subspace's 256 codewords, for every vector. A warp has 4 of the 128 to a lane.
+  template <int W>
+  SIMT static void find_codes(Shared& s, int n, const CodecTables& codec, int head) {
+    constexpr int M = D / W;
+    const int lane = simt::thread() % 32;
+    for (int m = simt::thread() / 32; m < M; m += kWarps) {
+      float words[4][W], half_norms[4];
+      SIMT_UNROLL
+      for (int k = 0; k < 4; k++) {
+        half_norms[k] = simt::load_constant(codec.half_norms + (size_t(head) * M + m) * kCodewords + lane + 32 * k);
+        SIMT_UNROLL
+        for (int j = 0; j < W; j++) {
+          words[k][j] = simt::load_constant(codec.words + (size_t(head) * D + m * W + j) * kCodewords + lane + 32 * k);
+        }
+      }
+      for (int i = 0; i < n; i++) {
+        float best_gain = 0;
+        int best = -1;  // code with its sign
+        SIMT_UNROLL
+        for (int k = 0; k < 4; k++) {
+          float dot = 0;
+          SIMT_UNROLL
+          for (int j = 0; j < W; j++) {
+            dot = simt::add_rn(dot, simt::mul_rn(simt::mul_rn(s.y[i][m * W + j], s.inverse_rms[i]), words[k][j]));
+          }
+          const float gain = simt::sub_rn(fabsf(dot), half_norms[k]);
+          if (best < 0 || gain > best_gain) {
+            best_gain = gain;
+            best = (lane + 32 * k) | (dot < 0 ? 0x80 : 0);
+          }
+        }
+        SIMT_UNROLL
+        for (int mask = 1; mask < 32; mask *= 2) {
+          const float gain = simt::shuffle_xor(best_gain, mask);
+          const int code = simt::shuffle_xor(best, mask);
+          if (gain > best_gain || (gain == best_gain && (code & 0x7f) < (best & 0x7f))) {
+            best_gain = gain;
+            best = code;
+          }
+        }
+        if (lane == 0) s.codes[i][m] = s.inverse_rms[i] != 0 ? uint8_t(best) : uint8_t(0);
+      }
+    }
+    simt::sync();
+  }
+
+  /// Least-squares scales. The products are summed by one thread a vector, in order.
+  SIMT static void find_scales(Shared& s, int n, const CodecTables& codec, int head) {
+    for (int i = simt::thread(); i < n * D; i += kThreads) {
+      const int v = i / D, d = i % D, code = s.codes[v][d / codec.width];
+      const float w = simt::load_constant(codec.words + (size_t(head) * D + d) * kCodewords + (code & 0x7f));
+      s.x[v][d] = code & 0x80 ? -w : w;
+    }
+    simt::sync();
+    const int i = simt::thread();
+    if (i < n && s.inverse_rms[i] != 0) {
+      float along = 0, length = 0;
+      SIMT_UNROLL_BY(32)
+      for (int d = 0; d < D; d++) {
+        along = simt::add_rn(along, simt::mul_rn(s.y[i][d], s.x[i][d]));
+        length = simt::add_rn(length, simt::mul_rn(s.x[i][d], s.x[i][d]));
+      }
+      const float scale = length > 0 ? simt::div_rn(along, length) : 0.0f;
+      s.scale[i] = simt::float_to_half(fminf(scale, 65504.0f));
+    }
+    simt::sync();
+  }
+
+  /// Where the i-th token belongs. Cell -1: nowhere; slot -1: not in the window.
+  struct Place {
+    int stream, cell, slot;
+  };
+  SIMT static Place place(const EncodeArgs& a, int i) {
+    if (a.window_cells) return {i / a.window.capacity, a.window_cells[i], i % a.window.capacity};
+    const int64_t index = a.cells[i];
+    if (index < 0) return {0, -1, -1};
+    return {int(index / a.cells_per_stream), int(index % a.cells_per_stream), a.window.slots ? a.window.slots[i] : -1};
+  }
+
+  /// One head's row of a cell, two numbers a thread: full lines, should they go over a bus.
+  SIMT static void put(const DenseRows& rows, bool is_key, int n_kv_heads, int stream, int head, int cell,
+                       const float* y) {
+    uint16_t* to = is_key ? rows.keys : rows.values;
+    const int in_rows = stream - rows.first_stream;
+    if (!to || in_rows < 0 || in_rows >= rows.n_streams || cell >= rows.n_cells) return;
+    uint32_t* pairs =
+        reinterpret_cast<uint32_t*>(to + ((size_t(in_rows) * n_kv_heads + head) * rows.n_cells + cell) * D);
+    for (int i = simt::thread(); i < D / 2; i += kThreads) pairs[i] = simt::pack_half2(y[2 * i], y[2 * i + 1]);
+  }
+
+  template <Kind K>
+  SIMT static void encode(const EncodeArgs& a, int head) {
+    encode<K>(a, head, simt::block_x() * a.tokens_per_block);
+  }
+
+  template <Kind K>
+  SIMT static void encode(const EncodeArgs& a, int head, int first) {
+    constexpr bool kIsKey = K == Kind::key;
+    const CodecTables& codec = kIsKey ? a.key_codec : a.value_codec;
+    const CacheView& cache = kIsKey ? a.key_cache : a.value_cache;
+    uint16_t* window = kIsKey ? a.window.keys : a.window.values;
+    Shared& s = memory();
+    const int left = a.n_tokens - first;
+    const int n = left < a.tokens_per_block ? left : a.tokens_per_block, n_subspaces = D / codec.width;
+    if (n <= 0) return;
+    const auto row = [&](const Place& p) {
+      return window + ((size_t(p.stream) * a.n_kv_heads + head) * a.window.capacity + p.slot) * D;
+    };
+    const auto input = [&](int token) {
+      return kIsKey ? a.keys + token * a.key_token_stride + head * a.key_head_stride
+                    : a.values + token * a.value_token_stride + head * a.value_head_stride;
+    };
+    if (a.from_window) {
+      bool any = false;  // rows seldom leave
+      for (int i = 0; i < n; i++) any = any || place(a, first + i).cell >= 0;
+      if (!any) return;
+    }
+
+    for (int i = simt::thread() / D; i < n; i += kThreads / D) {
+      const int d = simt::thread() % D;
+      const Place p = place(a, first + i);
+      float x = 0;
+      if (a.from_window) {
+        if (p.cell >= 0) x = simt::half_to_float(row(p)[d]);
+      } else {
+        x = input(first + i)[d];
+        if (p.slot >= 0) row(p)[d] = simt::float_to_half(x);
+      }
+      s.x[i][d] = codec.forward ? simt::sub_rn(x, codec.mean[head * D + d]) : x;
+    }
+    simt::sync();
+    const bool coding = cache.data && !a.window_cells;
+    if (coding || (kIsKey ? a.dense.keys : a.dense.values)) {
+      transform(s, n, codec.forward ? codec.forward + size_t(head) * D * D : nullptr);
+    }
+    if (coding) {
+      normalize(s, n);
+      if (codec.width == 2) find_codes<2>(s, n, codec, head);
+      if (codec.width == 4) find_codes<4>(s, n, codec, head);
+      if (codec.width == 8) find_codes<8>(s, n, codec, head);
+      find_scales(s, n, codec, head);
+    }
+
+    for (int i = 0; i < n; i++) {
+      const Place p = place(a, first + i);
+      if (p.cell < 0) continue;
+      uint8_t* block = cache.data + p.stream * cache.stream_stride + head * cache.head_stride +
+                       p.cell / kBlockCells * cache.block_stride;
+      for (int m = simt::thread(); coding && m < n_subspaces; m += kThreads) {
+        block[cuda_position(K, n_subspaces, m, p.cell % kBlockCells)] = s.codes[i][m];
+      }
+      if (coding && simt::thread() == 0) {
+        reinterpret_cast<uint16_t*>(block + n_subspaces * kBlockCells)[p.cell % kBlockCells] = s.scale[i];
+      }
+      put(a.dense, kIsKey, a.n_kv_heads, p.stream, head, p.cell, s.y[i]);
+      if (!a.from_window) put(a.store, kIsKey, a.n_kv_heads, p.stream, head, p.cell, input(first + i));
+    }
+  }
+
+  /// Asks for all of a head's codewords at once: a warp that looks for codes waits for each subspace's in turn.
+  SIMT static void prefetch_words(const CodecTables& codec, int head) {
+    constexpr int kShare = D * kCodewords * int(sizeof(float)) / kWarps;
+    const int warp = simt::thread() / 32;
+    simt::prefetch_l2<kShare>(reinterpret_cast<const uint8_t*>(codec.words), (head * kWarps + warp) * kShare,
+                              simt::thread() % 32);
+  }
+
+  SIMT static void run(const EncodeArgs& a) {
+    simt::launch_dependents();
+    const int part = simt::block_y() / a.n_kv_heads, head = simt::block_y() % a.n_kv_heads;
+    prefetch_words(part == 0 ? a.key_codec : a.value_codec, head);
+    simt::wait_for_previous_grid();
+    if (part == 0 && (a.keys || a.from_window)) encode<Kind::key>(a, head);
+    if (part == 1 && (a.values || a.from_window)) encode<Kind::value>(a, head);
+  }
+
+  /// Codes what leaves the windows of all layers with this head size.
+  SIMT static void run_leaving(const LeaveArgs& a) {
+    simt::launch_dependents();
+    const int part = simt::block_y() % 2, head = simt::block_y() / 2 % a.n_kv_heads;
+    EncodeArgs layer = a.layers[simt::block_y() / 2 / a.n_kv_heads];
+    if (layer.head_dim != D || head >= layer.n_kv_heads) return;
+    layer.cells = a.cells;
+    layer.window.slots = a.slots;
+    layer.from_window = true;
+    layer.tokens_per_block = a.tokens_per_block;
+    simt::wait_for_previous_grid();
+    layer.n_tokens = a.n_leaving[(a.books->n_batches - 1) & 1];
+    for (int first = simt::block_x() * a.tokens_per_block; first < layer.n_tokens;
+         first += simt::blocks_x() * a.tokens_per_block) {
+      if (part == 0) encode<Kind::key>(layer, head, first);
+      if (part == 1) encode<Kind::value>(layer, head, first);
+      simt::sync();
+    }
+  }
+};
+
+}  // namespace thimble::cuda

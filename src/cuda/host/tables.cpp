@@ -1,0 +1,85 @@
+#include "cuda/host/tables.h"
+
+#include <stdexcept>
+
+#include "cuda/layout.h"
+
+namespace thimble::cuda {
+namespace {
+
+// Order of a codeword's bytes: subspace by subspace; where values have width 2, the subspaces u * 16 + g and
+// u * 16 + 8 + g make one 32-bit entry, as the value table has them.
+int packed_position(const Format& format, Kind kind, int component) {
+  const int width = format.width(0), subspace = component / width;
+  if (kind == Kind::key || width != 2) return component;
+  const int unit = subspace / 16, high = subspace / 8 % 2, g = subspace % 8;
+  return ((unit * 8 + g) * 2 + high) * 2 + component % 2;
+}
+
+bool is_hadamard(const Transform& transform) {
+  std::vector<float> x(transform.head_dim()), y(x.size());
+  x[0] = 1;
+  transform.forward(x.data(), y.data());
+  return !transform.is_dense() && y.back() != 0;  // the identity's is zero
+}
+
+template <typename T>
+void append(std::vector<T>& to, const std::vector<T>& from) {
+  to.insert(to.end(), from.begin(), from.end());
+}
+
+}  // namespace
+
+HostTables pack_tables(const std::vector<HeadCodec>& heads) {
+  if (heads.empty()) throw std::invalid_argument("no heads");
+  const Format& format = heads[0].format;
+  const Kind kind = heads[0].kind;
+  const bool dense = heads[0].transform.is_dense();
+  if (!cuda_supports(format)) throw std::invalid_argument("the CUDA kernels do not support this format");
+  HostTables tables;
+  tables.head_dim = format.head_dim;
+  tables.width = format.width(0);
+  tables.n_kv_heads = int(heads.size());
+  for (const HeadCodec& codec : heads) {
+    if (codec.format != format || codec.kind != kind || codec.transform.is_dense() != dense) {
+      throw std::invalid_argument("the heads of a layer differ in format or kind of transform");
+    }
+    if (!dense && !is_hadamard(codec.transform)) throw std::invalid_argument("transform is neither Hadamard nor dense");
+    std::vector<uint32_t> packed(size_t(kCodewords) * format.head_dim / 4);
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(packed.data());
+    for (int c = 0; c < kCodewords; c++) {
+      for (int d = 0; d < format.head_dim; d++) {
+        bytes[size_t(c) * format.head_dim + packed_position(format, kind, d)] = uint8_t(codec.codebook.word(d, c));
+      }
+    }
+    append(tables.packed, packed);
+    append(tables.scale, codec.codebook.scale);
+    append(tables.words, codec.words);
+    append(tables.half_norms, codec.half_norms);
+    if (dense) {
+      append(tables.mean, codec.transform.mean());
+      append(tables.forward, codec.transform.matrix());
+      append(tables.undo, kind == Kind::key ? codec.transform.query_matrix() : codec.transform.inverse_matrix());
+    }
+  }
+  return tables;
+}
+
+CodecTables HostTables::view() const {
+  CodecTables t;
+  t.head_dim = head_dim;
+  t.width = width;
+  t.n_kv_heads = n_kv_heads;
+  t.packed = packed.data();
+  t.scale = scale.data();
+  t.words = words.data();
+  t.half_norms = half_norms.data();
+  if (!forward.empty()) {
+    t.mean = mean.data();
+    t.forward = forward.data();
+    t.undo = undo.data();
+  }
+  return t;
+}
+
+}  // namespace thimble::cuda

@@ -1,0 +1,324 @@
+// Attention from codes, for every instruction set.
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/blocked_parts.h"
+
+namespace thimble::blocked {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kLog2e = 1.44269504f;
+
+// The next blocks that some query token sees something of.
+struct Superblock {
+  int n = 0;
+  int index[kSuperblock];
+  const uint8_t* k[kSuperblock];
+  const uint8_t* v[kSuperblock];
+  uint64_t visible[kMaxCodeTokens][kSuperblock];
+  const uint16_t* masks[kMaxCodeTokens][kSuperblock];
+  bool adds[kMaxCodeTokens];
+};
+
+class BlockReader {
+public:
+  BlockReader(const IsaOps& ops, const CodedCells& cells, const Mask& mask, int n_tokens)
+      : ops_(ops), cells_(cells), mask_(mask), n_tokens_(n_tokens), next_(cells.first_block) {}
+
+  void read(Superblock& s) {
+    s.n = 0;
+    std::fill_n(s.adds, n_tokens_, false);
+    for (; next_ < cells_.last_block && s.n < kSuperblock; next_++) {
+      const int n_cells = cells_.n_cells - next_ * kBlockCells;
+      const uint64_t present = first_bits(n_cells) & ~(cells_.hidden ? cells_.hidden[next_] : 0);
+      uint64_t any = mask_.data ? 0 : present;
+      for (int t = 0; t < n_tokens_; t++) {
+        s.visible[t][s.n] = present;
+        if (!mask_.data) continue;
+        s.masks[t][s.n] = padded(mask_.at(ptrdiff_t(next_) * kBlockCells).data + t * mask_.stride, n_cells, room_[t]);
+        const MaskBits bits = ops_.tiles.mask_bits(s.masks[t][s.n]);
+        s.visible[t][s.n] &= bits.visible;
+        s.adds[t] |= bits.adds;
+        any |= s.visible[t][s.n];
+      }
+      if (!any) continue;
+      s.index[s.n] = next_;
+      s.k[s.n] = cells_.k_blocks + next_ * cells_.keys->format.block_bytes();
+      s.v[s.n] = cells_.v_blocks + next_ * cells_.values->format.block_bytes();
+      s.n++;
+    }
+  }
+
+private:
+  const IsaOps& ops_;
+  const CodedCells& cells_;
+  const Mask mask_;
+  const int n_tokens_;
+  int next_;
+  uint16_t room_[kMaxCodeTokens][kBlockCells];  // of the last block's mask
+};
+
+int value_groups(const Format& f, ValueGroup* groups) {
+  int n = 0, m = 0;
+  for (int d = 0; d < f.head_dim;) {
+    ValueGroup& g = groups[n++];
+    g = {int16_t(d), int16_t(m), int16_t(m), 4};
+    if (f.width(m) == 2) {
+      m++;
+      g.code_row2 = int16_t(m);
+      // The last of an odd number of pairs stands alone, so that what follows keeps its four to a group.
+      if (m == f.n_width2) g.components = 2;
+      m += g.components == 4;
+    } else {
+      m += d + 4 == f.offset(m) + f.width(m);
+    }
+    d += g.components;
+  }
+  return n;
+}
+
+// Tables of all rows; their steps say how large the unit of a look-up is.
+void build_luts(const IsaOps& ops, const Queries& queries, const HeadCodec& keys, bool wide, float* room, uint8_t* luts,
+                size_t lut_bytes, float* steps) {
+  uint8_t widths[kMaxHeadDim / 2];
+  const int n_subspaces = keys.format.n_subspaces();
+  for (int m = 0; m < n_subspaces; m++) widths[m] = uint8_t(keys.format.width(m));
+  for (int row = 0; row < queries.n_rows; row++) {
+    float q[kMaxHeadDim], size = 0;
+    for (int m = 0, d = 0; m < n_subspaces; m++) {
+      for (const int end = d + widths[m]; d < end; d++) {
+        q[d] = queries.q[size_t(row) * queries.dim + d] * keys.codebook.scale[m];
+        size += std::fabs(q[d]);
+      }
+    }
+    steps[row] =
+        ops.codes.build_luts(q, keys.codebook.words.data(), widths, n_subspaces, wide, room, luts + row * lut_bytes);
+    if (!std::isfinite(size)) steps[row] = kNaN;
+  }
+}
+
+// Pairs of numbers are the format of 3 and 4 bits, whose own error is so small that look-ups and weights of 8 bits
+// would add to it.
+bool is_wide(const Format& format) {
+  return format.n_width2 > 0;
+}
+
+size_t lut_bytes_of(const IsaOps& ops, const Format& keys) {
+  return ops.codes.lut_bytes(keys.head_dim, keys.n_subspaces(), is_wide(keys));
+}
+
+float* kept_scores(const CodedCells& cells, int row, int block) {
+  return cells.scores.data + row * cells.scores.stride + size_t(block) * kBlockCells;
+}
+
+// A row's scores from q.k, in place; the rest as finish_scores has it.
+float finish(const IsaOps& ops, const Queries& queries, int row, const Superblock& blocks, float* scores,
+             const float* log_weight, float* max_log) {
+  const int token = row / queries.group;
+  return ops.tiles.finish_scores(scores, blocks.n, blocks.visible[token],
+                                 blocks.adds[token] ? blocks.masks[token] : nullptr,
+                                 queries.bias ? queries.bias[row] : 0.0f, queries.slope ? queries.slope[row] : 1.0f,
+                                 queries.softcap, log_weight, max_log);
+}
+
+// A row's kept scores of a superblock, one block after the other: where they lie so, or else in `room`.
+float* take_kept(const CodedCells& cells, int row, const Superblock& blocks, float* room) {
+  float* first = kept_scores(cells, row, blocks.index[0]);
+  if (blocks.index[blocks.n - 1] - blocks.index[0] == blocks.n - 1) return first;
+  for (int b = 0; b < blocks.n; b++) {
+    std::copy_n(kept_scores(cells, row, blocks.index[b]), kBlockCells, room + b * kBlockCells);
+  }
+  return room;
+}
+
+void ask_for(const Prefetch& prefetch) {
+  for (int b = 0; b < prefetch.n_blocks; b++) {
+    for (int line = 0; line < prefetch.lines; line++) __builtin_prefetch(prefetch.blocks[b] + line * 64, 0, 2);
+  }
+}
+
+// State of the running softmax of one row.
+struct Row {
+  float max = kHidden, sum = 0;
+};
+
+void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask,
+                  Softmax& softmax, Scratch& scratch) {
+  const Format &kf = cells.keys->format, &vf = cells.values->format;
+  const int n_rows = queries.n_rows, n_tokens = n_rows / queries.group;
+  if (kf.f16 || vf.f16 || n_tokens > kMaxCodeTokens) {
+    return attend_decoded(ops, queries, cells, mask, softmax, scratch);
+  }
+  const bool wide_keys = is_wide(kf), wide_values = is_wide(vf);
+  const int k_subspaces = kf.n_subspaces();
+  const bool looks_up = !cells.scores.data;
+  const size_t lut_bytes = looks_up ? lut_bytes_of(ops, kf) : 0;
+  ValueGroup groups[kMaxHeadDim / 2];
+  const int n_groups = value_groups(vf, groups);
+
+  uint8_t *luts, *weights;
+  float *lut_room, *scores, *scales, *log_scales, *sums, *steps;
+  Row* rows;
+  const auto carve = [&](uint8_t* memory) {
+    Carver carver(memory);
+    luts = carver.take<uint8_t>(n_rows * lut_bytes);
+    lut_room = carver.take<float>(size_t(k_subspaces) * (kCodewords + 1));
+    scores = carver.take<float>(kRowsAtOnce * kSuperblockCells);
+    weights = carver.take<uint8_t>(2 * kRowsAtOnce * kSuperblockCells);
+    scales = carver.take<float>(kSuperblockCells);
+    log_scales = carver.take<float>(kSuperblockCells);
+    sums = carver.take<float>(size_t(n_rows) * n_groups * 16);
+    steps = carver.take<float>(n_rows);
+    rows = carver.take<Row>(n_rows);
+    return carver.used();
+  };
+  carve(scratch.room(carve(nullptr)));
+
+  if (looks_up) build_luts(ops, queries, *cells.keys, wide_keys, lut_room, luts, lut_bytes, steps);
+  std::fill_n(rows, n_rows, Row{});
+  std::fill_n(sums, size_t(n_rows) * n_groups * 16, 0.0f);
+
+  const int chunks = (n_rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int k_lines = int(kf.block_bytes() / 64), v_lines = int(vf.block_bytes() / 64);
+  BlockReader reader(ops, cells, mask, n_tokens);
+  Superblock pair[2], *now = &pair[0], *next = &pair[1];
+  reader.read(*now);
+  if (!looks_up) ask_for({now->v, now->n, v_lines});
+  for (; now->n > 0; std::swap(now, next)) {
+    reader.read(*next);
+    uint64_t bad[kSuperblock];
+    for (int chunk = 0; chunk < chunks; chunk++) {
+      const int first = n_rows * chunk / chunks, n = n_rows * (chunk + 1) / chunks - first;
+      if (looks_up) {
+        const Prefetch values_now{now->v, chunk == 0 ? now->n : 0, v_lines};
+        ops.codes.look_up(luts + first * lut_bytes, steps + first, n, k_subspaces, wide_keys, now->k, now->n,
+                          values_now, scores);
+      }
+      if (chunk == 0) {
+        ops.codes.value_scales(now->v, now->n, int(vf.codes_bytes()), scales, log_scales, bad);
+      }
+      float shrink[kRowsAtOnce], factor[kRowsAtOnce];
+      uint32_t used = 0;
+      bool shrinks = false;
+      for (int i = 0; i < n; i++) {
+        const int row = first + i, token = row / queries.group;
+        float* s = scores + i * kSuperblockCells;
+        shrink[i] = 1;
+        factor[i] = 0;
+        float max_log;
+        float top;
+        if (looks_up) {
+          top = finish(ops, queries, row, *now, s, log_scales, &max_log);
+        } else {  // they are finished but for what has been hidden since
+          s = take_kept(cells, row, *now, s);
+          top = ops.tiles.finish_scores(s, now->n, now->visible[token], nullptr, 0, 1, 0, log_scales, &max_log);
+        }
+        for (int b = 0; b < now->n; b++) {
+          if (bad[b] & now->visible[token][b]) rows[row].sum = kNaN;
+        }
+        uint32_t row_used;
+        if (top == kHidden) {
+          ops.codes.code_weights(s, now->n, 0, scales, wide_values, i, weights, &row_used);  // all 0
+          continue;
+        }
+        // Weights are exp2(score log2(e) - offset) * scale: as large as their bits take, and no sum overflows.
+        const float offset = std::max(max_log - ops.codes.weight_bits[wide_values], top * kLog2e - 100.0f);
+        const float sum = ops.codes.code_weights(s, now->n, offset, scales, wide_values, i, weights, &row_used);
+        factor[i] = std::exp2(offset - top * kLog2e);
+        if (top > rows[row].max) {
+          shrink[i] = weight_of(rows[row].max - top);  // 0 at first
+          rows[row].max = top;
+          shrinks = true;
+        } else {
+          factor[i] *= weight_of(top - rows[row].max);
+        }
+        const float added = sum * factor[i], before = rows[row].sum * shrink[i];
+        rows[row].sum = before + added;
+        if (!(added < 1e-7f * before)) used |= row_used;  // else no float would notice
+      }
+      const bool last = chunk == chunks - 1;
+      if (used || shrinks || last) {
+        const int n_next = last ? next->n : 0;
+        const Prefetch ahead = looks_up ? Prefetch{next->k, n_next, k_lines} : Prefetch{next->v, n_next, v_lines};
+        ops.codes.add_values(now->v, now->n, used, cells.values->codebook.words.data(), groups, n_groups, weights,
+                             wide_values, n, shrink, factor, ahead, sums + size_t(first) * n_groups * 16);
+      }
+    }
+  }
+
+  for (int row = 0; row < n_rows; row++) {
+    if (rows[row].max == kHidden && !std::isnan(rows[row].sum)) continue;
+    const float top = std::max(rows[row].max, softmax.max[row]);
+    const float mine = weight_of(rows[row].max - top), others = weight_of(softmax.max[row] - top);
+    softmax.max[row] = top;
+    softmax.sum[row] = softmax.sum[row] * others + rows[row].sum * mine;
+    float* acc = softmax.acc + size_t(row) * softmax.dim;
+    for (int g = 0; g < n_groups; g++) {
+      const float* part = sums + (size_t(row) * n_groups + g) * 16;
+      for (int j = 0; j < groups[g].components; j++) {
+        const int m = j < 2 ? groups[g].code_row : groups[g].code_row2, d = groups[g].component + j;
+        const float value = (part[j] + part[4 + j] + part[8 + j] + part[12 + j]) * cells.values->codebook.scale[m];
+        acc[d] = acc[d] * others + value * mine;
+      }
+    }
+  }
+}
+
+// 64 scores, each raised to another row's where that is greater; those are kept, if anywhere.
+void raise(float* best, const float* scores, float* kept) {
+  for (int i = 0; i < kBlockCells; i++) {
+    const float score = scores[i] != scores[i] ? -kHidden : scores[i];
+    best[i] = score > best[i] ? score : best[i];
+  }
+  if (kept) std::copy_n(scores, kBlockCells, kept);
+}
+
+void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask, float* best,
+                 Scratch& scratch) {
+  const Format& kf = cells.keys->format;
+  const int n_rows = queries.n_rows, n_subspaces = kf.n_subspaces();
+  const size_t lut_bytes = lut_bytes_of(ops, kf);
+  uint8_t* luts;
+  float *room, *tile, *row_scores, *steps;
+  const auto carve = [&](uint8_t* memory) {
+    Carver carver(memory);
+    luts = carver.take<uint8_t>(n_rows * lut_bytes);
+    room = carver.take<float>(size_t(n_subspaces) * (kCodewords + 1));
+    tile = carver.take<float>(kf.f16 ? size_t(kBlockCells) * kf.head_dim : 0);
+    row_scores = carver.take<float>(kRowsAtOnce * kSuperblockCells);
+    steps = carver.take<float>(n_rows);
+    return carver.used();
+  };
+  carve(scratch.room(carve(nullptr)));
+  if (!kf.f16) build_luts(ops, queries, *cells.keys, is_wide(kf), room, luts, lut_bytes, steps);
+  std::fill(best + cells.first_block * kBlockCells, best + cells.last_block * kBlockCells, kHidden);
+  BlockReader reader(ops, cells, mask, n_rows / queries.group);
+  const int k_lines = int(kf.block_bytes() / 64);
+  Superblock pair[2], *now = &pair[0], *next = &pair[1];
+  for (reader.read(*now); now->n > 0; std::swap(now, next)) {
+    reader.read(*next);
+    for (int first = 0; first < n_rows; first += kRowsAtOnce) {
+      const int n = std::min(kRowsAtOnce, n_rows - first);
+      if (!kf.f16) {
+        ops.codes.look_up(luts + first * lut_bytes, steps + first, n, n_subspaces, is_wide(kf), now->k, now->n,
+                          {next->k, first == 0 ? next->n : 0, k_lines}, row_scores);
+      }
+      for (int b = 0; b < now->n && kf.f16; b++) {
+        decode_block(ops, *cells.keys, now->k[b], tile);
+        ops.tiles.multiply(queries.q + size_t(first) * queries.dim, queries.dim, tile, kBlockCells, n, queries.dim,
+                           kBlockCells, row_scores + b * kBlockCells, kSuperblockCells, false);
+      }
+      for (int i = 0; i < n; i++) {
+        const int row = first + i;
+        float* s = row_scores + i * kSuperblockCells;
+        finish(ops, queries, row, *now, s, nullptr, nullptr);
+        for (int b = 0; b < now->n; b++) {
+          raise(best + now->index[b] * kBlockCells, s + b * kBlockCells,
+                cells.scores.data ? kept_scores(cells, row, now->index[b]) : nullptr);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace thimble::blocked

@@ -1,0 +1,58 @@
+// What blocked.cpp and blocked_codes.cpp share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "kernels/isa.h"
+#include "kernels/kernels.h"
+
+namespace thimble {
+
+struct IsaOps {
+  const char* name;
+  const TileOps& tiles;
+  const CodeOps& codes;
+};
+
+// Deals out a Scratch.
+class Carver {
+public:
+  explicit Carver(uint8_t* memory) : memory_(reinterpret_cast<uintptr_t>(memory)) {}  // null: only counts
+  template <typename T>
+  T* take(size_t n) {
+    T* p = reinterpret_cast<T*>(memory_ + used_);
+    used_ += (n * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+  size_t used() const { return used_; }
+
+private:
+  uintptr_t memory_;
+  size_t used_ = 0;
+};
+
+namespace blocked {
+
+inline constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+inline uint64_t first_bits(int n) {
+  return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+}
+
+/// 64 numbers of a mask that ends after n of them.
+const uint16_t* padded(const uint16_t* mask, int n, uint16_t* room);
+void decode_block(const IsaOps& ops, const HeadCodec& codec, const uint8_t* block, float* tile);
+/// Block by block through tiles: f16 blocks, and more tokens than attend_codes takes.
+void attend_decoded(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask,
+                    Softmax& softmax, Scratch& scratch);
+
+// As in Kernels.
+void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask,
+                  Softmax& softmax, Scratch& scratch);
+void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask, float* best,
+                 Scratch& scratch);
+
+}  // namespace blocked
+}  // namespace thimble

@@ -1,0 +1,127 @@
+// The inner loops of attention, one table of functions for each instruction set. scalar.cpp is the specification;
+// `kernels()` picks the fastest that the machine has, once.
+//
+// Scores are natural logits: score = softcap(scale * q.k) + slope * mask, and softmax is online: `Softmax` holds the
+// running maximum, the sum of exp(score - max) and the values weighted by it.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "codec/head_codec.h"
+
+namespace thimble {
+
+/// The weight of a cell whose score is `below` (<= 0) the greatest one: exp(below), but 0 under 2^-64. No float would
+/// notice what is left out, and arithmetic on denormal numbers, which it leads to, takes a hundred times as long.
+inline float weight_of(float below) {
+  return below < -44.3614f ? 0.0f : std::exp(below);
+}
+
+/// The query rows that attend to one KV head: `group` heads for each of n_rows / group tokens, row = token * group + g.
+struct Queries {
+  int n_rows = 0;
+  int group = 1;
+  int dim = 0;
+  const float* q = nullptr;      // [n_rows][dim], times the attention scale, in the domain of the keys attended to
+  const float* bias = nullptr;   // [n_rows], added to q.k (the codec's mean), or null
+  const float* slope = nullptr;  // [n_rows], ALiBi, or null for 1
+  float softcap = 0;             // 0: none
+};
+
+/// Additive f16 mask: of token t and the i-th cell at hand, data[t * stride + i]. -inf hides. Null data: all visible.
+struct Mask {
+  const uint16_t* data = nullptr;
+  ptrdiff_t stride = 0;
+  Mask at(ptrdiff_t cell) const { return {data ? data + cell : nullptr, stride}; }
+};
+
+struct Softmax {
+  int dim = 0;           // of a value
+  float* max = nullptr;  // [n_rows], -inf at first
+  float* sum = nullptr;  // [n_rows], 0 at first
+  float* acc = nullptr;  // [n_rows][dim], 0 at first
+};
+
+/// Up to 64 cells, decoded: keys component-major so that loops run over cells.
+struct Tile {
+  int n_cells = 0;
+  const float* k = nullptr;  // [dim][64]
+  const float* v = nullptr;  // [64][value dim]
+  uint64_t hidden = 0;       // bit i: cell i is not here (it is attended to exactly, elsewhere)
+};
+
+/// Scores that each query row gives to the cells of a stream, whole blocks: data[row * stride + cell]. Null data: none
+/// are kept.
+struct RowScores {
+  float* data = nullptr;
+  size_t stride = 0;
+};
+
+/// Coded blocks of one KV head and stream.
+struct CodedCells {
+  const HeadCodec* keys = nullptr;
+  const HeadCodec* values = nullptr;
+  const uint8_t* k_blocks = nullptr;  // block 0 of the stream
+  const uint8_t* v_blocks = nullptr;
+  const uint64_t* hidden = nullptr;     // [n_blocks] as Tile::hidden, or null
+  int first_block = 0, last_block = 0;  // attend to [first_block, last_block)
+  int n_cells = 0;                      // of the stream; the last block may be cut by it
+  RowScores scores = {};                // score_codes leaves them here, attend_codes takes them away
+};
+
+/// Memory that kernels work in, kept from call to call; one to a thread.
+class Scratch {
+public:
+  /// At least `bytes`, aligned to a cache line. Contents are lost from call to call.
+  uint8_t* room(size_t bytes);
+
+private:
+  struct Free {
+    void operator()(uint8_t* p) const { ::operator delete[](p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<uint8_t[], Free> memory_;
+  size_t size_ = 0;
+};
+
+/// attend_codes takes up to this many query tokens; more are better off sharing decoded tiles.
+inline constexpr int kMaxCodeTokens = 8;
+
+struct Kernels {
+  const char* name;
+  /// As encode_vector, bit for bit.
+  uint16_t (*encode)(const HeadCodec& codec, const float* y, uint8_t* codes);
+  /// What transforms are made of, with the same bits on every machine.
+  TransformOps transform;
+  /// A block as a tile's k or v, by the codec's kind.
+  void (*decode_block)(const HeadCodec& codec, const uint8_t* block, float* tile);
+  /// Up to 64 rows of `dim` f16 numbers, at any address, as a tile's k or v. Cells of k beyond n become 0.
+  void (*load_rows)(Kind kind, const uint8_t* const* rows, int n, int dim, float* tile);
+  /// Which of up to 64 cells a mask leaves visible, a bit each.
+  uint64_t (*visible)(const uint16_t* mask, int n_cells);
+  /// Dense attention: prefill, exact rows.
+  void (*attend_tile)(const Queries&, const Tile&, const Mask&, Softmax&, Scratch&);
+  /// Attention straight from codes, for few query rows. The mask starts at the stream's cell 0. Where there are scores,
+  /// score_codes has left them there for the same queries and mask; more cells may be hidden by now.
+  void (*attend_codes)(const Queries&, const CodedCells&, const Mask&, Softmax&, Scratch&);
+  /// The greatest score that any query row gives to each cell of the blocks, from its codes, into best [cell of the
+  /// stream, whole blocks]; -inf for cells that are hidden or that no row sees, +inf where a score is NaN. Each row's
+  /// scores go to cells.scores, if anywhere: -inf for what the row does not see, of blocks that some row sees a cell
+  /// of.
+  void (*score_codes)(const Queries&, const CodedCells&, const Mask&, float* best, Scratch&);
+};
+
+const Kernels& scalar_kernels();
+
+/// The fastest table for this machine, or the one that the environment variable THIMBLE_ISA names (scalar, avx2,
+/// avx512, neon). Throws std::runtime_error where THIMBLE_ISA names one that is not there.
+const Kernels& kernels();
+/// All that this machine can run, slowest first.
+std::vector<const Kernels*> available_kernels();
+
+}  // namespace thimble

@@ -1,0 +1,573 @@
+// The CUDA kernels on a device against the codec's specification: small cases of every format, head size and option,
+// through the host API, from encoding to retrieval. The cases of attention are those of the emulated tests (cases.h),
+// and some for which emulation is too slow. Prints a line a check; exit status 1 if any fails, 77 without a device.
+//
+// usage: cuda_device_check [--quick]    --quick: few cases, for compute-sanitizer
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#include "cases.h"
+#include "cuda/attend/attend.h"
+#include "cuda/attend/launch.h"
+#include "cuda/attend/shape.h"
+#include "cuda/encode/encode.h"
+#include "cuda/retrieve/retrieve.h"
+#include "fixture.h"
+
+using namespace thimble;
+using namespace thimble::cuda;
+
+namespace {
+
+void require(cudaError_t e) {
+  if (e == cudaSuccess) return;
+  std::printf("CUDA: %s\n", cudaGetErrorString(e));
+  std::exit(1);
+}
+
+/// An array that is on the host and on the device; pinned ones are the host's, and the device reads them there.
+template <typename T>
+class Array {
+public:
+  explicit Array(size_t n, T value = {}) : host(n, value) {
+    require(cudaMalloc(&device_, std::max<size_t>(n, 1) * sizeof(T)));
+  }
+  explicit Array(std::vector<T> values) : Array(values.size()) {
+    host = std::move(values);
+    upload();
+  }
+  Array(const Array&) = delete;
+  ~Array() { (void)cudaFree(device_); }
+  T* upload() {
+    require(cudaMemcpy(device_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+    return device_;
+  }
+  std::vector<T>& download() {
+    require(cudaMemcpy(host.data(), device_, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
+    return host;
+  }
+  T* device() { return device_; }
+  std::vector<T> host;
+
+private:
+  T* device_ = nullptr;
+};
+
+struct Case {
+  const char* name = "";
+  int head_dim, key_width, value_width;
+  int n_streams = 1, n_tokens = 1, n_kv_heads = 2, group = 4, n_cells = 256;
+  bool dense = false, mask = false, alibi = false, sinks = false;
+  float softcap = 0;
+  int n_window = 0, top = 0;
+  int batch = 1;  // streams that a thread block is to take at once
+};
+
+/// A case of the emulated tests. Splits and thread blocks are the launcher's choice here; one row of each stream is new
+/// wherever there are exact rows.
+Case case_of(const FormatCase& f, const AttendCase& c) {
+  return {.name = c.name,
+          .head_dim = f.head_dim,
+          .key_width = f.key_width,
+          .value_width = f.value_width,
+          .n_streams = c.n_streams,
+          .n_tokens = c.n_tokens,
+          .n_kv_heads = c.n_kv_heads,
+          .group = c.group,
+          .n_cells = c.n_cells,
+          .dense = c.dense,
+          .mask = c.mask,
+          .alibi = c.alibi,
+          .sinks = c.sinks,
+          .softcap = c.softcap,
+          .n_window = c.n_exact};
+}
+
+int failures = 0;
+
+void report(const Case& c, const char* what, bool good, double value) {
+  std::printf("%s %s%sD=%d widths %d/%d streams %d tokens %d group %d cells %d%s%s%s%s window %d top %d: %s %.2e\n",
+              good ? "ok  " : "FAIL", c.name, *c.name ? ": " : "", c.head_dim, c.key_width, c.value_width, c.n_streams,
+              c.n_tokens, c.group, c.n_cells, c.dense ? " dense" : "", c.mask ? " mask" : "", c.alibi ? " ALiBi" : "",
+              c.sinks ? " sinks" : "", c.n_window, c.top, what, value);
+  if (!good) failures++;
+}
+
+/// Returns whether the case ran; a device may lack the memory for a format.
+bool accept(const Case& c, const Status& status, const char* what) {
+  if (status.ok()) return true;
+  const bool unsupported = status.code == Status::Code::unsupported;
+  std::printf("%s D=%d widths %d/%d %s: %s\n", unsupported ? "none" : "FAIL", c.head_dim, c.key_width, c.value_width,
+              what, status.message);
+  if (!unsupported) failures++;
+  return false;
+}
+
+void run(const DeviceInfo& device, const Case& c) {
+  Random random(11);
+  const int d = c.head_dim, pairs = c.n_streams * c.n_kv_heads, n_heads = c.n_kv_heads * c.group;
+  std::vector<HeadCodec> key_codecs, value_codecs;
+  for (int h = 0; h < c.n_kv_heads; h++) {
+    key_codecs.push_back(random_codec(Kind::key, d, 8.0 / c.key_width, c.dense, random));
+    value_codecs.push_back(random_codec(Kind::value, d, 8.0 / c.value_width, c.dense, random));
+  }
+  DeviceTables key_tables, value_tables;
+  if (!accept(c, key_tables.upload(pack_tables(key_codecs)), "tables")) return;
+  if (!accept(c, value_tables.upload(pack_tables(value_codecs)), "tables")) return;
+  const Format key_format = key_codecs[0].format, value_format = value_codecs[0].format;
+
+  // Encode every cell of every stream; the last ones of each are in the window, too.
+  const int n_all = c.n_streams * c.n_cells, n_blocks = c.n_cells / kBlockCells;
+  Array<float> keys(random.normals(size_t(n_all) * c.n_kv_heads * d)), values(random.normals(keys.host.size()));
+  std::vector<int64_t> cells(n_all);
+  std::vector<int32_t> slots(n_all, -1), window_cells(c.n_streams * c.n_window, -1);
+  std::vector<uint32_t> hidden(n_all / 32);
+  for (int i = 0; i < n_all; i++) {
+    cells[i] = (int64_t(i) * 37) % n_all;  // shuffled: 37 is prime to all sizes here
+    const int stream = int(cells[i]) / c.n_cells, cell = int(cells[i]) % c.n_cells;
+    if (cell < c.n_cells - c.n_window) continue;
+    slots[i] = c.n_cells - 1 - cell;
+    window_cells[stream * c.n_window + slots[i]] = cell;
+    hidden[cells[i] / 32] |= 1u << cell % 32;
+  }
+  Array<int64_t> cells_d(cells);
+  Array<int32_t> slots_d(slots), window_cells_d(window_cells);
+  Array<uint32_t> hidden_d(hidden);
+  const size_t key_block = key_format.block_bytes(), value_block = value_format.block_bytes();
+  Array<uint8_t> key_cache(pairs * n_blocks * key_block), value_cache(pairs * n_blocks * value_block);
+  require(cudaMemset(key_cache.device(), 0, key_cache.host.size()));
+  require(cudaMemset(value_cache.device(), 0, value_cache.host.size()));
+  Array<uint16_t> window_keys(size_t(pairs) * c.n_window * d), window_values(size_t(pairs) * c.n_window * d);
+
+  EncodeArgs p;
+  p.n_kv_heads = c.n_kv_heads;
+  p.head_dim = d;
+  p.n_tokens = n_all;
+  p.keys = keys.device();
+  p.values = values.device();
+  p.key_token_stride = p.value_token_stride = size_t(c.n_kv_heads) * d;
+  p.key_head_stride = p.value_head_stride = d;
+  p.cells = cells_d.device();
+  p.cells_per_stream = c.n_cells;
+  p.key_cache = {key_cache.device(), c.n_kv_heads * n_blocks * key_block, n_blocks * key_block, key_block};
+  p.value_cache = {value_cache.device(), c.n_kv_heads * n_blocks * value_block, n_blocks * value_block, value_block};
+  p.key_codec = key_tables.view();
+  p.value_codec = value_tables.view();
+  uint16_t* store = nullptr;
+  if (c.top > 0) {
+    const size_t numbers = size_t(pairs) * c.n_cells * d;
+    require(cudaHostAlloc(reinterpret_cast<void**>(&store), 2 * numbers * sizeof(uint16_t), cudaHostAllocMapped));
+    p.store = {store, store + numbers, 0, c.n_streams, c.n_cells};
+  }
+  if (c.n_window > 0) p.window = {window_keys.device(), window_values.device(), slots_d.device(), c.n_window};
+
+  if (!accept(c, encode(device, p, nullptr), "encoding")) return;
+  Array<float> raw(random.normals(size_t(c.n_streams) * c.n_tokens * n_heads * d));
+  AttendArgs a;
+  a.n_streams = c.n_streams;
+  a.n_tokens = c.n_tokens;
+  a.n_kv_heads = c.n_kv_heads;
+  a.group = c.group;
+  a.head_dim = d;
+  a.n_cells = c.n_cells;
+  a.keys = p.key_cache;
+  a.values = p.value_cache;
+  a.key_codec = p.key_codec;
+  a.value_codec = p.value_codec;
+  a.queries = raw.device();
+  a.query_head_stride = d;
+  a.query_token_stride = size_t(n_heads) * d;
+  a.query_stream_stride = c.n_tokens * a.query_token_stride;
+  a.scale = 1.5f / std::sqrt(float(d));
+  a.softcap = c.softcap;
+  std::vector<uint16_t> mask(size_t(n_all) * c.n_tokens);
+  for (uint16_t& m : mask) m = float_to_half(random.below(4) == 0 ? -INFINITY : -0.125f * float(random.below(8)));
+  Array<uint16_t> mask_d(mask);
+  if (c.mask) {
+    a.mask = mask_d.device();
+    a.mask_token_stride = c.n_cells;
+    a.mask_stream_stride = size_t(c.n_cells) * c.n_tokens;
+  }
+  Array<float> sinks(random.normals(n_heads)), output(size_t(c.n_streams) * c.n_tokens * n_heads * d);
+  if (c.sinks) a.sinks = sinks.device();
+  Array<float> slopes(n_heads);
+  for (float& v : slopes.host) v = 0.25f * float(1 + random.below(4));
+  if (c.alibi) a.slopes = slopes.upload();
+  Array<int32_t> new_tokens(window_cells.size());
+  if (c.n_window > 0) {
+    a.exact[0] = {window_keys.device(), window_values.device(), window_cells_d.device(), c.n_window, false};
+    a.hidden = hidden_d.device();
+    a.hidden_stream_stride = c.n_cells / 32;
+    // The latest cell of each stream is new: attention takes its row into the window.
+    std::vector<int32_t> tokens(window_cells.size(), -1);
+    for (int i = 0; i < n_all; i++) {
+      if (slots[i] == 0) tokens[cells[i] / c.n_cells * c.n_window] = i;
+    }
+    new_tokens.host = tokens;
+    a.fresh = {p.keys,
+               p.values,
+               p.key_token_stride,
+               p.key_head_stride,
+               p.value_token_stride,
+               p.value_head_stride,
+               new_tokens.upload(),
+               window_keys.device(),
+               window_values.device()};
+    window_keys.download();
+    window_values.download();
+    for (size_t i = 0; i < window_keys.host.size(); i++) {
+      if (i / d % c.n_window == 0) window_keys.host[i] = window_values.host[i] = 0x7e00;
+    }
+    window_keys.upload();
+    window_values.upload();
+  }
+  a.output = output.device();
+  require(cudaMemset(output.device(), 0xff, output.host.size() * 4));
+  Array<uint8_t> workspace(attend_workspace_bytes(device, a));
+  require(cudaMemset(workspace.device(), 0, workspace.host.size()));
+  report(c, "streams at once", attend_batch(device, a) == c.batch, attend_batch(device, a));
+  if (!accept(c, attend(device, a, workspace.device(), workspace.host.size(), nullptr), "attend")) return;
+  require(cudaDeviceSynchronize());
+
+  // Codes, bit for bit; then everything as numbers, [pair][cell][d]: exact rows as they are, codes transformed.
+  std::vector<float> exact_keys(size_t(pairs) * c.n_cells * d), exact_values(exact_keys.size());
+  std::vector<float> coded_keys(exact_keys.size()), coded_values(exact_keys.size());
+  int wrong = 0;
+  const auto check_codes = [&](const std::vector<HeadCodec>& codecs, const Array<float>& input,
+                               const std::vector<uint8_t>& cache, std::vector<float>& exact,
+                               std::vector<float>& coded) {
+    const Format& format = codecs[0].format;
+    std::vector<uint8_t> row(size_t(format.vector_bytes())), got(row.size()), block(format.block_bytes());
+    for (int i = 0; i < n_all; i++) {
+      for (int h = 0; h < c.n_kv_heads; h++) {
+        const int pair = int(cells[i]) / c.n_cells * c.n_kv_heads + h, cell = int(cells[i]) % c.n_cells;
+        const float* x = &input.host[(size_t(i) * c.n_kv_heads + h) * d];
+        std::vector<float> y(d);
+        codecs[h].transform.forward(x, y.data());
+        const uint16_t scale = encode_vector(codecs[h], y.data(), row.data());
+        std::memcpy(&row[format.n_subspaces()], &scale, 2);
+        block_from_cuda(format, codecs[h].kind, &cache[(size_t(pair) * n_blocks + cell / kBlockCells) * block.size()],
+                        block.data());
+        copy_cell_out(format, codecs[h].kind, block.data(), cell % kBlockCells, got.data());
+        wrong += got != row;
+        decode_vector(codecs[h], row.data(), scale, &coded[(size_t(pair) * c.n_cells + cell) * d]);
+        for (int k = 0; k < d; k++) {
+          exact[(size_t(pair) * c.n_cells + cell) * d + k] = half_to_float(float_to_half(x[k]));
+        }
+      }
+    }
+  };
+  check_codes(key_codecs, keys, key_cache.download(), exact_keys, coded_keys);
+  check_codes(value_codecs, values, value_cache.download(), exact_values, coded_values);
+  report(c, "vectors coded otherwise than by the specification", wrong == 0, wrong);
+
+  // Attention in double, with the cells in `is_exact` [pair][cell] exact.
+  const auto attention = [&](const std::vector<char>& is_exact, bool drop_tail = false) {
+    std::vector<double> expected;
+    std::vector<float> transformed(d), mean(d), out(d);
+    for (int s = 0; s < c.n_streams; s++) {
+      for (int t = 0; t < c.n_tokens; t++) {
+        for (int head = 0; head < n_heads; head++) {
+          const int kv_head = head / c.group, pair = s * c.n_kv_heads + kv_head;
+          const float* q = &raw.host[(size_t(s * c.n_tokens + t) * n_heads + head) * d];
+          key_codecs[kv_head].transform.query(q, transformed.data());
+          double along_mean = 0;
+          for (int i = 0; c.dense && i < d; i++) along_mean += double(q[i]) * key_codecs[kv_head].transform.mean()[i];
+          double total = c.sinks ? std::exp(double(sinks.host[head])) : 0, weight = 0;
+          std::vector<double> y(d), y_exact(d);
+          for (int cell = 0; cell < c.n_cells; cell++) {
+            const size_t at = (size_t(pair) * c.n_cells + cell) * d;
+            const bool exact = is_exact[pair * c.n_cells + cell];
+            if (drop_tail && !exact) continue;
+            const float *k = &(exact ? exact_keys : coded_keys)[at], *v = &(exact ? exact_values : coded_values)[at];
+            double x = exact ? 0 : along_mean;
+            for (int i = 0; i < d; i++) x += double(exact ? q[i] : transformed[i]) * k[i];
+            x *= a.scale;
+            if (c.softcap != 0) x = c.softcap * std::tanh(x / c.softcap);
+            if (c.mask) {
+              x += half_to_float(mask[(size_t(s) * c.n_tokens + t) * c.n_cells + cell]) *
+                   (c.alibi ? slopes.host[head] : 1.0f);
+            }
+            const double e = std::exp(x);
+            total += e;
+            weight += exact ? 0 : e;
+            for (int i = 0; i < d; i++) (exact ? y_exact : y)[i] += e * v[i];
+          }
+          for (int i = 0; i < d; i++) mean[i] = float(y[i] / total);
+          value_codecs[kv_head].transform.output(mean.data(), float(weight / total), out.data());
+          for (int i = 0; i < d; i++) expected.push_back(out[i] + y_exact[i] / total);
+        }
+      }
+    }
+    return expected;
+  };
+  std::vector<char> is_exact(pairs * c.n_cells);
+  for (int i = 0; i < pairs * c.n_cells; i++) is_exact[i] = i % c.n_cells >= c.n_cells - c.n_window;
+  double error = relative_error(output.download(), attention(is_exact));
+  report(c, "attention, relative error", error < tolerance(c.key_width, c.value_width), error);
+  const std::vector<float> first = output.host;
+  if (!accept(c, attend(device, a, workspace.device(), workspace.host.size(), nullptr), "attend")) return;
+  report(c, "differs when run again", std::memcmp(first.data(), output.download().data(), first.size() * 4) == 0, 0);
+
+  if (c.n_window > 0) {
+    wrong = 0;
+    window_keys.download();
+    window_values.download();
+    for (int pair = 0; pair < pairs; pair++) {
+      const size_t last = (size_t(pair) * c.n_cells + c.n_cells - 1) * d, row = size_t(pair) * c.n_window * d;
+      for (int i = 0; i < d; i++) {
+        wrong += half_to_float(window_keys.host[row + i]) != exact_keys[last + i];
+        wrong += half_to_float(window_values.host[row + i]) != exact_values[last + i];
+      }
+    }
+    report(c, "new rows that differ", wrong == 0, wrong);
+  }
+
+  // Rows for dense attention: decoded, and those of the window in their place.
+  Array<uint16_t> decoded(exact_keys.size());
+  for (const bool is_key : {true, false}) {
+    DecodeArgs t;
+    t.n_streams = c.n_streams;
+    t.n_kv_heads = c.n_kv_heads;
+    t.n_cells = c.n_cells;
+    t.cache = is_key ? a.keys : a.values;
+    t.codec = is_key ? a.key_codec : a.value_codec;
+    t.is_key = is_key;
+    t.rows = decoded.device();
+    if (!accept(c, decode_cells(device, t, nullptr), "decode")) return;
+    if (c.n_window > 0) {
+      EncodeArgs w = p;
+      w.from_window = true;
+      w.window_cells = window_cells_d.device();
+      w.n_tokens = c.n_streams * c.n_window;
+      (is_key ? w.dense.keys : w.dense.values) = decoded.device();
+      w.dense.n_streams = c.n_streams;
+      w.dense.n_cells = c.n_cells;
+      if (!accept(c, encode(device, w, nullptr), "rows of the window")) return;
+    }
+    decoded.download();
+    wrong = 0;
+    std::vector<float> y(d);
+    for (size_t row = 0; row < is_exact.size(); row++) {
+      const float* from = &(is_key ? coded_keys : coded_values)[row * d];
+      if (is_exact[row]) {
+        const HeadCodec& codec = (is_key ? key_codecs : value_codecs)[row / c.n_cells % c.n_kv_heads];
+        codec.transform.forward(&(is_key ? exact_keys : exact_values)[row * d], y.data());
+        from = y.data();
+      }
+      for (int i = 0; i < d; i++) wrong += decoded.host[row * d + i] != float_to_half(from[i]);
+    }
+    report(c, is_key ? "decoded keys that differ" : "decoded values that differ", wrong == 0, wrong);
+  }
+
+  // Cells that leave the window: coded anew, from the rows that it has.
+  if (c.n_window > 0) {
+    Array<EncodeArgs> layers(std::vector<EncodeArgs>{p});
+    Array<uint8_t> coded(key_cache.host);
+    layers.host[0].key_cache.data = coded.device();
+    LeaveArgs leave;
+    leave.layers = layers.upload();
+    leave.n_layers = 1;
+    leave.n_kv_heads = c.n_kv_heads;
+    leave.n_tokens = n_all;
+    leave.cells = cells_d.device();
+    std::vector<int64_t> leaving = cells;
+    for (int i = 0; i < n_all; i++) {
+      if (slots[i] < 0) leaving[i] = -1;
+    }
+    Array<int64_t> leaving_d(leaving);
+    leave.cells = leaving_d.device();
+    leave.slots = slots_d.device();
+    Array<int> n_leaving(std::vector<int>{n_all, 0});
+    Array<WindowBooks> books(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, {}}});
+    leave.n_leaving = n_leaving.device();
+    leave.books = books.device();
+    if (!accept(c, code_leaving(device, leave, d, nullptr), "leaving")) return;
+    coded.download();
+    wrong = 0;
+    std::vector<uint8_t> row(size_t(key_format.vector_bytes())), got(row.size()), block(key_format.block_bytes());
+    std::vector<float> y(d);
+    for (int i = 0; i < n_all; i++) {
+      for (int h = 0; slots[i] >= 0 && h < c.n_kv_heads; h++) {
+        const int pair = int(cells[i]) / c.n_cells * c.n_kv_heads + h, cell = int(cells[i]) % c.n_cells;
+        key_codecs[h].transform.forward(&exact_keys[(size_t(pair) * c.n_cells + cell) * d], y.data());
+        const uint16_t scale = encode_vector(key_codecs[h], y.data(), row.data());
+        std::memcpy(&row[key_format.n_subspaces()], &scale, 2);
+        block_from_cuda(key_format, Kind::key,
+                        &coded.host[(size_t(pair) * n_blocks + cell / kBlockCells) * block.size()], block.data());
+        copy_cell_out(key_format, Kind::key, block.data(), cell % kBlockCells, got.data());
+        wrong += got != row;
+      }
+    }
+    report(c, "vectors coded otherwise as they left the window", wrong == 0, wrong);
+  }
+
+  // Retrieval: the best cells exact, from pinned memory, where the first step left them.
+  if (c.top == 0) return;
+  wrong = 0;
+  for (size_t i = 0; i < exact_keys.size(); i++) {
+    wrong += p.store.keys[i] != float_to_half(exact_keys[i]) || p.store.values[i] != float_to_half(exact_values[i]);
+  }
+  report(c, "numbers stored wrongly", wrong == 0, wrong);
+  RetrieveArgs r;
+  r.n_streams = c.n_streams;
+  r.n_kv_heads = c.n_kv_heads;
+  r.head_dim = d;
+  r.n_cells = c.n_cells;
+  r.row_groups = row_groups(c.n_tokens, c.group);
+  r.top = c.top;
+  r.store_keys = p.store.keys;
+  r.store_values = p.store.values;
+  r.store_cells = c.n_cells;
+  Array<uint8_t> scratch(retrieval_bytes(r));
+  require(cudaMemset(scratch.device(), 0xff, scratch.host.size()));
+  place_retrieval(scratch.device(), &r);
+  a.fresh = {};  // they are in the store and in the window
+  for (const bool drop_tail : {false, true}) {
+    if (drop_tail) a.values = {};  // of which there need not be codes
+    Array<uint8_t> more_workspace(attend_workspace_bytes(device, with_retrieved(a, r, drop_tail)));
+    require(cudaMemset(more_workspace.device(), 0, more_workspace.host.size()));
+    const Status status =
+        retrieve_step(device, a, r, drop_tail, more_workspace.device(), more_workspace.host.size(), nullptr);
+    if (!accept(c, status, "retrieval")) break;
+    require(cudaDeviceSynchronize());
+    const auto copied = [](auto* from, size_t n) {
+      std::vector<std::remove_cvref_t<decltype(*from)>> to(n);
+      require(cudaMemcpy(to.data(), from, n * sizeof(*from), cudaMemcpyDeviceToHost));
+      return to;
+    };
+    const std::vector<float> scores = copied(r.scores, size_t(pairs) * r.row_groups * c.n_cells);
+    const std::vector<int32_t> chosen = copied(r.cells, size_t(pairs) * c.top);
+    std::vector<char> with_chosen = is_exact;
+    wrong = 0;
+    for (int pair = 0; pair < pairs; pair++) {
+      std::vector<float> best(c.n_cells, -INFINITY);
+      for (int i = 0; i < r.row_groups * c.n_cells; i++) {
+        best[i % c.n_cells] = std::max(best[i % c.n_cells], scores[size_t(pair) * r.row_groups * c.n_cells + i]);
+      }
+      std::vector<int32_t> got;
+      for (int i = 0; i < c.top; i++) {
+        const int cell = chosen[size_t(pair) * c.top + i];
+        if (cell < 0) continue;
+        got.push_back(cell);
+        wrong += is_exact[pair * c.n_cells + cell];
+        with_chosen[pair * c.n_cells + cell] = 1;
+      }
+      std::sort(got.begin(), got.end());
+      wrong += got != greatest(best, c.top);
+    }
+    report(c, "cells chosen wrongly", wrong == 0, wrong);
+    error = relative_error(output.download(), attention(with_chosen, drop_tail));
+    report(c,
+           drop_tail ? "attention to retrieved cells alone, relative error"
+                     : "attention with retrieved cells, relative error",
+           error < tolerance(c.key_width, c.value_width), error);
+  }
+  require(cudaFreeHost(store));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;  // for memory checkers
+  int n_devices = 0;
+  if (const cudaError_t e = cudaGetDeviceCount(&n_devices); e != cudaSuccess || n_devices == 0) {
+    std::printf("skipped: there is no CUDA device (%s)\n", cudaGetErrorString(e));
+    return 77;
+  }
+  DeviceInfo device;
+  if (const Status s = query_device(0, &device); !s.ok()) {
+    std::printf("%s\n", s.message);
+    return 1;
+  }
+  std::printf("compute capability %d, %d multiprocessors, %zu bytes of shared memory a block\n", device.capability,
+              device.multiprocessors, device.shared_bytes);
+  DeviceInfo small = device;  // takes the kernels for smaller devices
+  small.capability = 89;
+  for (const FormatCase& f : kFormatCases) {
+    if (quick && (f.head_dim == 256 || f.key_width != f.value_width)) continue;
+    run(device, {.head_dim = f.head_dim, .key_width = f.key_width, .value_width = f.value_width});
+  }
+  for (const FormatCase& f : kSmallFormatCases) {
+    if (quick) break;
+    run(small, {.head_dim = f.head_dim, .key_width = f.key_width, .value_width = f.value_width, .mask = true});
+  }
+  // Formats of the emulated tests' lists are not all that there are.
+  for (const FormatCase& f : {FormatCase{64, 2, 4}, {64, 4, 8}, {256, 2, 4}, {256, 4, 8}}) {
+    if (quick) break;
+    run(device, {.head_dim = f.head_dim, .key_width = f.key_width, .value_width = f.value_width});
+    run(small, {.head_dim = f.head_dim, .key_width = f.key_width, .value_width = f.value_width, .mask = true});
+  }
+  for (const FormatCase& f : {kBytes, kWide}) {
+    for (const AttendCase& c : kAttendCases) {
+      if (!quick) run(device, case_of(f, c));
+    }
+  }
+  DeviceInfo narrow = device;  // whose thread blocks take many streams at once
+  narrow.multiprocessors = 4;
+  if (has_large_tables(device)) {
+    for (const int head_dim : {64, 128}) {
+      for (const auto& [key, value] : {std::pair(8, 8), {4, 4}, {2, 2}, {2, 4}, {4, 8}}) {
+        if (!has_direct(head_dim, key) || (quick && key != value)) continue;
+        run(narrow,
+            {.head_dim = head_dim, .key_width = key, .value_width = value, .n_streams = 11, .mask = true, .batch = 8});
+      }
+    }
+    run(narrow, {.head_dim = 128,
+                 .key_width = 4,
+                 .value_width = 4,
+                 .n_streams = 7,
+                 .n_tokens = 3,
+                 .group = 3,
+                 .n_cells = 512,
+                 .dense = true,
+                 .mask = true,
+                 .sinks = true,
+                 .n_window = 24,
+                 .batch = 4});
+  }
+  run(device, {.head_dim = 128,
+               .key_width = 4,
+               .value_width = 4,
+               .n_streams = 2,
+               .n_tokens = 1,
+               .n_cells = 512,
+               .dense = true,
+               .mask = true,
+               .sinks = true,
+               .n_window = 24,
+               .top = 16});
+  run(device, {.head_dim = 64,
+               .key_width = 2,
+               .value_width = 4,
+               .n_streams = 2,
+               .n_tokens = 5,
+               .group = 2,
+               .mask = true,
+               .softcap = 3,
+               .n_window = 9,
+               .top = 33});
+  if (!quick) {
+    for (const int group : {1, 2, 4, 8}) {
+      run(device, {.head_dim = 128,
+                   .key_width = 4,
+                   .value_width = 4,
+                   .n_tokens = 8,
+                   .group = group,
+                   .n_cells = 1024,
+                   .dense = group == 2,
+                   .mask = true,
+                   .n_window = 136,
+                   .top = 64});
+    }
+    run(device, {.head_dim = 128, .key_width = 8, .value_width = 8, .n_streams = 35, .n_cells = 192, .n_window = 20});
+    run(device, {.head_dim = 128, .key_width = 4, .value_width = 4, .n_cells = 16384, .n_window = 136, .top = 64});
+  }
+  std::printf(failures == 0 ? "all good\n" : "%d FAILURES\n", failures);
+  return failures != 0;
+}

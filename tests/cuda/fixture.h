@@ -1,0 +1,100 @@
+// Shared by the tests of the CUDA kernels' source under emulation: random codecs and caches in both layouts, and
+// attention as the specification has it, in double.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "codec/half.h"
+#include "codec/head_codec.h"
+#include "cuda/host/tables.h"
+#include "cuda/layout.h"
+
+namespace thimble::cuda {
+
+class Random {
+public:
+  explicit Random(unsigned seed) : engine_(seed) {}
+  float normal() { return normal_(engine_); }
+  int below(int n) { return int(engine_() % unsigned(n)); }
+  std::vector<float> normals(size_t n) {
+    std::vector<float> x(n);
+    for (float& v : x) v = normal();
+    return x;
+  }
+
+private:
+  std::mt19937 engine_;
+  std::normal_distribution<float> normal_;
+};
+
+/// Codebooks differ from subspace to subspace and from head to head, so that a mixed-up index shows.
+inline HeadCodec random_codec(Kind kind, int head_dim, double bits, bool dense, Random& random) {
+  HeadCodec codec = make_uncalibrated_codec(kind, make_format(head_dim, bits));
+  for (int8_t& w : codec.codebook.words) w = int8_t(std::clamp(int(random.normal() * 45), -127, 127));
+  for (float& s : codec.codebook.scale) s = 0.02f + 0.005f * float(random.below(4));
+  if (dense) {
+    std::vector<float> matrix(size_t(head_dim) * head_dim);
+    for (float& v : matrix) v = random.normal() / std::sqrt(float(head_dim));
+    for (int i = 0; i < head_dim; i++) matrix[size_t(i) * head_dim + i] += 2;
+    codec.transform = Transform::dense(random.normals(head_dim), std::move(matrix));
+  }
+  codec.prepare();
+  return codec;
+}
+
+/// One head's cells, coded: as the kernels read them and as numbers, both transformed.
+struct CodedHead {
+  std::vector<uint8_t> blocks;  // CUDA order
+  std::vector<float> decoded;   // [cells][head_dim]
+};
+
+inline CodedHead random_head(const HeadCodec& codec, int n_cells, Random& random) {
+  const Format& format = codec.format;
+  const int d = format.head_dim, n_blocks = n_cells / kBlockCells;
+  CodedHead head;
+  head.blocks.resize(n_blocks * format.block_bytes());
+  head.decoded.resize(size_t(n_cells) * d);
+  std::vector<uint8_t> block(format.block_bytes());
+  for (int b = 0; b < n_blocks; b++) {
+    for (int cell = 0; cell < kBlockCells; cell++) {
+      const std::vector<float> y = random.normals(d);
+      store_cell(codec, y.data(), block.data(), cell);
+      load_cell(codec, block.data(), cell, &head.decoded[(size_t(b) * kBlockCells + cell) * d]);
+    }
+    block_to_cuda(format, codec.kind, block.data(), &head.blocks[b * format.block_bytes()]);
+  }
+  return head;
+}
+
+inline double relative_error(const std::vector<float>& x, const std::vector<double>& expected) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < x.size(); i++) {
+    error += (x[i] - expected[i]) * (x[i] - expected[i]);
+    size += expected[i] * expected[i];
+  }
+  return std::sqrt(error / size);  // NaN wherever x has one
+}
+
+/// The relative error that a format's arithmetic may add: less than a tenth of what the codec itself costs (see
+/// CudaAttend.ArithmeticErrorIsATenthOfTheCodecs), and no more than on the CPU. Pairs of numbers have f16 score tables
+/// and 16-bit weights, others 8 bits of either.
+inline constexpr double tolerance(int key_width, int value_width) {
+  return key_width != 2 ? 0.03162 : value_width != 2 ? 0.015 : 1.5e-3;
+}
+
+/// The cells of the k greatest scores, in order of cells; of equals the first, and none of -infinity.
+inline std::vector<int32_t> greatest(const std::vector<float>& scores, int k) {
+  std::vector<int32_t> order;
+  for (size_t i = 0; i < scores.size(); i++) {
+    if (scores[i] > -INFINITY) order.push_back(int32_t(i));
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return scores[x] > scores[y]; });
+  if (order.size() > size_t(k)) order.resize(k);
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
+}  // namespace thimble::cuda

@@ -1,0 +1,82 @@
+// The CUDA block layout: a permutation, and back.
+#include "cuda/layout.h"
+
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "fixture.h"
+
+namespace thimble::cuda {
+namespace {
+
+std::vector<Format> formats() {
+  std::vector<Format> all;
+  for (int head_dim : {64, 128, 256}) {
+    for (double bits : {4.0, 2.0, 1.0}) all.push_back(make_format(head_dim, bits));
+  }
+  return all;
+}
+
+TEST(CudaLayout, IsAPermutationOfTheRecord) {
+  for (const Format& format : formats()) {
+    for (Kind kind : {Kind::key, Kind::value}) {
+      std::set<int> seen;
+      for (int m = 0; m < format.n_subspaces(); m++) {
+        for (int cell = 0; cell < kBlockCells; cell++) {
+          seen.insert(cuda_position(kind, format.n_subspaces(), m, cell));
+        }
+      }
+      EXPECT_EQ(seen.size(), format.codes_bytes());
+      EXPECT_EQ(*seen.begin(), 0);
+      EXPECT_EQ(*seen.rbegin(), int(format.codes_bytes()) - 1);
+    }
+  }
+}
+
+TEST(CudaLayout, BlocksSurviveTheRoundTrip) {
+  Random random(1);
+  for (const Format& format : formats()) {
+    for (Kind kind : {Kind::key, Kind::value}) {
+      std::vector<uint8_t> block(format.block_bytes()), cuda(block.size()), back(block.size());
+      for (uint8_t& b : block) b = uint8_t(random.below(256));
+      block_to_cuda(format, kind, block.data(), cuda.data());
+      block_from_cuda(format, kind, cuda.data(), back.data());
+      EXPECT_EQ(block, back);
+      std::vector<uint8_t> row(size_t(format.vector_bytes()));
+      copy_cell_out(format, kind, block.data(), 37, row.data());
+      for (int m = 0; m < format.n_subspaces(); m++) {
+        EXPECT_EQ(row[m], cuda[cuda_position(kind, format.n_subspaces(), m, 37)]);
+      }
+    }
+  }
+}
+
+// In the scores' inner loop the 32 lanes of a warp must look into 32 different subspaces (16 for half a warp).
+TEST(CudaLayout, KeysOfAStepAreInDifferentBanks) {
+  for (int n_subspaces : {16, 32, 64, 128}) {
+    const int per_cell = n_subspaces / 4;
+    for (int step = 0; step < per_cell; step++) {
+      for (int first = 0; first < 32; first += 16) {
+        std::set<int> slots;
+        for (int lane = first; lane < first + 16; lane++) {
+          const int g = lane / 4, position = stream_position(g, lane % 4, step);
+          for (int m = 0; m < n_subspaces; m++) {
+            if (cuda_key_position(n_subspaces, m, 8 * g) == position) slots.insert(m % 16);
+          }
+        }
+        EXPECT_EQ(slots.size(), 16u);
+      }
+    }
+  }
+}
+
+TEST(CudaLayout, SupportsOneWidthAlone) {
+  EXPECT_TRUE(cuda_supports(make_format(128, 2)));
+  EXPECT_FALSE(cuda_supports(make_format(128, 1.5)));
+  EXPECT_FALSE(cuda_supports(make_format(128, 16)));
+  EXPECT_FALSE(cuda_supports(make_format(96, 2)));
+}
+
+}  // namespace
+}  // namespace thimble::cuda
