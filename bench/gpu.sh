@@ -52,7 +52,7 @@ kernels() {
   local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests/cuda
                -Xcompiler "-fPIC,-ffp-contract=off")
   local library=() sources pids=() source pid
-  mapfile -t sources < <(find src/cuda -name '*.cu' -o -name '*.cpp'; ls src/codec/*.cpp)
+  mapfile -t sources < <(find src/cuda -name '*.cu' -o -name '*.cpp'; ls src/codec/*.cpp src/cache/window.cpp)
   object() { echo "$out/${1//\//-}.o"; }
   for source in "${sources[@]}"; do library+=("$(object "$source")"); done
   for source in "${sources[@]}" tests/cuda/device_check.cu bench/*.cu; do
