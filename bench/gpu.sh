@@ -14,7 +14,9 @@
 #   retrieval   a decoded token with 2 bits and the 64 best cells from pinned memory, and the GPU memory that takes
 #   prefill     a prompt of 32768 tokens, f16 and 2 bits
 #   quality     perplexity of a small real model: THIMBLE_MODEL=<GGUF> and THIMBLE_TEXT=<text of 5000 tokens or more>
-# The last four run programs from THIMBLE_BUILD, a build directory whose bin has thimble, the plugin for CUDA, llama.cpp's
+#   server      only when named: the cases of THIMBLE_CASES=<server_cases.py> on llama-server, of THIMBLE_MODEL, at 4 and 2 bits, with
+#               THIMBLE_PROFILE=<GGUF> and without a profile; THIMBLE_CASE names them (default: two_chats many_chats bad_slot)
+# The last five run programs from THIMBLE_BUILD, a build directory whose bin has thimble, the plugin for CUDA, llama.cpp's
 # programs and its ggml-cuda. Without it they are built in build-cuda while the kernels are measured, from the source of
 # llama.cpp at THIMBLE_LLAMA_CPP or where scripts/fetch-llama-cpp has left it. A first build takes half of the ten minutes,
 # which some rows will lack; the next call has them all. The random model (16 GB) stays in the output folder, or is
@@ -30,7 +32,7 @@ parts=("${@:2}")
 [ ${#parts[@]} -eq 0 ] && parts=("${all[@]}")
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-for part in status "${all[@]}"; do rm -f "$out/$part.txt"; done  # the table is of one run
+for part in status "${all[@]}" server; do rm -f "$out/$part.txt"; done  # the table is of one run
 export PYTHONUNBUFFERED=1
 bin=${THIMBLE_BUILD:-build-cuda}/bin
 model=${THIMBLE_RANDOM:-$out/llama-8b-random.gguf}
@@ -104,7 +106,8 @@ hf() {
 programs() { # in the background: thimble, the plugin and llama.cpp
   cmake -S . -B build-cuda -DTHIMBLE_CUDA=ON -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DTHIMBLE_TESTS=OFF \
     -DCMAKE_CUDA_ARCHITECTURES="$capability" ${THIMBLE_LLAMA_CPP:+-DTHIMBLE_LLAMA_CPP="$THIMBLE_LLAMA_CPP"} &&
-    within 590 nice cmake --build build-cuda -j "$(nproc)" --target thimble ggml-thimble llama-perplexity
+    within 590 nice cmake --build build-cuda -j "$(nproc)" --target thimble ggml-thimble llama-perplexity \
+      $(! wants server || echo llama-server)
 }
 
 has() { # program...: says what is missing, if anything is
@@ -151,6 +154,38 @@ quality() {
   done
 }
 
+# `thimble serve` is llama-server with the plugin. Where thimble is not built, which takes libraries that the plugin does
+# without, a few lines stand in for it.
+server() {
+  [ -n "${THIMBLE_CASES:-}" ] && [ -n "${THIMBLE_MODEL:-}" ] ||
+    { echo "THIMBLE_CASES and THIMBLE_MODEL say which cases to run, of what model."; exit $not_run; }
+  has llama-server
+  local folder=$out/server profile failed=0
+  mkdir -p "$folder"
+  if [ -e "$bin/thimble" ]; then
+    ln -sf "$(realpath "$bin/thimble")" "$folder/thimble"
+  else
+    cat > "$folder/thimble" << END
+#!/bin/bash
+# usage: thimble serve --kv BITS [--profile GGUF] arguments of llama-server...
+[ "\$1 \$2" = "serve --kv" ] || exit 2
+kv=\$3 settings=bits=\$3
+shift 3
+if [ "\$1" = --profile ]; then settings+=,profile=\$2; shift 2; fi
+if [ "\$kv" = f16 ]; then exec "$(realpath "$bin")/llama-server" --device CUDA0 -ngl 99 -fa on "\$@"; fi
+export THIMBLE_KV=\$settings GGML_BACKEND_PATH="$(realpath "$bin/libggml-thimble.so")"
+exec "$(realpath "$bin")/llama-server" --device THIMBLE0 -ngl 99 -fa on "\$@"
+END
+    chmod +x "$folder/thimble"
+  fi
+  for profile in ${THIMBLE_PROFILE:+"$THIMBLE_PROFILE"} ""; do
+    echo "-- profile: ${profile:-none}"
+    within 290 python3 "$THIMBLE_CASES" "$folder" ${THIMBLE_CASE:-two_chats many_chats bad_slot} --model "$THIMBLE_MODEL" \
+      --profile "$profile" --kv 4,2 --threads 4 || failed=1
+  done
+  return $failed
+}
+
 failed=0
 run() { # part
   echo "== $1"
@@ -168,11 +203,11 @@ if wants 'end_to_end|retrieval|prefill'; then
   [ -f "$model" ] || { python3 bench/random_gguf.py "$model" & jobs+=($!); }
 fi
 if wants 'check|attention|step|limiters'; then run kernels; fi
-if [ -z "${THIMBLE_BUILD:-}" ] && wants 'end_to_end|retrieval|prefill|quality'; then
+if [ -z "${THIMBLE_BUILD:-}" ] && wants 'end_to_end|retrieval|prefill|quality|server'; then
   programs > "$out/programs.txt" 2>&1 & jobs+=($!)
 fi
 for part in "${parts[@]}"; do
-  if [[ $part =~ ^(hf|end_to_end|retrieval|prefill|quality)$ ]]; then  # the host's time counts in all of these
+  if [[ $part =~ ^(hf|end_to_end|retrieval|prefill|quality|server)$ ]]; then  # the host's time counts in all of these
     for job in "${jobs[@]}"; do wait "$job" || true; done  # what is missing then, the part says
     jobs=()
   fi

@@ -14,10 +14,33 @@ constexpr size_t kHeaderBytes = sizeof(kTag) + sizeof(uint64_t);
 
 }  // namespace
 
+const char* const kOtherSettings =
+    "this state was saved with other cache settings (bits or profile); load it with the THIMBLE_KV that it was saved "
+    "with";
+
+RowKind row_kind(const uint8_t* row, uint64_t hash, bool takes_codes) {
+  if (std::memcmp(row, kTag, sizeof(kTag)) != 0) return RowKind::exact;
+  return takes_codes && std::memcmp(row + sizeof(kTag), &hash, sizeof(hash)) == 0 ? RowKind::coded : RowKind::refused;
+}
+
+size_t row_vectors_bytes(const CacheShape& shape, const Format& format) {
+  return size_t(shape.n_kv_heads) * size_t(format.vector_bytes());
+}
+
+const uint8_t* row_vectors(const uint8_t* row) {
+  return row + kHeaderBytes;
+}
+
+void write_coded_row(const uint8_t* vectors, size_t n, uint64_t hash, uint8_t* row, size_t row_bytes) {
+  std::memcpy(row, kTag, sizeof(kTag));
+  std::memcpy(row + sizeof(kTag), &hash, sizeof(hash));
+  std::memcpy(row + kHeaderBytes, vectors, n);
+  std::memset(row + kHeaderBytes + n, 0, row_bytes - kHeaderBytes - n);
+}
+
 bool state_row_fits(const CacheShape& shape, const Format& format) {
   if (format.f16) return true;
-  return kHeaderBytes + size_t(shape.n_kv_heads) * size_t(format.vector_bytes()) <=
-         size_t(shape.n_kv_heads) * format.head_dim * 2;
+  return kHeaderBytes + row_vectors_bytes(shape, format) <= size_t(shape.n_kv_heads) * format.head_dim * 2;
 }
 
 void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, uint8_t* row) {
@@ -29,16 +52,16 @@ void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, 
   }
   const Format& format = side.format();
   const size_t vector_bytes = size_t(format.vector_bytes());
-  uint8_t* out = row;
   std::memset(row, 0, row_bytes);
   if (!side.coded()) return;  // never written
-  if (!format.f16) {
-    std::memcpy(row, kTag, sizeof(kTag));
-    std::memcpy(row + sizeof(kTag), &hash, sizeof(hash));
-    out += kHeaderBytes;
-  }
+  std::vector<uint8_t> vectors(row_vectors_bytes(side.shape(), format));
   for (int head = 0; head < side.shape().n_kv_heads; head++) {
-    copy_cell_out(format, kind, side.block(head, cell), side.in_block(cell), out + head * vector_bytes);
+    copy_cell_out(format, kind, side.block(head, cell), side.in_block(cell), vectors.data() + head * vector_bytes);
+  }
+  if (format.f16) {
+    std::copy(vectors.begin(), vectors.end(), row);
+  } else {
+    write_coded_row(vectors.data(), vectors.size(), hash, row, row_bytes);
   }
 }
 
@@ -50,21 +73,14 @@ void write_refused_row(uint8_t* row, size_t row_bytes) {
 void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row) {
   CacheSide& side = layer.side(kind);
   const Format& format = side.format();
-  const bool coded = std::memcmp(row, kTag, sizeof(kTag)) == 0;
+  const RowKind what = row_kind(row, hash, !format.f16 && side.coded());
   uint16_t* kept = side.rows().keep(cell);  // may throw: the layer is then as it was
   if (kind == Kind::key) layer.window().forget(cell);
-  if (coded) {
-    uint64_t saved_hash;
-    std::memcpy(&saved_hash, row + sizeof(kTag), sizeof(saved_hash));
-    if (format.f16 || !side.coded() || saved_hash != hash) {
-      throw std::runtime_error(
-          "this state was saved with other cache settings (bits or profile); load it with the "
-          "THIMBLE_KV "
-          "that it was saved with");
-    }
+  if (what == RowKind::refused) throw std::runtime_error(kOtherSettings);
+  if (what == RowKind::coded) {
     const size_t vector_bytes = size_t(format.vector_bytes());
     for (int head = 0; head < side.shape().n_kv_heads; head++) {
-      copy_cell_in(format, kind, row + kHeaderBytes + head * vector_bytes, side.block(head, cell), side.in_block(cell));
+      copy_cell_in(format, kind, row_vectors(row) + head * vector_bytes, side.block(head, cell), side.in_block(cell));
     }
     if (kept) {  // what the codes stand for is all that is left of the row
       std::vector<float> decoded(side.row_size());

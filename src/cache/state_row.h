@@ -13,6 +13,19 @@ namespace thimble {
 /// Whether a coded cell fits its f16 row, tag included. Where it does not (tiny heads), keep the cache f16.
 bool state_row_fits(const CacheShape& shape, const Format& format);
 
+/// What a row holds, for a side whose codes depend on `hash`. `refused`: codes of other settings, or codes where there
+/// are none.
+enum class RowKind : uint8_t { exact, coded, refused };
+RowKind row_kind(const uint8_t* row, uint64_t hash, bool takes_codes);
+/// The sentence on a row that is refused.
+extern const char* const kOtherSettings;
+
+/// Bytes of a coded row's codes and scales, all heads', and where in the row they begin.
+size_t row_vectors_bytes(const CacheShape& shape, const Format& format);
+const uint8_t* row_vectors(const uint8_t* row);
+/// A coded row, tag and zeros included, of `n` bytes of codes and scales.
+void write_coded_row(const uint8_t* vectors, size_t n, uint64_t hash, uint8_t* row, size_t row_bytes);
+
 /// `row`: row_size() * 2 bytes. `hash` names everything that the codes depend on.
 void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, uint8_t* row);
 /// Keys of a cell are loaded before its values. Throws std::runtime_error where the row holds codes of another hash,

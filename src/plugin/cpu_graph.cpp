@@ -7,54 +7,9 @@
 #include "codec/half.h"
 #include "ggml-impl.h"
 #include "plugin/nodes.h"
+#include "plugin/sight.h"
 
 namespace thimble {
-namespace {
-
-// What the queries of an attention node see. Row r of a batch is token r % n_tokens of stream r / n_tokens, as
-// llama.cpp splits a batch into streams.
-class Sight {
-public:
-  explicit Sight(const ggml_tensor* node)
-      : n_tokens_(node->src[0]->ne[1]),
-        n_cells_(node->src[1]->ne[1]),
-        first_(node->src[1]->view_offs / root_of(node->src[1])->nb[1]),
-        per_stream_(root_of(node->src[1])->ne[1]) {
-    const ggml_tensor* mask = node->src[3];
-    if (!mask) return;
-    mask_ = static_cast<const char*>(mask->data);
-    token_stride_ = mask->nb[1];
-    stream_stride_ = mask->ne[3] > 1 ? mask->nb[3] : 0;
-  }
-
-  bool sees(int64_t row, int64_t cell) const {
-    const int64_t stream = row < n_tokens_ ? 0 : row / n_tokens_, token = row - stream * n_tokens_;
-    const int64_t in_stream = cell - first_ - stream * per_stream_;
-    if (in_stream < 0 || in_stream >= n_cells_) return false;
-    if (!mask_) return true;
-    const char* at = mask_ + token * token_stride_ + stream * stream_stride_;
-    return reinterpret_cast<const uint16_t*>(at)[in_stream] != 0xfc00;  // -inf
-  }
-
-private:
-  int64_t n_tokens_, n_cells_, first_, per_stream_;
-  const char* mask_ = nullptr;
-  size_t token_stride_ = 0, stream_stride_ = 0;
-};
-
-bool sees_refused_cell(const ggml_tensor* node, const ManagedLayer& layer) {
-  const Sight sight(node);
-  for (const auto& cells : layer.refused) {
-    for (const auto& [cell, bytes] : cells) {
-      for (int64_t row = 0; row < node->src[0]->ne[1] * node->src[0]->ne[3]; row++) {
-        if (sight.sees(row, cell)) return true;
-      }
-    }
-  }
-  return false;
-}
-
-}  // namespace
 
 void CpuGraph::run_write(ggml_tensor*, int thread, int n_threads, void* data) {
   Op& op = *static_cast<Op*>(data);
@@ -128,16 +83,13 @@ void CpuGraph::run_attend(ggml_tensor* dst, int thread, int n_threads, void* dat
       p.sinks = op.node->src[4] ? static_cast<const float*>(op.node->src[4]->data) : nullptr;
       p.top = op.layer->top;
       p.drop_tail = op.layer->drop_tail;
-      if (sees_refused_cell(op.node, *op.layer)) {
-        throw std::runtime_error(
-            "layer " + std::to_string(op.layer->index) +
-            " cannot be attended to: its cells hold a state of other cache settings, or one that its "
-            "exact store had no room for");
+      if (sees_refused_cell(op.node, mask ? mask->data : nullptr, *op.layer)) {
+        throw std::runtime_error(refused_cell_seen(*op.layer));
       }
       op.failed = op.graph->failed_;
       if (!op.failed) {
         const bool rows_match = int64_t(op.layer->cache->window().batch().size()) == q->ne[1] * q->ne[3];
-        const Sight sight(op.node);
+        const Sight sight(op.node, mask ? mask->data : nullptr);
         if (rows_match) op.layer->cache->settle([&](int row, int64_t cell) { return sight.sees(row, cell); });
         attention.prepare(p, n_threads, kernels());
         if (op.commits) {

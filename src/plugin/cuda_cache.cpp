@@ -85,10 +85,6 @@ size_t CudaCache::bind(int index, const CacheShape& shape, const std::vector<Hea
 }
 
 std::string CudaCache::problem(const ggml_tensor* node, NodeKind kind) const {
-  if (kind == NodeKind::shift) {
-    return "a context shift of a coded cache cannot be done on a CUDA device yet: start without --context-shift, or "
-           "use device=CPU";
-  }
   if (kind == NodeKind::write && (node->src[0]->type != GGML_TYPE_F32 || node->src[1]->type != GGML_TYPE_I64)) {
     return "new keys and values must be f32 and their cells 64-bit numbers on a CUDA device";
   }
@@ -131,9 +127,50 @@ void CudaCache::begin_batch(const int64_t* cells, int n_tokens, const cuda::Batc
 }
 
 void CudaCache::clear() {
-  failure_.clear();
   require(window_.clear(), "the window");
   for (auto& [index, layer] : layers_) require(layer->clear(), "the exact store");
+}
+
+cuda::CellState CudaCache::state() {
+  require(cuda::Status::from(cudaSetDevice(device_.ordinal)), "CUDA device");
+  if (!state_kernels_) state_kernels_ = cuda::state_kernels(device_);
+  return cuda::CellState(*state_kernels_);
+}
+
+cuda::HostWindow CudaCache::host_window() const {
+  cuda::HostWindow window;
+  require(window_.read(&window), "the window");
+  return window;
+}
+
+void CudaCache::read_cells(int layer, Kind kind, int64_t first, int64_t n, uint64_t hash, uint8_t* rows) {
+  cuda::CellState cells = state();
+  cells.save(layers_.at(layer)->encode_args(window_), kind, host_window(), first, n, hash, rows);
+}
+
+std::vector<size_t> CudaCache::write_cells(int layer, Kind kind, std::span<const int64_t> cells, uint64_t hash,
+                                           const uint8_t* rows) {
+  std::vector<cuda::EncodeArgs> layers;
+  size_t index = 0;
+  for (const auto& [number, each] : layers_) {
+    if (number == layer) index = layers.size();
+    layers.push_back(each->encode_args(window_));
+  }
+  cuda::CellState to = state();
+  cuda::HostWindow window = host_window();
+  auto refused = to.load(layers, index, kind, window, cells, hash, rows);
+  if (kind == Kind::key) require(window_.write(window), "the window");
+  return refused;
+}
+
+float* CudaCache::read_keys(int layer, std::span<const int64_t> cells) {
+  cuda::CellState state = this->state();
+  return state.read_keys(layers_.at(layer)->encode_args(window_), host_window(), cells);
+}
+
+void CudaCache::write_keys(int layer, std::span<const int64_t> cells) {
+  cuda::CellState state = this->state();
+  state.write_keys(layers_.at(layer)->encode_args(window_), host_window(), cells);
 }
 
 void CudaCache::copy_stream(int layer, Kind kind, int from, int to) {

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "attention/attention.h"
+#include "plugin/sight.h"
 
 namespace thimble {
 namespace {
@@ -68,19 +69,20 @@ bool worth_capturing(const std::vector<Step>& steps) {
     buffer = cut.buffer;
     if (cut.writes[0] && cut.writes[1]) written.insert(cut.layer);
   }
-  return buffer && written.size() == static_cast<CudaCache&>(*buffer->device_cache()).n_layers();
+  // Whether a refused cell is seen can be told of one batch at a time only.
+  return buffer && !buffer->has_refused() &&
+         written.size() == static_cast<CudaCache&>(*buffer->device_cache()).n_layers();
 }
 
 void check_cut(const Cut& cut) {
-  DeviceCache& cache = cache_of(cut);
+  const DeviceCache& cache = cache_of(cut);
   for (const auto& [node, kind] : {std::pair{cut.shift, NodeKind::shift},
                                    {cut.attend, NodeKind::attend},
                                    {cut.writes[0], NodeKind::write},
                                    {cut.writes[1], NodeKind::write}}) {
     const std::string problem = node ? cache.problem(node, kind) : std::string();
-    if (!problem.empty()) cache.fail(problem);
+    if (!problem.empty()) throw std::runtime_error(problem);
   }
-  if (!cache.failure().empty()) throw std::runtime_error(cache.failure());
   cut.buffer->use(cache.kernels());
 }
 
@@ -170,9 +172,9 @@ void CudaGraph::capture(const std::vector<Step>& steps, ggml_cgraph* graph, Seen
     problem = error.what();
   }
   capturing_ = on_ours_ = false;
-  seen.cache = nullptr;
+  seen.buffer = nullptr;
   for (const Step& step : steps) {
-    if (step.cut.layer) seen.cache = &cache_of(step.cut);
+    if (step.cut.layer) seen.buffer = step.cut.buffer;
   }
   cudaError_t status = cudaStreamEndCapture(stream_, &captured);
   if (status == cudaSuccess && problem.empty()) status = cudaGraphInstantiate(&seen.exec, captured, 0);
@@ -193,18 +195,24 @@ ggml_status CudaGraph::compute(ggml_cgraph* graph) {
   check(cudaSetDevice(device_.ordinal), "CUDA device");
   on_ours_ = false;
   Seen& seen = find(graph);
-  if (seen.exec && seen.cache->failure().empty()) {
-    replay(seen);
-    return GGML_STATUS_SUCCESS;
+  if (seen.exec) {
+    seen.buffer->settle();
+    if (!seen.buffer->has_refused()) {
+      replay(seen);
+      return GGML_STATUS_SUCCESS;
+    }
   }
   const std::vector<Step> steps = plan_cuts(graph);
   if (std::none_of(steps.begin(), steps.end(), [](const Step& step) { return step.cut.layer; })) {
     return ggml_backend_graph_compute_async(inner_, graph);
   }
   for (const Step& step : steps) {
-    if (step.cut.layer) check_cut(step.cut);
+    if (!step.cut.layer) continue;
+    step.cut.buffer->settle();
+    check_cut(step.cut);
   }
-  if (seen.was_run && can_capture_ && worth_capturing(steps)) {
+  masks_.clear();
+  if (seen.was_run && !seen.exec && can_capture_ && worth_capturing(steps)) {
     capture(steps, graph, seen);
     if (seen.exec) {
       replay(seen);
@@ -311,7 +319,9 @@ cuda::EncodeArgs CudaGraph::encode_args(const Cut& cut) {
 }
 
 void CudaGraph::run_cut(const Cut& cut) {
+  if (cut.shift) return shift(cut);
   go_to_ours();
+  mind_refused(cut);
   cuda::EncodeArgs p = encode_args(cut);
   if (!cut.attend) {
     require(cuda::encode(device_, p, stream_), "encoding");
@@ -319,6 +329,90 @@ void CudaGraph::run_cut(const Cut& cut) {
     prefill(cut, p);
   } else {
     attend(cut, p);
+  }
+}
+
+// While cells of the layer hold rows that were refused: those that are written now are good again, and attention that
+// would see others of them fails, as on the CPU. Only then does the host wait for cells and mask.
+void CudaGraph::mind_refused(const Cut& cut) {
+  if (cut.layer->refused[0].empty() && cut.layer->refused[1].empty()) return;
+  check(cudaStreamSynchronize(stream_), "stream");
+  for (Kind kind : {Kind::key, Kind::value}) {
+    const ggml_tensor* write = cut.writes[int(kind)];
+    if (!write) continue;
+    std::vector<int64_t> cells(write->src[1]->ne[0]);
+    check(cudaMemcpy(cells.data(), write->src[1]->data, cells.size() * sizeof(int64_t), cudaMemcpyDeviceToHost),
+          "cells");
+    for (int64_t cell : cells) cut.layer->refused[int(kind)].erase(cell);
+  }
+  if (!cut.attend) return;
+  const ggml_tensor* mask = cut.attend->src[3];
+  std::vector<uint8_t>* copy = nullptr;
+  if (mask) {
+    const auto [it, is_new] = masks_.try_emplace(mask->data);
+    copy = &it->second;
+    if (is_new) {
+      copy->resize(ggml_nbytes(mask));
+      check(cudaMemcpy(copy->data(), mask->data, copy->size(), cudaMemcpyDeviceToHost), "mask");
+    }
+  }
+  if (sees_refused_cell(cut.attend, copy ? copy->data() : nullptr, *cut.layer)) {
+    throw std::runtime_error(refused_cell_seen(*cut.layer));
+  }
+}
+
+// Context shift: keys of cells whose position moves are decoded, rotated by the inner backend's ROPE and put back, some
+// thousand cells at a time.
+void CudaGraph::shift(const Cut& cut) {
+  go_to_ours();
+  check(cudaStreamSynchronize(stream_), "stream");
+  const ggml_tensor *view = cut.shift->src[0], *by = cut.shift->src[1];
+  std::vector<int32_t> shifts(by->ne[0]);
+  check(cudaMemcpy(shifts.data(), by->data, shifts.size() * sizeof(int32_t), cudaMemcpyDeviceToHost), "positions");
+  CudaCache& cache = cache_of(cut);
+  const cuda::DeviceLayer& layer = cache.layer(cut.layer->index);
+  const int64_t dim = layer.head_dim(), n_heads = layer.shape().n_kv_heads;
+  const int64_t first_number = view->view_offs % root_of(view)->nb[1] / sizeof(uint16_t);  // rotated part of a head
+  std::vector<int64_t> moved;
+  for (int64_t cell = 0; cell < int64_t(shifts.size()); cell++) {
+    if (shifts[cell] != 0) moved.push_back(cell);
+  }
+  for (size_t first = 0; first < moved.size(); first += cuda::CellState::kKeysAtOnce) {
+    const std::vector<int64_t> cells(
+        moved.begin() + first, moved.begin() + std::min<size_t>(moved.size(), first + cuda::CellState::kKeysAtOnce));
+    std::vector<int32_t> positions;
+    for (int64_t cell : cells) positions.push_back(shifts[cell]);
+    int32_t* at = scratch<int32_t>(positions_, positions.size());
+    check(cudaMemcpy(at, positions.data(), positions.size() * sizeof(int32_t), cudaMemcpyHostToDevice), "positions");
+    float* keys = cache.read_keys(cut.layer->index, cells);
+
+    const auto stand_in = [&](int i, void* data, ggml_type type, std::array<int64_t, 4> ne, size_t row) {
+      ggml_tensor& tensor = stand_ins_[i];
+      tensor = {};
+      tensor.type = type;
+      tensor.buffer = cut.buffer->inner();
+      tensor.data = data;
+      std::copy(ne.begin(), ne.end(), tensor.ne);
+      tensor.nb[0] = ggml_type_size(type);
+      tensor.nb[1] = row;
+      tensor.nb[2] = n_heads * row;
+      tensor.nb[3] = ne[2] * tensor.nb[2];
+      return &tensor;
+    };
+    const int64_t n = int64_t(cells.size());
+    const std::array<int64_t, 4> shape = {view->ne[0], n_heads, n, 1};
+    ggml_tensor* from = stand_in(1, keys + first_number, GGML_TYPE_F32, shape, dim * sizeof(float));
+    ggml_tensor* rotate = stand_in(0, from->data, GGML_TYPE_F32, shape, dim * sizeof(float));
+    rotate->op = GGML_OP_ROPE;
+    rotate->flags = cut.shift->flags;
+    std::copy(std::begin(cut.shift->op_params), std::end(cut.shift->op_params), rotate->op_params);
+    rotate->src[0] = from;
+    rotate->src[1] = stand_in(2, at, GGML_TYPE_I32, {n, 1, 1, 1}, n * sizeof(int32_t));
+    rotate->src[2] = cut.shift->src[2];
+    ggml_cgraph whole{};
+    run_inner({rotate}, &whole);
+    go_to_ours();
+    cache.write_keys(cut.layer->index, cells);  // waits for all of the device
   }
 }
 

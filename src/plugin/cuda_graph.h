@@ -34,7 +34,7 @@ private:
     uint64_t uid = 0, hash = 0, last_use = 0;
     bool was_run = false;
     cudaGraphExec_t exec = nullptr;
-    const DeviceCache* cache = nullptr;  // that `exec` works on
+    KvBuffer* buffer = nullptr;  // that `exec` works on
   };
   Seen& find(const ggml_cgraph* graph);
   void forget_captures();
@@ -48,6 +48,8 @@ private:
   void run(const std::vector<Step>& steps, ggml_cgraph* graph);
   void run_inner(std::vector<ggml_tensor*> nodes, const ggml_cgraph* graph);
   void run_cut(const Cut& cut);
+  void shift(const Cut& cut);
+  void mind_refused(const Cut& cut);
   void attend(const Cut& cut, const cuda::EncodeArgs& encode);
   void retrieve(const Cut& cut, const cuda::AttendArgs& attend);
   void prefill(const Cut& cut, cuda::EncodeArgs& encode);
@@ -71,6 +73,8 @@ private:
   ggml_tensor marker_{};                      // see run_inner
   ggml_tensor stand_ins_[4]{};
   cuda::DeviceMemory workspace_, queries_, dense_, retrieval_;
+  cuda::DeviceMemory positions_;
+  std::map<const void*, std::vector<uint8_t>> masks_;  // of this graph, on the host; see mind_refused
   std::map<std::pair<float, int>, cuda::DeviceMemory> slopes_;
 };
 

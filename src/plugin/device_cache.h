@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -32,13 +33,11 @@ public:
   virtual void copy_stream(int layer, Kind kind, int from, int to) = 0;
   virtual const char* kernels() const = 0;
 
-  /// Says that the cells are not what llama.cpp takes them for, as something could not be done. Graphs over the cache
-  /// fail with this sentence until it is cleared.
-  void fail(const std::string& why) { failure_ = why; }
-  const std::string& failure() const { return failure_; }
-
-protected:
-  std::string failure_;
+  /// The rows of `n` cells from `first` on, as save_cell writes them. Waits for all that the device does.
+  virtual void read_cells(int layer, Kind kind, int64_t first, int64_t n, uint64_t hash, uint8_t* rows) = 0;
+  /// Loads rows as load_cell does; returns the entries of `cells` whose rows are refused.
+  virtual std::vector<size_t> write_cells(int layer, Kind kind, std::span<const int64_t> cells, uint64_t hash,
+                                          const uint8_t* rows) = 0;
 };
 
 /// The cache of a buffer on this inner device, or null for the CPU's, which KvBuffer keeps itself. Throws

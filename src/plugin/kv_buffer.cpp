@@ -4,7 +4,9 @@
 #include <cstdio>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "cache/state_row.h"
 #include "ggml-impl.h"
@@ -14,10 +16,6 @@ namespace {
 
 // Scales are one a head, so the memory of codes depends (a little) on the head size.
 constexpr int kAssumedHeadDim = 64;
-
-constexpr const char* kNoStateOnDevice =
-    "the state of a coded cache on a CUDA device can be neither saved nor loaded yet: use device=CPU, or start "
-    "llama-server with --cache-ram 0";
 
 struct BufferTypeContext {
   ggml_backend_buffer_type_t inner;
@@ -363,6 +361,7 @@ void KvBuffer::use(const char* kernels) {
 
 void KvBuffer::clear(uint8_t value) {
   if (inner_->size > 0) ggml_backend_buffer_clear(inner_, value);
+  waiting_ = {};
   if (device_cache_) device_cache_->clear();
   for (auto& [index, layer] : layers_) {
     if (layer.cache) layer.cache->clear();
@@ -377,7 +376,8 @@ KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_
   rows.layer = layer_of(tensor, &rows.kind);
   const size_t row_bytes = root_of(tensor)->nb[1];
   const size_t from = tensor->view_offs + offset;
-  if (!rows.layer || !rows.layer->cache || from % row_bytes != 0 || size % row_bytes != 0) {
+  if (!rows.layer || !(device_cache_ ? rows.layer->bound : rows.layer->cache != nullptr) || from % row_bytes != 0 ||
+      size % row_bytes != 0) {
     throw std::runtime_error(std::string("tensor ") + tensor->name +
                              ": a coded cache can be read and written by whole rows only");
   }
@@ -387,34 +387,51 @@ KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_
 }
 
 void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size) {
-  if (device_cache_) {
-    // llama.cpp saves in a destructor, out of which no exception gets: no cache will load such rows.
-    if (!said_refusal_) GGML_LOG_ERROR("thimble: %s\n", kNoStateOnDevice);
-    said_refusal_ = true;
-    const size_t row_bytes = root_of(tensor)->nb[1];
-    for (size_t at = 0; at + row_bytes <= size; at += row_bytes) write_refused_row(data + at, row_bytes);
-    return;
-  }
   const Rows rows = rows_of(tensor, offset, size);
   const size_t row_bytes = root_of(tensor)->nb[1];
+  if (device_cache_) {
+    settle();
+    try {
+      device_cache_->read_cells(rows.layer->index, rows.kind, rows.first, rows.count, source_->hash(), data);
+    } catch (const std::runtime_error& error) {
+      // llama.cpp saves in a destructor, out of which no exception gets: no cache will load such rows.
+      GGML_LOG_ERROR("thimble: %s\n", error.what());
+      for (int64_t i = 0; i < rows.count; i++) write_refused_row(data + i * row_bytes, row_bytes);
+    }
+  }
   for (int64_t i = 0; i < rows.count; i++) {
     uint8_t* row = data + i * row_bytes;
     const auto& refused = rows.layer->refused[int(rows.kind)];
     if (const auto it = refused.find(rows.first + i); it != refused.end()) {
       std::copy(it->second.begin(), it->second.end(), row);
-    } else {
+    } else if (!device_cache_) {
       save_cell(*rows.layer->cache, rows.kind, rows.first + i, source_->hash(), row);
     }
   }
 }
 
 void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offset, size_t size) {
-  if (device_cache_) {
-    if (device_cache_->failure().empty()) GGML_LOG_ERROR("thimble: %s\n", kNoStateOnDevice);
-    return device_cache_->fail(kNoStateOnDevice);
-  }
   const Rows rows = rows_of(tensor, offset, size);
   const size_t row_bytes = root_of(tensor)->nb[1];
+  if (device_cache_) {
+    constexpr int64_t kFewRows = 64;
+    constexpr size_t kManyBytes = size_t(64) << 20;
+    std::vector<int64_t> cells(rows.count);
+    std::iota(cells.begin(), cells.end(), rows.first);
+    if (rows.layer != waiting_.layer || rows.kind != waiting_.kind || waiting_.rows.size() > kManyBytes) settle();
+    if (rows.count >= kFewRows) {
+      settle();
+      return load_on_device(*rows.layer, rows.kind, cells, data);
+    }
+    if (std::find_first_of(cells.begin(), cells.end(), waiting_.cells.begin(), waiting_.cells.end()) != cells.end()) {
+      settle();  // the same cells anew
+    }
+    waiting_.layer = rows.layer;
+    waiting_.kind = rows.kind;
+    waiting_.cells.insert(waiting_.cells.end(), cells.begin(), cells.end());
+    waiting_.rows.insert(waiting_.rows.end(), data, data + size);
+    return;
+  }
   for (int64_t i = 0; i < rows.count; i++) {
     const uint8_t* row = data + i * row_bytes;
     const int64_t cell = rows.first + i;
@@ -430,26 +447,51 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
   }
 }
 
+void KvBuffer::settle() {
+  const Waiting waiting = std::exchange(waiting_, {});
+  if (waiting.layer) load_on_device(*waiting.layer, waiting.kind, waiting.cells, waiting.rows.data());
+}
+
+void KvBuffer::load_on_device(ManagedLayer& layer, Kind kind, const std::vector<int64_t>& cells, const uint8_t* rows) {
+  std::string why = kOtherSettings;
+  std::vector<size_t> refused;
+  try {
+    refused = device_cache_->write_cells(layer.index, kind, cells, source_->hash(), rows);
+  } catch (const std::runtime_error& error) {
+    why = error.what();
+    refused.resize(cells.size());
+    std::iota(refused.begin(), refused.end(), size_t(0));
+  }
+  const size_t row_bytes = layer.tensors[int(kind)]->nb[1];
+  for (int64_t cell : cells) layer.refused[int(kind)].erase(cell);
+  for (size_t i : refused) layer.refused[int(kind)][cells[i]].assign(rows + i * row_bytes, rows + (i + 1) * row_bytes);
+  if (!refused.empty() && !std::exchange(said_refusal_, true)) GGML_LOG_ERROR("thimble: %s\n", why.c_str());
+}
+
+bool KvBuffer::has_refused() const {
+  return std::any_of(layers_.begin(), layers_.end(), [](const auto& entry) {
+    return !entry.second.refused[0].empty() || !entry.second.refused[1].empty();
+  });
+}
+
 bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
   Kind kind;
   ManagedLayer* layer = layer_of(to, &kind);
   if (!layer || layer != layer_of(from)) return false;  // the caller then goes through save and load
+  const size_t stream_bytes = root_of(to)->nb[2];
+  if (ggml_nbytes(from) != stream_bytes || ggml_nbytes(to) != stream_bytes) return false;
+  if (!device_cache_ && !layer->cache) return false;
+  const Rows source = rows_of(from, 0, stream_bytes), target = rows_of(to, 0, stream_bytes);
+  const int from_stream = int(source.first / source.count), to_stream = int(target.first / target.count);
   if (device_cache_) {
-    const size_t stream_bytes = root_of(to)->nb[2];
-    if (ggml_nbytes(from) != stream_bytes || ggml_nbytes(to) != stream_bytes) return false;
-    device_cache_->copy_stream(layer->index, kind, int(from->view_offs / stream_bytes),
-                               int(to->view_offs / stream_bytes));
-    return true;
-  }
-  if (!layer->cache) return false;
-  const CacheShape& shape = layer->cache->keys().shape();
-  const Rows source = rows_of(from, 0, ggml_nbytes(from)), target = rows_of(to, 0, ggml_nbytes(to));
-  if (source.count != shape.cells_per_stream || target.count != source.count) return false;
-  try {
-    layer->cache->copy_stream(kind, int(source.first / shape.cells_per_stream),
-                              int(target.first / shape.cells_per_stream));
-  } catch (const std::runtime_error&) {
-    return false;  // the exact store is full, which `load` says and lives with
+    settle();
+    device_cache_->copy_stream(layer->index, kind, from_stream, to_stream);
+  } else {
+    try {
+      layer->cache->copy_stream(kind, from_stream, to_stream);
+    } catch (const std::runtime_error&) {
+      return false;  // the exact store is full, which `load` says and lives with
+    }
   }
   auto& refused = layer->refused[int(kind)];
   std::erase_if(refused, [&](const auto& entry) {

@@ -72,6 +72,11 @@ public:
   /// states in a destructor, out of which no exception gets.
   void load(const ggml_tensor* tensor, const uint8_t* data, size_t offset, size_t size);
   bool copy(const ggml_tensor* from, ggml_tensor* to);
+  /// On a device: loads the rows that came one by one and wait to be loaded together. Before anything else is done with
+  /// the cache.
+  void settle();
+  /// Whether any cell holds a row that was refused.
+  bool has_refused() const;
 
   /// Whether a graph has run on this cache. Until then what cannot be done is refused by an exception, which makes the
   /// making of the context fail; later it must not be thrown any more.
@@ -87,6 +92,7 @@ private:
   };
   bool in_file() const { return settings_.store == Settings::Store::file; }
   Rows rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const;
+  void load_on_device(ManagedLayer& layer, Kind kind, const std::vector<int64_t>& cells, const uint8_t* rows);
   void bind_in_ram(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
   void bind_on_device(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
   Format checked_format(const ManagedLayer& layer, Kind kind, int head_dim, const CacheShape& shape) const;
@@ -99,6 +105,13 @@ private:
   std::unordered_map<const ggml_tensor*, CacheName> by_tensor_;
   size_t bound_bytes_ = 0, store_bytes_ = 0;
   bool in_use_ = false;
+  // llama.cpp loads a sequence whose cells are not adjacent row by row.
+  struct Waiting {
+    ManagedLayer* layer = nullptr;
+    Kind kind = Kind::key;
+    std::vector<int64_t> cells;
+    std::vector<uint8_t> rows;
+  } waiting_;
   bool said_refusal_ = false;  // since the last graph
 };
 

@@ -69,6 +69,38 @@ Status DeviceWindow::copy_stream(int from, int to) {
   return copy_share(hidden_, hidden_stride() * sizeof(uint32_t));
 }
 
+Status DeviceWindow::read(HostWindow* window) const {
+  const size_t rows = size_t(shape_.n_streams) * capacity_;
+  window->n_streams = shape_.n_streams;
+  window->cells_per_stream = int(shape_.cells_per_stream);
+  window->last = size_.last;
+  window->pool = size_.pool;
+  window->spare = size_.spare;
+  window->slots = capacity_ - kMaxTokens;
+  window->capacity = capacity_;
+  window->books.resize(shape_.n_streams);
+  window->cells.resize(rows);
+  window->order.resize(rows);
+  window->sequence.resize(rows);
+  if (const cudaError_t e = cudaDeviceSynchronize(); e != cudaSuccess) return Status::from(e);
+  if (Status s = copy(window->books.data(), books_.as<void>(), books_.size()); !s.ok()) return s;
+  if (Status s = copy(window->cells.data(), cells_.as<void>(), rows * sizeof(int32_t)); !s.ok()) return s;
+  if (Status s = copy(window->order.data(), order_.as<void>(), rows * sizeof(uint32_t)); !s.ok()) return s;
+  if (Status s = copy(window->sequence.data(), sequence_.as<void>(), rows * sizeof(uint32_t)); !s.ok()) return s;
+  window->list_hidden(hidden_stride());
+  return {};
+}
+
+Status DeviceWindow::write(const HostWindow& window) {
+  const size_t rows = window.cells.size();
+  if (Status s = copy(books_.as<void>(), window.books.data(), books_.size()); !s.ok()) return s;
+  if (Status s = copy(cells_.as<void>(), window.cells.data(), rows * sizeof(int32_t)); !s.ok()) return s;
+  if (Status s = copy(order_.as<void>(), window.order.data(), rows * sizeof(uint32_t)); !s.ok()) return s;
+  if (Status s = copy(sequence_.as<void>(), window.sequence.data(), rows * sizeof(uint32_t)); !s.ok()) return s;
+  if (Status s = copy(hidden_.as<void>(), window.hidden.data(), hidden_.size()); !s.ok()) return s;
+  return Status::from(cudaDeviceSynchronize());
+}
+
 WindowArgs DeviceWindow::begin_batch(const int64_t* cells, int n_tokens, const BatchMask& mask) {
   batch_++;
   WindowArgs args;

@@ -8,6 +8,7 @@
 #include "cache/layer.h"
 #include "cuda/host/device.h"
 #include "cuda/host/memory.h"
+#include "cuda/state/host_window.h"
 #include "cuda/types.h"
 
 namespace thimble::cuda {
@@ -25,6 +26,10 @@ public:
   Status init(const CacheShape& shape, WindowSize size);
   Status clear();
   Status copy_stream(int from, int to);
+
+  /// All of it, for cells that are loaded; and what it became. After all that the device does with it.
+  Status read(HostWindow* window) const;
+  Status write(const HostWindow& window);
 
   /// Rows of a stream: those of the window, and of the tokens which are just being decoded.
   static int rows_of_stream(WindowSize size, int64_t cells_per_stream, int n_streams);

@@ -1,0 +1,30 @@
+// What the kernels of states work on: chosen cells of one layer's keys or values. Pointers are device pointers, `store`
+// may be pinned host memory; nothing here owns memory.
+#pragma once
+
+#include "cuda/types.h"
+
+namespace thimble::cuda {
+
+struct CellArgs {
+  bool is_key = true;
+  int n_kv_heads = 1, head_dim = 128;
+  int cells_per_stream = 0;
+  CacheView cache;  // no data: not coded
+  CodecTables codec;
+
+  int n = 0;
+  const int64_t* cells = nullptr;  // [n], numbered through all streams
+  // The window's row of each cell, -1 where it has none. Null: the window is not looked at.
+  const int32_t* slots = nullptr;  // [n]
+  uint16_t* window = nullptr;      // [n_streams][n_kv_heads][capacity][head_dim]
+  int capacity = 0;
+  uint16_t* store = nullptr;  // [n_streams][n_kv_heads][cells_per_stream][head_dim]; null: none
+
+  // The other side: one of these, by kernel.
+  uint8_t* vectors = nullptr;  // [n][n_kv_heads][codec.n_subspaces() + 2]: codes and scales, canonical
+  uint16_t* halves = nullptr;  // [n][n_kv_heads][head_dim], f16, as the model wrote them
+  float* floats = nullptr;     // the same as f32
+};
+
+}  // namespace thimble::cuda

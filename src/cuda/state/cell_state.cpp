@@ -1,0 +1,316 @@
+#include "cuda/state/cell_state.h"
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+#include "cuda/state/code_packer.h"
+
+namespace thimble::cuda {
+namespace {
+
+using Scratch = StateKernels::Scratch;
+
+// Calls f(first, end) for parts of [0, n), on a few threads where there is much to copy: one alone is slower than the
+// bus.
+template <typename F>
+void in_parallel(size_t n, size_t bytes_each, F f) {
+  constexpr size_t kBytesWorthAThread = size_t(2) << 20, kMaxThreads = 8;
+  const size_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const size_t n_threads = std::clamp<size_t>(n * bytes_each / kBytesWorthAThread, 1, std::min(kMaxThreads, cores));
+  std::vector<std::jthread> threads;
+  for (size_t t = 1; t < n_threads; t++) {
+    threads.emplace_back([=, &f] { f(n * t / n_threads, n * (t + 1) / n_threads); });
+  }
+  f(0, n / n_threads);
+}
+
+CellArgs side_of(const EncodeArgs& layer, Kind kind) {
+  const bool is_key = kind == Kind::key;
+  CellArgs side;
+  side.is_key = is_key;
+  side.n_kv_heads = layer.n_kv_heads;
+  side.head_dim = layer.head_dim;
+  side.cells_per_stream = layer.cells_per_stream;
+  side.cache = is_key ? layer.key_cache : layer.value_cache;
+  side.codec = is_key ? layer.key_codec : layer.value_codec;
+  side.window = is_key ? layer.window.keys : layer.window.values;
+  side.capacity = layer.window.capacity;
+  side.store = is_key ? layer.store.keys : layer.store.values;
+  return side;
+}
+
+size_t row_bytes(const CellArgs& side) {
+  return size_t(side.n_kv_heads) * side.head_dim * sizeof(uint16_t);
+}
+
+size_t vectors_bytes(const CellArgs& side) {
+  return size_t(side.n_kv_heads) * CodePacker{Kind::key, side.codec.n_subspaces()}.vector_bytes();
+}
+
+}  // namespace
+
+int64_t CellState::cells_at_once(size_t row_bytes) const {
+  return std::max<int64_t>(1, int64_t(chunk_bytes_ / row_bytes));
+}
+
+const int64_t* CellState::upload(std::span<const int64_t> cells) {
+  void* to = kernels_.device_memory(Scratch::cells, cells.size_bytes());
+  kernels_.copy(to, cells.data(), cells.size_bytes());
+  return static_cast<const int64_t*>(to);
+}
+
+const int32_t* CellState::upload(std::span<const int32_t> slots) {
+  void* to = kernels_.device_memory(Scratch::slots, slots.size_bytes());
+  kernels_.copy(to, slots.data(), slots.size_bytes());
+  return static_cast<const int32_t*>(to);
+}
+
+// ---- saving
+
+void CellState::save(const EncodeArgs& layer, Kind kind, const HostWindow& window, int64_t first, int64_t n,
+                     uint64_t hash, uint8_t* rows) {
+  kernels_.begin();
+  CellArgs side = side_of(layer, kind);
+  if (side.store) return save_stored(layer, kind, first, n, rows);
+  const size_t bytes = row_bytes(side), coded_bytes = vectors_bytes(side);
+  for (int64_t done = 0, at_once = cells_at_once(coded_bytes); done < n; done += at_once) {
+    std::vector<int64_t> cells, exact_cells;
+    std::vector<int32_t> exact_slots;
+    std::vector<size_t> exact_entries;
+    for (int64_t cell = first + done; cell < first + std::min(n, done + at_once); cell++) {
+      if (const int slot = window.slot_of(cell); slot >= 0) {
+        exact_entries.push_back(cells.size());
+        exact_cells.push_back(cell);
+        exact_slots.push_back(slot);
+      }
+      cells.push_back(cell);
+    }
+    const size_t all_coded = cells.size() * coded_bytes, all_exact = exact_cells.size() * bytes;
+    uint8_t* host = static_cast<uint8_t*>(kernels_.host_memory(all_coded + all_exact));
+    side.n = int(cells.size());
+    side.cells = upload(cells);
+    side.vectors = static_cast<uint8_t*>(kernels_.device_memory(Scratch::vectors, all_coded));
+    kernels_.gather_codes(side);
+    kernels_.copy(host, side.vectors, all_coded);
+    if (!exact_cells.empty()) {
+      CellArgs exact = side;
+      kernels_.wait();  // `cells` of the device is used again
+      exact.n = int(exact_cells.size());
+      exact.cells = upload(exact_cells);
+      exact.slots = upload(exact_slots);
+      exact.halves = static_cast<uint16_t*>(kernels_.device_memory(Scratch::halves, all_exact));
+      kernels_.read_rows(exact);
+      kernels_.copy(host + all_coded, exact.halves, all_exact);
+    }
+    kernels_.wait();
+    uint8_t* to = rows + done * bytes;
+    in_parallel(cells.size(), bytes, [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; i++) {
+        write_coded_row(host + i * coded_bytes, coded_bytes, hash, to + i * bytes, bytes);
+      }
+    });
+    for (size_t i = 0; i < exact_entries.size(); i++) {
+      std::memcpy(to + exact_entries[i] * bytes, host + all_coded + i * bytes, bytes);
+    }
+  }
+}
+
+// The store is the host's memory.
+void CellState::save_stored(const EncodeArgs& layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) {
+  const CellArgs side = side_of(layer, kind);
+  const size_t bytes = row_bytes(side), head_bytes = side.head_dim * sizeof(uint16_t);
+  in_parallel(size_t(n), bytes, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; i++) {
+      const size_t stream = (first + i) / side.cells_per_stream, cell = (first + i) % side.cells_per_stream;
+      for (int head = 0; head < side.n_kv_heads; head++) {
+        const size_t row = (stream * side.n_kv_heads + head) * side.cells_per_stream + cell;
+        std::memcpy(rows + i * bytes + head * head_bytes, side.store + row * side.head_dim, head_bytes);
+      }
+    }
+  });
+}
+
+// ---- loading
+
+CellState::Refused CellState::load(std::span<const EncodeArgs> layers, size_t index, Kind kind, HostWindow& window,
+                                   std::span<const int64_t> cells, uint64_t hash, const uint8_t* rows) {
+  const CellArgs side = side_of(layers[index], kind);
+  const size_t bytes = row_bytes(side), n = cells.size();
+  std::vector<RowKind> kinds(n);
+  in_parallel(n, bytes, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; i++) kinds[i] = row_kind(rows + i * bytes, hash, side.cache.data != nullptr);
+  });
+  std::vector<size_t> refused, coded, exact;
+  for (size_t i = 0; i < n; i++) {
+    (kinds[i] == RowKind::exact ? exact : kinds[i] == RowKind::coded ? coded : refused).push_back(i);
+  }
+
+  kernels_.begin();
+  if (kind == Kind::key) {
+    std::vector<bool> is_exact(n);
+    for (size_t i : exact) is_exact[i] = true;
+    if (const auto changes = window.place(cells, is_exact); changes.any()) change_window(layers, changes);
+  }
+  const std::vector<int32_t> slots = window.slots_of(cells);
+  load_codes(side, cells, slots, coded, rows);
+  load_exact(layers[index], side, cells, slots, exact, rows);
+  kernels_.wait();
+  return refused;
+}
+
+// Of all layers: those whose state is still to come get their rows then, the others need them now.
+void CellState::change_window(std::span<const EncodeArgs> layers, const HostWindow::Changes& changes) {
+  if (!changes.leaving.empty()) {
+    const int64_t* cells = upload(changes.leaving);
+    const int32_t* slots = upload(changes.leaving_slots);
+    for (const EncodeArgs& layer : layers) {
+      if (layer.store.keys) continue;  // its cells were coded as they came
+      EncodeArgs p = layer;
+      p.from_window = true;
+      p.n_tokens = int(changes.leaving.size());
+      p.cells = cells;
+      p.window.slots = slots;
+      kernels_.encode(p);
+    }
+    kernels_.wait();
+  }
+  if (changes.entering.empty()) return;
+  const int64_t* cells = upload(changes.entering);
+  const int32_t* slots = upload(changes.entering_slots);
+  for (const EncodeArgs& layer : layers) {
+    for (Kind kind : {Kind::key, Kind::value}) {
+      CellArgs side = side_of(layer, kind);
+      side.n = int(changes.entering.size());
+      side.cells = cells;
+      side.halves = static_cast<uint16_t*>(kernels_.device_memory(Scratch::halves, side.n * row_bytes(side)));
+      kernels_.read_rows(side);
+      side.slots = slots;
+      side.store = nullptr;
+      kernels_.put_rows(side);
+    }
+  }
+  kernels_.wait();
+}
+
+void CellState::load_codes(const CellArgs& side, std::span<const int64_t> cells, std::span<const int32_t> slots,
+                           std::span<const size_t> entries, const uint8_t* rows) {
+  const size_t bytes = row_bytes(side), coded_bytes = vectors_bytes(side);
+  const size_t at_once = size_t(cells_at_once(coded_bytes));
+  for (size_t done = 0; done < entries.size(); done += at_once) {
+    const auto part = entries.subspan(done, std::min(at_once, entries.size() - done));
+    uint8_t* host = static_cast<uint8_t*>(kernels_.host_memory(part.size() * coded_bytes));
+    in_parallel(part.size(), bytes, [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; i++) {
+        std::memcpy(host + i * coded_bytes, row_vectors(rows + part[i] * bytes), coded_bytes);
+      }
+    });
+    std::vector<int64_t> of_part;
+    for (size_t i : part) of_part.push_back(cells[i]);
+    CellArgs a = side;
+    a.n = int(part.size());
+    a.cells = upload(of_part);
+    a.vectors = static_cast<uint8_t*>(kernels_.device_memory(Scratch::vectors, part.size() * coded_bytes));
+    kernels_.copy(a.vectors, host, part.size() * coded_bytes);
+    kernels_.scatter_codes(a);
+    kernels_.wait();
+
+    // Where an exact row is kept besides, what the codes stand for is all that is left of it.
+    std::vector<int64_t> kept_cells;
+    std::vector<int32_t> kept_slots;
+    for (size_t i : part) {
+      if (!side.store && slots[i] < 0) continue;
+      kept_cells.push_back(cells[i]);
+      kept_slots.push_back(slots[i]);
+    }
+    if (kept_cells.empty()) continue;
+    a.n = int(kept_cells.size());
+    a.cells = upload(kept_cells);
+    a.halves = static_cast<uint16_t*>(kernels_.device_memory(Scratch::halves, a.n * bytes));
+    a.store = nullptr;
+    kernels_.read_rows(a);
+    a.slots = upload(kept_slots);
+    a.store = side.store;
+    kernels_.put_rows(a);
+    kernels_.wait();
+  }
+}
+
+void CellState::load_exact(const EncodeArgs& layer, const CellArgs& side, std::span<const int64_t> cells,
+                           std::span<const int32_t> slots, std::span<const size_t> entries, const uint8_t* rows) {
+  const size_t bytes = row_bytes(side), at_once = size_t(cells_at_once(bytes));
+  for (size_t done = 0; done < entries.size(); done += at_once) {
+    const auto part = entries.subspan(done, std::min(at_once, entries.size() - done));
+    uint8_t* host = static_cast<uint8_t*>(kernels_.host_memory(part.size() * bytes));
+    in_parallel(part.size(), bytes, [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; i++) std::memcpy(host + i * bytes, rows + part[i] * bytes, bytes);
+    });
+    std::vector<int64_t> of_part;
+    std::vector<int32_t> slots_of_part;
+    for (size_t i : part) {
+      of_part.push_back(cells[i]);
+      slots_of_part.push_back(slots[i]);
+    }
+    CellArgs a = side;
+    a.n = int(part.size());
+    a.halves = static_cast<uint16_t*>(kernels_.device_memory(Scratch::halves, part.size() * bytes));
+    a.floats = static_cast<float*>(kernels_.device_memory(Scratch::floats, 2 * part.size() * bytes));
+    kernels_.copy(a.halves, host, part.size() * bytes);
+    kernels_.widen(a);
+    put_and_encode(layer, a, of_part, slots_of_part);
+  }
+}
+
+// Cells of a store are coded at once, as when they are written; those of the window when they leave it.
+void CellState::put_and_encode(const EncodeArgs& layer, CellArgs side, std::span<const int64_t> cells,
+                               std::span<const int32_t> slots) {
+  uint16_t* const store = side.store;
+  std::vector<int64_t> to_encode(cells.begin(), cells.end());
+  size_t n_encoded = 0;
+  for (size_t i = 0; i < cells.size(); i++) {
+    if (!store && slots[i] >= 0) to_encode[i] = -1;
+    n_encoded += to_encode[i] >= 0;
+  }
+  side.cells = upload(cells);
+  side.slots = upload(slots);
+  side.store = nullptr;  // the encoder writes it
+  kernels_.put_rows(side);
+  kernels_.wait();
+  if (n_encoded == 0) return;
+  EncodeArgs p = layer;
+  p.n_tokens = side.n;
+  p.cells = upload(to_encode);
+  (side.is_key ? p.keys : p.values) = side.floats;
+  (side.is_key ? p.key_token_stride : p.value_token_stride) = size_t(side.n_kv_heads) * side.head_dim;
+  (side.is_key ? p.key_head_stride : p.value_head_stride) = side.head_dim;
+  p.window.slots = nullptr;
+  kernels_.encode(p);
+  kernels_.wait();
+}
+
+// ---- keys, to be rotated
+
+float* CellState::read_keys(const EncodeArgs& layer, const HostWindow& window, std::span<const int64_t> cells) {
+  kernels_.begin();
+  CellArgs side = side_of(layer, Kind::key);
+  side.n = int(cells.size());
+  side.cells = upload(cells);
+  const std::vector<int32_t> slots = window.slots_of(cells);
+  side.slots = upload(slots);
+  side.floats = static_cast<float*>(kernels_.device_memory(Scratch::floats, 2 * cells.size() * row_bytes(side)));
+  kernels_.read_rows(side);
+  kernels_.wait();
+  return side.floats;
+}
+
+void CellState::write_keys(const EncodeArgs& layer, const HostWindow& window, std::span<const int64_t> cells) {
+  kernels_.begin();
+  CellArgs side = side_of(layer, Kind::key);
+  side.n = int(cells.size());
+  side.floats = static_cast<float*>(kernels_.device_memory(Scratch::floats, 2 * cells.size() * row_bytes(side)));
+  side.halves = static_cast<uint16_t*>(kernels_.device_memory(Scratch::halves, cells.size() * row_bytes(side)));
+  kernels_.round(side);
+  put_and_encode(layer, side, cells, window.slots_of(cells));
+}
+
+}  // namespace thimble::cuda

@@ -1,0 +1,23 @@
+// Where the bytes of one vector lie in a block of the GPU's order. The canonical vector is the one of saved states and
+// of copy_cell_out (codec/head_codec.h): the codes of all subspaces, then the f16 scale.
+#pragma once
+
+#include "cuda/layout.h"
+
+namespace thimble::cuda {
+
+struct CodePacker {
+  Kind kind = Kind::key;
+  int n_subspaces = 0;
+
+  /// Bytes of a canonical vector.
+  THIMBLE_HOST_DEVICE constexpr int vector_bytes() const { return n_subspaces + int(sizeof(uint16_t)); }
+
+  /// The byte of a block that holds byte `i` of the vector of cell `cell`, 0 to 63.
+  THIMBLE_HOST_DEVICE constexpr int place(int i, int cell) const {
+    if (i < n_subspaces) return cuda_position(kind, n_subspaces, i, cell);
+    return n_subspaces * kBlockCells + cell * int(sizeof(uint16_t)) + i - n_subspaces;
+  }
+};
+
+}  // namespace thimble::cuda
