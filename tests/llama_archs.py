@@ -3,7 +3,7 @@
 device over THIMBLE0, each architecture in a process of its own, and fails where one passes on the CPU but neither passes
 on THIMBLE0 nor is refused with a sentence. With --table, writes the outcome as Markdown.
 
-usage: llama_archs.py <bin directory> [--table docs/support-archs.md] [--kv bits=16,small=0]
+usage: llama_archs.py <bin directory> [--table table.md] [--kv bits=16,small=0]
 """
 import argparse
 import collections

@@ -2,8 +2,8 @@
 """Pictures from the JSON that `thimble eval --json` writes.
 
     python3 -m pip install -r tools/requirements.txt
-    tools/report.py docs/quality/*.json                     # tables
-    tools/report.py docs/quality/*.json -o docs/quality     # pictures
+    tools/report.py docs/results/quality/*.json                          # tables
+    tools/report.py docs/results/quality/*.json -o docs/results/quality  # pictures
 
 draws those that the files have numbers for:
     <context>-ppl.svg      perplexity and KL divergence of every cache against the bytes of a token
