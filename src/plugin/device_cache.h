@@ -21,9 +21,10 @@ public:
 
   virtual ~DeviceCache() = default;
 
-  /// Binds layer `index` to its shape. `memory`, by Kind, is of `bytes(...)`, without blocks for values that are not
-  /// coded. Returns the bytes of an exact store, which it makes where the layer `retrieves`. Throws std::runtime_error
-  /// with what the user should change.
+  /// Binds layer `index` to its shape. `memory`, by Kind, is device memory of CacheSide::memory_bytes for all rows of
+  /// the window, those of tokens in flight included, without blocks for values that are not coded. Returns the bytes of
+  /// an exact store, which it makes where the layer `retrieves`. Throws std::runtime_error with what the user should
+  /// change.
   virtual size_t bind(int index, const CacheShape& shape, const std::vector<HeadCodec>& keys,
                       const std::vector<HeadCodec>& values, uint8_t* const memory[2], bool retrieves,
                       bool values_coded) = 0;

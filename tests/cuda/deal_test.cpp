@@ -24,7 +24,7 @@ void expect_deal(int key_width, int value_width, int n_streams, int n_cells, Exp
   EXPECT_EQ(1 << deal.batch_shift, expected.batch) << key_width << " " << n_streams << "x" << n_cells;
 }
 
-// What was the fastest on an H200 (docs/cuda.md).
+// What was the fastest on an H200 (docs/results/speed-gpu.md).
 TEST(CudaDeal, LongSequencesAreSplitAndShortOnesShareABlock) {
   for (int width : {8, 4}) {
     expect_deal(width, width, 1, 196608, {16, 1});
