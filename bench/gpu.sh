@@ -51,7 +51,7 @@ within() { # seconds, command: nor past the end of all
 wants() { [[ " ${parts[*]} " =~ \ ($1)\  ]]; }
 
 kernels() {
-  local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests/cuda
+  local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests
                -Xcompiler "-fPIC,-ffp-contract=off")
   local library=() sources pids=() source pid
   mapfile -t sources < <(find src/cuda -name '*.cu' -o -name '*.cpp'; ls src/codec/*.cpp src/cache/window.cpp)

@@ -5,11 +5,11 @@
 
 #include <set>
 
-#include "../window_vectors.h"
 #include "cuda/encode/encode_kernel.h"
 #include "cuda/encode/transform_kernel.h"
 #include "cuda/encode/window_kernel.h"
 #include "fixture.h"
+#include "support/window_vectors.h"
 
 namespace thimble::cuda {
 namespace {

@@ -77,7 +77,7 @@ for arch in archs:
 print(f"{n_cpu} rows pass on the CPU; " + ", ".join(f"{k}: {v}" for k, v in sorted(counts.items())))
 if args.table:
     with open(args.table, "w") as f:
-        f.write(f"<!-- Made by tests/llama_archs.py. -->\n{n_cpu} rows pass on the plain CPU. With THIMBLE_KV=\"{args.kv}\": "
+        f.write(f"<!-- Made by tests/plugin/llama_archs.py. -->\n{n_cpu} rows pass on the plain CPU. With THIMBLE_KV=\"{args.kv}\": "
                 + ", ".join(f"{k}: {v}" for k, v in sorted(counts.items())) + ".\n\n")
         f.write("| architecture | config | THIMBLE0 | Meta over THIMBLE0 | why refused |\n| --- | --- | --- | --- | --- |\n")
         for row in table:

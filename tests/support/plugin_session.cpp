@@ -1,4 +1,4 @@
-#include "plugin_session.h"
+#include "support/plugin_session.h"
 
 #include <algorithm>
 #include <cmath>

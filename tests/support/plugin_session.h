@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "llama.h"
-#include "tiny_model.h"
+#include "support/tiny_model.h"
 
 namespace thimble::test {
 

@@ -16,7 +16,7 @@
 #include "eval/tailorkv_cache.h"
 #include "eval/tasks.h"
 #include "eval/text_score.h"
-#include "temporary_folder.h"
+#include "support/temporary_folder.h"
 
 namespace thimble {
 namespace {

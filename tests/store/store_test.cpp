@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "store/exact_store.h"
-#include "temporary_folder.h"
+#include "support/temporary_folder.h"
 
 namespace thimble {
 namespace {

@@ -1,6 +1,6 @@
 // Retrieval as a program on libllama meets it: closer to f16 than the codes alone, exact prefill, exact states.
-#include "plugin_session.h"
-#include "temporary_folder.h"
+#include "support/plugin_session.h"
+#include "support/temporary_folder.h"
 
 namespace thimble::test {
 namespace {

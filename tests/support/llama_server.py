@@ -12,6 +12,7 @@ import time
 import urllib.request
 
 here = os.path.dirname(os.path.abspath(__file__))
+data = os.path.join(os.path.dirname(here), "data")
 
 
 def enter_environment(venv):

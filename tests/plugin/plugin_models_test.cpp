@@ -4,9 +4,9 @@
 #include <ostream>
 #include <regex>
 
-#include "plugin_session.h"
-#include "temporary_folder.h"
-#include "tiny_model.h"
+#include "support/plugin_session.h"
+#include "support/temporary_folder.h"
+#include "support/tiny_model.h"
 
 namespace thimble::test {
 namespace {

@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <thread>
 
-#include "plugin_session.h"
+#include "support/plugin_session.h"
 
 namespace thimble::test {
 namespace {

@@ -7,11 +7,12 @@ import os
 import random
 import sys
 
-from llama_server import Server, check, enter_environment, here, two_at_a_time
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "support"))
+from llama_server import Server, check, data, enter_environment, two_at_a_time
 
 server, plugin, model, venv = sys.argv[1:]
 enter_environment(venv)
-with open(os.path.join(here, "data", "alice.txt")) as f:
+with open(os.path.join(data, "alice.txt")) as f:
     words = f.read().split()
 
 N_REQUESTS = 200

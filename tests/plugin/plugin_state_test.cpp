@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "plugin_session.h"
-#include "temporary_folder.h"
+#include "support/plugin_session.h"
+#include "support/temporary_folder.h"
 
 namespace thimble::test {
 namespace {

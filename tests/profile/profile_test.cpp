@@ -11,7 +11,7 @@
 #include <random>
 #include <stdexcept>
 
-#include "temporary_folder.h"
+#include "support/temporary_folder.h"
 
 namespace thimble {
 namespace {

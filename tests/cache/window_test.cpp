@@ -7,7 +7,7 @@
 #include <map>
 #include <set>
 
-#include "window_vectors.h"
+#include "support/window_vectors.h"
 
 namespace thimble {
 namespace {

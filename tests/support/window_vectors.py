@@ -219,6 +219,7 @@ def scripts(suffix, **how):
     yield s
 
 
-with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "window_vectors.txt"), "w") as out:
+tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+with open(os.path.join(tests, "data", "window_vectors.txt"), "w") as out:
     for script in [*scripts(""), *scripts("_oldest_first", ages=True)]:
         out.write("\n".join(script.lines) + "\n")

@@ -3,7 +3,7 @@
 
 outliers_test.py THIMBLE OUTLIER_MODEL MODEL CALIBRATION_TEXT TEXT
 
-Measures the same model with and without outliers (tests/outlier_model.cpp), each against its own f16 cache, with
+Measures the same model with and without outliers (tests/support/outlier_model.cpp), each against its own f16 cache, with
 calibrated 2-bit codes and with the uncalibrated codec, which only rotates. THIMBLE_TEST_SIZE=small: less text, for
 sanitizers.
 """

@@ -9,11 +9,12 @@ import re
 import sys
 import tempfile
 
-from llama_server import Server, check, enter_environment, here, two_at_a_time
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "support"))
+from llama_server import Server, check, data, enter_environment, two_at_a_time
 
 server, plugin, model, draft, venv = sys.argv[1:]
 enter_environment(venv)
-with open(os.path.join(here, "data", "alice.txt")) as f:
+with open(os.path.join(data, "alice.txt")) as f:
     alice = f.read()
 questions = ["My dog is called Bingo. What is my dog called?", alice[:1200] + "\n\nWho wrote this?",
              "The cup is on the red table. Where is the cup?", alice[1200:2000] + "\n\nWhat happened?"]

@@ -1,5 +1,5 @@
 // What llama.cpp does with a cache while it decodes, on THIMBLE0 against the plain CPU.
-#include "plugin_session.h"
+#include "support/plugin_session.h"
 
 namespace thimble::test {
 namespace {
