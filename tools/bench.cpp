@@ -16,7 +16,7 @@
 #include "commands.h"
 #include "model.h"
 #include "paths.h"
-#include "plugin/settings.h"
+#include "engine/settings.h"
 
 namespace thimble {
 namespace {

@@ -12,7 +12,7 @@
 #include "kernels/kernels.h"
 #include "model.h"
 #include "paths.h"
-#include "plugin/settings.h"
+#include "engine/settings.h"
 #include "profile/profile.h"
 
 namespace thimble {

@@ -12,7 +12,7 @@
 
 #include "commands.h"
 #include "paths.h"
-#include "plugin/settings.h"
+#include "engine/settings.h"
 
 namespace thimble {
 namespace {

@@ -1,6 +1,6 @@
+// ggml's tables of functions for our devices and their backends.
 #include "plugin/device.h"
 
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -8,45 +8,31 @@
 #include <string>
 
 #include "ggml-impl.h"
-#include "kernels/kernels.h"
-#include "plugin/graph.h"
+#include "plugin/buffer_type.h"
+#include "plugin/device_table.h"
 #include "plugin/kv_buffer.h"
-#include "plugin/settings.h"
+#include "plugin/nodes.h"
+#include "plugin/runner.h"
 
 namespace thimble {
 namespace {
 
-#ifdef THIMBLE_CUDA
-constexpr bool kCuda = true;
-#else
-constexpr bool kCuda = false;
-#endif
-
-struct DeviceContext {
-  ggml_backend_dev_t inner;
-  std::string name, description;
-};
-
 struct BackendContext {
   ggml_backend_t inner;
-  std::unique_ptr<Graph> graph;
+  std::unique_ptr<Runner> runner;
 };
 
-DeviceContext& context_of(ggml_backend_dev_t device) {
-  return *static_cast<DeviceContext*>(device->context);
-}
 BackendContext& context_of(ggml_backend_t backend) {
   return *static_cast<BackendContext*>(backend->context);
 }
 
 // ---- backend
-
 const char* backend_name(ggml_backend_t backend) {
-  return context_of(backend->device).name.c_str();
+  return device_of(backend->device).name().c_str();
 }
 
 void backend_free(ggml_backend_t backend) {
-  context_of(backend).graph.reset();  // before the backend that it uses
+  context_of(backend).runner.reset();  // before the backend that it uses
   ggml_backend_free(context_of(backend).inner);
   delete &context_of(backend);
   delete backend;
@@ -54,7 +40,7 @@ void backend_free(ggml_backend_t backend) {
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph* graph) {
   try {
-    return context_of(backend).graph->compute(graph);
+    return context_of(backend).runner->compute(graph);
   } catch (const std::exception& error) {
     GGML_LOG_ERROR("thimble: %s\n", error.what());
     return GGML_STATUS_FAILED;
@@ -93,14 +79,14 @@ ggml_guid kGuid = {0x74, 0x68, 0x69, 0x6d, 0x62, 0x6c, 0x65, 0x2d, 0x6b, 0x76, 0
 // ---- device
 
 const char* device_name(ggml_backend_dev_t device) {
-  return context_of(device).name.c_str();
+  return device_of(device).name().c_str();
 }
 const char* device_description(ggml_backend_dev_t device) {
-  return context_of(device).description.c_str();
+  return device_of(device).description().c_str();
 }
 
 void device_memory(ggml_backend_dev_t device, size_t* free, size_t* total) {
-  ggml_backend_dev_memory(context_of(device).inner, free, total);
+  ggml_backend_dev_memory(device_of(device).inner(), free, total);
 }
 
 enum ggml_backend_dev_type device_type(ggml_backend_dev_t) {
@@ -108,7 +94,7 @@ enum ggml_backend_dev_type device_type(ggml_backend_dev_t) {
 }
 
 void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
-  ggml_backend_dev_get_props(context_of(device).inner, props);  // its device_id too: the same hardware counts once
+  ggml_backend_dev_get_props(device_of(device).inner(), props);  // its device_id too: the same hardware counts once
   props->name = device_name(device);
   props->description = device_description(device);
   props->type = device_type(device);
@@ -117,12 +103,12 @@ void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
 }
 
 ggml_backend_t device_init(ggml_backend_dev_t device, const char* params) {
-  ggml_backend_t inner = ggml_backend_dev_init(context_of(device).inner, params);
+  ggml_backend_t inner = ggml_backend_dev_init(device_of(device).inner(), params);
   if (!inner) return nullptr;
   try {
     const bool is_async = inner->iface.synchronize != nullptr;
     return new ggml_backend{&kGuid, is_async ? kAsyncInterface : kBackendInterface, device,
-                            new BackendContext{inner, make_graph(inner)}};
+                            new BackendContext{inner, make_runner(device_of(device), inner)}};
   } catch (const std::exception& error) {
     GGML_LOG_ERROR("thimble: %s\n", error.what());
     ggml_backend_free(inner);
@@ -131,19 +117,19 @@ ggml_backend_t device_init(ggml_backend_dev_t device, const char* params) {
 }
 
 ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t device) {
-  return kv_buffer_type(device, context_of(device).inner);
+  return device_of(device).buffer_type();
 }
 
 ggml_backend_buffer_type_t device_host_buffer_type(ggml_backend_dev_t device) {
-  return ggml_backend_dev_host_buffer_type(context_of(device).inner);
+  return ggml_backend_dev_host_buffer_type(device_of(device).inner());
 }
 
 bool device_offload_op(ggml_backend_dev_t device, const ggml_tensor* op) {
-  return ggml_backend_dev_offload_op(context_of(device).inner, op);
+  return ggml_backend_dev_offload_op(device_of(device).inner(), op);
 }
 
 ggml_backend_buffer_t device_from_host(ggml_backend_dev_t device, void* data, size_t size, size_t max_tensor_size) {
-  return ggml_backend_dev_buffer_from_host_ptr(context_of(device).inner, data, size, max_tensor_size);
+  return ggml_backend_dev_buffer_from_host_ptr(device_of(device).inner(), data, size, max_tensor_size);
 }
 
 // While it loads a model, llama.cpp offers each weight to our buffer type first, in an empty dummy buffer. Where the
@@ -171,49 +157,44 @@ bool has_better_home(ggml_backend_dev_t inner, const ggml_tensor* op) {
 }
 
 // A cache that llama.cpp put elsewhere is not coded, which its owner may not have meant. Said once for each buffer.
-void warn_of_other_caches(ggml_backend_dev_t inner, const ggml_tensor* op) {
+void warn_of_other_caches(Device& device, const ggml_tensor* op) {
   const ggml_tensor* cache = root_of(op);
-  if (op->op != GGML_OP_SET_ROWS || KvBuffer::of(cache) || !parse_cache_name(cache->name)) return;
+  if (op->op != GGML_OP_SET_ROWS || KvBuffer::of(cache)) return;
+  const auto name = parse_cache_name(cache->name);
+  if (!name) return;
   static std::mutex mutex;
   static std::set<ggml_backend_buffer_t> told;
   const std::lock_guard lock(mutex);
-  if (!told.insert(cache->buffer).second || !is_managed(cache, Settings::from_environment(), is_cpu(inner))) return;
+  if (!told.insert(cache->buffer).second || !device.planner()->why_f16(geometry_of(cache, *name)).empty()) return;
   GGML_LOG_WARN(
-      "thimble: the KV cache of some layers (%s) is not on THIMBLE0 and so not coded: leave out --no-kv-offload and "
-      "put "
-      "all layers there (-ngl 99)\n",
-      cache->name);
+      "thimble: the KV cache of some layers (%s) is not on %s and so not coded: leave out --no-kv-offload and put all "
+      "layers there (-ngl 99)\n",
+      cache->name, device.name().c_str());
 }
 
-const KvBuffer* buffer_of_cache(const ggml_tensor* op) {
-  if (const KvBuffer* buffer = KvBuffer::layer_of(op) ? KvBuffer::of(op) : nullptr) return buffer;
-  for (const ggml_tensor* src : op->src) {
-    if (src && KvBuffer::layer_of(src)) return KvBuffer::of(src);
-  }
-  return nullptr;
-}
-
-bool device_supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
+bool device_supports_op(ggml_backend_dev_t handle, const ggml_tensor* op) {
+  Device& device = device_of(handle);
   std::string why;
   const NodeKind kind = classify(op, &why);
   if (kind == NodeKind::other) {
-    ggml_backend_dev_t inner = context_of(device).inner;
-    warn_of_other_caches(inner, op);
-    return !has_better_home(inner, op) && ggml_backend_dev_supports_op(inner, op);
+    warn_of_other_caches(device, op);
+    return !has_better_home(device.inner(), op) && ggml_backend_dev_supports_op(device.inner(), op);
   }
   if (kind == NodeKind::view) return true;
-  const KvBuffer* buffer = buffer_of_cache(op);
   if (kind == NodeKind::attend) bind(op);
-  if (kind != NodeKind::refused && buffer && buffer->device_cache()) why = buffer->device_cache()->problem(op, kind);
+  if (kind != NodeKind::refused) why = refusal(op, kind);
   // While the context is being made an exception reaches llama_init_from_model, which fails with our sentence.
   // Later the graph fails instead. Saying "not supported" would make ggml abort: no other device can read codes.
+  const KvBuffer* buffer = buffer_of_cache(op);
   if (!why.empty() && buffer && !buffer->in_use()) throw std::runtime_error(why);
   return true;
 }
 
 bool device_supports_buft(ggml_backend_dev_t device, ggml_backend_buffer_type_t type) {
-  return type == device_buffer_type(device) || ggml_backend_dev_supports_buft(context_of(device).inner, type);
+  return type == device_buffer_type(device) || ggml_backend_dev_supports_buft(device_of(device).inner(), type);
 }
+
+}  // namespace
 
 const ggml_backend_device_i kDeviceInterface = [] {
   ggml_backend_device_i i{};
@@ -232,53 +213,8 @@ const ggml_backend_device_i kDeviceInterface = [] {
   return i;
 }();
 
-// The device that THIMBLE_KV names, by its own name or its backend's ("CUDA"). Without one: the first that is no CPU
-// and can be wrapped, or the CPU.
-ggml_backend_dev_t choose_inner(const std::string& name) {
-  ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-  ggml_backend_dev_t inner = name.empty() ? nullptr : ggml_backend_dev_by_name(name.c_str());
-  for (size_t i = 0; !inner && i < ggml_backend_dev_count(); i++) {
-    ggml_backend_dev_t device = ggml_backend_dev_get(i);
-    const bool named = name == ggml_backend_reg_name(ggml_backend_dev_backend_reg(device));
-    if (name.empty() ? device != cpu && can_wrap(device) : named) inner = device;
-  }
-  if (!inner && name.empty()) inner = cpu;
-  if (!inner) {
-    throw std::runtime_error("there is no ggml device '" + (name.empty() ? "CPU" : name) +
-                             "' to run on; see llama-server --list-devices");
-  }
-  if (!can_wrap(inner)) {
-    throw std::runtime_error("device=" + name + ": this build of the plugin cannot wrap that device; only CPU ones" +
-                             (kCuda ? " and CUDA ones" : ", and CUDA ones with -DTHIMBLE_CUDA=ON"));
-  }
-  return inner;
-}
-
-std::vector<std::unique_ptr<ggml_backend_device>>& devices() {
-  static std::vector<std::unique_ptr<ggml_backend_device>> all;
-  return all;
-}
-
-}  // namespace
-
-void make_devices(ggml_backend_reg_t registry) {
-  if (!devices().empty()) return;
-  ggml_backend_dev_t inner = choose_inner(Settings::from_environment().device);
-  static DeviceContext context{inner, "THIMBLE0",
-                               std::string("coded KV cache on ") + ggml_backend_dev_description(inner) + " (" +
-                                   (is_cpu(inner) ? kernels().name : ggml_backend_dev_name(inner)) + " kernels)"};
-  GGML_LOG_INFO("thimble: THIMBLE0 is %s\n", context.description.c_str());
-  devices().push_back(std::make_unique<ggml_backend_device>(ggml_backend_device{kDeviceInterface, registry, &context}));
-}
-
-size_t device_count() {
-  return devices().size();
-}
-ggml_backend_dev_t device_at(size_t index) {
-  return devices()[index].get();
-}
-ggml_backend_dev_t inner_device(ggml_backend_dev_t device) {
-  return context_of(device).inner;
+Device& device_of(ggml_backend_dev_t device) {
+  return *static_cast<Device*>(device->context);
 }
 ggml_backend_t inner_backend(ggml_backend_t backend) {
   return context_of(backend).inner;

@@ -1,20 +1,54 @@
-// THIMBLE0: a ggml device of type GPU that wraps an inner device and codes the KV cache. Being a "GPU", it gets the
-// layers and their caches by llama.cpp's own defaults.
+// THIMBLE0 and so on: ggml devices of type GPU that wrap an inner device each and code the KV cache. Being a "GPU", one
+// gets the layers and their caches by llama.cpp's own defaults.
 #pragma once
 
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "engine/engine.h"
 #include "ggml-backend-impl.h"
 
 namespace thimble {
 
-/// The devices of the plugin, made once: around the device that THIMBLE_KV's `device` names, or the CPU. Throws
-/// std::runtime_error where there is no such device.
+class Device {
+public:
+  /// Wraps `inner`. Throws std::runtime_error where this build has no engine for it.
+  Device(ggml_backend_reg_t registry, ggml_backend_dev_t inner, std::string name);
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  ggml_backend_dev_t handle() { return &handle_; }
+  ggml_backend_dev_t inner() const { return inner_; }
+  ggml_backend_buffer_type_t buffer_type() { return &buffer_type_; }
+  Engine& engine() { return *engine_; }
+  const std::string& name() const { return name_; }
+  const std::string& description() const { return description_; }
+
+  /// What becomes of caches under the settings that THIMBLE_KV holds now. Throws as CachePlanner's constructor.
+  std::shared_ptr<const CachePlanner> planner();
+
+private:
+  ggml_backend_dev_t inner_;
+  std::unique_ptr<Engine> engine_;
+  std::string name_, description_;
+  ggml_backend_buffer_type buffer_type_;
+  ggml_backend_device handle_;
+  // A cache's buffer asks once for each tensor: the last planner is kept.
+  std::mutex mutex_;
+  std::string planned_;  // what it was made from
+  std::shared_ptr<const CachePlanner> planner_;
+};
+
+/// The device behind one of our ggml devices.
+Device& device_of(ggml_backend_dev_t device);
+/// The inner backend of one of our backends.
+ggml_backend_t inner_backend(ggml_backend_t backend);
+
+/// The devices of the plugin, made once: around the device that THIMBLE_KV's `device` names, or the first that an
+/// engine serves and is no CPU, or the CPU. Throws std::runtime_error where there is no such device.
 void make_devices(ggml_backend_reg_t registry);
 size_t device_count();
-ggml_backend_dev_t device_at(size_t index);
-
-/// The inner device of one of ours.
-ggml_backend_dev_t inner_device(ggml_backend_dev_t device);
-/// The inner backend of one of ours.
-ggml_backend_t inner_backend(ggml_backend_t backend);
+Device& device_at(size_t index);
 
 }  // namespace thimble

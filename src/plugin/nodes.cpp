@@ -37,12 +37,6 @@ bool is_view_op(ggml_op op) {
          op == GGML_OP_TRANSPOSE;
 }
 
-AttentionParameters attention_parameters(const ggml_tensor* node) {
-  AttentionParameters p;
-  std::memcpy(&p, node->op_params, sizeof(p));
-  return p;
-}
-
 NodeKind classify(const ggml_tensor* node, std::string* why) {
   const auto refuse = [&](const std::string& what) {
     if (why) {
@@ -87,6 +81,60 @@ NodeKind classify(const ggml_tensor* node, std::string* why) {
 void bind(const ggml_tensor* node) {
   const ggml_tensor *k = node->src[1], *v = node->src[2];
   KvBuffer::of(k)->bind(*KvBuffer::layer_of(k), int(k->ne[0]), int(v->ne[0]), int(k->ne[2]));
+}
+
+WriteTask write_task(const ggml_tensor* node) {
+  const ggml_tensor *rows = node->src[0], *cells = node->src[1];
+  WriteTask task;
+  task.layer = KvBuffer::layer_of(node, &task.kind)->index;
+  task.n_rows = rows->ne[1];
+  task.rows = rows->data;
+  task.is_f16 = rows->type == GGML_TYPE_F16;
+  task.row_bytes = rows->nb[1];
+  task.cells = cells->data;
+  task.is_i64 = cells->type == GGML_TYPE_I64;
+  task.cell_bytes = cells->nb[0];
+  return task;
+}
+
+AttendTask attend_task(const ggml_tensor* node) {
+  const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3],
+                    *sinks = node->src[4];
+  AttendTask task;
+  task.layer = KvBuffer::layer_of(k)->index;
+  task.key_dim = int(q->ne[0]);
+  task.has_sinks = sinks != nullptr;
+  AttentionProblem& p = task.problem;
+  p.n_heads = int(q->ne[2]);
+  p.n_tokens = int(q->ne[1]);
+  p.n_streams = int(q->ne[3]);
+  p.first_stream = int(k->view_offs / root_of(k)->nb[2]);
+  p.n_cells = k->ne[1];
+  p.value_dim = int(v->ne[0]);
+  p.q = static_cast<const float*>(q->data);
+  p.q_token = q->nb[1] / sizeof(float);
+  p.q_head = q->nb[2] / sizeof(float);
+  p.q_stream = q->nb[3] / sizeof(float);
+  p.out = static_cast<float*>(node->data);
+  p.out_head = node->nb[1] / sizeof(float);
+  p.out_token = node->nb[2] / sizeof(float);
+  p.out_stream = node->nb[3] / sizeof(float);
+  if (mask) {
+    p.mask = static_cast<const uint16_t*>(mask->data);
+    p.mask_token = mask->nb[1] / sizeof(uint16_t);
+    p.mask_stream = mask->ne[3] > 1 ? mask->nb[3] / sizeof(uint16_t) : 0;
+  }
+  std::memcpy(&p.scale, node->op_params, sizeof(float));  // in ggml's order: scale, max_bias, softcap
+  std::memcpy(&p.max_bias, node->op_params + 1, sizeof(float));
+  std::memcpy(&p.softcap, node->op_params + 2, sizeof(float));
+  p.sinks = sinks ? static_cast<const float*>(sinks->data) : nullptr;
+  return task;
+}
+
+std::string refusal(const ggml_tensor* node, NodeKind kind) {
+  if (kind == NodeKind::write) return KvBuffer::of(node)->cache().refusal(write_task(node));
+  if (kind == NodeKind::attend) return KvBuffer::of(node->src[1])->cache().refusal(attend_task(node));
+  return {};
 }
 
 }  // namespace thimble

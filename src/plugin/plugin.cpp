@@ -17,7 +17,7 @@ size_t registry_count(ggml_backend_reg_t) {
   return device_count();
 }
 ggml_backend_dev_t registry_device(ggml_backend_reg_t, size_t index) {
-  return device_at(index);
+  return device_at(index).handle();
 }
 
 // Functions that llama.cpp asks a backend's registry for by name. They take our backend or device; the inner registry's
@@ -42,14 +42,14 @@ void set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, vo
 }
 
 ggml_backend_buffer_type_t* get_extra_bufts(ggml_backend_dev_t device) {
-  const ggml_backend_dev_t inner = inner_device(device);
+  const ggml_backend_dev_t inner = device_of(device).inner();
   const auto f = inner_function<ggml_backend_dev_get_extra_bufts_t>(inner, "ggml_backend_dev_get_extra_bufts");
   return f ? f(inner) : nullptr;
 }
 
 ggml_backend_feature* get_features(ggml_backend_reg_t) {
-  const auto f = inner_function<ggml_backend_get_features_t>(inner_device(device_at(0)), "ggml_backend_get_features");
-  return f ? f(ggml_backend_dev_backend_reg(inner_device(device_at(0)))) : nullptr;
+  const auto f = inner_function<ggml_backend_get_features_t>(device_at(0).inner(), "ggml_backend_get_features");
+  return f ? f(ggml_backend_dev_backend_reg(device_at(0).inner())) : nullptr;
 }
 
 void* registry_function(ggml_backend_reg_t, const char* name) {

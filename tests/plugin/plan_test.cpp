@@ -1,12 +1,13 @@
 // Where graphs are cut for a backend that runs our nodes apart from its own. Runs nothing: the cache is in RAM.
-#include "plugin/plan.h"
-
 #include <ggml-alloc.h>
 #include <ggml-backend.h>
 #include <gtest/gtest.h>
 
 #include <cstdlib>
 #include <memory>
+#include <optional>
+
+#include "plugin/cuts.h"
 
 namespace thimble {
 namespace {
@@ -30,7 +31,8 @@ protected:
       }
     }
     ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(cache_.get(), kv_buffer_type(cpu, cpu)));
+    device_.emplace(nullptr, cpu, "THIMBLE0");
+    buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(cache_.get(), device_->buffer_type()));
     graph_ = ggml_new_graph(context_.get());
     input_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, kDim * kHeads, 1);
     cells_ = ggml_new_tensor_1d(context_.get(), GGML_TYPE_I64, 1);
@@ -64,6 +66,7 @@ protected:
     void operator()(ggml_backend_buffer_t buffer) const { ggml_backend_buffer_free(buffer); }
   };
   Context cache_, context_;
+  std::optional<Device> device_;
   std::unique_ptr<ggml_backend_buffer, FreeBuffer> buffer_;
   ggml_cgraph* graph_;
   ggml_tensor *input_, *cells_;

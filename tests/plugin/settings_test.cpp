@@ -1,5 +1,5 @@
 // THIMBLE_KV: what it accepts, and that whatever is wrong with it is named.
-#include "plugin/settings.h"
+#include "engine/settings.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "plugin/plan.h"
+#include "plugin/cuts.h"
 
 #include <algorithm>
 #include <stdexcept>

@@ -1,9 +1,7 @@
-#include "plugin/codec_source.h"
+#include "engine/codec_source.h"
 
-#include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <mutex>
 #include <stdexcept>
 
 namespace thimble {
@@ -63,22 +61,6 @@ bool CodecSource::retrieves(int layer) const {
   if (settings_.top == 0 || settings_.policy == Settings::Policy::none) return false;
   if (settings_.policy == Settings::Policy::all || !profile_) return true;
   return layer < 0 || size_t(layer) >= profile_->density.size() || !profile_->quantization_friendly(layer);
-}
-
-std::shared_ptr<const CodecSource> codec_source(const Settings& settings) {
-  static std::mutex mutex;
-  static std::string latest_key;
-  static std::shared_ptr<const CodecSource> latest;
-  std::string key = settings.to_string();
-  std::error_code none;
-  const auto written = std::filesystem::last_write_time(settings.profile, none);
-  if (!none) key += "@" + std::to_string(written.time_since_epoch().count());
-  const std::lock_guard lock(mutex);
-  if (!latest || key != latest_key) {
-    latest = std::make_shared<const CodecSource>(settings);
-    latest_key = std::move(key);
-  }
-  return latest;
 }
 
 }  // namespace thimble

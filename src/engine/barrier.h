@@ -1,4 +1,4 @@
-// What the threads of one ggml custom op need to work as a team.
+// What the threads of a team wait at.
 #pragma once
 
 #include <atomic>

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "codec/head_codec.h"
-#include "plugin/settings.h"
+#include "engine/settings.h"
 #include "profile/profile.h"
 
 namespace thimble {
@@ -34,9 +34,5 @@ private:
   std::shared_ptr<const Profile> profile_;
   uint64_t hash_;
 };
-
-/// The source for these settings. The latest is kept: a cache's buffer asks once for each tensor, and caches of one
-/// process mostly share a profile.
-std::shared_ptr<const CodecSource> codec_source(const Settings& settings);
 
 }  // namespace thimble

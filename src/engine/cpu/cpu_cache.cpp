@@ -1,0 +1,179 @@
+#include "engine/cpu/cpu_cache.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "cache/state_row.h"
+#include "codec/half.h"
+#include "kernels/kernels.h"
+
+namespace thimble {
+namespace {
+
+// A state of exact rows does not say which cells were not coded yet, and what matters most is retrieved: with an exact
+// store the window is the last cells alone.
+WindowSize window_size(const LayerPlan& plan) {
+  WindowSize size = plan.window;
+  if (plan.top > 0) size.spare = size.pool = 0;
+  return size;
+}
+
+}  // namespace
+
+int CpuCache::n_slots(const LayerPlan& plan) {
+  return plan.top > 0 ? 0 : plan.window.slots() * plan.shape.n_streams;
+}
+
+void CpuCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) {
+  const auto side = [&](Kind kind) {
+    std::unique_ptr<ExactStore> store;
+    if (plan.top > 0) {
+      const int64_t n_rows = plan.shape.n_cells();
+      const size_t row_size = size_t(plan.shape.n_kv_heads) * plan.side(kind).head_dim;
+      store = settings_.store == Settings::Store::file ? ExactStore::file(settings_.path, n_rows, row_size)
+                                                       : ExactStore::ram(n_rows, row_size);
+    }
+    return CacheSide(plan.shape, codecs.sides[int(kind)], n_slots(plan), memory[int(kind)], std::move(store),
+                     plan.has_codes[int(kind)]);
+  };
+  const WindowSize size = window_size(plan);
+  const int n_streams = plan.shape.n_streams;
+  const int64_t cells = plan.shape.cells_per_stream;
+  const int max_slots = size.total() == 0 ? 0 : Window::slots_of_stream(size, cells, n_streams) * n_streams;
+  Layer layer;
+  layer.cache =
+      std::make_unique<CacheLayer>(side(Kind::key), side(Kind::value), Window(size, max_slots, cells, n_streams));
+  layer.top = plan.top;
+  layer.drop_tail = plan.drop_tail;
+  layers_[plan.layer] = std::move(layer);
+}
+
+void CpuCache::write(const Lane& lane, const WriteTask& task) {
+  Layer& layer = layers_.at(task.layer);
+  const Team& team = *lane.team;
+  if (task.n_rows <= kMaxCodeTokens) {  // to wait for one another would take longer than to store so few rows
+    team.leave_to_first([&] {
+      begin_write(layer, task);
+      write_rows(layer, task, 0, 1);
+    });
+  } else if (team.lead([&] { begin_write(layer, task); })) {
+    write_rows(layer, task, team.thread(), team.size());
+  }
+}
+
+void CpuCache::begin_write(Layer& layer, const WriteTask& task) {
+  std::vector<int64_t>& cells = layer.cells[int(task.kind)];
+  cells.resize(task.n_rows);
+  for (int64_t i = 0; i < task.n_rows; i++) cells[i] = task.cell(i);
+  layer.cache->begin_write(task.kind, cells);
+}
+
+void CpuCache::write_rows(Layer& layer, const WriteTask& task, int thread, int n_threads) {
+  const int row_size = layer.cache->side(task.kind).row_size();
+  std::vector<uint16_t> row(row_size);
+  for (int64_t i = thread; i < task.n_rows; i += n_threads) {
+    const char* at = static_cast<const char*>(task.rows) + i * task.row_bytes;
+    if (task.is_f16) {
+      std::memcpy(row.data(), at, row_size * sizeof(uint16_t));
+    } else {
+      std::transform(reinterpret_cast<const float*>(at), reinterpret_cast<const float*>(at) + row_size, row.begin(),
+                     float_to_half);
+    }
+    layer.cache->write_row(task.kind, int(i), row.data());
+  }
+}
+
+bool CpuCache::attend(const Lane& lane, const AttendTask& task, DenseAttention*) {
+  Layer& layer = layers_.at(task.layer);
+  const Team& team = *lane.team;
+  if (!team.lead([&] { begin_attend(layer, task, team.size()); })) return true;
+  if (attention_.retrieves()) {
+    attention_.retrieve(team.thread());
+    team.wait();
+  }
+  attention_.attend(team.thread());
+  if (!task.ends_batch) return true;
+  team.wait();  // what leaves the window is coded into blocks that are being read
+  layer.cache->code_leaving(team.thread(), team.size());
+  if (team.is_last()) layer.cache->end_commit();
+  return true;
+}
+
+void CpuCache::begin_attend(Layer& layer, const AttendTask& task, int n_threads) {
+  CacheLayer& cache = *layer.cache;
+  AttentionProblem problem = task.problem;
+  problem.layer = &cache;
+  problem.top = layer.top;
+  problem.drop_tail = layer.drop_tail;
+  const BatchSight sight = task.sight();
+  const int64_t per_stream = cache.keys().shape().cells_per_stream;
+  const bool rows_match = int64_t(cache.window().batch().size()) == int64_t(problem.n_tokens) * problem.n_streams;
+  if (rows_match) cache.settle([&](int row, int64_t cell) { return sight.sees(row, cell, per_stream); });
+  attention_.prepare(problem, n_threads, kernels());
+  if (!task.ends_batch) return;
+  const BatchQueries queries{problem.q,       problem.n_heads, task.key_dim,    problem.n_tokens,
+                             problem.q_token, problem.q_head,  problem.q_stream};
+  cache.begin_commit([&](int row, int64_t cell) { return !rows_match || sight.sees(row, cell, per_stream); },
+                     rows_match ? queries : BatchQueries{});
+}
+
+void CpuCache::read_cells(int layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) {
+  const CacheLayer& cache = cache_of(layer);
+  const size_t row_bytes = size_t(cache.side(kind).row_size()) * sizeof(uint16_t);
+  for (int64_t i = 0; i < n; i++) save_cell(cache, kind, first + i, hash_, rows + i * row_bytes);
+}
+
+RefusedRows CpuCache::write_cells(int layer, Kind kind, std::span<const int64_t> cells, const uint8_t* rows) {
+  CacheLayer& cache = cache_of(layer);
+  const size_t row_bytes = size_t(cache.side(kind).row_size()) * sizeof(uint16_t);
+  RefusedRows refused;
+  for (size_t i = 0; i < cells.size(); i++) {
+    try {
+      load_cell(cache, kind, cells[i], hash_, rows + i * row_bytes);
+    } catch (const std::runtime_error& error) {
+      if (refused.entries.empty()) refused.why = error.what();
+      refused.entries.push_back(i);
+    }
+  }
+  return refused;
+}
+
+KeyRows CpuCache::read_keys(int layer, std::span<const int64_t> cells, std::span<const int32_t> shifts) {
+  const CacheLayer& cache = cache_of(layer);
+  const CacheSide& side = cache.keys();
+  const int row_size = side.row_size();
+  keys_.resize(cells.size() * row_size);
+  shifts_.assign(shifts.begin(), shifts.end());
+  for (size_t i = 0; i < cells.size(); i++) {
+    float* row = keys_.data() + i * row_size;
+    if (const uint16_t* exact = cache.exact_row(Kind::key, cells[i])) {
+      std::transform(exact, exact + row_size, row, half_to_float);
+    } else {
+      side.decode_row(cells[i], row);
+    }
+  }
+  return {keys_.data(), shifts_.data()};
+}
+
+void CpuCache::write_keys(int layer, std::span<const int64_t> cells) {
+  CacheLayer& cache = cache_of(layer);
+  const CacheSide& side = cache.keys();
+  const int row_size = side.row_size();
+  std::vector<uint16_t> row(row_size);
+  for (size_t i = 0; i < cells.size(); i++) {
+    std::transform(keys_.begin() + i * row_size, keys_.begin() + (i + 1) * row_size, row.begin(), float_to_half);
+    if (uint16_t* exact = cache.exact_row(Kind::key, cells[i])) std::copy(row.begin(), row.end(), exact);
+    if (cache.window().find(cells[i]) < 0) side.encode_row(row.data(), cells[i]);
+  }
+}
+
+void CpuCache::copy_stream(int layer, Kind kind, int from, int to) {
+  cache_of(layer).copy_stream(kind, from, to);
+}
+
+void CpuCache::clear() {
+  for (auto& [index, layer] : layers_) layer.cache->clear();
+}
+
+}  // namespace thimble

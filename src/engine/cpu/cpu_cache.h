@@ -1,0 +1,50 @@
+// A KV cache in RAM.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "attention/attention.h"
+#include "engine/kv_cache.h"
+
+namespace thimble {
+
+class CpuCache : public KvCache {
+public:
+  CpuCache(const Settings& settings, uint64_t hash) : settings_(settings), hash_(hash) {}
+
+  /// Exact rows of a layer that lie in its memory; with an exact store they lie there instead.
+  static int n_slots(const LayerPlan& plan);
+
+  void add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) override;
+  void write(const Lane& lane, const WriteTask& task) override;
+  bool attend(const Lane& lane, const AttendTask& task, DenseAttention* dense) override;
+  void read_cells(int layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) override;
+  RefusedRows write_cells(int layer, Kind kind, std::span<const int64_t> cells, const uint8_t* rows) override;
+  KeyRows read_keys(int layer, std::span<const int64_t> cells, std::span<const int32_t> shifts) override;
+  void write_keys(int layer, std::span<const int64_t> cells) override;
+  void copy_stream(int layer, Kind kind, int from, int to) override;
+  void clear() override;
+
+private:
+  struct Layer {
+    std::unique_ptr<CacheLayer> cache;
+    int top = 0;
+    bool drop_tail = false;
+    std::vector<int64_t> cells[2];  // by Kind: of the write that is under way
+  };
+  CacheLayer& cache_of(int layer) { return *layers_.at(layer).cache; }
+  void begin_write(Layer& layer, const WriteTask& task);
+  void begin_attend(Layer& layer, const AttendTask& task, int n_threads);
+  static void write_rows(Layer& layer, const WriteTask& task, int thread, int n_threads);
+
+  Settings settings_;
+  uint64_t hash_;
+  std::map<int, Layer> layers_;
+  Attention attention_;  // one task runs at a time
+  std::vector<float> keys_;
+  std::vector<int32_t> shifts_;
+};
+
+}  // namespace thimble

@@ -1,0 +1,10 @@
+// The engine of the CPU: caches in RAM, tasks by teams of threads.
+#pragma once
+
+#include "engine/engine.h"
+
+namespace thimble {
+
+std::unique_ptr<Engine> make_cpu_engine(const HostDevice& device);
+
+}  // namespace thimble

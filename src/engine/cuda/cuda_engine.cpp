@@ -1,0 +1,98 @@
+#include "engine/cuda/cuda_engine.h"
+
+#include <stdexcept>
+
+#include "cuda/attend/attend.h"
+#include "cuda/layout.h"
+#include "engine/cuda/cuda_cache.h"
+#include "engine/cuda/cuda_queue.h"
+
+namespace thimble {
+namespace {
+
+cuda::DeviceInfo find_device(const std::string& id) {
+  if (id.empty()) throw std::runtime_error("the CUDA device has no PCI address");
+  int ordinal = -1;
+  require(cudaDeviceGetByPCIBusId(&ordinal, id.c_str()), "CUDA device");
+  require(cudaSetDevice(ordinal), "CUDA device");
+  cuda::DeviceInfo info;
+  require(cuda::query_device(ordinal, &info), "CUDA device");
+  return info;
+}
+
+class CudaEngine : public Engine {
+public:
+  explicit CudaEngine(const HostDevice& device) : id_(device.id) {}
+
+  std::string kernels() const override { return "CUDA"; }
+  std::string store_place(const Settings&) const override { return "pinned RAM"; }
+
+  std::string refusal(const Settings& settings) const override {
+    using Store = Settings::Store;
+    if (settings.top == 0) return {};
+    if (settings.store != Store::automatic && settings.store != Store::pinned) {
+      return "a CUDA device reads the exact store over the bus, from pinned RAM: use store=pinned, or device=CPU for a "
+             "store in plain RAM or a file";
+    }
+    if (settings.top > cuda::kMaxTop) {
+      return "a CUDA device chooses at most " + std::to_string(cuda::kMaxTop) +
+             " cells: use a smaller top=, or device=CPU";
+    }
+    return {};
+  }
+
+  std::string refusal(const LayerPlan& plan) const override {
+    const Format &k = plan.side(Kind::key), &v = plan.side(Kind::value);
+    if (!cuda::cuda_supports(k) || !cuda::cuda_supports(v) || k.head_dim != v.head_dim ||
+        (v.width(0) != k.width(0) && v.width(0) != 2 * k.width(0))) {
+      return "on a CUDA device there are kernels for heads of 64, 128 and 256 numbers, keys and values alike, at "
+             "bits=4, 2, 1, 4/2 and 2/1, of one width in each vector (thimble calibrate --even); use one of these, "
+             "bits=16 or device=CPU";
+    }
+    const cuda::DeviceInfo& device = this->device();
+    const bool retrieves = plan.top > 0;
+    if (!cuda::attend_fits(device, k.head_dim, k.width(0), v.width(0), retrieves)) {
+      const bool fewer_bits = cuda::attend_fits(device, k.head_dim, 4, 4, retrieves);
+      return "at this rate heads of " + std::to_string(k.head_dim) +
+             " numbers take more shared memory than this GPU has: use " + (fewer_bits ? "bits=2, " : "") +
+             "bits=16 or device=CPU";
+    }
+    if (plan.shape.cells_per_stream % kBlockCells != 0) {
+      return "on a CUDA device the context must be a multiple of 64 cells";
+    }
+    return {};
+  }
+
+  bool leaves_f16(const Settings& settings) const override { return settings.passthrough(); }
+
+  size_t side_bytes(const LayerPlan& plan, Kind kind) const override {
+    const CacheShape& shape = plan.shape;
+    const int rows = cuda::DeviceWindow::rows_of_stream(plan.window, shape.cells_per_stream, shape.n_streams);
+    return CacheSide::memory_bytes(shape, plan.side(kind), rows * shape.n_streams, plan.has_codes[int(kind)]);
+  }
+
+  std::unique_ptr<KvCache> make_cache(const Settings& settings, uint64_t hash) override {
+    return std::make_unique<CudaCache>(device(), settings, hash);
+  }
+  std::unique_ptr<Queue> make_queue() override { return std::make_unique<CudaQueue>(device()); }
+
+private:
+  // To ask the driver for a device starts it, which a program that only lists devices need not wait for.
+  const cuda::DeviceInfo& device() const {
+    if (!found_) device_ = find_device(id_);
+    found_ = true;
+    return device_;
+  }
+
+  std::string id_;
+  mutable bool found_ = false;
+  mutable cuda::DeviceInfo device_;
+};
+
+}  // namespace
+
+std::unique_ptr<Engine> make_cuda_engine(const HostDevice& device) {
+  return std::make_unique<CudaEngine>(device);
+}
+
+}  // namespace thimble

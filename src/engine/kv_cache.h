@@ -1,0 +1,129 @@
+// The KV cache of one buffer, of all its layers, as an engine keeps it. It knows what is coded, what is exact and where
+// both lie; it knows nothing of graphs.
+//
+// Cells are numbered through all streams of a layer: cell c of stream s is s * cells_per_stream + c. A row is what the
+// model wrote of one cell: n_kv_heads * head_dim numbers.
+//
+// Functions throw std::runtime_error with a sentence that says what to change where they cannot do what is asked; the
+// cache is then as it was.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "attention/attention.h"
+#include "engine/lane.h"
+#include "engine/layer_plan.h"
+
+namespace thimble {
+
+/// What the tokens of a batch see: row r of the batch is token r % n_tokens of stream first_stream + r / n_tokens, and
+/// sees of its stream's first n_cells cells those whose mask is not -infinity.
+struct BatchSight {
+  const uint16_t* mask = nullptr;  // f16 [stream][token][cell], strides in elements; null: all
+  size_t mask_token = 0, mask_stream = 0;
+  int64_t n_tokens = 1;
+  int n_streams = 1, first_stream = 0;
+  int64_t n_cells = 0;
+
+  bool sees(int64_t row, int64_t cell, int64_t cells_per_stream) const {
+    const int64_t stream = row < n_tokens ? 0 : row / n_tokens, token = row - stream * n_tokens;
+    const int64_t in_stream = cell - (first_stream + stream) * cells_per_stream;
+    if (in_stream < 0 || in_stream >= n_cells) return false;
+    return !mask || mask[stream * mask_stream + token * mask_token + in_stream] != 0xfc00;  // -infinity
+  }
+};
+
+/// New keys or values of a layer. Pointers are to memory that the engine computes in.
+struct WriteTask {
+  int layer = 0;
+  Kind kind = Kind::key;
+  int64_t n_rows = 0;
+  const void* rows = nullptr;  // f32, or f16; the numbers of a row are adjacent
+  bool is_f16 = false;
+  size_t row_bytes = 0;  // from one row to the next
+  const void* cells = nullptr;
+  bool is_i64 = true;  // or int32_t
+  size_t cell_bytes = sizeof(int64_t);
+  BatchSight sight;  // of the first attention over this cache in the graph
+
+  /// The cell of a row, where the host can read it.
+  int64_t cell(int64_t row) const;
+};
+
+/// Attention of a batch over a layer.
+struct AttendTask {
+  int layer = 0;
+  AttentionProblem problem;  // without `layer`, `top` and `drop_tail`, which the cache knows
+  int key_dim = 0;
+  bool has_sinks = false;  // problem.sinks, where it may still be null
+  bool ends_batch = true;  // the last attention over this layer in the graph
+
+  BatchSight sight() const;
+};
+
+/// Attention that the program around the engine does better: over f16 rows in memory of the engine's.
+struct DenseAttention {
+  const float* q = nullptr;        // [n_streams][n_tokens][n_heads][dim]; null: the task's own queries
+  const uint16_t* keys = nullptr;  // [n_streams][n_kv_heads][n_cells][dim]
+  const uint16_t* values = nullptr;
+  int dim = 0;
+  int n_kv_heads = 0;
+};
+
+/// Keys as f32, [cells][n_kv_heads][head_dim], and a number for each cell, in memory that the engine computes in.
+struct KeyRows {
+  float* keys = nullptr;
+  const int32_t* shifts = nullptr;
+};
+
+/// Rows of a saved state that a cache does not take: entries of what was to be written, and why.
+struct RefusedRows {
+  std::vector<size_t> entries;
+  std::string why;
+};
+
+class KvCache {
+public:
+  virtual ~KvCache() = default;
+
+  /// A layer. `memory`, by Kind: Engine::side_bytes(plan, kind) bytes that outlive the cache.
+  virtual void add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) = 0;
+
+  /// Why a task of this form cannot be run, or nothing. Pointers may still be null.
+  virtual std::string refusal(const WriteTask&) const { return {}; }
+  virtual std::string refusal(const AttendTask&) const { return {}; }
+
+  /// Keys and values of a batch come in either order, and before the attention over them.
+  virtual void write(const Lane& lane, const WriteTask& task) = 0;
+  /// True where the attention is done. False where `dense` says what the caller is to do, and then end_dense.
+  virtual bool attend(const Lane& lane, const AttendTask& task, DenseAttention* dense) = 0;
+  virtual void end_dense(const Lane&, const AttendTask&) {}
+  /// Takes in what was written to a layer and not attended to yet: its rows are about to be overwritten.
+  virtual void flush(const Lane&, int /*layer*/) {}
+  /// Forgets what was written and not taken in: its graph has failed.
+  virtual void abandon() {}
+  /// Whether tasks of `n_layers` layers, as they were run last, can be recorded and replayed.
+  virtual bool can_record(size_t /*n_layers*/) const { return false; }
+
+  /// The rows of `n` cells from `first` on, as save_cell (cache/state_row.h) writes them.
+  virtual void read_cells(int layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) = 0;
+  /// Loads rows as load_cell does; no cell comes twice. Keys of a cell come before its values.
+  virtual RefusedRows write_cells(int layer, Kind kind, std::span<const int64_t> cells, const uint8_t* rows) = 0;
+
+  /// Most cells of one read_keys.
+  virtual int64_t keys_at_once() const { return 256; }
+  /// The keys of cells, to be changed in place and put back by write_keys, which ends the shift of these cells: exact
+  /// rows stay exact, others are coded again. Nothing else is called in between.
+  virtual KeyRows read_keys(int layer, std::span<const int64_t> cells, std::span<const int32_t> shifts) = 0;
+  virtual void write_keys(int layer, std::span<const int64_t> cells) = 0;
+
+  /// One stream's cells to the same places of another. Keys before values.
+  virtual void copy_stream(int layer, Kind kind, int from, int to) = 0;
+  virtual void clear() = 0;
+};
+
+}  // namespace thimble

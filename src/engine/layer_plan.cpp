@@ -1,0 +1,91 @@
+#include "engine/layer_plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cache/state_row.h"
+#include "engine/engine.h"
+
+namespace thimble {
+namespace {
+
+// Where nothing tells the head size. Scales are one a head, so the memory of codes depends (a little) on it.
+constexpr int kAssumedHeadDim = 64;
+
+int assumed_head_dim(int64_t width) {
+  return std::clamp(width % kAssumedHeadDim == 0 ? kAssumedHeadDim : int(width & -width), 2, kMaxHeadDim);
+}
+
+std::string name_of(int layer) {
+  return "layer " + std::to_string(layer) + ": ";
+}
+
+}  // namespace
+
+CachePlanner::CachePlanner(const Engine& engine, const Settings& settings)
+    : engine_(engine), settings_(settings), source_(std::make_shared<const CodecSource>(settings)) {
+  if (const std::string why = engine.refusal(settings); !why.empty()) throw std::runtime_error(why);
+}
+
+std::string CachePlanner::why_f16(const LayerGeometry& geometry) const {
+  if (engine_.leaves_f16(settings_)) return "bits=16";
+  if (geometry.cells_per_stream > settings_.small_cells) return {};
+  return "streams of at most small=" + std::to_string(settings_.small_cells) + " cells";
+}
+
+LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
+  LayerPlan plan;
+  plan.layer = geometry.layer;
+  plan.shape = {geometry.n_kv_heads, geometry.cells_per_stream, geometry.n_streams};
+  plan.f16_bytes = size_t(geometry.width[0] + geometry.width[1]) * sizeof(uint16_t) * size_t(plan.shape.n_cells());
+  plan.why_f16 = why_f16(geometry);
+  if (!plan.why_f16.empty()) return plan;
+  plan.coded = true;
+  plan.window = settings_.passthrough() ? WindowSize{0, 0, 0} : settings_.window;
+  plan.top = source_->retrieves(geometry.layer) ? settings_.top : 0;
+  plan.drop_tail = settings_.drop_tail;
+  plan.has_codes[int(Kind::value)] = plan.top == 0 || !plan.drop_tail;
+  for (Kind kind : {Kind::key, Kind::value}) {
+    const int64_t width = geometry.width[int(kind)];
+    if (width == 0) continue;
+    int dim = geometry.head_dim[int(kind)];
+    if (dim == 0) dim = source_->head_dim(geometry.layer, kind).value_or(assumed_head_dim(width));
+    CacheShape shape = plan.shape;
+    if (shape.n_kv_heads == 0) shape.n_kv_heads = int(width / dim);
+    LayerPlan side = plan;  // keys and values may have heads of other sizes, and of so many numbers in all
+    side.shape = shape;
+    plan.format[int(kind)] = side.format[int(kind)] = source_->format(geometry.layer, kind, dim);
+    if (geometry.n_kv_heads > 0 && !state_row_fits(shape, side.side(kind))) {
+      throw std::runtime_error(name_of(geometry.layer) + "heads of size " + std::to_string(dim) +
+                               " are too small to code; use bits=16 or run without the THIMBLE device");
+    }
+    plan.bytes[int(kind)] = engine_.side_bytes(side, kind);
+  }
+  if (plan.top > 0) plan.store_bytes = plan.f16_bytes;
+  if (geometry.n_kv_heads == 0) return plan;
+  if (const std::string why = engine_.refusal(plan); !why.empty()) throw std::runtime_error(name_of(plan.layer) + why);
+  return plan;
+}
+
+LayerCodecs CachePlanner::codecs(const LayerPlan& plan) const {
+  LayerCodecs codecs;
+  for (Kind kind : {Kind::key, Kind::value}) {
+    codecs.sides[int(kind)] = source_->codecs(plan.layer, kind, plan.side(kind).head_dim, plan.shape.n_kv_heads);
+  }
+  return codecs;
+}
+
+void PlanTotals::add(const LayerPlan& plan) {
+  if (!plan.coded) {
+    if (n_f16++ == 0) why_f16 = plan.why_f16;
+    f16_bytes += plan.f16_bytes;
+    return;
+  }
+  n_coded++;
+  n_retrieving += plan.top > 0;
+  coded_bytes += plan.bytes[0] + plan.bytes[1];
+  coded_f16_bytes += plan.f16_bytes;
+  store_bytes += plan.store_bytes;
+}
+
+}  // namespace thimble

@@ -1,0 +1,179 @@
+// ggml's tables of functions for our buffers and their type.
+#include <stdexcept>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "ggml-impl.h"
+#include "plugin/buffer_type.h"
+#include "plugin/device.h"
+#include "plugin/kv_buffer.h"
+
+namespace thimble {
+namespace {
+
+Device& device_of(ggml_backend_buffer_type_t type) {
+  return *static_cast<Device*>(type->context);
+}
+KvBuffer& context_of(ggml_backend_buffer_t buffer) {
+  return *static_cast<KvBuffer*>(buffer->context);
+}
+
+// ---- buffer
+
+void buffer_free(ggml_backend_buffer_t buffer) {
+  delete &context_of(buffer);
+}
+
+void* buffer_base(ggml_backend_buffer_t buffer) {
+  return ggml_backend_buffer_get_base(context_of(buffer).inner());
+}
+
+ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
+  KvBuffer& kv = context_of(buffer);
+  if (tensor->view_src) {
+    // Views of caches stay ours; views of anything else have the inner buffer already, from their source.
+    return GGML_STATUS_SUCCESS;
+  }
+  if (const auto name = parse_cache_name(tensor->name)) {
+    if (tensor->type != GGML_TYPE_F16) {
+      GGML_LOG_ERROR(
+          "thimble: cache type %s: Thimble codes the cache itself; leave --cache-type-k and --cache-type-v at f16\n",
+          ggml_type_name(tensor->type));
+      return GGML_STATUS_FAILED;
+    }
+    if (kv.planner().why_f16(geometry_of(tensor, *name)).empty()) {
+      kv.add(tensor, *name);
+      return GGML_STATUS_SUCCESS;
+    }
+  }
+  tensor->buffer = kv.inner();
+  // llama.cpp marks weight buffers as such after their tensors were handed to the inner buffer, which it cannot see.
+  const std::string_view name = tensor->name;
+  if (tensor->op == GGML_OP_NONE && name.ends_with(".weight")) {
+    ggml_backend_buffer_set_usage(kv.inner(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+  }
+  return kv.inner()->iface.init_tensor ? kv.inner()->iface.init_tensor(kv.inner(), tensor) : GGML_STATUS_SUCCESS;
+}
+
+// Tensors that a caller placed here without init_tensor (ggml's Meta device does) are the inner buffer's all the same.
+ggml_backend_buffer_t inner_of_unmanaged(ggml_backend_buffer_t buffer, const ggml_tensor* tensor) {
+  return KvBuffer::layer_of(tensor) ? nullptr : context_of(buffer).inner();
+}
+
+void buffer_memset(ggml_backend_buffer_t buffer, ggml_tensor* tensor, uint8_t value, size_t offset, size_t size) {
+  if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
+    return inner->iface.memset_tensor(inner, tensor, value, offset, size);
+  }
+  const std::vector<uint8_t> data(size, value);
+  context_of(buffer).load(tensor, data.data(), offset, size);
+}
+
+void buffer_set(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
+  if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
+    return inner->iface.set_tensor(inner, tensor, data, offset, size);
+  }
+  context_of(buffer).load(tensor, static_cast<const uint8_t*>(data), offset, size);
+}
+
+void buffer_get(ggml_backend_buffer_t buffer, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
+  if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
+    return inner->iface.get_tensor(inner, tensor, data, offset, size);
+  }
+  context_of(buffer).save(tensor, static_cast<uint8_t*>(data), offset, size);
+}
+
+bool buffer_copy(ggml_backend_buffer_t buffer, const ggml_tensor* from, ggml_tensor* to) {
+  if (auto* inner = inner_of_unmanaged(buffer, to)) {
+    return inner->iface.cpy_tensor && !KvBuffer::of(from) && inner->iface.cpy_tensor(inner, from, to);
+  }
+  return context_of(buffer).copy(from, to);
+}
+
+void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+  context_of(buffer).clear(value);
+}
+
+const ggml_backend_buffer_i kBufferInterface = [] {
+  ggml_backend_buffer_i i{};
+  i.free_buffer = buffer_free;
+  i.get_base = buffer_base;
+  i.init_tensor = buffer_init_tensor;
+  i.memset_tensor = buffer_memset;
+  i.set_tensor = buffer_set;
+  i.get_tensor = buffer_get;
+  i.cpy_tensor = buffer_copy;
+  i.clear = buffer_clear;
+  return i;
+}();
+
+// ---- buffer type
+
+ggml_backend_buffer_type_t inner_type(ggml_backend_buffer_type_t type) {
+  return ggml_backend_dev_buffer_type(device_of(type).inner());
+}
+
+const char* type_name(ggml_backend_buffer_type_t type) {
+  return device_of(type).name().c_str();
+}
+
+ggml_backend_buffer_t type_alloc(ggml_backend_buffer_type_t type, size_t size) {
+  ggml_backend_buffer_t inner = nullptr;
+  try {
+    auto planner = device_of(type).planner();
+    inner = ggml_backend_buft_alloc_buffer(inner_type(type), size);
+    if (!inner) return nullptr;
+    return ggml_backend_buffer_init(type, kBufferInterface, new KvBuffer(device_of(type), std::move(planner), inner),
+                                    size);
+  } catch (const std::exception& error) {
+    GGML_LOG_ERROR("thimble: %s\n", error.what());
+    if (inner) ggml_backend_buffer_free(inner);
+    return nullptr;
+  }
+}
+
+size_t type_alignment(ggml_backend_buffer_type_t type) {
+  return ggml_backend_buft_get_alignment(inner_type(type));
+}
+size_t type_max_size(ggml_backend_buffer_type_t type) {
+  return ggml_backend_buft_get_max_size(inner_type(type));
+}
+
+size_t type_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor* tensor) {
+  try {
+    const auto name = tensor->view_src ? std::nullopt : parse_cache_name(tensor->name);
+    if (name && tensor->type == GGML_TYPE_F16) {
+      const LayerPlan plan = device_of(type).planner()->plan(geometry_of(tensor, *name));
+      if (plan.coded) return plan.bytes[int(name->kind)];
+    }
+  } catch (const std::exception&) {
+    // Said by type_alloc, which can refuse; here the nominal size does.
+  }
+  return ggml_backend_buft_get_alloc_size(inner_type(type), tensor);
+}
+
+}  // namespace
+
+ggml_backend_buffer_type make_buffer_type(Device& device) {
+  ggml_backend_buffer_type type{};
+  type.iface.get_name = type_name;
+  type.iface.alloc_buffer = type_alloc;
+  type.iface.get_alignment = type_alignment;
+  type.iface.get_max_size = type_max_size;
+  type.iface.get_alloc_size = type_alloc_size;
+  type.device = device.handle();
+  type.context = &device;
+  return type;
+}
+
+bool is_kv_buffer_type(ggml_backend_buffer_type_t type) {
+  return type->iface.get_name == type_name;
+}
+
+KvBuffer* KvBuffer::of(const ggml_tensor* tensor) {
+  const ggml_tensor* root = root_of(tensor);
+  if (!root->buffer || root->buffer->iface.get_base != buffer_base) return nullptr;
+  return &context_of(root->buffer);
+}
+
+}  // namespace thimble

@@ -1,0 +1,97 @@
+// Which devices there are, and what each is.
+#include <cstdlib>
+#include <filesystem>
+#include <stdexcept>
+#include <vector>
+
+#include "ggml-impl.h"
+#include "plugin/buffer_type.h"
+#include "plugin/device.h"
+#include "plugin/device_table.h"
+
+namespace thimble {
+namespace {
+
+HostDevice host_device(ggml_backend_dev_t inner) {
+  ggml_backend_dev_props props;
+  ggml_backend_dev_get_props(inner, &props);
+  const bool is_cpu = ggml_backend_dev_type(inner) == GGML_BACKEND_DEVICE_TYPE_CPU;
+  return {is_cpu ? "CPU" : ggml_backend_reg_name(ggml_backend_dev_backend_reg(inner)),
+          props.device_id ? props.device_id : ""};
+}
+
+std::string environment() {
+  const char* text = std::getenv("THIMBLE_KV");
+  return text ? text : "";
+}
+
+// The device that THIMBLE_KV names, by its own name or its backend's ("CUDA"). Without one: the first that is no CPU
+// and has an engine, or the CPU.
+ggml_backend_dev_t choose_inner(const std::string& name) {
+  ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+  ggml_backend_dev_t inner = name.empty() ? nullptr : ggml_backend_dev_by_name(name.c_str());
+  for (size_t i = 0; !inner && i < ggml_backend_dev_count(); i++) {
+    ggml_backend_dev_t device = ggml_backend_dev_get(i);
+    const bool named = name == ggml_backend_reg_name(ggml_backend_dev_backend_reg(device));
+    if (name.empty() ? device != cpu && make_engine(host_device(device)) : named) inner = device;
+  }
+  if (!inner && name.empty()) inner = cpu;
+  if (!inner) {
+    throw std::runtime_error("there is no ggml device '" + (name.empty() ? "CPU" : name) +
+                             "' to run on; see llama-server --list-devices");
+  }
+  return inner;
+}
+
+std::vector<std::unique_ptr<Device>>& devices() {
+  static std::vector<std::unique_ptr<Device>> all;
+  return all;
+}
+
+}  // namespace
+
+Device::Device(ggml_backend_reg_t registry, ggml_backend_dev_t inner, std::string name)
+    : inner_(inner),
+      engine_(make_engine(host_device(inner))),
+      name_(std::move(name)),
+      buffer_type_(make_buffer_type(*this)),
+      handle_{kDeviceInterface, registry, this} {
+  if (!engine_) {
+    throw std::runtime_error("device=" + std::string(ggml_backend_dev_name(inner)) +
+                             ": this build of the plugin cannot wrap that device; it has engines for " +
+                             engine_names() + " (CUDA: build with -DTHIMBLE_CUDA=ON)");
+  }
+  description_ =
+      std::string("coded KV cache on ") + ggml_backend_dev_description(inner) + " (" + engine_->kernels() + " kernels)";
+}
+
+std::shared_ptr<const CachePlanner> Device::planner() {
+  const std::string text = environment();
+  const Settings settings = Settings::parse(text);
+  std::string made_from = text;
+  std::error_code none;
+  const auto written = std::filesystem::last_write_time(settings.profile, none);
+  if (!none) made_from += "@" + std::to_string(written.time_since_epoch().count());
+  const std::lock_guard lock(mutex_);
+  if (!planner_ || made_from != planned_) {
+    planner_ = std::make_shared<const CachePlanner>(*engine_, settings);
+    planned_ = made_from;
+  }
+  return planner_;
+}
+
+void make_devices(ggml_backend_reg_t registry) {
+  if (!devices().empty()) return;
+  ggml_backend_dev_t inner = choose_inner(Settings::parse(environment()).device);
+  devices().push_back(std::make_unique<Device>(registry, inner, "THIMBLE0"));
+  GGML_LOG_INFO("thimble: THIMBLE0 is %s\n", devices().back()->description().c_str());
+}
+
+size_t device_count() {
+  return devices().size();
+}
+Device& device_at(size_t index) {
+  return *devices()[index];
+}
+
+}  // namespace thimble

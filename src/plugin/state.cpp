@@ -1,0 +1,115 @@
+// A buffer's cells as llama.cpp saves, loads, copies and clears them: whole rows of stream views, whose offsets count
+// nominal f16 bytes.
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <utility>
+
+#include "cache/state_row.h"
+#include "ggml-impl.h"
+#include "plugin/kv_buffer.h"
+
+namespace thimble {
+
+void KvBuffer::clear(uint8_t value) {
+  if (inner_->size > 0) ggml_backend_buffer_clear(inner_, value);
+  for (const Buffer& buffer : more_) ggml_backend_buffer_clear(buffer.get(), value);
+  waiting_ = {};
+  cache_->clear();
+  for (auto& [index, layer] : layers_) layer.refused.clear();
+}
+
+KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const {
+  Rows rows{};
+  rows.layer = layer_of(tensor, &rows.kind);
+  const size_t row_bytes = root_of(tensor)->nb[1];
+  const size_t from = tensor->view_offs + offset;
+  if (!rows.layer || !rows.layer->plan || from % row_bytes != 0 || size % row_bytes != 0) {
+    throw std::runtime_error(std::string("tensor ") + tensor->name +
+                             ": a coded cache can be read and written by whole rows only");
+  }
+  rows.first = int64_t(from / row_bytes);
+  rows.count = int64_t(size / row_bytes);
+  return rows;
+}
+
+void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size) {
+  settle();
+  const Rows rows = rows_of(tensor, offset, size);
+  const size_t row_bytes = root_of(tensor)->nb[1];
+  try {
+    cache_->read_cells(rows.layer->index, rows.kind, rows.first, rows.count, data);
+  } catch (const std::runtime_error& error) {
+    // llama.cpp saves in a destructor, out of which no exception gets: no cache will load such rows.
+    GGML_LOG_ERROR("thimble: %s\n", error.what());
+    for (int64_t i = 0; i < rows.count; i++) write_refused_row(data + i * row_bytes, row_bytes);
+  }
+  if (rows.layer->refused.empty()) return;
+  for (int64_t i = 0; i < rows.count; i++) {
+    if (const auto* row = rows.layer->refused.find(rows.kind, rows.first + i)) {
+      std::copy(row->begin(), row->end(), data + i * row_bytes);
+    }
+  }
+}
+
+void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offset, size_t size) {
+  constexpr int64_t kFewRows = 64;
+  constexpr size_t kManyBytes = size_t(64) << 20;
+  const Rows rows = rows_of(tensor, offset, size);
+  std::vector<int64_t> cells(rows.count);
+  std::iota(cells.begin(), cells.end(), rows.first);
+  const bool others = rows.layer != waiting_.layer || rows.kind != waiting_.kind;
+  const bool again =  // the same cells anew
+      std::find_first_of(cells.begin(), cells.end(), waiting_.cells.begin(), waiting_.cells.end()) != cells.end();
+  if (others || again || rows.count >= kFewRows || waiting_.rows.size() > kManyBytes) settle();
+  if (rows.count >= kFewRows) return load_rows(*rows.layer, rows.kind, cells, data);
+  waiting_.layer = rows.layer;
+  waiting_.kind = rows.kind;
+  waiting_.cells.insert(waiting_.cells.end(), cells.begin(), cells.end());
+  waiting_.rows.insert(waiting_.rows.end(), data, data + size);
+}
+
+void KvBuffer::settle() {
+  const Waiting waiting = std::exchange(waiting_, {});
+  if (waiting.layer) load_rows(*waiting.layer, waiting.kind, waiting.cells, waiting.rows.data());
+}
+
+void KvBuffer::load_rows(ManagedLayer& layer, Kind kind, const std::vector<int64_t>& cells, const uint8_t* rows) {
+  RefusedRows refused;
+  try {
+    refused = cache_->write_cells(layer.index, kind, cells, rows);
+  } catch (const std::runtime_error& error) {
+    refused.why = error.what();
+    refused.entries.resize(cells.size());
+    std::iota(refused.entries.begin(), refused.entries.end(), size_t(0));
+  }
+  const size_t row_bytes = layer.tensors[int(kind)]->nb[1];
+  layer.refused.erase(kind, cells);
+  for (size_t i : refused.entries) layer.refused.add(kind, cells[i], {rows + i * row_bytes, row_bytes});
+  if (!refused.entries.empty() && !std::exchange(said_refusal_, true)) {
+    GGML_LOG_ERROR("thimble: %s\n", refused.why.c_str());
+  }
+}
+
+bool KvBuffer::has_refused() const {
+  return std::any_of(layers_.begin(), layers_.end(), [](const auto& entry) { return !entry.second.refused.empty(); });
+}
+
+bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
+  Kind kind;
+  ManagedLayer* layer = layer_of(to, &kind);
+  if (!layer || layer != layer_of(from)) return false;  // the caller then goes through save and load
+  const size_t stream_bytes = root_of(to)->nb[2];
+  if (ggml_nbytes(from) != stream_bytes || ggml_nbytes(to) != stream_bytes || !layer->plan) return false;
+  settle();
+  const Rows source = rows_of(from, 0, stream_bytes), target = rows_of(to, 0, stream_bytes);
+  try {
+    cache_->copy_stream(layer->index, kind, int(source.first / source.count), int(target.first / target.count));
+  } catch (const std::runtime_error&) {
+    return false;  // the exact store is full, which `load` says and lives with
+  }
+  layer->refused.copy(kind, source.first, target.first, source.count);
+  return true;
+}
+
+}  // namespace thimble

@@ -1,0 +1,326 @@
+#include "plugin/stream_runner.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <set>
+#include <stdexcept>
+#include <utility>
+
+#include "plugin/nodes.h"
+#include "plugin/shift.h"
+
+namespace thimble {
+namespace {
+
+constexpr size_t kSeenGraphs = 8;
+
+uint64_t hash_of(const ggml_cgraph* graph) {
+  uint64_t hash = 0xcbf29ce484222325;
+  const auto add = [&](const void* bytes, size_t size) {
+    for (size_t i = 0; i + 8 <= size; i += 8) {
+      uint64_t word;
+      std::memcpy(&word, static_cast<const char*>(bytes) + i, 8);
+      hash = (hash ^ word) * 0x100000001b3;
+      hash ^= hash >> 29;
+    }
+  };
+  for (int i = 0; i < graph->n_nodes; i++) {
+    const ggml_tensor* node = graph->nodes[i];
+    add(node, sizeof(*node));
+    for (const ggml_tensor* src : node->src) {
+      if (!src) continue;
+      add(&src->data, sizeof(src->data));
+      add(src->ne, sizeof(src->ne));
+      add(src->nb, sizeof(src->nb));
+    }
+  }
+  return hash;
+}
+
+// A decode step over all layers of one cache. The inner backend may wait on the host for a MUL_MAT_ID, which cannot be
+// recorded, and attention that it does itself is of prompts, whose graphs do not come again.
+bool worth_recording(const std::vector<Step>& steps) {
+  std::set<const ManagedLayer*> written;
+  KvBuffer* buffer = nullptr;
+  for (const auto& [inner, cut] : steps) {
+    for (const ggml_tensor* node : inner) {
+      if (node->op == GGML_OP_MUL_MAT_ID) return false;
+    }
+    if (!cut.layer) continue;
+    if ((cut.attend && cut.attend->src[0]->ne[1] > kMaxCodeTokens) || (buffer && cut.buffer != buffer)) return false;
+    buffer = cut.buffer;
+    if (cut.writes[0] && cut.writes[1]) written.insert(cut.layer);
+  }
+  // Whether a refused cell is seen can be told of one batch at a time only.
+  return buffer && !buffer->has_refused() && buffer->cache().can_record(written.size());
+}
+
+// Refuses what the engine cannot run, before anything of the graph has run.
+void check_cut(const Cut& cut) {
+  for (const auto& [node, kind] : {std::pair{cut.shift, NodeKind::shift},
+                                   {cut.attend, NodeKind::attend},
+                                   {cut.writes[0], NodeKind::write},
+                                   {cut.writes[1], NodeKind::write}}) {
+    const std::string why = node ? refusal(node, kind) : std::string();
+    if (!why.empty()) throw std::runtime_error(why);
+  }
+}
+
+// What the tokens of the batch see: llama.cpp makes one mask for all layers of a cache.
+BatchSight sight_of_batch(const std::vector<Step>& steps, const KvBuffer* buffer) {
+  for (const auto& [inner, cut] : steps) {
+    if (cut.layer && cut.attend && cut.buffer == buffer) return attend_task(cut.attend).sight();
+  }
+  throw std::runtime_error("cells are written in a graph that does not attend to them");
+}
+
+}  // namespace
+
+StreamRunner::~StreamRunner() {
+  try {
+    queue_->synchronize();
+  } catch (const std::exception&) {
+    // The device has failed, which was said.
+  }
+}
+
+void StreamRunner::go_to_ours() {
+  if (std::exchange(on_ours_, true)) return;
+  ggml_backend_event event{ggml_backend_get_device(inner_), queue_->theirs()};
+  ggml_backend_event_record(&event, inner_);
+  queue_->await_theirs();
+}
+
+void StreamRunner::go_to_inner() {
+  if (!std::exchange(on_ours_, false)) return;
+  ggml_backend_event event{ggml_backend_get_device(inner_), queue_->record_ours()};
+  ggml_backend_event_wait(inner_, &event);
+}
+
+StreamRunner::Seen& StreamRunner::find(const ggml_cgraph* graph) {
+  clock_++;
+  for (Seen& seen : seen_) {
+    if (graph->uid != 0 && seen.uid == graph->uid) {
+      seen.last_use = clock_;
+      return seen;
+    }
+  }
+  const uint64_t hash = hash_of(graph);
+  auto it = std::find_if(seen_.begin(), seen_.end(), [&](const Seen& seen) { return seen.hash == hash; });
+  if (it == seen_.end()) {
+    if (seen_.size() < kSeenGraphs) {
+      it = seen_.insert(it, Seen{});
+    } else {
+      it = std::min_element(seen_.begin(), seen_.end(),
+                            [](const Seen& a, const Seen& b) { return a.last_use < b.last_use; });
+      *it = Seen{};
+    }
+  }
+  it->uid = graph->uid;
+  it->hash = hash;
+  it->last_use = clock_;
+  return *it;
+}
+
+// What recordings worked in may have been moved since.
+void StreamRunner::drop_stale_recordings() {
+  if (std::exchange(memory_version_, queue_->memory_version()) == queue_->memory_version()) return;
+  for (Seen& seen : seen_) seen.recording.reset();
+}
+
+void StreamRunner::replay(const Seen& seen) {
+  go_to_ours();
+  seen.recording->replay();
+  go_to_inner();
+}
+
+void StreamRunner::record(const std::vector<Step>& steps, ggml_cgraph* graph, Seen& seen) {
+  go_to_ours();
+  queue_->begin_recording();
+  recording_ = true;
+  std::string problem;
+  try {
+    run(steps, graph);
+    go_to_ours();
+  } catch (const std::exception& error) {
+    problem = error.what();
+  }
+  recording_ = on_ours_ = false;
+  for (const Step& step : steps) {
+    if (step.cut.layer) seen.buffer = step.cut.buffer;
+  }
+  std::string why;
+  seen.recording = queue_->end_recording(&why);
+  if (!problem.empty()) {
+    seen.buffer->cache().abandon();
+    seen.recording.reset();
+    why = problem;
+  }
+  if (seen.recording) {
+    GGML_LOG_DEBUG("thimble: a step of %d nodes and %zu cuts is recorded now\n", graph->n_nodes, steps.size());
+    return;
+  }
+  can_record_ = false;
+  GGML_LOG_WARN("thimble: a token's graph could not be recorded (%s): tokens take longer\n", why.c_str());
+}
+
+ggml_status StreamRunner::compute(ggml_cgraph* graph) {
+  if (graph->n_nodes == 0) return GGML_STATUS_SUCCESS;
+  queue_->make_current();
+  on_ours_ = false;
+  drop_stale_recordings();
+  Seen& seen = find(graph);
+  if (seen.recording) {
+    seen.buffer->settle();
+    if (!seen.buffer->has_refused()) {
+      replay(seen);
+      return GGML_STATUS_SUCCESS;
+    }
+  }
+  const std::vector<Step> steps = plan_cuts(graph);
+  if (std::none_of(steps.begin(), steps.end(), [](const Step& step) { return step.cut.layer; })) {
+    return ggml_backend_graph_compute_async(inner_, graph);
+  }
+  for (const Step& step : steps) {
+    if (!step.cut.layer) continue;
+    step.cut.buffer->settle();
+    check_cut(step.cut);
+    step.cut.buffer->use();
+  }
+  masks_.clear();
+  if (seen.was_run && !seen.recording && can_record_ && worth_recording(steps)) {
+    record(steps, graph, seen);
+    if (seen.recording) {
+      replay(seen);
+      return GGML_STATUS_SUCCESS;
+    }
+  }
+  try {
+    run(steps, graph);
+  } catch (...) {
+    for (const Step& step : steps) {
+      if (step.cut.layer) step.cut.buffer->cache().abandon();
+    }
+    throw;
+  }
+  go_to_inner();
+  seen.was_run = true;
+  return GGML_STATUS_SUCCESS;
+}
+
+void StreamRunner::run(const std::vector<Step>& steps, ggml_cgraph* graph) {
+  for (const Step& step : steps) {
+    if (!step.inner.empty()) run_inner(step.inner, graph);
+    if (step.cut.layer) run_cut(steps, step.cut);
+  }
+}
+
+// The inner backend captures graphs of its own when their nodes come again, and tells graphs apart by their first node.
+// While we record it must not: then the first is one that never comes again.
+void StreamRunner::run_inner(std::vector<ggml_tensor*> nodes, const ggml_cgraph* graph) {
+  go_to_inner();
+  if (recording_) {
+    marker_.op = GGML_OP_NONE;
+    marker_.op_params[0]++;
+    nodes.insert(nodes.begin(), &marker_);
+  }
+  ggml_cgraph part = *graph;
+  part.uid = 0;
+  part.nodes = nodes.data();
+  part.n_nodes = int(nodes.size());
+  part.size = 0;
+  part.leafs = nullptr;
+  part.n_leafs = 0;
+  if (ggml_backend_graph_compute_async(inner_, &part) != GGML_STATUS_SUCCESS) {
+    throw std::runtime_error("the inner backend failed");
+  }
+}
+
+void StreamRunner::run_cut(const std::vector<Step>& steps, const Cut& cut) {
+  const Lane lane{nullptr, queue_.get()};
+  KvCache& cache = cut.buffer->cache();
+  if (cut.shift) {
+    go_to_inner();
+    ggml_backend_synchronize(inner_);
+    return shift_keys(cut.shift, [&](ggml_tensor* node) {
+      ggml_cgraph whole{};
+      run_inner({node}, &whole);
+      ggml_backend_synchronize(inner_);
+    });
+  }
+  go_to_ours();
+  mind_refused(cut);
+  for (const ggml_tensor* node : cut.writes) {
+    if (!node) continue;
+    WriteTask task = write_task(node);
+    task.sight = sight_of_batch(steps, cut.buffer);
+    cache.write(lane, task);
+  }
+  if (!cut.attend) return cache.flush(lane, cut.layer->index);
+  const AttendTask task = attend_task(cut.attend);
+  DenseAttention dense;
+  if (cache.attend(lane, task, &dense)) return;
+  attend_dense(cut, task, dense);
+  go_to_ours();
+  cache.end_dense(lane, task);
+}
+
+// The inner backend's flash attention over rows that the engine has decoded.
+void StreamRunner::attend_dense(const Cut& cut, const AttendTask& task, const DenseAttention& dense) {
+  const AttentionProblem& p = task.problem;
+  const int64_t dim = dense.dim;
+  const auto stand_in = [&](int i, const void* data, ggml_type type, std::array<int64_t, 4> ne,
+                            std::array<size_t, 3> nb) {
+    ggml_tensor& tensor = stand_ins_[i];
+    tensor = {};
+    tensor.type = type;
+    tensor.buffer = cut.buffer->inner();
+    tensor.data = const_cast<void*>(data);
+    std::copy(ne.begin(), ne.end(), tensor.ne);
+    tensor.nb[0] = ggml_type_size(type);
+    std::copy(nb.begin(), nb.end(), tensor.nb + 1);
+    return &tensor;
+  };
+  const size_t row = dim * sizeof(float), cell = dim * sizeof(uint16_t), head = p.n_cells * cell;
+  ggml_tensor& node = stand_ins_[0] = *cut.attend;
+  if (dense.q) {
+    node.src[0] = stand_in(1, dense.q, GGML_TYPE_F32, {dim, p.n_tokens, p.n_heads, p.n_streams},
+                           {p.n_heads * row, row, p.n_tokens * p.n_heads * row});
+  }
+  for (int i = 0; i < 2; i++) {
+    node.src[1 + i] = stand_in(2 + i, i == 0 ? dense.keys : dense.values, GGML_TYPE_F16,
+                               {dim, p.n_cells, dense.n_kv_heads, p.n_streams}, {cell, head, dense.n_kv_heads * head});
+  }
+  ggml_cgraph whole{};
+  run_inner({&node}, &whole);
+}
+
+// While cells of the layer hold rows that were refused: those that are written now are good again, and attention that
+// would see others of them fails. Only then does the host wait for cells and mask.
+void StreamRunner::mind_refused(const Cut& cut) {
+  ManagedLayer& layer = *cut.layer;
+  if (layer.refused.empty()) return;
+  go_to_ours();
+  queue_->synchronize();
+  for (Kind kind : {Kind::key, Kind::value}) {
+    const ggml_tensor* write = cut.writes[int(kind)];
+    if (!write) continue;
+    std::vector<int64_t> cells(write->src[1]->ne[0]);
+    ggml_backend_tensor_get(write->src[1], cells.data(), 0, cells.size() * sizeof(int64_t));
+    layer.refused.erase(kind, cells);
+  }
+  if (!cut.attend) return;
+  BatchSight sight = attend_task(cut.attend).sight();
+  if (const ggml_tensor* mask = cut.attend->src[3]) {
+    const auto [it, is_new] = masks_.try_emplace(mask->data);
+    if (is_new) {
+      it->second.resize(ggml_nbytes(mask));
+      ggml_backend_tensor_get(mask, it->second.data(), 0, it->second.size());
+    }
+    sight.mask = reinterpret_cast<const uint16_t*>(it->second.data());
+  }
+  layer.refused.check(sight, layer.index, layer.cells_per_stream());
+}
+
+}  // namespace thimble
