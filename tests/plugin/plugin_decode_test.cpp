@@ -154,7 +154,7 @@ TEST_F(PluginDecode, ContextShiftOfOneStream) {
 }
 
 TEST_F(PluginDecode, ClearedCacheIsAsNew) {
-  for (double bits : {16.0, 4.0, 2.0}) {
+  for (double bits : rates({16, 4, 2})) {
     Session used(Options{}.with_bits(bits)), fresh(Options{}.with_bits(bits));
     used.feed(text(300, 100));
     llama_memory_clear(used.memory(), true);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <utility>
@@ -43,6 +44,10 @@ std::shared_ptr<llama_model> load_model(bool coded, bool mmap = true);
 
 /// Tokens [first, first + n) of an English text of about 800.
 std::vector<llama_token> text(int first, int n);
+
+/// Those of some rates that are to be tested: all, or the one that THIMBLE_TEST_BITS names, for an engine that has no
+/// others.
+std::vector<double> rates(std::initializer_list<double> bits);
 
 /// What llama.cpp and the plugin have logged since the last call.
 std::string take_log();

@@ -1,4 +1,6 @@
 // Where graphs are cut for a backend that runs our nodes apart from its own. Runs nothing: the cache is in RAM.
+#include "plugin/cuts.h"
+
 #include <ggml-alloc.h>
 #include <ggml-backend.h>
 #include <gtest/gtest.h>
@@ -6,8 +8,6 @@
 #include <cstdlib>
 #include <memory>
 #include <optional>
-
-#include "plugin/cuts.h"
 
 namespace thimble {
 namespace {
@@ -20,9 +20,9 @@ struct FreeContext {
 using Context = std::unique_ptr<ggml_context, FreeContext>;
 
 // Layers as llama.cpp builds them: keys, values, writes, attention, and nodes of the inner backend between.
-class PlanTest : public ::testing::Test {
+class CutsTest : public ::testing::Test {
 protected:
-  PlanTest() : cache_(make_context(true)), context_(make_context(false)) {
+  CutsTest() : cache_(make_context(true)), context_(make_context(false)) {
     setenv("THIMBLE_KV", "bits=4,small=0", 1);
     for (int layer = 0; layer < 2; layer++) {
       for (char kind : {'k', 'v'}) {
@@ -72,7 +72,7 @@ protected:
   ggml_tensor *input_, *cells_;
 };
 
-TEST_F(PlanTest, OneCutALayer) {
+TEST_F(CutsTest, OneCutALayer) {
   ggml_tensor* x = input_;
   for (int layer = 0; layer < 2; layer++) {
     ggml_tensor* keys = add(ggml_scale(context_.get(), x, 2));
@@ -102,7 +102,7 @@ TEST_F(PlanTest, OneCutALayer) {
 }
 
 // A waiting write's rows may be given away: then it must not wait.
-TEST_F(PlanTest, RowsThatAreOverwrittenAreWrittenBefore) {
+TEST_F(CutsTest, RowsThatAreOverwrittenAreWrittenBefore) {
   ggml_tensor* keys = add(ggml_scale(context_.get(), input_, 2));
   write('k', 0, keys);
   ggml_tensor* reuse = add(ggml_scale(context_.get(), input_, 5));
@@ -117,7 +117,7 @@ TEST_F(PlanTest, RowsThatAreOverwrittenAreWrittenBefore) {
   EXPECT_FALSE(steps[1].cut.writes[int(Kind::key)]);
 }
 
-TEST_F(PlanTest, WritesWithoutAttentionEndTheGraph) {
+TEST_F(CutsTest, WritesWithoutAttentionEndTheGraph) {
   write('k', 0, input_);
   write('k', 0, input_);  // the same keys again: the first cannot wait for the second
   write('v', 1, input_);
@@ -126,7 +126,7 @@ TEST_F(PlanTest, WritesWithoutAttentionEndTheGraph) {
   for (const Step& step : steps) EXPECT_TRUE(step.cut.layer && !step.cut.attend);
 }
 
-TEST_F(PlanTest, RefusesWhatReadsCodes) {
+TEST_F(CutsTest, RefusesWhatReadsCodes) {
   add(ggml_cont(context_.get(), cache('k', 0)));
   EXPECT_THROW(plan_cuts(graph_), std::runtime_error);
 }
