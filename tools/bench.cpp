@@ -14,9 +14,9 @@
 #include <thread>
 
 #include "commands.h"
+#include "engine/settings.h"
 #include "model.h"
 #include "paths.h"
-#include "engine/settings.h"
 
 namespace thimble {
 namespace {

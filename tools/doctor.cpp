@@ -9,10 +9,11 @@
 #include <string>
 
 #include "commands.h"
+#include "engine/settings.h"
 #include "kernels/kernels.h"
 #include "model.h"
 #include "paths.h"
-#include "engine/settings.h"
+#include "plan.h"
 #include "profile/profile.h"
 
 namespace thimble {
@@ -47,22 +48,26 @@ private:
   std::string architecture_;
 };
 
-void print_model(const std::string& path) {
-  const Metadata model(path);
+ModelShape shape_of(const Metadata& model) {
+  ModelShape shape;
   const int n_layers = model.number("block_count", 0, 0), width = model.number("embedding_length", 0, 0);
-  std::printf("model            %s, %d layers\n", path.c_str(), n_layers);
-  for (double bits : {16.0, 4.0, 2.0, 1.0}) {
-    double bytes = 0;
-    for (int layer = 0; layer < n_layers; layer++) {
-      const int n_heads = std::max(1, model.number("attention.head_count", layer, 1));
-      const int n_kv_heads = model.number("attention.head_count_kv", layer, n_heads);
-      if (n_kv_heads == 0) continue;
-      for (const char* name : {"attention.key_length", "attention.value_length"}) {
-        bytes += make_format(model.number(name, layer, width / n_heads), bits).vector_bytes() * n_kv_heads;
-      }
-    }
-    std::printf("  %4g bits       %8.0f bytes a token, %9.2f MiB at 131072 tokens (window not counted)\n", bits, bytes,
-                bytes * 131072 / (1 << 20));
+  for (int layer = 0; layer < n_layers; layer++) {
+    const int n_heads = std::max(1, model.number("attention.head_count", layer, 1));
+    shape.layers.push_back({model.number("attention.head_count_kv", layer, n_heads), n_heads,
+                            model.number("attention.key_length", layer, width / n_heads),
+                            model.number("attention.value_length", layer, width / n_heads)});
+  }
+  return shape;
+}
+
+void print_model(const std::string& path, const std::string& profile, int64_t n_cells) {
+  const ModelShape shape = shape_of(Metadata(path));
+  std::printf("model            %s, %zu layers; a cache of %lld cells, all layers of that length\n", path.c_str(),
+              shape.layers.size(), static_cast<long long>(n_cells));
+  for (const char* bits : {"16", "4", "2", "1"}) {
+    const std::string settings = std::string("small=0,bits=") + bits + (profile.empty() ? "" : ",profile=" + profile);
+    const PlanTotals totals = plan_model(Settings::parse(settings), shape, n_cells);
+    std::printf("  %4s bits       %9.2f MiB\n", bits, double(totals.coded_bytes) / (1 << 20));
   }
 }
 
@@ -102,8 +107,12 @@ void print_profile(const std::string& path) {
 
 void add_doctor_command(CLI::App& app) {
   static std::string model, profile;
+  static int64_t n_cells = 131072;
   CLI::App* command = app.add_subcommand("doctor", "Say what was found: llama.cpp, devices, kernels, a model's bytes");
-  command->add_option("-m,--model", model, "Model whose bytes per token to print");
+  command->add_option("-m,--model", model, "Model whose cache to size");
+  command->add_option("-c,--ctx-size", n_cells, "Cells of that cache")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1 << 30));
   command->add_option("--profile", profile, "Profile to describe (default: <model>.thimble.gguf beside the model)");
   command->callback([] {
     start_llama();
@@ -120,8 +129,8 @@ void add_doctor_command(CLI::App& app) {
     for (const Kernels* k : available_kernels()) names += std::string(names.empty() ? "" : ", ") + k->name;
     std::printf("kernels          %s (of %s)\n", kernels().name, names.c_str());
     std::printf("THIMBLE_KV       %s\n", Settings::from_environment().to_string().c_str());
-    if (!model.empty()) print_model(model);
     if (profile.empty()) profile = profile_beside(model);
+    if (!model.empty()) print_model(model, profile, n_cells);
     if (!profile.empty()) print_profile(profile);
   });
 }

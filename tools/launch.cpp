@@ -11,8 +11,8 @@
 #include <stdexcept>
 
 #include "commands.h"
-#include "paths.h"
 #include "engine/settings.h"
+#include "paths.h"
 
 namespace thimble {
 namespace {

@@ -42,9 +42,11 @@ ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor
           ggml_type_name(tensor->type));
       return GGML_STATUS_FAILED;
     }
-    if (kv.planner().why_f16(geometry_of(tensor, *name)).empty()) {
-      kv.add(tensor, *name);
-      return GGML_STATUS_SUCCESS;
+    try {
+      if (kv.add(tensor, *name)) return GGML_STATUS_SUCCESS;
+    } catch (const std::exception& error) {
+      GGML_LOG_ERROR("thimble: %s\n", error.what());
+      return GGML_STATUS_FAILED;
     }
   }
   tensor->buffer = kv.inner();
@@ -118,18 +120,9 @@ const char* type_name(ggml_backend_buffer_type_t type) {
 }
 
 ggml_backend_buffer_t type_alloc(ggml_backend_buffer_type_t type, size_t size) {
-  ggml_backend_buffer_t inner = nullptr;
-  try {
-    auto planner = device_of(type).planner();
-    inner = ggml_backend_buft_alloc_buffer(inner_type(type), size);
-    if (!inner) return nullptr;
-    return ggml_backend_buffer_init(type, kBufferInterface, new KvBuffer(device_of(type), std::move(planner), inner),
-                                    size);
-  } catch (const std::exception& error) {
-    GGML_LOG_ERROR("thimble: %s\n", error.what());
-    if (inner) ggml_backend_buffer_free(inner);
-    return nullptr;
-  }
+  ggml_backend_buffer_t inner = ggml_backend_buft_alloc_buffer(inner_type(type), size);
+  if (!inner) return nullptr;
+  return ggml_backend_buffer_init(type, kBufferInterface, new KvBuffer(device_of(type), inner), size);
 }
 
 size_t type_alignment(ggml_backend_buffer_type_t type) {
@@ -147,7 +140,7 @@ size_t type_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor* tenso
       if (plan.coded) return plan.bytes[int(name->kind)];
     }
   } catch (const std::exception&) {
-    // Said by type_alloc, which can refuse; here the nominal size does.
+    // Said by init_tensor, which can refuse; here the nominal size does.
   }
   return ggml_backend_buft_get_alloc_size(inner_type(type), tensor);
 }

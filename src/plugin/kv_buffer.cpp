@@ -40,11 +40,6 @@ LayerGeometry geometry_of(const ggml_tensor* tensor, const CacheName& name) {
   return geometry;
 }
 
-KvBuffer::KvBuffer(Device& device, std::shared_ptr<const CachePlanner> planner, ggml_backend_buffer_t inner)
-    : device_(device), planner_(std::move(planner)), inner_(inner) {
-  cache_ = device.engine().make_cache(planner_->settings(), planner_->hash());
-}
-
 KvBuffer::~KvBuffer() {
   cache_.reset();
   ggml_backend_buffer_free(inner_);
@@ -67,11 +62,15 @@ KvBuffer* buffer_of_cache(const ggml_tensor* node) {
   return nullptr;
 }
 
-void KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
+bool KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
+  if (!planner_) planner_ = device_.planner();
+  if (!planner_->why_f16(geometry_of(tensor, name)).empty()) return false;
+  if (!cache_) cache_ = device_.engine().make_cache(planner_->settings(), planner_->hash());
   ManagedLayer& layer = layers_[name.layer];
   layer.index = name.layer;
   layer.tensors[int(name.kind)] = tensor;
   by_tensor_[tensor] = name;
+  return true;
 }
 
 void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads) {

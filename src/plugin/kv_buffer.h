@@ -48,19 +48,19 @@ struct ManagedLayer {
 
 class KvBuffer {
 public:
-  KvBuffer(Device& device, std::shared_ptr<const CachePlanner> planner, ggml_backend_buffer_t inner);
+  KvBuffer(Device& device, ggml_backend_buffer_t inner) : device_(device), inner_(inner) {}
   ~KvBuffer();
 
   ggml_backend_buffer_t inner() const { return inner_; }
-  const CachePlanner& planner() const { return *planner_; }
   KvCache& cache() { return *cache_; }
 
   /// The layer behind a tensor or a view of it, or null where the tensor is not a managed cache.
   static ManagedLayer* layer_of(const ggml_tensor* tensor, Kind* kind = nullptr);
   static KvBuffer* of(const ggml_tensor* tensor);
 
-  /// Takes a cache tensor whose layer is coded.
-  void add(ggml_tensor* tensor, const CacheName& name);
+  /// Takes a cache tensor if its layer is coded. The first makes the cache, under the settings of that moment: throws
+  /// as CachePlanner's constructor.
+  bool add(ggml_tensor* tensor, const CacheName& name);
   /// Binds a layer to its head sizes. Throws std::runtime_error with what the user should change.
   void bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
   size_t n_layers() const { return layers_.size(); }
@@ -97,10 +97,10 @@ private:
   void load_rows(ManagedLayer& layer, Kind kind, const std::vector<int64_t>& cells, const uint8_t* rows);
 
   Device& device_;
-  std::shared_ptr<const CachePlanner> planner_;
   ggml_backend_buffer_t inner_;
-  std::vector<Buffer> more_;  // where the reserved memory is too small (heads smaller than assumed)
-  std::unique_ptr<KvCache> cache_;
+  std::vector<Buffer> more_;                     // where the reserved memory is too small (heads smaller than assumed)
+  std::shared_ptr<const CachePlanner> planner_;  // null until there is a cache tensor
+  std::unique_ptr<KvCache> cache_;               // null until one is coded
   std::map<int, ManagedLayer> layers_;
   std::unordered_map<const ggml_tensor*, CacheName> by_tensor_;
   PlanTotals totals_;

@@ -15,7 +15,7 @@ void KvBuffer::clear(uint8_t value) {
   if (inner_->size > 0) ggml_backend_buffer_clear(inner_, value);
   for (const Buffer& buffer : more_) ggml_backend_buffer_clear(buffer.get(), value);
   waiting_ = {};
-  cache_->clear();
+  if (cache_) cache_->clear();
   for (auto& [index, layer] : layers_) layer.refused.clear();
 }
 

@@ -56,18 +56,24 @@ TEST(EvalCache, PublishedMethodsStandBesideTheirLike) {
 }
 
 TEST(EvalCache, Bytes) {
-  const auto bytes = [](const char* name) { return cache_bytes(parse_cache(name), nullptr, kShape, true, 1000, 136); };
   const double vectors = 2 * 2 * 3;  // layers, keys and values, KV heads
-  EXPECT_EQ(bytes("f16").compute, vectors * 1000 * 128);
-  EXPECT_EQ(bytes("q8_0").compute, vectors * 1000 * 68);
-  EXPECT_EQ(bytes("2").compute, vectors * (1000 * 18 + 136 * 128));
-  EXPECT_EQ(bytes("2").store, 0);
-  EXPECT_EQ(bytes("2+64").compute, vectors * 1000 * 18);
-  EXPECT_EQ(bytes("2+64").store, vectors * 1000 * 128);
+  const auto plain = [](const char* name) { return cache_bytes(parse_cache(name), nullptr, kShape, 1000, 0); };
+  EXPECT_EQ(plain("f16").compute, vectors * 1000 * 128);
+  EXPECT_EQ(plain("q8_0").compute, vectors * 1000 * 68);
+
+  // Blocks of 64 cells; 128 last cells, 40 others, and room for 32 more.
+  const auto coded = [](const char* name) {
+    return planned_bytes(Settings::parse(settings_of(parse_cache(name), 128, 40, "all")), kShape, 1000);
+  };
+  EXPECT_EQ(coded("2").compute, vectors * (1024 * 18 + 200 * 128));
+  EXPECT_EQ(coded("2").store, 0);
+  EXPECT_EQ(coded("2+64").compute, vectors * 1024 * 18);  // the window is read from the store
+  EXPECT_EQ(coded("2+64").store, vectors * 1000 * 128);
+  EXPECT_EQ(coded("2+64drop").compute, vectors / 2 * 1024 * 18);
 
   const Profile profile = two_classes();
   const EvalCache tailorkv = caches_to_measure({"2+64"}, {"tailorkv"}).back();
-  const CacheBytes published = cache_bytes(tailorkv, &profile, kShape, true, 1000, 0);
+  const CacheBytes published = cache_bytes(tailorkv, &profile, kShape, 1000, 0);
   EXPECT_EQ(published.compute, 3 * (2 * 1000 * 12 + 1000 * 32 + 2 * 64 * 128));
   EXPECT_EQ(published.store, 3 * 2 * 1000 * 128);
 }

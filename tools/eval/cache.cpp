@@ -1,9 +1,12 @@
 #include "eval/cache.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <regex>
 #include <stdexcept>
+
+#include "plan.h"
 
 namespace thimble {
 
@@ -62,35 +65,39 @@ std::vector<EvalCache> caches_to_measure(const std::vector<std::string>& names,
   return caches;
 }
 
-CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const ModelShape& shape, bool all_retrieve,
-                       int n_cells, int n_window) {
+std::string settings_of(const EvalCache& cache, int window, int pool, const std::string& policy) {
+  // small=0: short contexts are coded too.
+  char text[96];
+  std::snprintf(text, sizeof text, "bits=%g/%g,window=%d,pool=%d,small=0", cache.key_bits, cache.value_bits, window,
+                pool);
+  std::string settings = text;
+  if (cache.top > 0) settings += ",top=" + std::to_string(cache.top) + ",policy=" + policy;
+  if (cache.drop_tail) settings += ",tail=drop";
+  return settings;
+}
+
+CacheBytes planned_bytes(const Settings& settings, const ModelShape& shape, int n_cells) {
+  const PlanTotals totals = plan_model(settings, shape, n_cells);
+  return {double(totals.coded_bytes), double(totals.store_bytes)};
+}
+
+CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const ModelShape& shape, int n_cells,
+                       int n_window) {
   CacheBytes bytes;
   for (size_t i = 0; i < shape.layers.size(); i++) {
     const LayerShape& layer = shape.layers[i];
     if (layer.n_kv_heads == 0) continue;
-    const bool sparse = all_retrieve || !profile || !profile->quantization_friendly(int(i));
     for (Kind kind : {Kind::key, Kind::value}) {
       const int dim = layer.dim(kind);
-      const double exact_window = 2.0 * dim * n_window;
-      double of_head;
-      if (!cache.coded) {
-        of_head = double(ggml_row_size(cache.type, dim)) * n_cells;
-      } else if (cache.method == Method::tailorkv) {
+      double of_head = double(ggml_row_size(cache.type, dim)) * n_cells;
+      if (cache.method == Method::tailorkv) {
         const bool retrieves = profile && !profile->quantization_friendly(int(i));
         // Quantized: a bit each, least and greatest of every 64 as f16. Retrieving: the sketch, and what was fetched.
-        of_head = exact_window + (!retrieves          ? dim / 8.0 * 1.5 * n_cells
-                                  : kind == Kind::key ? 2.0 * sketch_channels(dim) * n_cells + 2.0 * dim * cache.top
-                                                      : 2.0 * dim * cache.top);
+        of_head =
+            2.0 * dim * n_window + (!retrieves          ? dim / 8.0 * 1.5 * n_cells
+                                    : kind == Kind::key ? 2.0 * sketch_channels(dim) * n_cells + 2.0 * dim * cache.top
+                                                        : 2.0 * dim * cache.top);
         if (retrieves) bytes.store += layer.n_kv_heads * 2.0 * dim * n_cells;
-      } else {
-        const double bits = kind == Kind::key ? cache.key_bits : cache.value_bits;
-        const bool calibrated = profile && bits != 16;
-        const Format format = calibrated ? profile->format(int(i), kind, bits) : make_format(dim, bits);
-        const bool retrieves = cache.top > 0 && sparse;
-        const bool uncoded = retrieves && cache.drop_tail && kind == Kind::value;
-        of_head = uncoded ? 0 : format.vector_bytes() * n_cells;
-        if (retrieves) bytes.store += layer.n_kv_heads * 2.0 * dim * n_cells;
-        if (!format.f16 && !retrieves) of_head += exact_window;  // otherwise the window is read from the store
       }
       bytes.compute += layer.n_kv_heads * of_head;
     }

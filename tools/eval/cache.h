@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/settings.h"
 #include "profile/profile.h"
 
 namespace thimble {
@@ -44,9 +45,15 @@ constexpr int sketch_channels(int key_dim) {
   return key_dim / 4;
 }
 
-/// `all_retrieve`: every layer keeps an exact store, whatever its class. `profile` may be null: the uncalibrated codec.
-CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const ModelShape& shape, bool all_retrieve,
-                       int n_cells, int n_window);
+/// THIMBLE_KV for a cache that the plugin codes, without a profile: `window` cells last and `pool` others of a sequence
+/// stay exact, `policy` says which layers retrieve.
+std::string settings_of(const EvalCache& cache, int window, int pool, const std::string& policy);
+
+/// Of a cache that the plugin codes, as it plans it.
+CacheBytes planned_bytes(const Settings& settings, const ModelShape& shape, int n_cells);
+/// Of any other: a type of llama.cpp's own, or TailorKV's, whose exact window has `n_window` rows.
+CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const ModelShape& shape, int n_cells,
+                       int n_window);
 
 /// Numbers in the keys and values of one cell, all layers.
 double values_of_cell(const ModelShape& shape);

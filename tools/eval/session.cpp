@@ -12,20 +12,6 @@
 namespace thimble {
 namespace {
 
-/// The plugin reads its settings when a context's cache is allocated.
-void set_plugin(const SessionOptions& options, const EvalCache& cache) {
-  // small=0: short contexts are coded too.
-  char text[64];
-  std::snprintf(text, sizeof text, "bits=%g/%g,window=%d,pool=%d,small=0", cache.key_bits, cache.value_bits,
-                options.last, options.pool);
-  std::string settings = text;
-  if (cache.top > 0) settings += ",top=" + std::to_string(cache.top) + ",policy=" + options.policy;
-  if (cache.drop_tail) settings += ",tail=drop";
-  const CalibratedProfile& profile = options.profile_of(cache);
-  if (profile.get()) settings += ",profile=" + profile.path;
-  setenv("THIMBLE_KV", settings.c_str(), 1);
-}
-
 std::unique_ptr<EmulatedCache> emulate(const SessionOptions& options, const EvalCache& cache, int only_layer) {
   const Profile* profile = options.profile_of(cache).get();
   if (!profile) throw std::runtime_error("an emulated cache needs a profile: give one with --profile");
@@ -39,10 +25,17 @@ std::unique_ptr<EmulatedCache> emulate(const SessionOptions& options, const Eval
 
 }  // namespace
 
+std::string SessionOptions::settings(const EvalCache& cache) const {
+  const std::string& path = profile_of(cache).path;
+  return settings_of(cache, reference ? first + last : last, reference ? 0 : pool, policy) +
+         (profile_of(cache).get() ? ",profile=" + path : "");
+}
+
 Session::Session(const SessionOptions& options, const EvalCache& cache, int n_cells, int only_layer) {
   const bool emulated = cache.coded && (options.reference || cache.method == Method::tailorkv);
   const bool plugin = cache.coded && !emulated;
-  if (plugin) set_plugin(options, cache);
+  // The plugin reads its settings when a context's cache is allocated.
+  if (plugin) setenv("THIMBLE_KV", options.settings(cache).c_str(), 1);
   model_ = load_model(options.model, plugin ? "THIMBLE0" : emulated ? "CPU" : options.device);
   llama_context_params params = llama_context_default_params();
   params.n_ctx = uint32_t((n_cells + 255) / 256 * 256);

@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "cache/window.h"
 #include "eval/cache.h"
 #include "eval/emulated_cache.h"
 #include "model.h"
@@ -31,8 +30,8 @@ struct SessionOptions {
   std::string policy = "all";  // layers that retrieve
   bool reference = false;      // emulate coded caches
 
-  /// That a coded cache holds.
-  int window_rows() const { return reference ? first + last : WindowSize{last, pool}.slots(); }
+  /// THIMBLE_KV for a coded cache of ours or VecInfer's.
+  std::string settings(const EvalCache& cache) const;
   const CalibratedProfile& profile_of(const EvalCache& cache) const {
     return cache.method == Method::vecinfer ? vecinfer : ours;
   }

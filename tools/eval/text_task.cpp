@@ -90,13 +90,22 @@ void print_row(const json& row) {
 
 json cache_row(const EvalCache& cache, const SessionOptions& options, const ModelShape& shape, int n_cells) {
   const Profile* profile = options.profile_of(cache).get();
-  const bool all = options.policy == "all";
-  const CacheBytes bytes = cache_bytes(cache, profile, shape, all, n_cells, options.window_rows());
-  EvalCache lone = cache;  // bits as n_cells grows without bound: what was fetched and the window do not count
-  lone.top = cache.method == Method::tailorkv ? 0 : cache.top;
+  const bool plans = cache.coded && cache.method != Method::tailorkv;
+  CacheBytes bytes, lone;  // and as n_cells grows without bound: what was fetched and the window do not count
+  if (plans) {
+    SessionOptions without = options;
+    without.first = without.last = without.pool = 0;
+    bytes = planned_bytes(Settings::parse(options.settings(cache)), shape, n_cells);
+    lone = planned_bytes(Settings::parse(without.settings(cache)), shape, 64);
+  } else {
+    EvalCache fetches_none = cache;
+    fetches_none.top = 0;
+    bytes = cache_bytes(cache, profile, shape, n_cells, options.first + options.last);
+    lone = cache_bytes(fetches_none, profile, shape, 64, 0);
+  }
   return {{"kv", cache.name},
           {"method", cache.coded ? method_name(cache.method) : "llama.cpp"},
-          {"bits_per_value", cache_bytes(lone, profile, shape, all, 64, 0).compute / 64 * 8 / values_of_cell(shape)},
+          {"bits_per_value", lone.compute / 64 * 8 / values_of_cell(shape)},
           {"kv_bytes", bytes.compute},
           {"store_bytes", bytes.store}};
 }
