@@ -11,15 +11,11 @@
 #include <stdexcept>
 
 #include "commands.h"
-#include "engine/settings.h"
+#include "launch_settings.h"
 #include "paths.h"
 
 namespace thimble {
 namespace {
-
-struct Launch {
-  std::string kv = "4", window = "128", profile, store;
-};
 
 bool has_flag(const std::vector<std::string>& args, std::initializer_list<const char*> flags) {
   for (const std::string& arg : args) {
@@ -66,34 +62,59 @@ void leave_out_states_on_cuda(const std::string& program, std::vector<std::strin
   args.insert(args.end(), {"--cache-ram", "0"});
 }
 
+// llama-server's router takes every GGUF file of a folder for a model. Where profiles lie among the models, it gets a
+// folder of links to the others; the plugin of each model's server then looks for the profile where the link leads.
+void leave_out_profiles(std::vector<std::string>& args) {
+  namespace fs = std::filesystem;
+  for (size_t i = 0; i + 1 < args.size(); i++) {
+    if (args[i] != "--models-dir") continue;
+    const fs::path folder = fs::absolute(args[i + 1]);
+    const auto is_profile = [](const fs::path& path) { return path.string().ends_with(".thimble.gguf"); };
+    std::vector<fs::path> models;
+    bool has_profiles = false;
+    for (const auto& entry : fs::directory_iterator(folder)) {
+      is_profile(entry.path()) ? void(has_profiles = true) : models.push_back(entry.path());
+    }
+    if (!has_profiles) return;
+    std::string links = (fs::temp_directory_path() / "thimble-models-XXXXXX").string();
+    if (!mkdtemp(links.data()))
+      throw std::runtime_error("cannot make a folder in " + fs::temp_directory_path().string());
+    for (const fs::path& model : models) fs::create_symlink(model, fs::path(links) / model.filename());
+    std::fprintf(
+        stderr,
+        "thimble: %s holds profiles, which llama-server would take for models: it gets links to the models in %s\n",
+        folder.c_str(), links.c_str());
+    args[i + 1] = links;
+  }
+}
+
+// What the plugin is to do, in the environment.
+void set_environment(const LaunchFlags& flags, const std::string& model) {
+  const char* before = std::getenv("THIMBLE_KV");
+  LaunchSettings settings = merge_settings(flags, before ? before : "");
+  for (const std::string& note : settings.notes) std::fprintf(stderr, "thimble: %s\n", note.c_str());
+  if (!settings.has("profile")) {
+    // A server that loads models as they are asked for finds each one's profile by itself.
+    const std::string profile = model.empty() ? "auto" : profile_beside(model);
+    if (!profile.empty()) settings.text += (settings.text.empty() ? "profile=" : ",profile=") + profile;
+  }
+  setenv("THIMBLE_KV", settings.text.c_str(), 1);
+  setenv("GGML_BACKEND_PATH", plugin_path().c_str(), 1);
+}
+
 // Becomes the program; returns only where that fails.
-[[noreturn]] void launch(const std::string& program, const Launch& options, std::vector<std::string> args) {
+[[noreturn]] void launch(const std::string& program, const LaunchFlags& flags, std::vector<std::string> args) {
   const std::string path = llama_program(program);
   if (!std::filesystem::exists(path)) {
     throw std::runtime_error(path + " is missing: build it with cmake --build <build directory> --target " + program);
   }
   const std::string model = value_of(args, {"-m", "--model"});
   check_model(model);
-  if (options.kv == "f16") {
+  if (flags.kv == "f16") {
     if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", "none"});
   } else {
-    const size_t plus = options.kv.find('+');  // 2+64: 2 bits and the 64 best cells exactly
-    std::string settings = "bits=" + options.kv.substr(0, plus) + ",window=" + options.window;
-    if (plus != std::string::npos) settings += ",top=" + options.kv.substr(plus + 1);
-    if (!options.store.empty()) settings += ",store=file,path=" + options.store;
-    std::string profile = options.profile;
-    if (profile.empty()) profile = profile_beside(model);
-    if (!profile.empty()) settings += ",profile=" + profile;
-    const Settings parsed = Settings::parse(settings);  // says what is wrong before a model is loaded
-    if (profile.empty() && std::min(parsed.key_bits, parsed.value_bits) < 3) {
-      std::fprintf(
-          stderr,
-          "thimble: no profile of this model: %s bits without one lose a lot; make one with thimble calibrate -m "
-          "MODEL -o MODEL.thimble.gguf\n",
-          options.kv.c_str());
-    }
-    setenv("THIMBLE_KV", settings.c_str(), 1);
-    setenv("GGML_BACKEND_PATH", plugin_path().c_str(), 1);
+    set_environment(flags, model);
+    leave_out_profiles(args);
     if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", "THIMBLE0"});
     if (!has_flag(args, {"-ngl", "--gpu-layers", "--n-gpu-layers"})) args.insert(args.end(), {"-ngl", "99"});
     if (!has_flag(args, {"-fa", "--flash-attn"})) args.insert(args.end(), {"-fa", "on"});
@@ -106,18 +127,19 @@ void leave_out_states_on_cuda(const std::string& program, std::vector<std::strin
   throw std::runtime_error("cannot start " + path);
 }
 
-CLI::App* add(CLI::App& app, const char* name, const char* what, Launch& options) {
+CLI::App* add(CLI::App& app, const char* name, const char* what, LaunchFlags& flags) {
   CLI::App* command = app.add_subcommand(name, what);
-  command
-      ->add_option(
-          "--kv", options.kv,
-          "Bits a number of the KV cache: f16, 4, 3, 2, 1.5, 1.25, 1, or K/V; 2+64 keeps all cells in f16 in RAM "
-          "besides and attends to the 64 that matter most exactly")
-      ->capture_default_str();
-  command->add_option("--window", options.window, "Last cells of a sequence in full precision")->capture_default_str();
-  command->add_option("--store", options.store, "Directory of a file for the f16 cells of 2+64, instead of RAM");
-  command->add_option("--profile", options.profile,
-                      "Calibration of the model (default: <model>.thimble.gguf beside it)");
+  command->add_option(
+      "--kv", flags.kv,
+      "Bits a number of the KV cache: f16, 4 (default), 3, 2, 1.5, 1.25, 1, or K/V; 2+64 keeps all cells in f16 in "
+      "RAM besides and attends to the 64 that matter most exactly");
+  command->add_option("--window", flags.window, "Last cells of a sequence in full precision (default: 128)");
+  command->add_option("--store", flags.store, "Directory of a file for the f16 cells of 2+64, instead of RAM");
+  command->add_option("--profile", flags.profile, "Calibration of the model (default: <model>.thimble.gguf beside it)");
+  command->add_option("--policy", flags.policy,
+                      "Layers that 2+64 retrieves in: all (default), auto (those the profile calls sparse), none");
+  command->add_option("--set", flags.set, "Any key=value of THIMBLE_KV, such as small=0; may be repeated")
+      ->allow_extra_args(false);
   command->allow_extras();
   return command;
 }
@@ -125,16 +147,16 @@ CLI::App* add(CLI::App& app, const char* name, const char* what, Launch& options
 }  // namespace
 
 void add_launch_commands(CLI::App& app) {
-  static Launch run_options, serve_options;
+  static LaunchFlags run_flags, serve_flags;
   CLI::App* run =
-      add(app, "run", "Answer a prompt or chat (llama-completion with -p or -f, else llama-cli)", run_options);
+      add(app, "run", "Answer a prompt or chat (llama-completion with -p or -f, else llama-cli)", run_flags);
   run->callback([run] {
     const auto args = run->remaining();
     const bool prompt = has_flag(args, {"-p", "--prompt", "-f", "--file"});
-    launch(prompt ? "llama-completion" : "llama-cli", run_options, args);
+    launch(prompt ? "llama-completion" : "llama-cli", run_flags, args);
   });
-  CLI::App* serve = add(app, "serve", "Serve the OpenAI API (llama-server)", serve_options);
-  serve->callback([serve] { launch("llama-server", serve_options, serve->remaining()); });
+  CLI::App* serve = add(app, "serve", "Serve the OpenAI API (llama-server)", serve_flags);
+  serve->callback([serve] { launch("llama-server", serve_flags, serve->remaining()); });
 }
 
 }  // namespace thimble

@@ -34,6 +34,9 @@ public:
   /// Bytes of memory of one side of a layer.
   virtual size_t side_bytes(const LayerPlan& plan, Kind kind) const = 0;
 
+  /// Bytes that one side may take besides, as sequences come to share a stream.
+  virtual size_t more_bytes(const LayerPlan&, Kind) const { return 0; }
+
   /// `hash` names everything that saved codes depend on.
   virtual std::unique_ptr<KvCache> make_cache(const Settings& settings, uint64_t hash) = 0;
   /// A queue for the tasks of one backend; null where they run on threads of the host.

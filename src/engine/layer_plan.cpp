@@ -16,6 +16,13 @@ int assumed_head_dim(int64_t width) {
   return std::clamp(width % kAssumedHeadDim == 0 ? kAssumedHeadDim : int(width & -width), 2, kMaxHeadDim);
 }
 
+// A window's cache has as many cells as the window and a batch: it is left f16 or not whatever the batch's size, as far
+// as batches of 2048 tokens, for windows of 512 and 1024 and for those of 4096.
+constexpr int64_t kLongWindow = 4096;
+
+// Where a cache takes more of f16's memory than this, its codes cost more than they save.
+constexpr double kWorthCoding = 0.75;
+
 std::string name_of(int layer) {
   return "layer " + std::to_string(layer) + ": ";
 }
@@ -29,8 +36,22 @@ CachePlanner::CachePlanner(const Engine& engine, const Settings& settings)
 
 std::string CachePlanner::why_f16(const LayerGeometry& geometry) const {
   if (engine_.leaves_f16(settings_)) return "bits=16";
-  if (geometry.cells_per_stream > settings_.small_cells) return {};
-  return "streams of at most small=" + std::to_string(settings_.small_cells) + " cells";
+  if (settings_.small_cells == 0) return {};
+  const int64_t cells = geometry.cells_per_stream;
+  if (geometry.is_window && cells <= kLongWindow) {
+    return "sliding windows of at most " + std::to_string(kLongWindow) + " cells";
+  }
+  if (cells * geometry.n_streams <= settings_.small_cells) {
+    return "caches of at most small=" + std::to_string(settings_.small_cells) + " cells";
+  }
+  if (settings_.passthrough()) return {};
+  // Of f16's memory: codes, and the exact rows of as many sequences as a stream is made for.
+  const double exact_rows = std::min<int64_t>(cells, settings_.window.slots());
+  const double share = (settings_.key_bits + settings_.value_bits) / 32 + exact_rows / double(cells);
+  if (share > kWorthCoding) {
+    return "of " + std::to_string(cells) + " cells a stream so many are exact that coding the others saves little";
+  }
+  return {};
 }
 
 LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
@@ -60,6 +81,7 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
                                " are too small to code; use bits=16 or run without the THIMBLE device");
     }
     plan.bytes[int(kind)] = engine_.side_bytes(side, kind);
+    plan.more_bytes += engine_.more_bytes(side, kind);
   }
   if (plan.top > 0) plan.store_bytes = plan.f16_bytes;
   if (geometry.n_kv_heads == 0) return plan;
@@ -85,6 +107,7 @@ void PlanTotals::add(const LayerPlan& plan) {
   n_retrieving += plan.top > 0;
   coded_bytes += plan.bytes[0] + plan.bytes[1];
   coded_f16_bytes += plan.f16_bytes;
+  more_bytes += plan.more_bytes;
   store_bytes += plan.store_bytes;
 }
 

@@ -25,6 +25,7 @@ struct LayerGeometry {
   int n_kv_heads = 0;
   int64_t cells_per_stream = 0;
   int n_streams = 1;
+  bool is_window = false;  // of a sliding window
 };
 
 struct LayerPlan {
@@ -38,6 +39,7 @@ struct LayerPlan {
   int top = 0;  // cells to retrieve; above 0, the layer has an exact store
   bool drop_tail = false;
   size_t bytes[2] = {0, 0};  // of memory, by Kind
+  size_t more_bytes = 0;     // that the exact rows of further sequences may take besides
   size_t store_bytes = 0;    // of the exact store, where there is one, at most
   size_t f16_bytes = 0;      // that an f16 cache takes
 
@@ -81,7 +83,7 @@ struct PlanTotals {
   size_t coded_bytes = 0;      // of the coded layers
   size_t coded_f16_bytes = 0;  // that those would take as f16
   size_t f16_bytes = 0;        // of the layers left f16
-  size_t store_bytes = 0;
+  size_t more_bytes = 0, store_bytes = 0;
   std::string why_f16;  // of the first layer left f16
 
   void add(const LayerPlan& plan);

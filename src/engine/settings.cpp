@@ -11,7 +11,7 @@ namespace thimble {
 namespace {
 
 [[noreturn]] void fail(const std::string& what) {
-  throw std::invalid_argument("THIMBLE_KV: " + what);
+  throw std::invalid_argument(what);
 }
 
 int parse_int(const std::string& key, const std::string& text, int low, int high) {
@@ -51,9 +51,7 @@ std::string number(double value) {
   return text;
 }
 
-}  // namespace
-
-Settings Settings::parse(const std::string& text) {
+Settings parse_items(const std::string& text) {
   Settings s;
   std::set<std::string> given;
   for (size_t begin = 0; !text.empty() && begin <= text.size();) {  // an item after a last comma too
@@ -105,10 +103,20 @@ Settings Settings::parse(const std::string& text) {
     }
   }
   if (s.top > 0 && s.passthrough()) fail("top=" + std::to_string(s.top) + " has no meaning with bits=16: all is exact");
-  const bool in_file = s.store == Store::file;
+  const bool in_file = s.store == Settings::Store::file;
   if (in_file && s.path.empty()) fail("store=file needs path=DIR, a directory on a disk with room");
   if (!in_file && !s.path.empty()) fail("path= has no meaning without store=file");
   return s;
+}
+
+}  // namespace
+
+Settings Settings::parse(const std::string& text, const std::string& where) {
+  try {
+    return parse_items(text);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(where + ": " + error.what());
+  }
 }
 
 Settings Settings::from_environment() {

@@ -5,8 +5,11 @@
 //   - window=128: the last cells of each sequence, by order of writing, that are kept in full precision (and up to 16
 //     more, which are then coded together); with window=0 there is no pool unless pool= asks for one.
 //   - pool=40: other cells of each sequence that are kept in full precision because they matter most (cache/pool.h).
-//   - small=1024: caches of at most this many cells (sliding windows) stay f16; 0 codes all.
-//   - profile=PATH: calibration of the model; without it the uncalibrated codec is used.
+//   - small=1024: what stays f16: caches of at most this many cells, all streams together; those of which exact rows
+//   and
+//     codes would take more than three quarters of f16's memory; sliding windows of at most 4096 cells. 0 codes all.
+//   - profile=PATH: calibration of the model; without it the uncalibrated codec is used. profile=auto takes
+//     <model>.thimble.gguf beside the model that the process was started with, if it is there.
 //   - device=NAME: ggml device to run on, by its name or its backend's; read when the plugin is loaded. Without it, the
 //   first CUDA device where there is one and the plugin is built for it, else the CPU.
 //   - top=64: cells that each KV head attends to exactly when decoding, chosen at every step from an exact store of all
@@ -15,9 +18,9 @@
 //     CPU, pinned RAM (store=pinned) for a CUDA device; auto is the RAM that the device reads.
 //   - tail=quantized: what becomes of the cells that are neither retrieved nor in the window: attended to from their
 //     codes, or dropped (tail=drop; values then have no codes at all on the CPU).
-//   - policy=auto: which layers retrieve: those that the profile calls sparse, all where there is no profile (auto),
-//   all
-//     or none.
+//   - policy=all: which layers retrieve: all that are coded, those that the profile calls sparse (auto; all where there
+//   is
+//     no profile), or none.
 #pragma once
 
 #include <cstdint>
@@ -38,10 +41,11 @@ struct Settings {
   enum class Store { automatic, ram, file, pinned } store = Store::automatic;
   std::string path;
   bool drop_tail = false;
-  enum class Policy { automatic, all, none } policy = Policy::automatic;
+  enum class Policy { automatic, all, none } policy = Policy::all;
 
-  /// Throws std::invalid_argument that names the key or value which is wrong.
-  static Settings parse(const std::string& text);
+  /// Throws std::invalid_argument that names the key or value which is wrong. `where`: what the user typed it into,
+  /// which the sentence begins with.
+  static Settings parse(const std::string& text, const std::string& where = "THIMBLE_KV");
   /// parse(THIMBLE_KV), or the defaults where it is not set.
   static Settings from_environment();
 

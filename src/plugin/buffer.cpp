@@ -136,7 +136,7 @@ size_t type_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor* tenso
   try {
     const auto name = tensor->view_src ? std::nullopt : parse_cache_name(tensor->name);
     if (name && tensor->type == GGML_TYPE_F16) {
-      const LayerPlan plan = device_of(type).planner()->plan(geometry_of(tensor, *name));
+      const LayerPlan plan = device_of(type).planner()->plan(geometry_of(device_of(type), tensor, *name));
       if (plan.coded) return plan.bytes[int(name->kind)];
     }
   } catch (const std::exception&) {

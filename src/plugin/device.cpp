@@ -156,16 +156,18 @@ bool has_better_home(ggml_backend_dev_t inner, const ggml_tensor* op) {
   return better;
 }
 
-// A cache that llama.cpp put elsewhere is not coded, which its owner may not have meant. Said once for each buffer.
-void warn_of_other_caches(Device& device, const ggml_tensor* op) {
+// Of a write to a cache that is not coded. Where the plan left it f16, that is said with all else of its context. Where
+// llama.cpp put it elsewhere, which its owner may not have meant, that is said once for each buffer.
+void report_uncoded(Device& device, const ggml_tensor* op) {
+  if (op->op != GGML_OP_SET_ROWS) return;
   const ggml_tensor* cache = root_of(op);
-  if (op->op != GGML_OP_SET_ROWS || KvBuffer::of(cache)) return;
   const auto name = parse_cache_name(cache->name);
   if (!name) return;
+  if (!device.planner()->why_f16(geometry_of(device, cache, *name)).empty()) return device.report_caches();
   static std::mutex mutex;
   static std::set<ggml_backend_buffer_t> told;
   const std::lock_guard lock(mutex);
-  if (!told.insert(cache->buffer).second || !device.planner()->why_f16(geometry_of(cache, *name)).empty()) return;
+  if (!told.insert(cache->buffer).second) return;
   GGML_LOG_WARN(
       "thimble: the KV cache of some layers (%s) is not on %s and so not coded: leave out --no-kv-offload and put all "
       "layers there (-ngl 99)\n",
@@ -177,7 +179,7 @@ bool device_supports_op(ggml_backend_dev_t handle, const ggml_tensor* op) {
   std::string why;
   const NodeKind kind = classify(op, &why);
   if (kind == NodeKind::other) {
-    warn_of_other_caches(device, op);
+    report_uncoded(device, op);
     return !has_better_home(device.inner(), op) && ggml_backend_dev_supports_op(device.inner(), op);
   }
   if (kind == NodeKind::view) return true;

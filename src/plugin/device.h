@@ -5,11 +5,14 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "engine/engine.h"
 #include "ggml-backend-impl.h"
 
 namespace thimble {
+
+class KvBuffer;
 
 class Device {
 public:
@@ -28,6 +31,15 @@ public:
   /// What becomes of caches under the settings that THIMBLE_KV holds now. Throws as CachePlanner's constructor.
   std::shared_ptr<const CachePlanner> planner();
 
+  // The buffers with cache tensors, coded or not, as long as they live.
+  void add(KvBuffer& buffer);
+  void remove(KvBuffer& buffer);
+  /// Whether a cache tensor is of a sliding window: llama.cpp keeps the layers that have one in a cache of their own,
+  /// made after that of the other layers and of no more cells than the window needs.
+  bool is_window(int layer, int64_t cells_per_stream);
+  /// Logs what becomes of the caches that it was not said of, once all their coded layers are bound.
+  void report_caches();
+
 private:
   ggml_backend_dev_t inner_;
   std::unique_ptr<Engine> engine_;
@@ -38,6 +50,7 @@ private:
   std::mutex mutex_;
   std::string planned_;  // what it was made from
   std::shared_ptr<const CachePlanner> planner_;
+  std::vector<KvBuffer*> buffers_;
 };
 
 /// The device behind one of our ggml devices.

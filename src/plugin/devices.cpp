@@ -1,4 +1,5 @@
 // Which devices there are, and what each is.
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <stdexcept>
@@ -8,6 +9,9 @@
 #include "plugin/buffer_type.h"
 #include "plugin/device.h"
 #include "plugin/device_table.h"
+#include "plugin/kv_buffer.h"
+#include "plugin/model_profile.h"
+#include "plugin/report.h"
 
 namespace thimble {
 namespace {
@@ -67,7 +71,8 @@ Device::Device(ggml_backend_reg_t registry, ggml_backend_dev_t inner, std::strin
 
 std::shared_ptr<const CachePlanner> Device::planner() {
   const std::string text = environment();
-  const Settings settings = Settings::parse(text);
+  Settings settings = Settings::parse(text);
+  if (settings.profile == "auto") settings.profile = profile_beside_model(model_of(arguments_of_this_process()));
   std::string made_from = text;
   std::error_code none;
   const auto written = std::filesystem::last_write_time(settings.profile, none);
@@ -78,6 +83,42 @@ std::shared_ptr<const CachePlanner> Device::planner() {
     planned_ = made_from;
   }
   return planner_;
+}
+
+void Device::add(KvBuffer& buffer) {
+  const std::lock_guard lock(mutex_);
+  buffers_.push_back(&buffer);
+}
+
+void Device::remove(KvBuffer& buffer) {
+  const std::lock_guard lock(mutex_);
+  std::erase(buffers_, &buffer);
+}
+
+// The cache of the other layers has more cells and leaves out this layer and some before its last.
+bool Device::is_window(int layer, int64_t cells_per_stream) {
+  const std::lock_guard lock(mutex_);
+  return std::any_of(buffers_.begin(), buffers_.end(), [&](const KvBuffer* buffer) {
+    const auto& caches = buffer->caches();
+    return !caches.count(layer) && caches.begin()->second.cells_per_stream > cells_per_stream &&
+           int(caches.size()) <= caches.rbegin()->first;
+  });
+}
+
+void Device::report_caches() {
+  const std::lock_guard lock(mutex_);
+  PlanTotals totals;
+  const CachePlanner* planner = nullptr;
+  for (const KvBuffer* buffer : buffers_) {
+    if (!buffer->all_bound()) return;
+    if (buffer->is_reported()) continue;
+    buffer->add_to(totals);
+    planner = &buffer->planner();
+  }
+  if (!planner) return;
+  for (KvBuffer* buffer : buffers_) buffer->set_reported();
+  // As a warning: llama.cpp's programs do not show what libraries merely inform of.
+  GGML_LOG_WARN("thimble: %s\n", report(totals, planner->settings(), *engine_).c_str());
 }
 
 void make_devices(ggml_backend_reg_t registry) {

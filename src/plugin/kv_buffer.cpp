@@ -1,21 +1,12 @@
 // Which tensors a buffer codes, and what it binds their layers to; state.cpp has what is saved, loaded and copied.
 #include "plugin/kv_buffer.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <stdexcept>
 #include <utility>
 
-#include "ggml-impl.h"
-
 namespace thimble {
-namespace {
-
-double mib(size_t bytes) {
-  return double(bytes) / (1 << 20);
-}
-
-}  // namespace
-
 std::optional<CacheName> parse_cache_name(const char* name) {
   CacheName result{};
   char kind = 0;
@@ -31,16 +22,18 @@ const ggml_tensor* root_of(const ggml_tensor* tensor) {
   return tensor;
 }
 
-LayerGeometry geometry_of(const ggml_tensor* tensor, const CacheName& name) {
+LayerGeometry geometry_of(Device& device, const ggml_tensor* tensor, const CacheName& name) {
   LayerGeometry geometry;
   geometry.layer = name.layer;
   geometry.width[int(name.kind)] = tensor->ne[0];
   geometry.cells_per_stream = tensor->ne[1];
   geometry.n_streams = int(tensor->ne[2]);
+  geometry.is_window = device.is_window(name.layer, tensor->ne[1]);
   return geometry;
 }
 
 KvBuffer::~KvBuffer() {
+  if (!caches_.empty()) device_.remove(*this);
   cache_.reset();
   ggml_backend_buffer_free(inner_);
 }
@@ -64,7 +57,11 @@ KvBuffer* buffer_of_cache(const ggml_tensor* node) {
 
 bool KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
   if (!planner_) planner_ = device_.planner();
-  if (!planner_->why_f16(geometry_of(tensor, name)).empty()) return false;
+  const LayerGeometry geometry = geometry_of(device_, tensor, name);
+  if (caches_.empty()) device_.add(*this);
+  LayerGeometry& cache = caches_.try_emplace(name.layer, geometry).first->second;
+  cache.width[int(name.kind)] = tensor->ne[0];
+  if (!planner_->why_f16(geometry).empty()) return false;
   if (!cache_) cache_ = device_.engine().make_cache(planner_->settings(), planner_->hash());
   ManagedLayer& layer = layers_[name.layer];
   layer.index = name.layer;
@@ -75,7 +72,7 @@ bool KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
 
 void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads) {
   if (layer.plan) return;
-  LayerGeometry geometry;
+  LayerGeometry geometry = caches_.at(layer.index);
   for (Kind kind : {Kind::key, Kind::value}) {
     const int dim = kind == Kind::key ? key_dim : value_dim;
     const ggml_tensor* tensor = layer.tensors[int(kind)];
@@ -85,25 +82,20 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
           ": this model's cache has no plain keys and values (MLA or the like), which Thimble cannot "
           "code; run it without the THIMBLE device (--device none, or thimble --kv f16)");
     }
-    const int64_t other_width = geometry.width[1 - int(kind)];
-    const int other_dim = geometry.head_dim[1 - int(kind)];
-    geometry = geometry_of(tensor, {kind, layer.index});
     geometry.head_dim[int(kind)] = dim;
-    geometry.width[1 - int(kind)] = other_width;
-    geometry.head_dim[1 - int(kind)] = other_dim;
   }
   geometry.n_kv_heads = n_kv_heads;
   const LayerPlan plan = planner_->plan(geometry);
   uint8_t* const memory[2] = {memory_of(layer, plan, Kind::key), memory_of(layer, plan, Kind::value)};
   cache_->add_layer(plan, planner_->codecs(plan), memory);
-  totals_.add(plan);
   layer.plan = plan;
+  device_.report_caches();
 }
 
 // The tensor's memory, or more where it is too small for the true head size.
 uint8_t* KvBuffer::memory_of(const ManagedLayer& layer, const LayerPlan& plan, Kind kind) {
   const ggml_tensor* tensor = layer.tensors[int(kind)];
-  const LayerPlan reserved = planner_->plan(geometry_of(tensor, {kind, layer.index}));
+  const LayerPlan reserved = planner_->plan(caches_.at(layer.index));  // without heads, as it was allocated
   if (plan.bytes[int(kind)] <= reserved.bytes[int(kind)]) return static_cast<uint8_t*>(tensor->data);
   Buffer buffer(ggml_backend_buft_alloc_buffer(inner_->buft, plan.bytes[int(kind)]));
   if (!buffer) {
@@ -115,17 +107,21 @@ uint8_t* KvBuffer::memory_of(const ManagedLayer& layer, const LayerPlan& plan, K
   return static_cast<uint8_t*>(ggml_backend_buffer_get_base(more_.back().get()));
 }
 
-void KvBuffer::use() {
-  said_refusal_ = false;
-  if (std::exchange(in_use_, true)) return;
-  const Settings& settings = planner_->settings();
-  GGML_LOG_INFO("thimble: KV cache of %d layers: %.2f MiB, %.2f MiB as f16; %s; %s kernels\n", totals_.n_coded,
-                mib(totals_.coded_bytes), mib(totals_.coded_f16_bytes), settings.to_string().c_str(),
-                device_.engine().kernels().c_str());
-  if (totals_.store_bytes > 0) {
-    GGML_LOG_INFO("thimble: exact store of %d layers: up to %.2f MiB in %s\n", totals_.n_retrieving,
-                  mib(totals_.store_bytes), device_.engine().store_place(settings).c_str());
+bool KvBuffer::all_bound() const {
+  return std::all_of(layers_.begin(), layers_.end(), [](const auto& entry) { return entry.second.plan.has_value(); });
+}
+
+void KvBuffer::add_to(PlanTotals& totals) const {
+  for (const auto& [index, geometry] : caches_) {
+    const auto layer = layers_.find(index);
+    totals.add(layer == layers_.end() ? planner_->plan(geometry) : *layer->second.plan);
   }
+}
+
+void KvBuffer::use() {
+  said_refusal_ = has_new_refusal_ = false;
+  last_data_ = nullptr;
+  in_use_ = true;
 }
 
 }  // namespace thimble

@@ -34,7 +34,7 @@ std::optional<CacheName> parse_cache_name(const char* name);
 const ggml_tensor* root_of(const ggml_tensor* tensor);
 
 /// What one cache tensor shows of its layer.
-LayerGeometry geometry_of(const ggml_tensor* tensor, const CacheName& name);
+LayerGeometry geometry_of(Device& device, const ggml_tensor* tensor, const CacheName& name);
 
 /// One layer of a KV cache as llama.cpp allocated it.
 struct ManagedLayer {
@@ -63,17 +63,25 @@ public:
   bool add(ggml_tensor* tensor, const CacheName& name);
   /// Binds a layer to its head sizes. Throws std::runtime_error with what the user should change.
   void bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
-  size_t n_layers() const { return layers_.size(); }
+  /// By layer, those left f16 too.
+  const std::map<int, LayerGeometry>& caches() const { return caches_; }
+  const CachePlanner& planner() const { return *planner_; }
+  bool all_bound() const;
+  void add_to(PlanTotals& totals) const;
+  bool is_reported() const { return is_reported_; }
+  void set_reported() { is_reported_ = true; }
 
   /// Whether a graph has run on this cache. Until then what cannot be done is refused by an exception, which makes the
   /// making of the context fail; later it must not be thrown any more.
   bool in_use() const { return in_use_; }
-  /// Called for each graph that uses the cache; the first logs what the cache is.
+  /// Called for each graph that uses the cache.
   void use();
 
   void clear(uint8_t value);
   void save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size);
-  /// Rows that the cache refuses are said in the log and make attention to their cells fail (RefusedCells).
+  /// Rows that the cache refuses are said in the log. Where llama.cpp reads a file, the load then fails by an
+  /// exception, on which it gives the sequence up. Elsewhere attention to their cells fails (RefusedCells): llama.cpp
+  /// loads states that are in memory in a destructor, which no exception may leave.
   void load(const ggml_tensor* tensor, const uint8_t* data, size_t offset, size_t size);
   bool copy(const ggml_tensor* from, ggml_tensor* to);
   /// Loads the rows that came one by one and wait to be loaded together. Before anything else is done with the cache.
@@ -103,7 +111,8 @@ private:
   std::unique_ptr<KvCache> cache_;               // null until one is coded
   std::map<int, ManagedLayer> layers_;
   std::unordered_map<const ggml_tensor*, CacheName> by_tensor_;
-  PlanTotals totals_;
+  std::map<int, LayerGeometry> caches_;
+  bool is_reported_ = false;
   bool in_use_ = false;
   // llama.cpp loads a sequence whose cells are not adjacent row by row.
   struct Waiting {
@@ -113,6 +122,8 @@ private:
     std::vector<uint8_t> rows;
   } waiting_;
   bool said_refusal_ = false;  // since the last graph
+  bool has_new_refusal_ = false;
+  const uint8_t* last_data_ = nullptr;  // of the last load
 };
 
 /// The buffer of the cache that a node writes or reads, or null.

@@ -56,12 +56,16 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
   constexpr int64_t kFewRows = 64;
   constexpr size_t kManyBytes = size_t(64) << 20;
   const Rows rows = rows_of(tensor, offset, size);
+  const bool comes_again = data == std::exchange(last_data_, data);
   std::vector<int64_t> cells(rows.count);
   std::iota(cells.begin(), cells.end(), rows.first);
   const bool others = rows.layer != waiting_.layer || rows.kind != waiting_.kind;
   const bool again =  // the same cells anew
       std::find_first_of(cells.begin(), cells.end(), waiting_.cells.begin(), waiting_.cells.end()) != cells.end();
   if (others || again || rows.count >= kFewRows || waiting_.rows.size() > kManyBytes) settle();
+  // llama.cpp reads a file's tensors into one buffer, one after the other: `data` then comes again. Those of a state in
+  // memory lie one behind the other.
+  if (std::exchange(has_new_refusal_, false) && comes_again) throw std::runtime_error(kOtherSettings);
   if (rows.count >= kFewRows) return load_rows(*rows.layer, rows.kind, cells, data);
   waiting_.layer = rows.layer;
   waiting_.kind = rows.kind;
@@ -86,9 +90,9 @@ void KvBuffer::load_rows(ManagedLayer& layer, Kind kind, const std::vector<int64
   const size_t row_bytes = layer.tensors[int(kind)]->nb[1];
   layer.refused.erase(kind, cells);
   for (size_t i : refused.entries) layer.refused.add(kind, cells[i], {rows + i * row_bytes, row_bytes});
-  if (!refused.entries.empty() && !std::exchange(said_refusal_, true)) {
-    GGML_LOG_ERROR("thimble: %s\n", refused.why.c_str());
-  }
+  if (refused.entries.empty()) return;
+  has_new_refusal_ = true;
+  if (!std::exchange(said_refusal_, true)) GGML_LOG_ERROR("thimble: %s\n", refused.why.c_str());
 }
 
 bool KvBuffer::has_refused() const {

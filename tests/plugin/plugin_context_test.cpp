@@ -103,15 +103,35 @@ TEST_F(PluginContexts, ANewContextFindsNothingOfAnOldOne) {
   EXPECT_TRUE(told_alone(options, 0) == before);
 }
 
-TEST_F(PluginContexts, SmallCachesStayF16) {
-  const Options options = Options{}.with_bits(2);
-  llama_context_params params = context_params(options);
-  setenv("THIMBLE_KV", "bits=2", 1);
-  params.n_ctx = 1024;
+// What the log says of a cache of `n_ctx` cells for `n_seq` sequences with a stream each.
+std::string told_of_cache(const char* settings, uint32_t n_ctx, uint32_t n_seq) {
+  Options options = Options{}.with_bits(2);
+  options.n_seq = n_seq;
+  options.unified = false;
+  options.n_ctx = n_ctx;
+  const llama_context_params params = context_params(options);
+  setenv("THIMBLE_KV", settings, 1);
   take_log();
   const std::shared_ptr<llama_context> context(llama_init_from_model(load_model(true).get(), params), llama_free);
-  ASSERT_NE(context, nullptr);
-  EXPECT_NE(take_log().find("THIMBLE0 KV buffer size =    22.50 MiB"), std::string::npos);
+  return context ? take_log() : "no context";
+}
+
+TEST_F(PluginContexts, SaysWhatStaysF16) {
+  const std::string small = told_of_cache("bits=2", 1024, 1);
+  EXPECT_NE(small.find("THIMBLE0 KV buffer size =    22.50 MiB"), std::string::npos) << small;
+  EXPECT_NE(
+      small.find("thimble: KV cache not coded: 30 layers stay f16, 22.50 MiB: caches of at most small=1024 cells"),
+      std::string::npos)
+      << small;
+  // Four streams of 1024 cells are worth it, eight of 256 are not.
+  EXPECT_NE(told_of_cache("bits=2", 4096, 4).find("thimble: KV cache of 30 layers: "), std::string::npos);
+  EXPECT_NE(told_of_cache("bits=4", 2048, 8).find("of 256 cells a stream so many are exact"), std::string::npos);
+  EXPECT_NE(told_of_cache("bits=4,small=0", 2048, 8).find("thimble: KV cache of 30 layers: "), std::string::npos);
+}
+
+TEST_F(PluginContexts, SaysWhatAMissingProfileCosts) {
+  EXPECT_NE(told_of_cache("bits=2", 2048, 1).find("no profile"), std::string::npos);
+  EXPECT_EQ(told_of_cache("bits=4", 2048, 1).find("no profile"), std::string::npos);
 }
 
 // Not a reason to refuse, but to be told of.

@@ -14,8 +14,9 @@ namespace {
 struct Case {
   std::string name;
   TinyModel model;
-  std::vector<int> coded_layers = {2};       // layers of each cache that is coded, at small=1024 and a context of 2048
+  std::vector<int> coded_layers = {2};       // layers that are coded, at a context of 2048
   bool can_remove = true, can_shift = true;  // as llama.cpp has it; sliding windows rule shifts out, too
+  int small_cells = 1024;
 };
 void PrintTo(const Case& c, std::ostream* out) {
   *out << c.name;
@@ -89,9 +90,10 @@ std::vector<Case> cases() {
          {"attn_logit_softcapping", 20.0f},
          {"attention.key_length", 64u},
          {"attention.value_length", 64u}}},
-       {1, 1},
+       {2},
        true,
-       false},
+       false,
+       0},
       {"Sinks",
        {"gpt-oss",
         with(kExperts,
@@ -166,7 +168,7 @@ TEST_P(PluginModels, AsPlain) {
   Options options;
   options.model = std::make_shared<TinyModel>(c.model);
   options.n_ctx = 2048;
-  options.small_cells = 1024;
+  options.small_cells = c.small_cells;
   std::vector<Logits> plain;
   double rounding = 0;
   {

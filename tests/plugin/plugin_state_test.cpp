@@ -197,6 +197,27 @@ TEST_F(PluginStateRefused, WithOtherSettings) {
   }
 }
 
+// A file is refused when it is read: the sequence is empty then, and others go on.
+TEST_F(PluginStateRefused, AFileOfOtherSettings) {
+  Options options;
+  options.n_seq = 2;
+  const TemporaryFolder folder;
+  const std::string path = folder.file("state");
+  Session two(options.with_bits(2)), four(options.with_bits(4)), alone(options.with_bits(4));
+  const Tokens tokens = text(0, 90);
+  two.feed(tokens, 0, 1);
+  ASSERT_GT(llama_state_seq_save_file(two.context(), path.c_str(), 0, tokens.data(), tokens.size()), 0u);
+  for (Session* each : {&four, &alone}) each->feed(text(100, 40), 1, 1);
+  Tokens read(tokens.size());
+  size_t n_read = 0;
+  take_log();
+  EXPECT_EQ(llama_state_seq_load_file(four.context(), path.c_str(), 0, read.data(), read.size(), &n_read), 0u);
+  EXPECT_NE(take_log().find("this state was saved with other cache settings"), std::string::npos);
+  EXPECT_EQ(llama_memory_seq_pos_max(four.memory(), 0), -1);
+  EXPECT_TRUE(go_on(four, 1) == go_on(alone, 1));
+  four.feed(text(0, 20), 0, 1);  // its cells are good again
+}
+
 TEST_F(PluginStateRefused, CellsAreGoodAgainOnceWritten) {
   Session two(Options{}.with_bits(2)), four(Options{}.with_bits(4)), fresh(Options{}.with_bits(4));
   two.feed(text(0, 80), 0, 1);

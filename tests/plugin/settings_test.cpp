@@ -34,12 +34,12 @@ TEST(Settings, Retrieval) {
   EXPECT_EQ(ram.top, 64);
   EXPECT_EQ(ram.store, Settings::Store::automatic);
   EXPECT_FALSE(ram.drop_tail);
-  EXPECT_EQ(ram.policy, Settings::Policy::automatic);
-  const Settings file = Settings::parse("top=128,store=file,path=/var/tmp,tail=drop,policy=all");
+  EXPECT_EQ(ram.policy, Settings::Policy::all);
+  const Settings file = Settings::parse("top=128,store=file,path=/var/tmp,tail=drop,policy=auto");
   EXPECT_EQ(file.store, Settings::Store::file);
   EXPECT_EQ(file.path, "/var/tmp");
   EXPECT_TRUE(file.drop_tail);
-  EXPECT_EQ(file.policy, Settings::Policy::all);
+  EXPECT_EQ(file.policy, Settings::Policy::automatic);
   EXPECT_EQ(Settings::parse("top=1,store=pinned").store, Settings::Store::pinned);
   EXPECT_EQ(Settings::parse("bits=2,top=64").hash(), Settings::parse("bits=2").hash());
 }

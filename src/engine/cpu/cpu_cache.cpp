@@ -25,6 +25,12 @@ int CpuCache::n_slots(const LayerPlan& plan) {
   return plan.top > 0 ? 0 : plan.window.slots() * plan.shape.n_streams;
 }
 
+int CpuCache::max_slots(const LayerPlan& plan) {
+  const WindowSize size = window_size(plan);
+  if (size.total() == 0) return 0;
+  return Window::slots_of_stream(size, plan.shape.cells_per_stream, plan.shape.n_streams) * plan.shape.n_streams;
+}
+
 void CpuCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) {
   const auto side = [&](Kind kind) {
     std::unique_ptr<ExactStore> store;
@@ -39,11 +45,9 @@ void CpuCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8
   };
   const WindowSize size = window_size(plan);
   const int n_streams = plan.shape.n_streams;
-  const int64_t cells = plan.shape.cells_per_stream;
-  const int max_slots = size.total() == 0 ? 0 : Window::slots_of_stream(size, cells, n_streams) * n_streams;
   Layer layer;
-  layer.cache =
-      std::make_unique<CacheLayer>(side(Kind::key), side(Kind::value), Window(size, max_slots, cells, n_streams));
+  layer.cache = std::make_unique<CacheLayer>(side(Kind::key), side(Kind::value),
+                                             Window(size, max_slots(plan), plan.shape.cells_per_stream, n_streams));
   layer.top = plan.top;
   layer.drop_tail = plan.drop_tail;
   layers_[plan.layer] = std::move(layer);

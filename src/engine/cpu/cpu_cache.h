@@ -16,6 +16,8 @@ public:
 
   /// Exact rows of a layer that lie in its memory; with an exact store they lie there instead.
   static int n_slots(const LayerPlan& plan);
+  /// Exact rows that the layer's window may come to hold; those beyond n_slots take memory when they are needed.
+  static int max_slots(const LayerPlan& plan);
 
   void add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) override;
   void write(const Lane& lane, const WriteTask& task) override;

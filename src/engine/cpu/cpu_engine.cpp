@@ -1,5 +1,7 @@
 #include "engine/cpu/cpu_engine.h"
 
+#include <algorithm>
+
 #include "engine/cpu/cpu_cache.h"
 #include "kernels/kernels.h"
 
@@ -25,6 +27,11 @@ public:
 
   size_t side_bytes(const LayerPlan& plan, Kind kind) const override {
     return CacheSide::memory_bytes(plan.shape, plan.side(kind), CpuCache::n_slots(plan), plan.has_codes[int(kind)]);
+  }
+
+  size_t more_bytes(const LayerPlan& plan, Kind kind) const override {
+    const size_t row = size_t(plan.shape.n_kv_heads) * plan.side(kind).head_dim * sizeof(uint16_t);
+    return plan.top > 0 ? 0 : size_t(std::max(0, CpuCache::max_slots(plan) - CpuCache::n_slots(plan))) * row;
   }
 
   std::unique_ptr<KvCache> make_cache(const Settings& settings, uint64_t hash) override {

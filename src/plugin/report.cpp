@@ -1,0 +1,37 @@
+#include "plugin/report.h"
+
+#include <algorithm>
+#include <cstdio>
+
+namespace thimble {
+namespace {
+
+std::string mib(size_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f MiB", double(bytes) / (1 << 20));
+  return text;
+}
+
+}  // namespace
+
+std::string report(const PlanTotals& totals, const Settings& settings, const Engine& engine) {
+  const std::string f16 = totals.n_f16 == 0 ? ""
+                                            : std::to_string(totals.n_f16) + " layers stay f16, " +
+                                                  mib(totals.f16_bytes) + ": " + totals.why_f16;
+  if (totals.n_coded == 0) return "KV cache not coded: " + f16 + "; " + settings.to_string();
+  std::string text = "KV cache of " + std::to_string(totals.n_coded) + " layers: " + mib(totals.coded_bytes) + ", " +
+                     mib(totals.coded_f16_bytes) + " as f16";
+  if (totals.more_bytes > 0) text += ", up to " + mib(totals.more_bytes) + " more as sequences come to share it";
+  if (!f16.empty()) text += "; " + f16;
+  text += "; " + settings.to_string() + "; " + engine.kernels() + " kernels";
+  if (totals.store_bytes > 0) {
+    text += "; exact store of " + std::to_string(totals.n_retrieving) + " layers: up to " + mib(totals.store_bytes) +
+            " in " + engine.store_place(settings);
+  }
+  if (settings.profile.empty() && std::min(settings.key_bits, settings.value_bits) < 3) {
+    text += "; no profile: so few bits cost quality without one (thimble calibrate)";
+  }
+  return text + ". llama.cpp's line on this cache names the type f16 and the size of the codes.";
+}
+
+}  // namespace thimble
