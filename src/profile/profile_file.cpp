@@ -133,7 +133,7 @@ Profile read(const Reader& in) {
   if (profile.density.size() != n_layers) damaged("thimble.density does not list layers");
 
   std::map<double, std::vector<int32_t>> widths;
-  for (float bits : in.array<float>("thimble.bits", 16)) {
+  for (float bits : in.array<float>("thimble.bits", kMaxRates)) {
     profile.bits.push_back(bits);
     widths[bits] = in.array<int32_t>("thimble.widths." + rate_name(bits), n_layers * 6);
     if (widths[bits].size() != n_layers * 6) damaged("subspaces are not listed for every layer");
