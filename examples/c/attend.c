@@ -82,7 +82,7 @@ static side make_side(thimble_context* context, thimble_kind kind, double bits) 
     s.numbers[i] = gaussian();
     s.half[i] = round_to_half(&s.numbers[i]);
   }
-  thimble_codec_args codec = {sizeof codec};
+  thimble_codec_args codec = {.struct_size = sizeof codec};
   codec.kind = kind;
   codec.n_heads = kKvHeads;
   codec.head_dim = kDim;
@@ -102,7 +102,7 @@ static side make_side(thimble_context* context, thimble_kind kind, double bits) 
       const int64_t page = block_table[sequence * kBlocks + cell / THIMBLE_BLOCK_CELLS];
       slots[cell] = page * THIMBLE_BLOCK_CELLS + cell % THIMBLE_BLOCK_CELLS;
     }
-    thimble_encode_args encode = {sizeof encode};
+    thimble_encode_args encode = {.struct_size = sizeof encode};
     encode.codec = s.codec;
     encode.blocks = s.blocks;
     encode.n_rows = n_cells[sequence] - kLast; /* the others are exact, and coded when they grow old */
@@ -133,7 +133,7 @@ static void attend_from_codes(thimble_context* context, const side* keys, const 
     start[s + 1] = (s + 1) * kLast;
   }
   const int64_t first_tokens[kSequences + 1] = {0, kTokens, 2 * kTokens};
-  thimble_attend_args args = {sizeof args};
+  thimble_attend_args args = {.struct_size = sizeof args};
   args.keys = keys->codec;
   args.values = values->codec;
   args.key_blocks = keys->blocks;
@@ -187,7 +187,7 @@ static void attend_in_float(const side* keys, const side* values, const float* q
  * profile makes them kinder still. */
 static int compare(double bits, double bound) {
   thimble_context* context;
-  thimble_context_args context_args = {sizeof context_args};
+  thimble_context_args context_args = {.struct_size = sizeof context_args};
   context_args.n_threads = 2;
   check(thimble_context_create(&context_args, &context), "making a context");
   side keys = make_side(context, THIMBLE_KEY, bits), values = make_side(context, THIMBLE_VALUE, bits);

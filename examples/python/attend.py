@@ -160,7 +160,7 @@ def main(library, profile_path=None):
         own = error(attend(thimble, keys, values, q), attend_in_float(keys.decoded(), values.decoded(), q))
         fine = errors[0] < bound[0] and errors[1] < bound[1] and own < 1e-3
         good &= fine
-        print(f"{bits:5g} bits: error of keys {errors[0]:.1e}, of attention {errors[1]:.1e} and {own:.1e} of what the "
+        print(f"{bits:5g} bits (keys {keys.info.bits:g}): error of keys {errors[0]:.1e}, of attention {errors[1]:.1e} and {own:.1e} of what the "
               f"codes stand for: {'ok' if fine else 'FAILED'}")
         thimble.lib.thimble_codec_free(keys.codec)
         thimble.lib.thimble_codec_free(values.codec)

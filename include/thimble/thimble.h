@@ -13,7 +13,7 @@
  * a second is refused. Threads that work at once have a context each.
  *
  * Arguments come in structures that begin with their own size, so that later versions can add members:
- *   thimble_encode_args args = {sizeof args};
+ *   thimble_encode_args args = {.struct_size = sizeof args};
  * What is not set is 0, which always means "none" or the default that stands beside the member.
  *
  * Devices. The library computes on the CPU. THIMBLE_DEVICE_CUDA and the argument `stream`, a cudaStream_t, are there so

@@ -22,10 +22,6 @@ thimble_status keep(thimble_status status, const char* sentence) noexcept {
 
 }  // namespace
 
-void require(bool holds, const char* what) {
-  if (!holds) throw Failure(THIMBLE_INVALID_ARGUMENT, what);
-}
-
 thimble_status keep_error() noexcept {
   try {
     throw;

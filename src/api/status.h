@@ -20,7 +20,9 @@ private:
 };
 
 /// Throws a Failure of THIMBLE_INVALID_ARGUMENT. `what` is a callable where the sentence must be put together.
-void require(bool holds, const char* what);
+inline void require(bool holds, const char* what) {
+  if (!holds) throw Failure(THIMBLE_INVALID_ARGUMENT, what);
+}
 template <std::invocable What>
 void require(bool holds, What what) {
   if (!holds) throw Failure(THIMBLE_INVALID_ARGUMENT, what());
