@@ -97,16 +97,16 @@ static side make_side(thimble_context* context, thimble_kind kind, double bits) 
   s.blocks.data = memory(kPages * s.blocks.block_stride);
 
   for (int sequence = 0; sequence < kSequences; sequence++) {
-    int64_t slots[kMaxCells];
+    int64_t in_memory[kMaxCells];
     for (int64_t cell = 0; cell < n_cells[sequence]; cell++) {
       const int64_t page = block_table[sequence * kBlocks + cell / THIMBLE_BLOCK_CELLS];
-      slots[cell] = page * THIMBLE_BLOCK_CELLS + cell % THIMBLE_BLOCK_CELLS;
+      in_memory[cell] = page * THIMBLE_BLOCK_CELLS + cell % THIMBLE_BLOCK_CELLS;
     }
     thimble_encode_args encode = {.struct_size = sizeof encode};
     encode.codec = s.codec;
     encode.blocks = s.blocks;
     encode.n_rows = n_cells[sequence] - kLast; /* the others are exact, and coded when they grow old */
-    encode.slots = slots;
+    encode.cells = in_memory;
     encode.rows = s.half + (size_t)sequence * kMaxCells * kRow;
     encode.row_stride = kRow;
     encode.type = THIMBLE_F16;

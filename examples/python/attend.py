@@ -39,7 +39,7 @@ CodecArgs = struct(("struct_size", size), ("profile", pointer), ("bits", f64), (
 CodecInfo = struct(("struct_size", size), ("block_bytes", size), ("bits", f64), ("kind", i32), ("n_heads", i32),
                    ("head_dim", i32))
 Blocks = struct(("data", pointer), ("n_blocks", i64), ("block_stride", size), ("head_stride", size))
-EncodeArgs = struct(("struct_size", size), ("codec", pointer), ("blocks", Blocks), ("n_rows", i64), ("slots", pointer),
+EncodeArgs = struct(("struct_size", size), ("codec", pointer), ("blocks", Blocks), ("n_rows", i64), ("cells", pointer),
                     ("rows", pointer), ("row_stride", size), ("type", i32))
 DecodeArgs = EncodeArgs  # the same members in the same order
 Exact = struct(("start", pointer), ("cells", pointer), ("rows", pointer), ("n_rows", i64), ("keys", pointer),
@@ -85,11 +85,11 @@ class Side:
         self.memory = np.empty((n_heads, self.n_blocks, info.block_bytes), np.uint8)
         self.blocks = Blocks(data=self.memory.ctypes.data, n_blocks=self.n_blocks, block_stride=info.block_bytes,
                              head_stride=self.n_blocks * info.block_bytes)
-        self.slots = np.arange(n_cells, dtype=np.int64)
+        self.cells = np.arange(n_cells, dtype=np.int64)
         self.rows("encode", EncodeArgs, numbers)
 
     def rows(self, name, Args, numbers):
-        args = Args(codec=self.codec, blocks=self.blocks, n_rows=len(numbers), slots=self.slots.ctypes.data,
+        args = Args(codec=self.codec, blocks=self.blocks, n_rows=len(numbers), cells=self.cells.ctypes.data,
                     rows=numbers.ctypes.data, row_stride=numbers[0].size, type=F32)
         self.thimble.call(name, self.thimble.context, c.byref(args), None)
 

@@ -3,7 +3,7 @@
  *
  * Words. A vector is one token's key or value of one KV head, `head_dim` numbers. A block holds the codes of 64 vectors
  * of one KV head; it is what memory is handed out in. A cell is the place of one vector of every KV head, counted from a
- * sequence's first; a slot is such a place counted through all blocks of a memory, slot = block * 64 + place in block.
+ * sequence's first; or, a cell of the memory, through all blocks there: block * 64 + number of the cell in its block.
  *
  * Errors. Every call that can fail returns a status; thimble_last_error() then says what to change. A call that fails
  * has made and written nothing, unless it says otherwise. The library prints nothing, never exits, and changes no global
@@ -178,12 +178,12 @@ typedef struct thimble_encode_args {
   const thimble_codec* codec;
   thimble_blocks blocks; /* written */
   int64_t n_rows;
-  const int64_t* slots; /* [n_rows], where each row goes; every slot at most once; negative: the row is left out */
+  const int64_t* cells; /* [n_rows], of the memory: where each row goes, each at most once; negative: the row is left out */
   const void* rows;
   size_t row_stride; /* elements */
   int32_t type;      /* thimble_type of rows */
 } thimble_encode_args;
-/* Codes rows into slots. Nothing else of the blocks changes. Keys are taken as attention multiplies them, after RoPE. A
+/* Codes rows into cells. Nothing else of the blocks changes. Keys are taken as attention multiplies them, after RoPE. A
  * vector that holds an infinity or a NaN is coded as one that makes the results that see it NaN. */
 THIMBLE_API thimble_status thimble_encode(thimble_context* context, const thimble_encode_args* args, void* stream);
 
@@ -192,12 +192,12 @@ typedef struct thimble_decode_args {
   const thimble_codec* codec;
   thimble_blocks blocks; /* only read */
   int64_t n_rows;
-  const int64_t* slots; /* [n_rows]; negative: the row is left as it is */
+  const int64_t* cells; /* [n_rows], of the memory; negative: the row is left as it is */
   void* rows;           /* written, as thimble_encode_args has them */
   size_t row_stride;    /* elements; rows must not overlap */
   int32_t type;
 } thimble_decode_args;
-/* What the codes in slots stand for. Slots that were never encoded give any numbers. */
+/* What the codes of cells stand for. Those that were never encoded give any numbers. */
 THIMBLE_API thimble_status thimble_decode(thimble_context* context, const thimble_decode_args* args, void* stream);
 
 /* ---- attention ---- */

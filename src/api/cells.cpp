@@ -1,5 +1,6 @@
 // Encoding and decoding of rows.
 #include <algorithm>
+#include <functional>
 #include <string>
 
 #include "api/args.h"
@@ -13,7 +14,7 @@ namespace {
 constexpr int64_t kVectorsAThread = 32;
 
 std::string row_name(int64_t row) {
-  return "slots[" + std::to_string(row) + "]";
+  return "cells[" + std::to_string(row) + "]";
 }
 
 // What both directions have in common.
@@ -22,36 +23,36 @@ void check(const Args& args) {
   check_codec(args.codec, "the codec");
   check_blocks(args.blocks, *args.codec, "blocks");
   require(args.n_rows >= 0, "n_rows is negative");
-  require(args.n_rows == 0 || (args.slots && args.rows), "slots and rows must not be null where there are rows");
+  require(args.n_rows == 0 || (args.cells && args.rows), "cells and rows must not be null where there are rows");
   require(args.type == THIMBLE_F32 || args.type == THIMBLE_F16, "type must be THIMBLE_F32 or THIMBLE_F16");
   const size_t row_size = size_t(args.codec->n_heads()) * args.codec->format().head_dim;
   require(args.n_rows <= 1 || args.row_stride >= row_size, [&] {
     return "row_stride is " + std::to_string(args.row_stride) + ", a row has " + std::to_string(row_size) + " numbers";
   });
-  const int64_t n_slots = args.blocks.n_blocks * kBlockCells;
+  const int64_t n_cells = args.blocks.n_blocks * kBlockCells;
   for (int64_t row = 0; row < args.n_rows; row++) {
-    require(args.slots[row] < n_slots, [&] {
-      return row_name(row) + " is " + std::to_string(args.slots[row]) + ", the blocks have slots 0 to " +
-             std::to_string(n_slots - 1);
+    require(args.cells[row] < n_cells, [&] {
+      return row_name(row) + " is " + std::to_string(args.cells[row]) + ", the memory has cells 0 to " +
+             std::to_string(n_cells - 1);
     });
   }
 }
 
 // Two threads must not write one cell.
-void check_slots_differ(const int64_t* slots, int64_t n) {
-  if (std::is_sorted(slots, slots + n, std::less_equal<>()) && (n == 0 || slots[0] >= 0)) return;
-  std::vector<int64_t> sorted(slots, slots + n);
+void check_cells_differ(const int64_t* cells, int64_t n) {
+  if (std::adjacent_find(cells, cells + n, std::greater_equal<>()) == cells + n) return;  // they ascend
+  std::vector<int64_t> sorted(cells, cells + n);
   std::sort(sorted.begin(), sorted.end());
   const auto first = std::lower_bound(sorted.begin(), sorted.end(), 0);
   const auto twice = std::adjacent_find(first, sorted.end());
-  require(twice == sorted.end(), [&] { return "slot " + std::to_string(*twice) + " is there twice"; });
+  require(twice == sorted.end(), [&] { return "cell " + std::to_string(*twice) + " is there twice"; });
 }
 
-CacheSide side_of_slots(const thimble_blocks& blocks, const thimble_codec& codec) {
+CacheSide side_of_all(const thimble_blocks& blocks, const thimble_codec& codec) {
   return side_of(blocks, codec, blocks.n_blocks * kBlockCells, 1, nullptr);
 }
 
-/// Calls f(row, head) for every row that has a slot, by all threads.
+/// Calls f(row, head) for every row that has one, by all threads.
 template <typename Args, typename F>
 void for_vectors(thimble_context& context, const Args& args, F f) {
   const int n_heads = args.codec->n_heads();
@@ -60,7 +61,7 @@ void for_vectors(thimble_context& context, const Args& args, F f) {
   const auto work = [&](int thread) {
     if (thread >= n_threads) return;
     for (int64_t i = n * thread / n_threads; i < n * (thread + 1) / n_threads; i++) {
-      if (args.slots[i / n_heads] >= 0) f(i / n_heads, int(i % n_heads));
+      if (args.cells[i / n_heads] >= 0) f(i / n_heads, int(i % n_heads));
     }
   };
   if (n_threads == 1) {
@@ -71,29 +72,29 @@ void for_vectors(thimble_context& context, const Args& args, F f) {
 }
 
 void encode(thimble_context& context, const thimble_encode_args& args) {
-  const CacheSide side = side_of_slots(args.blocks, *args.codec);
+  const CacheSide side = side_of_all(args.blocks, *args.codec);
   const size_t dim = side.format().head_dim;
   for_vectors(context, args, [&](int64_t row, int head) {
     const size_t first = size_t(row) * args.row_stride;
     if (args.type == THIMBLE_F16) {
-      side.encode_head(head, static_cast<const uint16_t*>(args.rows) + first, args.slots[row]);
+      side.encode_head(head, static_cast<const uint16_t*>(args.rows) + first, args.cells[row]);
     } else {
-      side.encode_head(head, static_cast<const float*>(args.rows) + first + head * dim, args.slots[row]);
+      side.encode_head(head, static_cast<const float*>(args.rows) + first + head * dim, args.cells[row]);
     }
   });
 }
 
 void decode(thimble_context& context, const thimble_decode_args& args) {
-  const CacheSide side = side_of_slots(args.blocks, *args.codec);
+  const CacheSide side = side_of_all(args.blocks, *args.codec);
   const size_t dim = side.format().head_dim;
   for_vectors(context, args, [&](int64_t row, int head) {
     const size_t first = size_t(row) * args.row_stride + head * dim;
     if (args.type == THIMBLE_F32) {
-      side.decode_head(head, args.slots[row], static_cast<float*>(args.rows) + first);
+      side.decode_head(head, args.cells[row], static_cast<float*>(args.rows) + first);
       return;
     }
     float x[kMaxHeadDim];
-    side.decode_head(head, args.slots[row], x);
+    side.decode_head(head, args.cells[row], x);
     std::transform(x, x + dim, static_cast<uint16_t*>(args.rows) + first, float_to_half);
   });
 }
@@ -108,7 +109,7 @@ thimble_status thimble_encode(thimble_context* context, const thimble_encode_arg
     const Use use(context, stream);
     const thimble_encode_args a = take_args(args, "thimble_encode_args");
     check(a);
-    check_slots_differ(a.slots, a.n_rows);
+    check_cells_differ(a.cells, a.n_rows);
     encode(*context, a);
   });
 }

@@ -15,8 +15,8 @@ void check_codec(const thimble_codec* codec, const char* name);
 /// Throws a Failure where blocks are missing or overlap.
 void check_blocks(const thimble_blocks& blocks, const thimble_codec& codec, const char* name);
 
-/// Checked blocks as one side of a layer. With one stream of all blocks and no table, its cells are slots. What the
-/// caller lends for reading must not be written to through it.
+/// Checked blocks as one side of a layer. With one stream of all blocks and no table, they are the cells of the memory.
+/// What the caller lends for reading must not be written to through it.
 CacheSide side_of(const thimble_blocks& blocks, const thimble_codec& codec, int64_t cells_per_stream, int n_streams,
                   const int32_t* table);
 

@@ -152,12 +152,12 @@ double nmse(const Cache& cache, const Queries& x, const thimble_attend_args& arg
 }
 
 std::vector<float> decoded(const Cache& cache, const Side& side, thimble_context* context) {
-  std::vector<int64_t> slots;
+  std::vector<int64_t> cells;
   for (int s = 0; s < cache.n_sequences; s++) {
-    for (int64_t c = 0; c < cache.cells(); c++) slots.push_back(c < cache.n_cells[s] ? cache.slot(s, c) : -1);
+    for (int64_t c = 0; c < cache.cells(); c++) cells.push_back(c < cache.n_cells[s] ? cache.memory_cell(s, c) : -1);
   }
-  std::vector<float> rows(slots.size() * side.row_size(), 0.0f);
-  const auto args = side.decode_args(rows, slots);
+  std::vector<float> rows(cells.size() * side.row_size(), 0.0f);
+  const auto args = side.decode_args(rows, cells);
   EXPECT_TRUE(ok(thimble_decode(context, &args, nullptr)));
   return rows;
 }

@@ -226,9 +226,9 @@ TEST(ApiCodec, OutlivesItsProfileAndTakesAShareOfTheHeads) {
   Side side(args, 1, Layout::heads);
   profile.reset();
   const auto x = gaussian(64, 5);
-  const std::vector<int64_t> slots{9};
+  const std::vector<int64_t> cells{9};
   const auto context = context_of(1);
-  const auto encode = side.encode_args(x, slots);
+  const auto encode = side.encode_args(x, cells);
   ASSERT_TRUE(ok(thimble_encode(context.get(), &encode, nullptr)));
   const HeadCodec codec = expected.codec(7, 2, Kind::key, 2);
   std::vector<float> y(64);
@@ -288,27 +288,27 @@ TEST_P(ApiCells, CodesAreTheCodecsOwn) {
         const HeadCodec codec =
             make_uncalibrated_codec(kind == THIMBLE_KEY ? Kind::key : Kind::value, make_format(dim, bits));
         // Slots of several blocks in no order, one row left out.
-        const std::vector<int64_t> slots{200, 0, 63, 64, 255, -1, 7, 130};
-        const auto x = gaussian(slots.size() * side.row_size(), 4);
+        const std::vector<int64_t> cells{200, 0, 63, 64, 255, -1, 7, 130};
+        const auto x = gaussian(cells.size() * side.row_size(), 4);
         std::vector<uint8_t> expected = side.memory;
         std::vector<float> decoded(x.size(), 7), expected_decoded = decoded;
-        for (size_t row = 0; row < slots.size(); row++) {
-          for (int h = 0; h < n_heads && slots[row] >= 0; h++) {
+        for (size_t row = 0; row < cells.size(); row++) {
+          for (int h = 0; h < n_heads && cells[row] >= 0; h++) {
             float y[kMaxHeadDim];
             const size_t at = row * side.row_size() + size_t(h) * dim;
             codec.transform.forward(&x[at], y);
             uint8_t* block = expected.data() + (static_cast<uint8_t*>(side.blocks.data) - side.memory.data()) +
-                             size_t(slots[row] / 64) * side.blocks.block_stride + h * side.blocks.head_stride;
-            store_cell(codec, y, block, int(slots[row] % 64));
-            load_cell(codec, block, int(slots[row] % 64), y);
+                             size_t(cells[row] / 64) * side.blocks.block_stride + h * side.blocks.head_stride;
+            store_cell(codec, y, block, int(cells[row] % 64));
+            load_cell(codec, block, int(cells[row] % 64), y);
             codec.transform.inverse(y, &expected_decoded[at]);
           }
         }
         const auto context = context_of(n_threads);
-        const auto encode = side.encode_args(x, slots);
+        const auto encode = side.encode_args(x, cells);
         ASSERT_TRUE(ok(thimble_encode(context.get(), &encode, nullptr)));
         EXPECT_EQ(side.memory, expected);  // nor was anything else written
-        const auto decode = side.decode_args(decoded, slots);
+        const auto decode = side.decode_args(decoded, cells);
         ASSERT_TRUE(ok(thimble_decode(context.get(), &decode, nullptr)));
         EXPECT_EQ(decoded, expected_decoded);
       }
@@ -319,13 +319,13 @@ TEST_P(ApiCells, CodesAreTheCodecsOwn) {
 TEST_P(ApiCells, RowsOfHalvesAreTheSameNumbers) {
   const auto context = context_of(2);
   Side a(plain_codec(), 2, GetParam()), b(plain_codec(), 2, GetParam());
-  std::vector<int64_t> slots(100);
-  std::iota(slots.begin(), slots.end(), 3);
+  std::vector<int64_t> cells(100);
+  std::iota(cells.begin(), cells.end(), 3);
   const size_t stride = a.row_size() + 5;
-  auto x = gaussian(slots.size() * stride, 4);
+  auto x = gaussian(cells.size() * stride, 4);
   const auto half = halves(x);
   for (size_t i = 0; i < x.size(); i++) x[i] = half_to_float(half[i]);
-  auto encode = a.encode_args(x, slots);
+  auto encode = a.encode_args(x, cells);
   encode.row_stride = stride;
   ASSERT_TRUE(ok(thimble_encode(context.get(), &encode, nullptr)));
   encode.blocks = b.blocks;
@@ -336,7 +336,7 @@ TEST_P(ApiCells, RowsOfHalvesAreTheSameNumbers) {
 
   std::vector<float> decoded(x.size(), 7);
   std::vector<uint16_t> decoded_half(x.size(), float_to_half(7));
-  auto decode = a.decode_args(decoded, slots);
+  auto decode = a.decode_args(decoded, cells);
   decode.row_stride = stride;
   ASSERT_TRUE(ok(thimble_decode(context.get(), &decode, nullptr)));
   decode.rows = decoded_half.data();
@@ -353,13 +353,13 @@ TEST(ApiCells, RefusesWhatIsWrong) {
   Side side(plain_codec(), 2, Layout::heads);
   const std::vector<uint8_t> before = side.memory;
   auto x = gaussian(3 * side.row_size(), 4);
-  const std::vector<int64_t> slots{0, 5, 127};
+  const std::vector<int64_t> cells{0, 5, 127};
   // The same for both directions.
   const auto refused = [&](const std::string& part, auto change) {
-    auto encode = side.encode_args(x, slots);
+    auto encode = side.encode_args(x, cells);
     change(encode);
     EXPECT_TRUE(invalid(thimble_encode(context.get(), &encode, nullptr), part));
-    auto decode = side.decode_args(x, slots);
+    auto decode = side.decode_args(x, cells);
     change(decode);
     EXPECT_TRUE(invalid(thimble_decode(context.get(), &decode, nullptr), part));
   };
@@ -373,21 +373,21 @@ TEST(ApiCells, RefusesWhatIsWrong) {
   refused("overlap", [](auto& args) { args.blocks.head_stride = SIZE_MAX; });
   refused("overlap", [](auto& args) { args.blocks.block_stride = SIZE_MAX / 2; });
   refused("n_rows", [](auto& args) { args.n_rows = -1; });
-  refused("slots and rows", [](auto& args) { args.slots = nullptr; });
-  refused("slots and rows", [](auto& args) { args.rows = nullptr; });
+  refused("cells and rows", [](auto& args) { args.cells = nullptr; });
+  refused("cells and rows", [](auto& args) { args.rows = nullptr; });
   refused("row_stride", [](auto& args) { args.row_stride--; });
   refused("type", [](auto& args) { args.type = 2; });
-  refused("slots[1] is 128", [&](auto& args) { args.slots = beyond.data(); });
+  refused("cells[1] is 128", [&](auto& args) { args.cells = beyond.data(); });
   const std::vector<int64_t> twice{5, -1, 5};
   auto encode = side.encode_args(x, twice);
-  EXPECT_TRUE(invalid(thimble_encode(context.get(), &encode, nullptr), "slot 5 is there twice"));
+  EXPECT_TRUE(invalid(thimble_encode(context.get(), &encode, nullptr), "cell 5 is there twice"));
   EXPECT_EQ(side.memory, before);
   const std::vector<int64_t> left_out{-1, -1, -7};
   encode = side.encode_args(x, left_out);
   EXPECT_TRUE(ok(thimble_encode(context.get(), &encode, nullptr)));
   encode.n_rows = 0;
   encode.rows = nullptr;
-  encode.slots = nullptr;
+  encode.cells = nullptr;
   EXPECT_TRUE(ok(thimble_encode(context.get(), &encode, nullptr)));
   EXPECT_EQ(side.memory, before);
 }

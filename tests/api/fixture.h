@@ -102,23 +102,23 @@ struct Side {
   }
 
   size_t row_size() const { return size_t(n_heads) * dim; }
-  thimble_encode_args encode_args(const std::vector<float>& rows, const std::vector<int64_t>& slots) const {
+  thimble_encode_args encode_args(const std::vector<float>& rows, const std::vector<int64_t>& cells) const {
     auto args = args_of<thimble_encode_args>();
     args.codec = codec.get();
     args.blocks = blocks;
-    args.n_rows = int64_t(slots.size());
-    args.slots = slots.data();
+    args.n_rows = int64_t(cells.size());
+    args.cells = cells.data();
     args.rows = rows.data();
     args.row_stride = row_size();
     args.type = THIMBLE_F32;
     return args;
   }
-  thimble_decode_args decode_args(std::vector<float>& rows, const std::vector<int64_t>& slots) const {
+  thimble_decode_args decode_args(std::vector<float>& rows, const std::vector<int64_t>& cells) const {
     auto args = args_of<thimble_decode_args>();
     args.codec = codec.get();
     args.blocks = blocks;
-    args.n_rows = int64_t(slots.size());
-    args.slots = slots.data();
+    args.n_rows = int64_t(cells.size());
+    args.cells = cells.data();
     args.rows = rows.data();
     args.row_stride = row_size();
     args.type = THIMBLE_F32;
@@ -136,20 +136,20 @@ struct Cache {
   std::vector<float> k, v;  // [sequence][blocks_per_sequence * 64][head][dim]
 
   int64_t cells() const { return int64_t{blocks_per_sequence} * THIMBLE_BLOCK_CELLS; }
-  int64_t slot(int sequence, int64_t cell) const {
+  int64_t memory_cell(int sequence, int64_t cell) const {
     const int64_t block = int64_t{sequence} * blocks_per_sequence + cell / THIMBLE_BLOCK_CELLS;
     return (table.empty() ? block : table[block]) * THIMBLE_BLOCK_CELLS + cell % THIMBLE_BLOCK_CELLS;
   }
   void encode(thimble_context* context) {
     k = gaussian(size_t(n_sequences * cells()) * keys->row_size(), 1);
     v = gaussian(size_t(n_sequences * cells()) * values->row_size(), 2);
-    std::vector<int64_t> slots;
+    std::vector<int64_t> places;
     for (int s = 0; s < n_sequences; s++) {
-      for (int64_t cell = 0; cell < cells(); cell++) slots.push_back(cell < n_cells[s] ? slot(s, cell) : -1);
+      for (int64_t cell = 0; cell < cells(); cell++) places.push_back(cell < n_cells[s] ? memory_cell(s, cell) : -1);
     }
-    const auto k_args = keys->encode_args(k, slots);
+    const auto k_args = keys->encode_args(k, places);
     EXPECT_TRUE(ok(thimble_encode(context, &k_args, nullptr)));
-    const auto v_args = values->encode_args(v, slots);
+    const auto v_args = values->encode_args(v, places);
     EXPECT_TRUE(ok(thimble_encode(context, &v_args, nullptr)));
   }
 };

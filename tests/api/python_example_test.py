@@ -10,7 +10,7 @@ import tempfile
 
 here = os.path.dirname(os.path.abspath(__file__))
 source = os.path.dirname(os.path.dirname(here))
-sys.path.insert(0, os.path.join(source, "tests"))
+sys.path.insert(0, os.path.join(source, "tests", "support"))
 from llama_server import enter_environment  # noqa: E402
 
 library, venv = sys.argv[1:]
