@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <fstream>
 #include <iterator>
@@ -346,7 +347,10 @@ TEST_P(ApiCells, RowsOfHalvesAreTheSameNumbers) {
   EXPECT_EQ(decoded[a.row_size()], 7);  // between rows
 }
 
-INSTANTIATE_TEST_SUITE_P(Layouts, ApiCells, testing::Values(Layout::heads, Layout::pages, Layout::odd));
+INSTANTIATE_TEST_SUITE_P(Layouts, ApiCells, testing::Values(Layout::heads, Layout::pages, Layout::odd),
+                         [](const auto& info) {
+                           return std::array{"Heads", "Pages", "Odd"}[int(info.param)];
+                         });
 
 TEST(ApiCells, RefusesWhatIsWrong) {
   const auto context = context_of(1);
