@@ -53,8 +53,7 @@ void Attention::prepare_streams() {
     const Item all = all_tokens(s);
     int block = -1;
     uint64_t seen = ~uint64_t{0};
-    for (; row != rows.end() && row->cell - cell0 < p_.n_cells; ++row) {
-      const int cell = int(row->cell - cell0);
+    const auto take = [&](int cell, const uint16_t* key, const uint16_t* value) {
       // Rows of idle and of removed sequences are left out. For many tokens, to look is no gain.
       if (!prefills() && block != cell / kBlockCells) {
         block = cell / kBlockCells;
@@ -63,8 +62,12 @@ void Attention::prepare_streams() {
       }
       const uint64_t bit = uint64_t{1} << (cell % kBlockCells);
       stream.hidden[cell / kBlockCells] |= bit;
-      if (seen & bit) add_row(stream.exact, cell, p_.layer->keys().row_data(*row), p_.layer->values().row_data(*row));
+      if (seen & bit) add_row(stream.exact, cell, key, value);
+    };
+    for (; row != rows.end() && row->cell - cell0 < p_.n_cells; ++row) {
+      take(int(row->cell - cell0), p_.layer->keys().row_data(*row), p_.layer->values().row_data(*row));
     }
+    for (const ExactCell& exact : p_.exact) take(exact.cell, exact.key, exact.value);
   }
 }
 
@@ -202,16 +205,20 @@ void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& pl
 
 CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const {
   const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
-  const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
+  const int64_t block0 = (p_.first_stream + item.stream) * keys.shape().blocks_per_stream();
+  const int32_t* table = keys.places().table;  // which is the values', too
   return {&keys.codec(item.kv_head),
           &values.codec(item.kv_head),
-          keys.block(item.kv_head, cell0),
-          values.block(item.kv_head, cell0),
+          keys.page(item.kv_head, table ? 0 : block0),
+          values.page(item.kv_head, table ? 0 : block0),
           hidden,
           first_block,
           last_block,
           int(p_.n_cells),
-          kept_scores(item)};
+          kept_scores(item),
+          table ? table + block0 : nullptr,
+          keys.places().block_stride,
+          values.places().block_stride};
 }
 
 // Whoever scores the last of an item's blocks chooses its cells, and asks for their rows, at once: they are read while
@@ -324,8 +331,8 @@ void Attention::attend_coded(const Item& item, int first_block, int last_block, 
     const Mask block_mask = mask.at(ptrdiff_t(b) * kBlockCells);
     const uint64_t seen = seen_by(item, block_mask, n_cells) & ~hidden[b];
     if (!seen) continue;
-    kernels_->decode_block(k_codec, cells.k_blocks + b * k_codec.format.block_bytes(), k_tile);
-    kernels_->decode_block(v_codec, cells.v_blocks + b * v_codec.format.block_bytes(), v_tile);
+    kernels_->decode_block(k_codec, cells.k_block(b), k_tile);
+    kernels_->decode_block(v_codec, cells.v_block(b), v_tile);
     // What nobody sees may never have been written, and 0 times NaN is NaN.
     for (uint64_t left = ~seen; left; left &= left - 1) {
       std::fill_n(v_tile + size_t(std::countr_zero(left)) * p_.value_dim, p_.value_dim, 0.0f);

@@ -10,12 +10,20 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "cache/layer.h"
 #include "kernels/kernels.h"
 
 namespace thimble {
+
+/// A cell that is attended to exactly: its rows of all KV heads, f16, as the model wrote them.
+struct ExactCell {
+  int cell;  // of the stream
+  const uint16_t* key;
+  const uint16_t* value;
+};
 
 /// What ggml's FLASH_ATTN_EXT says, in its own strides. All strides count elements.
 struct AttentionProblem {
@@ -38,6 +46,10 @@ struct AttentionProblem {
   float max_bias = 0;  // ALiBi: slopes as in Press et al. 2021 (arXiv 2108.12409); 0: none
   float softcap = 0;
   const float* sinks = nullptr;  // [n_heads]: a learned logit that takes a share of each softmax, or null
+
+  /// Exact rows that a caller without a window keeps itself, in order of cells, where there is one stream; the layer's
+  /// window is empty then. They stand in for these cells' codes.
+  std::span<const ExactCell> exact = {};
 
   int top = 0;  // cells to retrieve; above 0 where the layer has an exact store
   bool drop_tail = false;

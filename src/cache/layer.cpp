@@ -15,9 +15,20 @@ size_t CacheSide::memory_bytes(const CacheShape& shape, const Format& format, in
 CacheSide::CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, int n_slots,
                      uint8_t* memory, std::unique_ptr<ExactStore> store, bool coded)
     : shape_(shape), codecs_(std::move(codecs)), blocks_(memory), coded_(coded) {
+  places_.block_stride = format().block_bytes();
+  places_.head_stride = size_t(shape.n_streams) * shape.blocks_per_stream() * places_.block_stride;
   uint8_t* slots = memory + memory_bytes(shape, format(), 0, coded);
   rows_ = store ? stored_rows(std::move(store)) : window_rows(row_size(), n_slots, reinterpret_cast<uint16_t*>(slots));
 }
+
+CacheSide::CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, uint8_t* blocks,
+                     const BlockPlaces& places)
+    : shape_(shape),
+      codecs_(std::move(codecs)),
+      blocks_(blocks),
+      places_(places),
+      coded_(true),
+      rows_(window_rows(row_size(), 0, nullptr)) {}
 
 void CacheSide::encode_row(const uint16_t* row, int64_t cell) const {
   for (int head = 0; head < shape_.n_kv_heads; head++) encode_head(head, row, cell);
@@ -25,11 +36,16 @@ void CacheSide::encode_row(const uint16_t* row, int64_t cell) const {
 
 void CacheSide::encode_head(int head, const uint16_t* row, int64_t cell) const {
   if (!coded_) return;
-  const Kernels& k = kernels();
   const int head_dim = format().head_dim;
-  float x[kMaxHeadDim], y[kMaxHeadDim];
+  float x[kMaxHeadDim];
   const uint8_t* exact = reinterpret_cast<const uint8_t*>(row + size_t(head) * head_dim);
-  k.load_rows(Kind::value, &exact, 1, head_dim, x);
+  kernels().load_rows(Kind::value, &exact, 1, head_dim, x);
+  encode_head(head, x, cell);
+}
+
+void CacheSide::encode_head(int head, const float* x, int64_t cell) const {
+  const Kernels& k = kernels();
+  float y[kMaxHeadDim];
   codec(head).transform.forward(x, y, 1, k.transform);
   if (format().f16) return store_cell(codec(head), y, block(head, cell), in_block(cell));
   uint8_t coded[kMaxHeadDim];  // codes, then the scale
@@ -39,18 +55,23 @@ void CacheSide::encode_head(int head, const uint16_t* row, int64_t cell) const {
 }
 
 void CacheSide::decode_row(int64_t cell, float* row) const {
-  const int head_dim = format().head_dim;
-  float y[kMaxHeadDim];
   for (int head = 0; head < shape_.n_kv_heads; head++) {
-    load_cell(codec(head), block(head, cell), in_block(cell), y);
-    codec(head).transform.inverse(y, row + size_t(head) * head_dim);
+    decode_head(head, cell, row + size_t(head) * format().head_dim);
   }
+}
+
+void CacheSide::decode_head(int head, int64_t cell, float* x) const {
+  float y[kMaxHeadDim];
+  load_cell(codec(head), block(head, cell), in_block(cell), y);
+  codec(head).transform.inverse(y, x);
 }
 
 void CacheSide::copy_stream(int from, int to) {
   for (int head = 0; coded_ && head < shape_.n_kv_heads; head++) {
-    std::memcpy(block(head, to * shape_.cells_per_stream), block(head, from * shape_.cells_per_stream),
-                shape_.blocks_per_stream() * format().block_bytes());
+    for (int64_t cell = 0; cell < shape_.cells_per_stream; cell += kBlockCells) {
+      std::memcpy(block(head, to * shape_.cells_per_stream + cell), block(head, from * shape_.cells_per_stream + cell),
+                  format().block_bytes());
+    }
   }
   rows_->copy_cells(from * shape_.cells_per_stream, to * shape_.cells_per_stream, shape_.cells_per_stream);
 }

@@ -25,11 +25,22 @@ struct CacheShape {
   int64_t blocks_per_stream() const { return (cells_per_stream + kBlockCells - 1) / kBlockCells; }
 };
 
+/// Where the blocks of one side lie, in bytes: block b of stream s and KV head h at
+///   h * head_stride + page * block_stride
+/// with page = s * blocks_per_stream + b or, in a paged cache, what `table` has there.
+struct BlockPlaces {
+  size_t head_stride = 0;
+  size_t block_stride = 0;
+  const int32_t* table = nullptr;  // [n_streams][blocks_per_stream], or null; must outlive the side
+
+  int64_t page(int64_t block) const { return table ? table[block] : block; }
+};
+
 /// The keys or the values of one layer.
 ///
-/// Memory: block[n_kv_heads][n_streams][blocks_per_stream] of format.block_bytes() each, then
-/// exact[n_slots][n_kv_heads * head_dim] f16, the window's rows as the model wrote them (not transformed). With an
-/// exact store no row lies here (n_slots = 0) nor in flight: all do in the store.
+/// Memory, where the side is not a view of blocks that lie elsewhere: block[n_kv_heads][n_streams][blocks_per_stream]
+/// of format.block_bytes() each, then exact[n_slots][n_kv_heads * head_dim] f16, the window's rows as the model wrote
+/// them (not transformed). With an exact store no row lies here (n_slots = 0) nor in flight: all do in the store.
 class CacheSide {
 public:
   /// Bytes of memory for a side whose window has `n_slots` rows there.
@@ -39,6 +50,9 @@ public:
   /// store may do without codes (values of which only retrieved ones are read): then there are no blocks.
   CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, int n_slots, uint8_t* memory,
             std::unique_ptr<ExactStore> store = nullptr, bool coded = true);
+  /// A view of blocks that lie anywhere, without rows: `blocks` is page 0 of KV head 0 and must outlive the side.
+  CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, uint8_t* blocks,
+            const BlockPlaces& places);
 
   const CacheShape& shape() const { return shape_; }
   const Format& format() const { return codecs_->front().format; }
@@ -49,9 +63,12 @@ public:
 
   uint8_t* block(int head, int64_t cell) const {
     const int64_t stream = cell / shape_.cells_per_stream, in_stream = cell % shape_.cells_per_stream;
-    return blocks_ + ((head * shape_.n_streams + stream) * shape_.blocks_per_stream() + in_stream / kBlockCells) *
-                         format().block_bytes();
+    return page(head, places_.page(stream * shape_.blocks_per_stream() + in_stream / kBlockCells));
   }
+  uint8_t* page(int head, int64_t page) const {
+    return blocks_ + size_t(head) * places_.head_stride + size_t(page) * places_.block_stride;
+  }
+  const BlockPlaces& places() const { return places_; }
   int in_block(int64_t cell) const { return int(cell % shape_.cells_per_stream % kBlockCells); }
 
   /// Codes a row as the model wrote it, [n_kv_heads * head_dim] f16, where the side is coded. Rows of f16 are what is
@@ -59,8 +76,12 @@ public:
   void encode_row(const uint16_t* row, int64_t cell) const;
   /// One head of such a row.
   void encode_head(int head, const uint16_t* row, int64_t cell) const;
+  /// The numbers of one head, `x` [head_dim], as they are.
+  void encode_head(int head, const float* x, int64_t cell) const;
   /// The row that the codes stand for, transform undone.
   void decode_row(int64_t cell, float* row) const;
+  /// One head of it, `x` [head_dim].
+  void decode_head(int head, int64_t cell, float* x) const;
 
   /// Rows as the model wrote them.
   ExactRows& rows() { return *rows_; }
@@ -75,6 +96,7 @@ private:
   CacheShape shape_;
   std::shared_ptr<const std::vector<HeadCodec>> codecs_;
   uint8_t* blocks_;
+  BlockPlaces places_;
   bool coded_;
   std::unique_ptr<ExactRows> rows_;
 };

@@ -151,8 +151,8 @@ void attend_decoded(const IsaOps& ops, const Queries& queries, const CodedCells&
     const uint64_t hidden = cells.hidden ? cells.hidden[b] : 0;
     seen &= first_bits(n_cells) & ~hidden;
     if (!seen) continue;
-    decode_block(ops, *cells.keys, cells.k_blocks + b * cells.keys->format.block_bytes(), k.data());
-    decode_block(ops, *cells.values, cells.v_blocks + b * cells.values->format.block_bytes(), v.data());
+    decode_block(ops, *cells.keys, cells.k_block(b), k.data());
+    decode_block(ops, *cells.values, cells.v_block(b), v.data());
     // What nobody sees may never have been written, and 0 times NaN is NaN.
     for (uint64_t left = ~seen; left; left &= left - 1) {
       std::fill_n(&v[size_t(std::countr_zero(left)) * softmax.dim], softmax.dim, 0.0f);

@@ -43,8 +43,8 @@ public:
       }
       if (!any) continue;
       s.index[s.n] = next_;
-      s.k[s.n] = cells_.k_blocks + next_ * cells_.keys->format.block_bytes();
-      s.v[s.n] = cells_.v_blocks + next_ * cells_.values->format.block_bytes();
+      s.k[s.n] = cells_.k_block(next_);
+      s.v[s.n] = cells_.v_block(next_);
       s.n++;
     }
   }

@@ -63,16 +63,27 @@ struct RowScores {
   size_t stride = 0;
 };
 
-/// Coded blocks of one KV head and stream.
+/// Coded blocks of one KV head and stream. One follows the other; or, with a table (a paged cache), the stream's block
+/// b is block table[b] of the head's in memory.
 struct CodedCells {
   const HeadCodec* keys = nullptr;
   const HeadCodec* values = nullptr;
-  const uint8_t* k_blocks = nullptr;  // block 0 of the stream
+  const uint8_t* k_blocks = nullptr;  // block 0 of the stream; with a table block 0 of all
   const uint8_t* v_blocks = nullptr;
   const uint64_t* hidden = nullptr;     // [n_blocks] as Tile::hidden, or null
   int first_block = 0, last_block = 0;  // attend to [first_block, last_block)
   int n_cells = 0;                      // of the stream; the last block may be cut by it
   RowScores scores = {};                // score_codes leaves them here, attend_codes takes them away
+  const int32_t* table = nullptr;       // [n_blocks], or null
+  size_t k_stride = 0, v_stride = 0;    // bytes from one block of memory to the next; 0: the format's block_bytes()
+
+  const uint8_t* k_block(int b) const {
+    return k_blocks + place(b) * (k_stride ? k_stride : keys->format.block_bytes());
+  }
+  const uint8_t* v_block(int b) const {
+    return v_blocks + place(b) * (v_stride ? v_stride : values->format.block_bytes());
+  }
+  size_t place(int b) const { return size_t(table ? table[b] : b); }
 };
 
 /// Memory that kernels work in, kept from call to call; one to a thread.

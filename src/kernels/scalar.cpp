@@ -135,8 +135,8 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
   if (kf.f16) {
     std::vector<float> k_tile(size_t(kBlockCells) * kf.head_dim);
     for (int b = cells.first_block; b < cells.last_block; b++) {
-      decode_block(*cells.keys, cells.k_blocks + b * kf.block_bytes(), k_tile.data());
-      decode_block(*cells.values, cells.v_blocks + b * cells.values->format.block_bytes(), v_tile.data());
+      decode_block(*cells.keys, cells.k_block(b), k_tile.data());
+      decode_block(*cells.values, cells.v_block(b), v_tile.data());
       const Tile tile{std::min(kBlockCells, cells.n_cells - b * kBlockCells), k_tile.data(), v_tile.data(),
                       cells.hidden ? cells.hidden[b] : 0};
       attend_tile(queries, tile, mask.at(ptrdiff_t(b) * kBlockCells), softmax, scratch);
@@ -146,11 +146,11 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
   const RowScores& kept = cells.scores;
   const LookUp look_up(queries, *cells.keys);
   for (int b = cells.first_block; b < cells.last_block; b++) {
-    const uint8_t* k_block = cells.k_blocks + b * kf.block_bytes();
+    const uint8_t* k_block = cells.k_block(b);
     const int n_cells = std::min(kBlockCells, cells.n_cells - b * kBlockCells);
     const uint64_t hidden = cells.hidden ? cells.hidden[b] : 0;
     const Mask block_mask = mask.at(ptrdiff_t(b) * kBlockCells);
-    decode_block(*cells.values, cells.v_blocks + b * cells.values->format.block_bytes(), v_tile.data());
+    decode_block(*cells.values, cells.v_block(b), v_tile.data());
     for (int row = 0; row < queries.n_rows; row++) {
       float scores[kBlockCells];
       for (int t = 0; t < n_cells; t++) {
@@ -170,7 +170,7 @@ void score_codes(const Queries& queries, const CodedCells& cells, const Mask& ma
   const LookUp look_up(queries, *cells.keys);  // of nothing where keys are f16
   std::vector<float> tile(kf.f16 ? size_t(kBlockCells) * kf.head_dim : 0);
   for (int b = cells.first_block; b < cells.last_block; b++) {
-    const uint8_t* k_block = cells.k_blocks + b * kf.block_bytes();
+    const uint8_t* k_block = cells.k_block(b);
     if (kf.f16) decode_block(*cells.keys, k_block, tile.data());
     for (int t = 0; t < kBlockCells; t++) {
       const int cell = b * kBlockCells + t;

@@ -28,6 +28,8 @@
 
 namespace thimble {
 
+inline constexpr int kMaxRates = 16;  // that a profile may hold
+
 struct LayerShape {
   int n_kv_heads = 0;  // 0: the layer keeps no keys and values
   int n_heads = 0;

@@ -1,15 +1,8 @@
 // libFuzzer harness of the profile reader: whatever the bytes, it reads a profile or throws std::runtime_error.
 // Built with -DTHIMBLE_FUZZ=ON and clang; run as `profile_fuzz tests/fuzz/corpus -max_total_time=600`.
-#include <ggml.h>
-
 #include <stdexcept>
 
 #include "profile/profile.h"
-
-extern "C" int LLVMFuzzerInitialize(int*, char***) {
-  ggml_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
-  return 0;
-}
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {

@@ -182,6 +182,17 @@ TEST(ProfileFile, RefusesAbsurdNumbers) {
   refused([](Profile& p) { p.keys[0].by_bits.at(2).format.n_width8 += 1; });
 }
 
+// Files that were written by ggml's own writer: what is read of them and written again has the same bytes.
+TEST(ProfileFile, IsWrittenAsGgmlWritesIt) {
+  for (const char* name :
+       {"/profiles/SmolLM2-135M-Instruct.Q4_1.thimble.gguf", "/tests/fuzz/corpus/tiny.thimble.gguf"}) {
+    std::ifstream file(std::string(THIMBLE_SOURCE) + name, std::ios::binary);
+    const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), {}};
+    ASSERT_GT(bytes.size(), 1000u) << name;
+    EXPECT_EQ(file_of(read_back(bytes)), bytes) << name;
+  }
+}
+
 TEST(ProfileFile, SaysWhatToDo) {
   try {
     read_profile("/nonexistent/x.thimble.gguf");

@@ -15,8 +15,8 @@ here = os.path.dirname(os.path.abspath(__file__))
 data = os.path.join(os.path.dirname(here), "data")
 
 
-def enter_environment(venv):
-    """Runs the program again in a virtual environment that has the OpenAI client, made where it is not there yet."""
+def enter_environment(venv, requirements=os.path.join(here, "requirements.txt")):
+    """Runs the program again in a virtual environment that has what is required, made where it is not there yet."""
     python = os.path.join(venv, "bin", "python")
     if os.path.realpath(sys.prefix) == os.path.realpath(venv):
         return
@@ -27,9 +27,8 @@ def enter_environment(venv):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.path.exists(ready):
             subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-            requirements = os.path.join(here, "requirements.txt")
             if subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements]).returncode != 0:
-                print("skipped: no OpenAI client")
+                print("skipped: cannot install", requirements)
                 sys.exit(77)
             open(ready, "w").close()
     os.execv(python, [python, *sys.argv])
