@@ -22,8 +22,12 @@ CodecSource::CodecSource(const Settings& settings) : settings_(settings), hash_(
     throw std::runtime_error("profile " + settings.profile +
                              " cannot be read: check the path, or make one with thimble calibrate");
   }
-  profile_ =
-      std::make_shared<const Profile>(read_profile(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()));
+  try {
+    profile_ =
+        std::make_shared<const Profile>(read_profile(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()));
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error("profile " + settings.profile + ": " + error.what());
+  }
   hash_ = fnv1a(hash_, bytes.data(), bytes.size());
 }
 
