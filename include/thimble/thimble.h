@@ -2,12 +2,12 @@
  * codes. For programs that keep their cache themselves; llama.cpp loads the plugin instead. docs/api.md is a guide.
  *
  * Words. A vector is one token's key or value of one KV head, `head_dim` numbers. A block holds the codes of 64 vectors
- * of one KV head; it is what memory is handed out in. A cell is the place of one vector of every KV head, counted from a
- * sequence's first; or, a cell of the memory, through all blocks there: block * 64 + number of the cell in its block.
+ * of one KV head; it is what memory is handed out in. A cell is the place of one vector of every KV head, counted from
+ * a sequence's first; or, a cell of the memory, through all blocks there: block * 64 + number of the cell in its block.
  *
  * Errors. Every call that can fail returns a status; thimble_last_error() then says what to change. A call that fails
- * has made and written nothing, unless it says otherwise. The library prints nothing, never exits, and changes no global
- * state. It reads one environment variable, THIMBLE_ISA (scalar, avx2, avx512, neon), once.
+ * has made and written nothing, unless it says otherwise. The library prints nothing, never exits, and changes no
+ * global state. It reads one environment variable, THIMBLE_ISA (scalar, avx2, avx512, neon), once.
  *
  * Threads. Profiles and codecs do not change: any number of threads may use one. A context serves one call at a time;
  * a second is refused. Threads that work at once have a context each.
@@ -17,8 +17,8 @@
  * What is not set is 0, which always means "none" or the default that stands beside the member.
  *
  * Devices. The library computes on the CPU. THIMBLE_DEVICE_CUDA and the argument `stream`, a cudaStream_t, are there so
- * that a GPU can be served by the same calls; today a context of that device, and a stream that is not null, are refused
- * with THIMBLE_UNSUPPORTED.
+ * that a GPU can be served by the same calls; today a context of that device, and a stream that is not null, are
+ * refused with THIMBLE_UNSUPPORTED.
  */
 #ifndef THIMBLE_THIMBLE_H
 #define THIMBLE_THIMBLE_H
@@ -53,7 +53,7 @@ typedef enum thimble_status {
   THIMBLE_UNSUPPORTED = 2,      /* this version, build or machine cannot do it */
   THIMBLE_BAD_PROFILE = 3,      /* a file that cannot be read, is damaged, or does not hold what is asked for */
   THIMBLE_OUT_OF_MEMORY = 4,
-  THIMBLE_INTERNAL = 5          /* a mistake of ours */
+  THIMBLE_INTERNAL = 5 /* a mistake of ours */
 } thimble_status;
 
 /* A sentence about the last call of this thread that failed, or "". Valid until the thread's next call that fails. */
@@ -64,8 +64,8 @@ THIMBLE_API const char* thimble_status_name(thimble_status status);
 THIMBLE_API const char* thimble_version(void);
 
 /* ---- profiles ----
- * What calibration learned of a model (`thimble calibrate`): a transform and codebooks for each layer and KV head, which
- * make 2 bits and less good. Codes made with a profile mean nothing without it. */
+ * What calibration learned of a model (`thimble calibrate`): a transform and codebooks for each layer and KV head,
+ * which make 2 bits and less good. Codes made with a profile mean nothing without it. */
 
 typedef struct thimble_profile thimble_profile;
 
@@ -110,12 +110,12 @@ typedef enum thimble_kind { THIMBLE_KEY = 0, THIMBLE_VALUE = 1 } thimble_kind;
 typedef struct thimble_codec_args {
   size_t struct_size;
   const thimble_profile* profile; /* null: not calibrated */
-  double bits;                    /* a number: 16 (f16 as it is), 4, 3, 2, 1.5, 1.25, 1; with a profile a rate of it, or 16 */
-  int32_t kind;                   /* thimble_kind */
-  int32_t n_heads;                /* KV heads; 0 with a profile: all from first_head on */
-  int32_t head_dim;               /* even, 2 to 256; 0 with a profile: as it says */
-  int32_t layer;                  /* of the profile */
-  int32_t first_head;             /* of the profile's layer: one head, or a device's share of them, is a codec, too */
+  double bits;        /* a number: 16 (f16 as it is), 4, 3, 2, 1.5, 1.25, 1; with a profile a rate of it, or 16 */
+  int32_t kind;       /* thimble_kind */
+  int32_t n_heads;    /* KV heads; 0 with a profile: all from first_head on */
+  int32_t head_dim;   /* even, 2 to 256; 0 with a profile: as it says */
+  int32_t layer;      /* of the profile */
+  int32_t first_head; /* of the profile's layer: one head, or a device's share of them, is a codec, too */
 } thimble_codec_args;
 /* On success *codec is the caller's, to be given to thimble_codec_free. It takes 50 to 1000 KiB a head. */
 THIMBLE_API thimble_status thimble_codec_create(const thimble_codec_args* args, thimble_codec** codec);
@@ -125,7 +125,7 @@ THIMBLE_API void thimble_codec_free(thimble_codec* codec);
 typedef struct thimble_codec_info {
   size_t struct_size;
   size_t block_bytes; /* of one block: 64 vectors of one KV head */
-  double bits;        /* a number as coded, without the vector's scale; a profile may spend more on one layer than on another */
+  double bits;        /* a number as coded here, without scales; a profile may spend more on one layer than another */
   int32_t kind;
   int32_t n_heads;
   int32_t head_dim;
@@ -165,20 +165,20 @@ THIMBLE_API const char* thimble_context_instruction_set(const thimble_context* c
 
 typedef struct thimble_blocks {
   void* data;
-  int64_t n_blocks;    /* of each head */
+  int64_t n_blocks; /* of each head */
   size_t block_stride;
   size_t head_stride;
 } thimble_blocks;
 
 typedef enum thimble_type { THIMBLE_F32 = 0, THIMBLE_F16 = 1 } thimble_type;
 
-/* Rows of numbers, one vector of each of the codec's heads: head h of row r at element r * row_stride + h * head_dim. */
+/* Rows of numbers, a vector of each of the codec's heads: head h of row r at element r * row_stride + h * head_dim. */
 typedef struct thimble_encode_args {
   size_t struct_size;
   const thimble_codec* codec;
   thimble_blocks blocks; /* written */
   int64_t n_rows;
-  const int64_t* cells; /* [n_rows], of the memory: where each row goes, each at most once; negative: the row is left out */
+  const int64_t* cells; /* [n_rows], of the memory: where rows go, each at most once; negative: the row is left out */
   const void* rows;
   size_t row_stride; /* elements */
   int32_t type;      /* thimble_type of rows */
@@ -218,8 +218,8 @@ typedef struct thimble_exact {
 /* For query token t of a sequence and query head h, with the KV head h / (n_heads / KV heads):
  *   score[cell] = softcap(scale * q.k) + slope(h) * mask[t][cell]
  *   out         = sum over the sequence's cells of softmax(score) * v
- * where softcap(x) = softcap * tanh(x / softcap), or x where softcap is 0, and slope(h) is 1, or where max_bias is above 0
- * ALiBi's (Press et al. 2021). A token that sees no cell gets zeros. */
+ * where softcap(x) = softcap * tanh(x / softcap), or x where softcap is 0, and slope(h) is 1, or where max_bias is
+ * above 0 ALiBi's (Press et al. 2021). A token that sees no cell gets zeros. */
 typedef struct thimble_attend_args {
   size_t struct_size;
   const thimble_codec* keys; /* both of the same number of heads */
@@ -227,13 +227,13 @@ typedef struct thimble_attend_args {
   thimble_blocks key_blocks; /* only read, as are the next */
   thimble_blocks value_blocks;
 
-  /* Sequences: cell c of sequence s is in block block_table[s][c / 64] of the keys' and of the values' memory; or, where
-   * block_table is null, in block s * blocks_per_sequence + c / 64. */
+  /* Sequences: cell c of sequence s is in block block_table[s][c / 64] of the keys' and of the values' memory; or,
+   * where block_table is null, in block s * blocks_per_sequence + c / 64. */
   int32_t n_sequences;
   int32_t blocks_per_sequence;
-  const int32_t* block_table;  /* [n_sequences][blocks_per_sequence]; entries behind a sequence's cells are not looked at */
+  const int32_t* block_table;  /* [n_sequences][blocks_per_sequence]; not looked at behind a sequence's cells */
   const int64_t* n_cells;      /* [n_sequences], at most blocks_per_sequence * 64; 0 is allowed */
-  const int64_t* first_tokens; /* [n_sequences + 1]: sequence s has query tokens first_tokens[s] to first_tokens[s + 1] - 1;
+  const int64_t* first_tokens; /* [n_sequences + 1]: query tokens of s are first_tokens[s] to first_tokens[s + 1] - 1;
                                   null: one each */
 
   /* Head h of query token t is at element t * token_stride + h * head_stride. */
@@ -245,7 +245,7 @@ typedef struct thimble_attend_args {
   size_t out_token_stride;
   size_t out_head_stride;
 
-  const uint16_t* mask; /* f16, of token t and cell c at element t * mask_stride + c; null: every token sees all cells */
+  const uint16_t* mask; /* f16, of token t and cell c at element t * mask_stride + c; null: tokens see all cells */
   size_t mask_stride;   /* elements, at least the greatest of n_cells */
   float scale;          /* 0: 1 / sqrt(key head size) */
   float softcap;        /* 0: none */
@@ -254,8 +254,8 @@ typedef struct thimble_attend_args {
 
   thimble_exact exact;
 } thimble_attend_args;
-/* On failure `out` may hold anything. Contiguous and paged memory give the same bits; so do the same inputs in contexts of
- * as many threads. Up to 8 tokens of a sequence are attended to by look-ups, more through decoded tiles. */
+/* On failure `out` may hold anything. Contiguous and paged memory give the same bits; so do the same inputs in contexts
+ * of as many threads. Up to 8 tokens of a sequence are attended to by look-ups, more through decoded tiles. */
 THIMBLE_API thimble_status thimble_attend(thimble_context* context, const thimble_attend_args* args, void* stream);
 
 #ifdef __cplusplus

@@ -346,7 +346,11 @@ TEST_P(ApiCells, RowsOfHalvesAreTheSameNumbers) {
   EXPECT_EQ(decoded[a.row_size()], 7);  // between rows
 }
 
-INSTANTIATE_TEST_SUITE_P(Layouts, ApiCells, testing::Values(Layout::heads, Layout::pages, Layout::odd));
+std::string name_of(const testing::TestParamInfo<Layout>& info) {
+  return info.param == Layout::heads ? "Heads" : info.param == Layout::pages ? "Pages" : "Odd";
+}
+
+INSTANTIATE_TEST_SUITE_P(Layouts, ApiCells, testing::Values(Layout::heads, Layout::pages, Layout::odd), name_of);
 
 TEST(ApiCells, RefusesWhatIsWrong) {
   const auto context = context_of(1);
