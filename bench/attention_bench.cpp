@@ -17,11 +17,11 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <random>
 #include <thread>
 
 #include "attention/attention.h"
 #include "codec/half.h"
+#include "support/random.h"
 
 namespace {
 
@@ -33,14 +33,6 @@ struct Shape {
   int n_tokens = 1;
   int n_heads() const { return n_kv_heads * group; }
 };
-
-std::vector<float> gaussian(size_t n, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> x(n);
-  for (float& v : x) v = normal(random);
-  return x;
-}
 
 // Numbers that need not be Gaussian, only many: a period of 64k of them.
 const std::vector<float>& noise() {

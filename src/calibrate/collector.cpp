@@ -5,23 +5,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
+
+#include "cache/cache_name.h"
 
 namespace thimble {
 namespace {
 
-/// Which cache tensor lies behind a view, by the names that llama.cpp gives: "cache_k_l7" is layer 7's keys.
-struct CacheName {
-  int layer = -1;
-  Kind kind = Kind::key;
-};
-CacheName cache_behind(const ggml_tensor* t) {
+/// Which cache tensor lies behind a view.
+std::optional<CacheName> cache_behind(const ggml_tensor* t) {
   while (t->view_src) t = t->view_src;
-  char letter = 0;
-  int layer = -1;
-  if (std::sscanf(t->name, "cache_%c_l%d", &letter, &layer) != 2 || (letter != 'k' && letter != 'v')) return {};
-  return {layer, letter == 'k' ? Kind::key : Kind::value};
+  return parse_cache_name(t->name);
 }
 
 float number(const uint8_t* at, ggml_type type) {
@@ -104,14 +101,14 @@ bool Collector::callback(ggml_tensor* node, bool ask, void* user_data) {
   }
   const bool stores = node->op == GGML_OP_SET_ROWS, attends = node->op == GGML_OP_FLASH_ATTN_EXT;
   if (!stores && !attends) return !ask;
-  const CacheName cache = cache_behind(stores ? node : node->src[1]);
-  if (cache.layer < 0 || size_t(cache.layer) >= self.layers_.size()) return !ask;
+  const auto cache = cache_behind(stores ? node : node->src[1]);
+  if (!cache || size_t(cache->layer) >= self.layers_.size()) return !ask;
   if (ask) return true;
   try {
     if (stores) {
-      self.stored(node, cache.layer, cache.kind);
+      self.stored(node, cache->layer, cache->kind);
     } else {
-      self.attended(node, cache.layer);
+      self.attended(node, cache->layer);
     }
   } catch (const std::exception& e) {
     self.error_ = e.what();

@@ -6,33 +6,22 @@
 
 namespace thimble::cuda {
 
+template <int... Values, typename F, typename Result>
+Result for_value(int value, const F& f, Result none) {
+  Result result = none;
+  (void)((value == Values ? (result = f.template operator()<Values>(), true) : false) || ...);
+  return result;
+}
+
 template <typename F, typename Result>
 Result for_head_dim(int head_dim, const F& f, Result none) {
-  switch (head_dim) {
-    case 64:
-      return f.template operator()<64>();
-    case 128:
-      return f.template operator()<128>();
-    case 256:
-      return f.template operator()<256>();
-    default:
-      return none;
-  }
+  return for_value<64, 128, 256>(head_dim, f, none);
 }
 
 /// Numbers a subspace has, of keys or of values.
 template <typename F, typename Result>
 Result for_width(int width, const F& f, Result none) {
-  switch (width) {
-    case 2:
-      return f.template operator()<2>();
-    case 4:
-      return f.template operator()<4>();
-    case 8:
-      return f.template operator()<8>();
-    default:
-      return none;
-  }
+  return for_value<2, 4, 8>(width, f, none);
 }
 
 /// Widths of keys and values together: equal ones, and keys at twice the bits of values.

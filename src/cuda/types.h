@@ -141,6 +141,19 @@ struct EncodeArgs {
   int tokens_per_block = 1;  // filled in by the launchers
 };
 
+/// The tokens of `args` for attention to read and to write to the window's rows; `tokens` as in NewRows.
+inline NewRows new_rows(const EncodeArgs& args, const int32_t* tokens) {
+  return {args.keys,
+          args.values,
+          args.key_token_stride,
+          args.key_head_stride,
+          args.value_token_stride,
+          args.value_head_stride,
+          tokens,
+          args.window.keys,
+          args.window.values};
+}
+
 /// The cells that leave the window, for all layers at once; what is the same for all stands here.
 struct LeaveArgs {
   const EncodeArgs* layers = nullptr;  // device memory, [n_layers]

@@ -1,9 +1,9 @@
 // What one instruction set has to provide: the loops over cells, on plain pointers. Everything around them (blocks,
 // masks, skipping, the running softmax) is written once, in blocked.cpp, at the compiler's baseline.
 //
-// The units behind this table are compiled with flags of their own. They include this header and intrinsics, nothing
-// else: an inline function of a shared header, compiled there and kept by the linker, would run on machines without the
-// instruction set.
+// The units behind this table are compiled with flags of their own. They include this header, intrinsics and what lies in
+// an anonymous namespace (vector/), nothing else: an inline function of a shared header, compiled there and kept by the
+// linker, would run on machines without the instruction set.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +11,9 @@
 
 namespace thimble {
 
+inline constexpr float kLog2e = 1.44269504f;
+inline constexpr float kHidden = -__builtin_inff();        // the score of a cell that a row does not see
+inline constexpr int kLine = 64;                           // cells to a block, bytes to a row of codes
 inline constexpr int kSuperblock = 16;                     // blocks whose softmax and value sums are done in one go
 inline constexpr int kSuperblockCells = 64 * kSuperblock;  // also the stride between rows of scores and weights
 inline constexpr int kRowsAtOnce = 4;                      // query rows that share one pass over codes

@@ -2,21 +2,10 @@
 #include "plugin/kv_buffer.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <stdexcept>
 #include <utility>
 
 namespace thimble {
-std::optional<CacheName> parse_cache_name(const char* name) {
-  CacheName result{};
-  char kind = 0;
-  int end = 0;
-  if (std::sscanf(name, "cache_%c_l%d%n", &kind, &result.layer, &end) != 2 || name[end] != '\0') return std::nullopt;
-  if (kind != 'k' && kind != 'v') return std::nullopt;
-  result.kind = kind == 'k' ? Kind::key : Kind::value;
-  return result;
-}
-
 const ggml_tensor* root_of(const ggml_tensor* tensor) {
   while (tensor->view_src) tensor = tensor->view_src;
   return tensor;

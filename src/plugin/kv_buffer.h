@@ -14,6 +14,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cache/cache_name.h"
 #include "engine/kv_cache.h"
 #include "engine/layer_plan.h"
 #include "ggml-backend-impl.h"
@@ -22,13 +23,6 @@
 #include "plugin/refused_cells.h"
 
 namespace thimble {
-
-/// The name of a cache tensor, taken apart.
-struct CacheName {
-  Kind kind;
-  int layer;
-};
-std::optional<CacheName> parse_cache_name(const char* name);
 
 /// The tensor that owns the memory of a view, through all views.
 const ggml_tensor* root_of(const ggml_tensor* tensor);

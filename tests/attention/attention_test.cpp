@@ -355,24 +355,25 @@ TEST_P(AttentionOn, AwkwardNumbersOfCells) {
 // groups, and with other threads for each.
 template <typename Run>
 void for_groups_tokens_and_threads(const std::vector<int>& groups, const Run& run) {
-  for (int group : groups) {
-    for (int n_tokens : {1, 3, 8, 9}) {
-      for (int threads : {1, 2, 3, 7}) run(group, n_tokens, threads);
-    }
-  }
-  for (const auto& [group, threads] : {std::pair{1, 3}, {3, 1}, {3, 2}, {8, 7}}) run(group, 70, threads);
-}
-
-TEST_P(AttentionOn, GroupsTokensStreamsAndThreads) {
-  for_groups_tokens_and_threads({1, 2, 3, 5, 8, 16}, [&](int group, int n_tokens, int threads) {
+  const auto run_case = [&](int group, int n_tokens, int threads) {
     Case c;
     c.group = group;
     c.n_tokens = n_tokens;
     c.threads = threads;
     c.n_streams = threads == 3 ? 2 : 1;
     SCOPED_TRACE(testing::Message() << "group " << group << " tokens " << n_tokens << " threads " << threads);
-    expect(c);
-  });
+    run(c);
+  };
+  for (int group : groups) {
+    for (int n_tokens : {1, 3, 8, 9}) {
+      for (int threads : {1, 2, 3, 7}) run_case(group, n_tokens, threads);
+    }
+  }
+  for (const auto& [group, threads] : {std::pair{1, 3}, {3, 1}, {3, 2}, {8, 7}}) run_case(group, 70, threads);
+}
+
+TEST_P(AttentionOn, GroupsTokensStreamsAndThreads) {
+  for_groups_tokens_and_threads({1, 2, 3, 5, 8, 16}, [&](const Case& c) { expect(c); });
 }
 
 TEST_P(AttentionOn, NothingToSeeGivesZeros) {
@@ -438,17 +439,11 @@ TEST_P(AttentionOn, Retrieval) {
 }
 
 TEST_P(AttentionOn, RetrievalByGroupsTokensStreamsAndThreads) {
-  for_groups_tokens_and_threads({1, 3, 8}, [&](int group, int n_tokens, int threads) {
-    if (threads == 2 && n_tokens < 70) return;
-    Case c;
+  for_groups_tokens_and_threads({1, 3, 8}, [&](Case c) {
+    if (c.threads == 2 && c.n_tokens < 70) return;
     c.top = 20;
     c.cells = 300;
     c.n_cells = 210;
-    c.group = group;
-    c.n_tokens = n_tokens;
-    c.threads = threads;
-    c.n_streams = threads == 3 ? 2 : 1;
-    SCOPED_TRACE(testing::Message() << "group " << group << " tokens " << n_tokens << " threads " << threads);
     expect(c);
     c.softcap = 5;
     c.sinks = true;

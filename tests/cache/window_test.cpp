@@ -381,15 +381,8 @@ TEST(Window, Vectors) {
     };
     int n_writes = 0;
     for (const WindowScript::Step& step : script.steps) {
-      if (step.what == WindowScript::Step::remove) {
-        owners.remove(step);
-        continue;
-      }
-      std::vector<int64_t> cells;
-      for (const WindowScript::Token& token : step.tokens) {
-        owners.write(token);
-        cells.push_back(token.cell);
-      }
+      const std::vector<int64_t> cells = owners.take(step);
+      if (step.what == WindowScript::Step::remove) continue;
       if (step.what == WindowScript::Step::arrive) {
         std::vector<Window::Row> leaving;
         window.end_arrival();

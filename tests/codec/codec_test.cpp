@@ -3,22 +3,14 @@
 
 #include <cmath>
 #include <limits>
-#include <random>
 #include <set>
 
 #include "codec/half.h"
 #include "codec/head_codec.h"
+#include "support/random.h"
 
 namespace thimble {
 namespace {
-
-std::vector<float> gaussian(int n, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> x(n);
-  for (float& v : x) v = normal(random);
-  return x;
-}
 
 double relative_error(const std::vector<float>& x, const std::vector<float>& y) {
   double error = 0, size = 0;

@@ -11,9 +11,8 @@
 
 #include "cases.h"
 #include "cuda/attend/direct.h"
-#include "cuda/attend/kernel.h"
 #include "cuda/attend/shape.h"
-#include "cuda/attend/shared.h"
+#include "emulated_attend.h"
 #include "fixture.h"
 
 namespace thimble::cuda {
@@ -21,27 +20,19 @@ namespace {
 
 using Case = AttendCase;
 
-template <typename S>
-double error_of(const Case& c, unsigned seed = 1) {
-  Random random(seed);
-  const int d = S::kHeadDim, n_heads = c.n_kv_heads * c.group;
+double error_of(const EmulatedAttend& kernel, const Case& c) {
+  Random random(1);
+  const int d = kernel.format.head_dim, n_heads = c.n_kv_heads * c.group;
   std::vector<HeadCodec> key_codecs, value_codecs;
   for (int h = 0; h < c.n_kv_heads; h++) {
-    key_codecs.push_back(random_codec(Kind::key, d, 8.0 / S::kKeyWidth, c.dense, random));
-    value_codecs.push_back(random_codec(Kind::value, d, 8.0 / S::kValueWidth, c.dense, random));
+    key_codecs.push_back(random_codec(Kind::key, d, 8.0 / kernel.format.key_width, c.dense, random));
+    value_codecs.push_back(random_codec(Kind::value, d, 8.0 / kernel.format.value_width, c.dense, random));
   }
   const HostTables key_tables = pack_tables(key_codecs), value_tables = pack_tables(value_codecs);
 
-  AttendArgs a;
-  a.n_streams = c.n_streams;
-  a.n_tokens = c.n_tokens;
-  a.n_kv_heads = c.n_kv_heads;
-  a.group = c.group;
-  a.head_dim = d;
-  a.n_cells = c.n_cells;
+  AttendArgs a = attend_args(c, d);
   a.key_codec = key_tables.view();
   a.value_codec = value_tables.view();
-  a.softcap = c.softcap;
 
   std::vector<CodedHead> keys, values;  // [stream][KV head]
   std::vector<uint8_t> key_cache, value_cache;
@@ -55,8 +46,8 @@ double error_of(const Case& c, unsigned seed = 1) {
     const size_t head = block * (c.n_cells / kBlockCells);
     return CacheView{cache.data(), head * c.n_kv_heads, head, block};
   };
-  a.keys = view(key_cache, S::kKeyBlock);
-  a.values = view(value_cache, S::kValueBlock);
+  a.keys = view(key_cache, a.key_codec.block_bytes());
+  a.values = view(value_cache, a.value_codec.block_bytes());
 
   // Queries, with a gap between heads.
   const int query_stride = d + 4;
@@ -143,16 +134,7 @@ double error_of(const Case& c, unsigned seed = 1) {
   }
 
   deal_out(a, c.n_splits, c.n_splits > 1 && c.n_exact > 0 ? 1 : 0, c.batch_shift);
-  const int pairs = c.n_kv_heads * a.row_groups;
-  std::vector<float> partials(size_t(c.n_streams) * (c.n_splits + 1) * pairs * S::kPartialFloats, NAN);
-  std::vector<int> arrived(c.n_streams * pairs);
-  std::vector<float> output(size_t(c.n_streams) * c.n_tokens * n_heads * d, NAN);
-  a.partials = partials.data();
-  a.arrived = arrived.data();
-  a.output = output.data();
-  simt::Machine::launch({c.blocks_x, c.n_kv_heads, a.row_groups}, S::kThreads, shared_bytes<S>(),
-                        [&] { AttendKernel<S>::run(a); });
-  for (int n : arrived) EXPECT_EQ(n, 0);
+  const std::vector<float> output = kernel.run(a, c.blocks_x);
   EXPECT_EQ(window_keys, exact_keys);
   EXPECT_EQ(window_values, exact_values);
 
@@ -204,6 +186,11 @@ double error_of(const Case& c, unsigned seed = 1) {
     }
   }
   return relative_error(output, expected);
+}
+
+template <typename S>
+double error_of(const Case& c) {
+  return error_of(kEmulated<S>, c);
 }
 
 // `error_of` relative to what the format may add.
@@ -404,12 +391,7 @@ void expect_small_arithmetic_error(bool outliers) {
   a.query_token_stride = a.query_stream_stride = size_t(kGroup) * D;
   a.scale = 1 / std::sqrt(float(D));
   deal_out(a, 1, 0, std::bit_width(unsigned(kStreams)) - 1);
-  std::vector<float> partials(size_t(kStreams) * 2 * S::kPartialFloats, NAN), output(queries.size(), NAN);
-  std::vector<int> arrived(kStreams);
-  a.partials = partials.data();
-  a.arrived = arrived.data();
-  a.output = output.data();
-  simt::Machine::launch({1, 1, 1}, S::kThreads, shared_bytes<S>(), [&] { AttendKernel<S>::run(a); });
+  const std::vector<float> output = emulate_attend<S>(a, 1);
 
   const auto attention = [&](const std::vector<float>(&of)[2]) {
     std::vector<double> outputs;

@@ -168,13 +168,7 @@ void run(const DeviceInfo& device, const Case& c) {
 
   if (!accept(c, encode(device, p, nullptr), "encoding")) return;
   Array<float> raw(random.normals(size_t(c.n_streams) * c.n_tokens * n_heads * d));
-  AttendArgs a;
-  a.n_streams = c.n_streams;
-  a.n_tokens = c.n_tokens;
-  a.n_kv_heads = c.n_kv_heads;
-  a.group = c.group;
-  a.head_dim = d;
-  a.n_cells = c.n_cells;
+  AttendArgs a = attend_args(c, d);
   a.keys = p.key_cache;
   a.values = p.value_cache;
   a.key_codec = p.key_codec;
@@ -184,7 +178,6 @@ void run(const DeviceInfo& device, const Case& c) {
   a.query_token_stride = size_t(n_heads) * d;
   a.query_stream_stride = c.n_tokens * a.query_token_stride;
   a.scale = 1.5f / std::sqrt(float(d));
-  a.softcap = c.softcap;
   std::vector<uint16_t> mask(size_t(n_all) * c.n_tokens);
   for (uint16_t& m : mask) m = float_to_half(random.below(4) == 0 ? -INFINITY : -0.125f * float(random.below(8)));
   Array<uint16_t> mask_d(mask);
@@ -209,15 +202,7 @@ void run(const DeviceInfo& device, const Case& c) {
       if (slots[i] == 0) tokens[cells[i] / c.n_cells * c.n_window] = i;
     }
     new_tokens.host = tokens;
-    a.fresh = {p.keys,
-               p.values,
-               p.key_token_stride,
-               p.key_head_stride,
-               p.value_token_stride,
-               p.value_head_stride,
-               new_tokens.upload(),
-               window_keys.device(),
-               window_values.device()};
+    a.fresh = new_rows(p, new_tokens.upload());
     window_keys.download();
     window_values.download();
     for (size_t i = 0; i < window_keys.host.size(); i++) {

@@ -300,15 +300,8 @@ TEST(CudaWindow, Vectors) {
     TestWindow window(script.size, script.slots, n_cells, script.n_streams);
     WindowOwners owners;
     for (const WindowScript::Step& step : script.steps) {
-      if (step.what == WindowScript::Step::remove) {
-        owners.remove(step);
-        continue;
-      }
-      std::vector<int64_t> cells;
-      for (const WindowScript::Token& token : step.tokens) {
-        owners.write(token);
-        cells.push_back(token.cell);
-      }
+      const std::vector<int64_t> cells = owners.take(step);
+      if (step.what == WindowScript::Step::remove) continue;
       std::vector<uint16_t> mask;
       for (int64_t token : cells) {
         for (int64_t cell = token / n_cells * n_cells, i = 0; i < n_cells; i++) {

@@ -11,6 +11,7 @@
 #include "codec/head_codec.h"
 #include "cuda/host/tables.h"
 #include "cuda/layout.h"
+#include "cuda/types.h"
 
 namespace thimble::cuda {
 
@@ -76,6 +77,20 @@ inline double relative_error(const std::vector<float>& x, const std::vector<doub
     size += expected[i] * expected[i];
   }
   return std::sqrt(error / size);  // NaN wherever x has one
+}
+
+/// The sizes of a case, which has them by these names.
+template <typename Case>
+AttendArgs attend_args(const Case& c, int head_dim) {
+  AttendArgs a;
+  a.n_streams = c.n_streams;
+  a.n_tokens = c.n_tokens;
+  a.n_kv_heads = c.n_kv_heads;
+  a.group = c.group;
+  a.head_dim = head_dim;
+  a.n_cells = c.n_cells;
+  a.softcap = c.softcap;
+  return a;
 }
 
 /// The relative error that a format's arithmetic may add: less than a tenth of what the codec itself costs (see

@@ -6,12 +6,12 @@
 #include <algorithm>
 #include <map>
 
-#include "cuda/attend/kernel.h"
 #include "cuda/attend/score_kernel.h"
 #include "cuda/attend/shape.h"
 #include "cuda/attend/shared.h"
 #include "cuda/encode/encode_kernel.h"
 #include "cuda/retrieve/kernel.h"
+#include "emulated_attend.h"
 #include "fixture.h"
 
 namespace thimble::cuda {
@@ -146,12 +146,7 @@ private:
 
   void score() {
     AttendArgs& a = attend_;
-    a.n_streams = c_.n_streams;
-    a.n_tokens = c_.n_tokens;
-    a.n_kv_heads = c_.n_kv_heads;
-    a.group = c_.group;
-    a.head_dim = D;
-    a.n_cells = c_.n_cells;
+    a = attend_args(c_, D);
     deal_out(a, c_.n_splits, 0);
     a.keys = view(0);
     if (!c_.drop_tail) a.values = view(1);
@@ -162,7 +157,6 @@ private:
     a.query_token_stride = size_t(c_.n_kv_heads) * c_.group * D;
     a.query_stream_stride = c_.n_tokens * a.query_token_stride;
     a.scale = kScale;
-    a.softcap = c_.softcap;
     mask_.resize(size_t(c_.n_streams) * c_.n_tokens * c_.n_cells);
     for (uint16_t& m : mask_) m = float_to_half(random_.below(3) == 0 ? -INFINITY : -0.125f * float(random_.below(16)));
     if (c_.mask) {
@@ -288,15 +282,8 @@ private:
   void attend() {
     AttendArgs a = with_retrieved(attend_, retrieve_, c_.drop_tail);
     deal_out(a, c_.n_splits, 0);
-    const int n_pairs = c_.n_kv_heads * a.row_groups, n_heads = c_.n_kv_heads * c_.group;
-    std::vector<float> partials(size_t(c_.n_streams) * (c_.n_splits + 1) * n_pairs * S::kPartialFloats, NAN);
-    std::vector<int> arrived(c_.n_streams * n_pairs);
-    std::vector<float> output(size_t(c_.n_streams) * c_.n_tokens * n_heads * D, NAN);
-    a.partials = partials.data();
-    a.arrived = arrived.data();
-    a.output = output.data();
-    simt::Machine::launch({std::min(2, a.n_streams * a.n_splits), c_.n_kv_heads, a.row_groups}, S::kThreads,
-                          shared_bytes<S>(), [&] { AttendKernel<S>::run(a); });
+    const int n_heads = c_.n_kv_heads * c_.group;
+    const std::vector<float> output = emulate_attend<S>(a, std::min(2, a.n_streams * a.n_splits));
 
     std::vector<double> expected;
     for (int i = 0; i < c_.n_streams * c_.n_tokens * n_heads; i++) {

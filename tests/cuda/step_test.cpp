@@ -5,11 +5,10 @@
 
 #include <cstring>
 
-#include "cuda/attend/kernel.h"
 #include "cuda/attend/shape.h"
-#include "cuda/attend/shared.h"
 #include "cuda/encode/encode_kernel.h"
 #include "cuda/encode/window_kernel.h"
+#include "emulated_attend.h"
 #include "fixture.h"
 
 namespace thimble::cuda {
@@ -145,14 +144,7 @@ private:
     a.fresh.window_keys = rows_[0].data();
     a.fresh.window_values = rows_[1].data();
     deal_out(a, 1, 0);
-    const int pairs = kHeads * a.row_groups;
-    std::vector<float> partials(2 * pairs * Shape::kPartialFloats), output(queries.size(), NAN);
-    std::vector<int> arrived(pairs);
-    a.partials = partials.data();
-    a.arrived = arrived.data();
-    a.output = output.data();
-    simt::Machine::launch({1, kHeads, a.row_groups}, Shape::kThreads, shared_bytes<Shape>(),
-                          [&] { AttendKernel<Shape>::run(a); });
+    const std::vector<float> output = emulate_attend<Shape>(a, 1);
 
     std::vector<double> expected;
     std::vector<float> transformed(kDim), k(kDim), v(kDim), mean(kDim), out(kDim);

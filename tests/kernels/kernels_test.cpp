@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "codec/half.h"
+#include "support/random.h"
 
 #ifdef __SSE__
 #include <xmmintrin.h>
@@ -25,14 +26,6 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr double kRates[] = {4.0, 3.0, 2.0, 1.5, 1.25, 1.0};
-
-std::vector<float> gaussian(size_t n, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> x(n);
-  for (float& v : x) v = normal(random);
-  return x;
-}
 
 // Compares bits, so that NaNs count as equal and zeros of different sign do not.
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {

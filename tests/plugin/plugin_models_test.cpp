@@ -57,6 +57,14 @@ Case different_sizes(uint32_t keys, uint32_t values) {
           false};
 }
 
+TinyModel softcap(uint32_t sliding_window) {
+  return {"gemma2",
+          {{"attention.sliding_window", sliding_window},
+           {"attn_logit_softcapping", 20.0f},
+           {"attention.key_length", 64u},
+           {"attention.value_length", 64u}}};
+}
+
 std::vector<Case> cases() {
   return {
       heads(32),
@@ -75,25 +83,8 @@ std::vector<Case> cases() {
       different_sizes(96, 128),
       different_sizes(192, 128),
       {"Alibi", {"mpt", {{"attention.max_alibi_bias", 8.0f}}}},
-      {"SoftcapAndSmallSlidingWindow",
-       {"gemma2",
-        {{"attention.sliding_window", 64u},
-         {"attn_logit_softcapping", 20.0f},
-         {"attention.key_length", 64u},
-         {"attention.value_length", 64u}}},
-       {1},
-       true,
-       false},
-      {"SoftcapAndLargeSlidingWindow",
-       {"gemma2",
-        {{"attention.sliding_window", 1500u},
-         {"attn_logit_softcapping", 20.0f},
-         {"attention.key_length", 64u},
-         {"attention.value_length", 64u}}},
-       {2},
-       true,
-       false,
-       0},
+      {"SoftcapAndSmallSlidingWindow", softcap(64), {1}, true, false},
+      {"SoftcapAndLargeSlidingWindow", softcap(1500), {2}, true, false, 0},
       {"Sinks",
        {"gpt-oss",
         with(kExperts,

@@ -36,6 +36,24 @@ struct WindowScript {
 /// Who wrote which cell: what llama.cpp knows, and tells by masks.
 class WindowOwners {
 public:
+  /// The cells that a step writes or that arrive by it, none where it removes.
+  std::vector<int64_t> take(const WindowScript::Step& step) {
+    std::vector<int64_t> cells;
+    if (step.what == WindowScript::Step::remove) remove(step);
+    for (const WindowScript::Token& token : step.tokens) {
+      write(token);
+      cells.push_back(token.cell);
+    }
+    return cells;
+  }
+  bool sees(int64_t token, int64_t cell) const {
+    const auto it = owner_.find(cell);
+    const auto [sequence, position] = owner_.at(token);
+    return it != owner_.end() && it->second.first == sequence && it->second.second <= position;
+  }
+  int importance(int64_t cell) const { return importance_.at(cell); }
+
+private:
   void write(const WindowScript::Token& token) {
     owner_[token.cell] = {token.sequence, length_[token.sequence]++};
     importance_[token.cell] = token.importance;
@@ -48,14 +66,7 @@ public:
     int& length = length_[step.sequence];
     if (step.end >= length) length = std::min(step.first, length);
   }
-  bool sees(int64_t token, int64_t cell) const {
-    const auto it = owner_.find(cell);
-    const auto [sequence, position] = owner_.at(token);
-    return it != owner_.end() && it->second.first == sequence && it->second.second <= position;
-  }
-  int importance(int64_t cell) const { return importance_.at(cell); }
 
-private:
   std::map<int64_t, std::pair<int, int>> owner_;  // sequence, position
   std::map<int64_t, int> importance_;
   std::map<int, int> length_;

@@ -3,8 +3,9 @@
 #include <ggml-backend.h>
 #include <ggml.h>
 
-#include <cstdio>
 #include <stdexcept>
+
+#include "cache/cache_name.h"
 
 namespace thimble {
 
@@ -14,21 +15,19 @@ bool EmulatedCache::callback(ggml_tensor* node, bool ask, void* user_data) {
   if (!stores && !attends) return !ask;
   const ggml_tensor* root = stores ? node : node->src[1];
   while (root->view_src) root = root->view_src;
-  char letter = 0;
-  int layer = -1;
-  if (std::sscanf(root->name, "cache_%c_l%d", &letter, &layer) != 2) return !ask;
-  if (attends && !self.attends(layer)) return !ask;
+  const auto cache = parse_cache_name(root->name);
+  if (!cache || (attends && !self.attends(cache->layer))) return !ask;
   if (ask) return true;
   try {
     if (root->type != GGML_TYPE_F16 || !ggml_backend_buffer_is_host(root->buffer)) {
       throw std::runtime_error("an emulated cache must be f16 and in memory that the CPU reaches");
     }
     if (attends) {
-      self.attended(node, layer);
+      self.attended(node, cache->layer);
     } else {
       int64_t first_written = 0;
       ggml_backend_tensor_get(node->src[1], &first_written, 0, sizeof first_written);
-      self.stored(root, layer, letter == 'k' ? Kind::key : Kind::value, int(first_written), int(node->src[1]->ne[0]));
+      self.stored(root, cache->layer, cache->kind, int(first_written), int(node->src[1]->ne[0]));
     }
   } catch (const std::exception& e) {
     self.error_ = e.what();

@@ -22,6 +22,7 @@ namespace thimble::cuda {
 
 template <typename S>
 struct AttendCombine {
+  static constexpr int D = S::kHeadDim, N = D / 32;
   using Items = AttendItems<S>;
   using Matrix = RowsTimesMatrix<S>;
   using Shared = AttendShared<S>;
@@ -30,7 +31,6 @@ struct AttendCombine {
   using Exact = AttendExact<S>;
   using Warps = WarpParts<S>;
   using Partials = AttendPartials<S>;
-  static constexpr int D = S::kHeadDim, N = D / 32;
   static constexpr size_t kCodedOutputs = Shared::coded_outputs(), kExactOutputs = Shared::exact_outputs();
   using Part = RowPart<N>;
 

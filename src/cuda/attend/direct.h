@@ -30,8 +30,9 @@ namespace thimble::cuda {
 template <typename S>
 struct AttendDirect {
   using Queries = AttendQueries<S>;
+  static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces;
+  static constexpr int W = S::kKeyWidth;
   using Shared = AttendShared<S>;
-  static constexpr int D = S::kHeadDim, W = S::kKeyWidth, MK = S::kKeySubspaces;
   static constexpr int kSteps = key_steps(MK);   // look-ups in which a lane walks its subspaces
   static constexpr int kTurns = W == 4 ? 2 : 1;  // of lanes that look into the same bank
   static constexpr int kRotations = kSteps / 2 / kTurns;

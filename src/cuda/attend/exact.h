@@ -27,12 +27,12 @@ namespace thimble::cuda {
 
 template <typename S>
 struct AttendExact {
+  static constexpr int D = S::kHeadDim, kRows = S::kRows;
   using Items = AttendItems<S>;
   using Rows = QueryRows<S>;
   using Row = typename Rows::Row;
   using Warps = WarpParts<S>;
   using Shared = AttendShared<S>;
-  static constexpr int D = S::kHeadDim, kRows = S::kRows;
   static constexpr int kTile = 16;                       // exact rows a warp takes at once
   static constexpr int kKeyLoads = D / 32;               // 16 bytes each, of each of a lane's two rows
   static constexpr int kValueLoads = D / 64;             // the same, of each of its four

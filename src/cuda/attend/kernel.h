@@ -29,6 +29,7 @@ namespace thimble::cuda {
 
 template <typename S>
 struct AttendKernel {
+  static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces, MV = S::kValueSubspaces;
   using Items = AttendItems<S>;
   using Queries = AttendQueries<S>;
   using Scores = ScoreTable<S>;
@@ -43,7 +44,6 @@ struct AttendKernel {
   using Lane = typename Cells::Lane;
   using Running = typename Cells::Running;
   using Row = typename Rows::Row;
-  static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces, MV = S::kValueSubspaces;
   static constexpr int kKeyLoads = Cells::kKeyLoads, kValueLoads = Cells::kValueLoads;
 
   /// Finds this warp's blocks in b.batch, or in the first later batch of this thread block in which it has any. If

@@ -10,8 +10,8 @@ namespace thimble::cuda {
 
 template <typename S>
 struct RowsTimesMatrix {
-  static constexpr int D = S::kHeadDim;
   using Shared = AttendShared<S>;
+  static constexpr int D = S::kHeadDim;
 
   /// Multiplies 4 rows in shared memory, float [4][D], with this head's matrix of `matrices`, [n_kv_heads][D][D].
   ///

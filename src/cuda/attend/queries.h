@@ -18,9 +18,9 @@ namespace thimble::cuda {
 template <typename S>
 struct AttendQueries {
   using Items = AttendItems<S>;
+  static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces, MV = S::kValueSubspaces;
   using Matrix = RowsTimesMatrix<S>;
   using Shared = AttendShared<S>;
-  static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces, MV = S::kValueSubspaces;
 
   SIMT static void copy_scales(const AttendArgs& a) {
     static_assert(MK <= S::kThreads && MV <= S::kThreads);

@@ -15,7 +15,6 @@ namespace thimble::cuda {
 template <typename S>
 struct QueryRows {
   using Items = AttendItems<S>;
-  using Shared = AttendShared<S>;
 
   /// A lane's query row. Its factors lie in shared memory, as registers are scarce.
   struct Row {
@@ -23,11 +22,15 @@ struct QueryRows {
     uint32_t mask;  // element of a.mask where the mask of its token begins
 
     /// Takes sums of table entries to logits in units of log2 e, when multiplied with them.
-    SIMT float factor() const { return simt::shared_at<float, offsetof(Shared, factors)>()[slot * S::kRows + t]; }
+    SIMT float factor() const {
+      return simt::shared_at<float, offsetof(AttendShared<S>, factors)>()[slot * S::kRows + t];
+    }
     /// What the logits of all coded cells lack, in the same units.
-    SIMT float offset() const { return simt::shared_at<float, offsetof(Shared, offsets)>()[slot * S::kRows + t]; }
+    SIMT float offset() const {
+      return simt::shared_at<float, offsetof(AttendShared<S>, offsets)>()[slot * S::kRows + t];
+    }
     /// Factor on the mask, in the same units.
-    SIMT float slope() const { return simt::shared_at<float, offsetof(Shared, slopes)>()[t]; }
+    SIMT float slope() const { return simt::shared_at<float, offsetof(AttendShared<S>, slopes)>()[t]; }
   };
 
   SIMT static Row make_row(const AttendArgs& a, int stream, int slot, int t) {
@@ -44,7 +47,7 @@ struct QueryRows {
   SIMT static void store_slopes(const AttendArgs& a) {
     const int t = simt::thread();
     if (t >= S::kRows) return;
-    simt::shared_at<float, offsetof(Shared, slopes)>()[t] =
+    simt::shared_at<float, offsetof(AttendShared<S>, slopes)>()[t] =
         a.slopes ? a.slopes[Items::query_row(a, t).head] * kLog2e : kLog2e;
   }
 

@@ -15,8 +15,8 @@ namespace thimble::cuda {
 
 template <typename S>
 struct ScoreTable {
-  static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces;
   using Shared = AttendShared<S>;
+  static constexpr int D = S::kHeadDim, MK = S::kKeySubspaces;
 
   // The table is made in two steps, load and fill, so that other work fits between them while codewords are on their
   // way. A thread has one column of the table, that is, one subspace of each plane, and every kCodeStride-th codeword.

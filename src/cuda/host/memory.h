@@ -17,20 +17,35 @@ inline Status fill_memory(void* data, int byte, size_t size) {
   return Status::from(cudaStreamSynchronize(nullptr));
 }
 
-class DeviceMemory {
+/// Memory that `Release` gives back.
+template <cudaError_t (*Release)(void*)>
+class OwnedMemory {
 public:
-  DeviceMemory() = default;
-  DeviceMemory(DeviceMemory&& other) noexcept
+  OwnedMemory() = default;
+  OwnedMemory(OwnedMemory&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+  OwnedMemory& operator=(OwnedMemory&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
     return *this;
   }
-  ~DeviceMemory() {
-    if (data_) (void)cudaFree(data_);
+  ~OwnedMemory() {
+    if (data_) (void)Release(data_);
   }
 
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  size_t size() const { return size_; }
+
+protected:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+class DeviceMemory : public OwnedMemory<cudaFree> {
+public:
   /// Makes the memory at least `size` bytes. If it must grow, this waits for the device; the contents are lost, all
   /// bytes are zero, and `moved` is set if given.
   Status reserve(size_t size, bool* moved = nullptr) {
@@ -47,28 +62,11 @@ public:
   }
   /// Sets all bytes, as fill_memory does.
   Status fill(int byte) { return fill_memory(data_, byte, size_); }
-
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-  size_t size() const { return size_; }
-
-private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
 };
 
 /// Host memory that stays where it is, so that kernels read and write it over the bus, at the host's own addresses.
-class PinnedMemory {
+class PinnedMemory : public OwnedMemory<cudaFreeHost> {
 public:
-  PinnedMemory() = default;
-  PinnedMemory(const PinnedMemory&) = delete;
-  PinnedMemory& operator=(const PinnedMemory&) = delete;
-  ~PinnedMemory() {
-    if (data_) (void)cudaFreeHost(data_);
-  }
-
   /// Allocates zeroed memory. Call it once.
   Status allocate(size_t size) {
     if (data_) return Status::invalid("memory is there already");
@@ -82,16 +80,6 @@ public:
   }
   /// Sets all bytes to zero, as fill_memory does. The device writes them, faster than a thread of the host.
   Status clear() { return fill_memory(data_, 0, size_); }
-
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-  size_t size() const { return size_; }
-
-private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
 };
 
 }  // namespace thimble::cuda

@@ -174,15 +174,7 @@ void CudaCache::attend_codes(CudaQueue& queue, Layer& layer, const AttendTask& t
   a.sinks = problem.sinks;
   a.exact[0] = device.window_rows(window_, stream);
   if (p.keys && p.values && !device.has_store()) {
-    a.fresh = {p.keys,
-               p.values,
-               p.key_token_stride,
-               p.key_head_stride,
-               p.value_token_stride,
-               p.value_head_stride,
-               window_.tokens(stream),
-               p.window.keys,
-               p.window.values};
+    a.fresh = cuda::new_rows(p, window_.tokens(stream));
     const size_t rows = size_t(stream) * p.n_kv_heads * p.window.capacity * p.head_dim;
     a.fresh.window_keys += rows;
     a.fresh.window_values += rows;

@@ -13,68 +13,148 @@
 namespace thimble {
 namespace {  // a copy to each unit, compiled with its flags
 
-constexpr float kLog2e = 1.44269504f;
-constexpr float kHidden = -__builtin_inff();
-constexpr int kLine = 64;  // cells to a block
+using Floats = __m256;
+using Lanes = __m256i;
+using Bytes = __m128i;
+constexpr int kLanes = 8, kColumns = 2, kMultiplyRows = 6, kMaxima = 1;
 
-inline __m256i first_lanes(int n) {
+inline Lanes first_lanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-
-// Eight floats, or the first n where there are fewer. AMD takes long over a masked store, whatever its mask.
-inline __m256 load_lanes(const float* from, int n) {
-  return n >= 8 ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, first_lanes(n));
+inline Floats all_of(float x) {
+  return _mm256_set1_ps(x);
 }
 
-inline void store_lanes(float* to, __m256 x, int n) {
+inline Floats load(const float* from) {
+  return _mm256_loadu_ps(from);
+}
+inline Floats load(const float* from, Lanes lanes) {
+  return _mm256_maskload_ps(from, lanes);
+}
+inline void store(float* to, Floats x) {
+  _mm256_storeu_ps(to, x);
+}
+inline void store(float* to, Floats x, Lanes lanes) {
+  _mm256_maskstore_ps(to, lanes, x);
+}
+
+// AMD takes long over a masked store, whatever its mask.
+inline Floats load_lanes(const float* from, int n) {
+  return n >= 8 ? load(from) : load(from, first_lanes(n));
+}
+inline void store_lanes(float* to, Floats x, int n) {
   if (n >= 8) {
-    _mm256_storeu_ps(to, x);
+    store(to, x);
   } else {
-    _mm256_maskstore_ps(to, first_lanes(n), x);
+    store(to, x, first_lanes(n));
   }
 }
 
-inline __m256i lanes_of_bits(unsigned bits) {
-  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
-}
-
-// 2^x, relative error 3e-6; 0 for x < -64, as weight_of has it. NaN stays NaN.
-inline __m256 exp2_of(__m256 x) {
-  const __m256 counts = _mm256_cmp_ps(x, _mm256_set1_ps(-64.0f), _CMP_NLT_UQ);
-  const __m256 magic = _mm256_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in low bits
-  const __m256 shifted = _mm256_add_ps(x, magic);
-  const __m256 f = _mm256_sub_ps(x, _mm256_sub_ps(shifted, magic));
-  __m256 p = _mm256_fmadd_ps(f, _mm256_set1_ps(0.0095701023f), _mm256_set1_ps(0.055917859f));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.24024744f));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.69312179f));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.99999928f));
-  const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
-  return _mm256_and_ps(counts, _mm256_castsi256_ps(bits));
-}
-
-inline __m256 load_half(const void* from) {
+inline Floats load_half(const void* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)));
 }
-
-inline __m256i load_bytes(const void* from) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+inline Floats load_halves(const uint8_t* from, int n) {
+  if (n >= 8) return load_half(from);
+  alignas(16) uint16_t room[8] = {};
+  __builtin_memcpy(room, from, size_t(n) * 2);
+  return load_half(room);
 }
 
-inline float max_of(__m256 x) {
+inline Floats fused(Floats a, Floats b, Floats c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+inline Floats magnitude(Floats x) {
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+}
+inline Floats smaller(Floats x, Floats y) {
+  return _mm256_min_ps(x, y);
+}
+inline Floats greater(Floats x, Floats y) {
+  return _mm256_max_ps(x, y);
+}
+inline Floats choose(unsigned bits, Floats x, Floats y) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const Lanes lanes = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
+  return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(lanes));
+}
+inline float max_of(Floats x) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
-
-inline float sum_of(__m256 x) {
+inline float sum_of(Floats x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-inline __m256 magnitude(__m256 x) {
-  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+// p times the power of 2 whose exponent `shifted` holds in its low bits, 0 where x < -64.
+inline Floats times_power(Floats p, Floats shifted, Floats x) {
+  const Floats counts = _mm256_cmp_ps(x, all_of(-64.0f), _CMP_NLT_UQ);
+  const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
+  return _mm256_and_ps(counts, _mm256_castsi256_ps(bits));
+}
+
+// The best gain of each lane so far, and the first codeword of the vector that it came from.
+struct Best {
+  Floats gain = all_of(kHidden);
+  __m256i first = _mm256_setzero_si256();
+};
+
+inline void keep_better(Floats gain, int first, Best& best) {
+  const Floats better = _mm256_cmp_ps(gain, best.gain, _CMP_GT_OQ);
+  best.gain = _mm256_blendv_ps(best.gain, gain, better);
+  best.first = _mm256_blendv_epi8(best.first, _mm256_set1_epi32(first), _mm256_castps_si256(better));
+}
+
+inline int lowest_best(const Best& best) {
+  const int equal = _mm256_movemask_ps(_mm256_cmp_ps(best.gain, all_of(max_of(best.gain)), _CMP_EQ_OQ));
+  alignas(32) int first[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(first), best.first);
+  int index = 127;
+  for (int lane = 0; lane < 8; lane++) {
+    if (equal >> lane & 1 && first[lane] + lane < index) index = first[lane] + lane;
+  }
+  return index;
+}
+
+template <int Half>
+inline Floats butterfly(Floats x) {
+  Floats other;
+  if constexpr (Half == 1) other = _mm256_permute_ps(x, 0xb1);
+  if constexpr (Half == 2) other = _mm256_permute_ps(x, 0x4e);
+  if constexpr (Half == 4) other = _mm256_permute2f128_ps(x, x, 0x01);
+  constexpr int kUpper = Half == 1 ? 0xaa : Half == 2 ? 0xcc : 0xf0;
+  return _mm256_blend_ps(_mm256_add_ps(x, other), _mm256_sub_ps(other, x), kUpper);
+}
+
+inline void transpose(Floats r[8]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {  // lane l of u[i + j]: column 4 l + j of rows i to i + 3
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int j = 0; j < 4; j++) {
+    r[j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+    r[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+  }
+}
+
+inline Bytes zip_low(Bytes a, Bytes b) {
+  return _mm_unpacklo_epi8(a, b);
+}
+inline Bytes zip_high(Bytes a, Bytes b) {
+  return _mm_unpackhi_epi8(a, b);
+}
+
+inline __m256i load_bytes(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
 
 // 32 codes, taken apart.

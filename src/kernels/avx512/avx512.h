@@ -9,30 +9,140 @@
 namespace thimble {
 namespace {  // a copy to each unit, compiled with its flags
 
-constexpr float kLog2e = 1.44269504f;
-constexpr float kHidden = -__builtin_inff();
-constexpr int kLine = 64;  // cells to a block, bytes to a register
+using Floats = __m512;
+using Lanes = __mmask16;
+using Bytes = __m512i;
+constexpr int kLanes = 16, kColumns = 4, kMultiplyRows = 6, kMaxima = 4;
 
-inline __mmask16 first_lanes(int n) {
-  return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1);
+inline Lanes first_lanes(int n) {
+  return n >= 16 ? Lanes(0xffff) : Lanes((1u << n) - 1);
+}
+inline Floats all_of(float x) {
+  return _mm512_set1_ps(x);
 }
 
-// 2^x, relative error 3e-6; 0 for x < -64, as weight_of has it. NaN stays NaN.
-inline __m512 exp2_of(__m512 x) {
-  const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-64.0f), _CMP_NLT_UQ);
-  const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in low bits
-  const __m512 shifted = _mm512_add_ps(x, magic);
-  const __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(shifted, magic));
-  __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.0095701023f), _mm512_set1_ps(0.055917859f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24024744f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69312179f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99999928f));
+inline Floats load(const float* from) {
+  return _mm512_loadu_ps(from);
+}
+inline Floats load(const float* from, Lanes lanes) {
+  return _mm512_maskz_loadu_ps(lanes, from);
+}
+inline Floats load_lanes(const float* from, int n) {
+  return load(from, first_lanes(n));
+}
+inline Floats load_half(const void* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+}
+inline Floats load_halves(const void* from, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), from));
+}
+inline void store(float* to, Floats x) {
+  _mm512_storeu_ps(to, x);
+}
+inline void store(float* to, Floats x, Lanes lanes) {
+  _mm512_mask_storeu_ps(to, lanes, x);
+}
+inline void store_lanes(float* to, Floats x, int n) {
+  store(to, x, first_lanes(n));
+}
+
+inline Floats fused(Floats a, Floats b, Floats c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline Floats magnitude(Floats x) {
+  return _mm512_abs_ps(x);
+}
+inline Floats smaller(Floats x, Floats y) {
+  return _mm512_min_ps(x, y);
+}
+inline Floats greater(Floats x, Floats y) {
+  return _mm512_max_ps(x, y);
+}
+inline Floats choose(unsigned bits, Floats x, Floats y) {
+  return _mm512_mask_mov_ps(y, Lanes(bits), x);
+}
+inline float max_of(Floats x) {
+  return _mm512_reduce_max_ps(x);
+}
+inline float sum_of(Floats x) {
+  return _mm512_reduce_add_ps(x);
+}
+
+// p times the power of 2 whose exponent `shifted` holds in its low bits, 0 where x < -64.
+inline Floats times_power(Floats p, Floats shifted, Floats x) {
+  const Lanes counts = _mm512_cmp_ps_mask(x, all_of(-64.0f), _CMP_NLT_UQ);
   return _mm512_castsi512_ps(
       _mm512_maskz_add_epi32(counts, _mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
 }
 
-inline __m512 load_half(const void* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+// The best gain of each lane so far, and the first codeword of the vector that it came from.
+struct Best {
+  Floats gain = all_of(kHidden);
+  __m512i first = _mm512_setzero_si512();
+};
+
+inline void keep_better(Floats gain, int first, Best& best) {
+  const Lanes better = _mm512_cmp_ps_mask(gain, best.gain, _CMP_GT_OQ);
+  best.gain = _mm512_mask_mov_ps(best.gain, better, gain);
+  best.first = _mm512_mask_mov_epi32(best.first, better, _mm512_set1_epi32(first));
+}
+
+inline int lowest_best(const Best& best) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Lanes equal = _mm512_cmp_ps_mask(best.gain, all_of(max_of(best.gain)), _CMP_EQ_OQ);
+  return int(_mm512_mask_reduce_min_epu32(equal, _mm512_add_epi32(best.first, lane)) & 127);
+}
+
+template <int Half>
+inline Floats butterfly(Floats x) {
+  Floats other;
+  if constexpr (Half == 1) other = _mm512_permute_ps(x, 0xb1);
+  if constexpr (Half == 2) other = _mm512_permute_ps(x, 0x4e);
+  if constexpr (Half == 4) other = _mm512_shuffle_f32x4(x, x, 0xb1);
+  if constexpr (Half == 8) other = _mm512_shuffle_f32x4(x, x, 0x4e);
+  constexpr Lanes upper = Half == 1 ? 0xaaaa : Half == 2 ? 0xcccc : Half == 4 ? 0xf0f0 : 0xff00;
+  return _mm512_mask_sub_ps(_mm512_add_ps(x, other), upper, other, x);
+}
+
+inline void transpose(Floats r[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // lane l of r[i + j] becomes column 4 l + j of rows i to i + 3
+    const auto low = [&](int a, int b) {
+      return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[a]), _mm512_castps_pd(t[b])));
+    };
+    const auto high = [&](int a, int b) {
+      return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[a]), _mm512_castps_pd(t[b])));
+    };
+    r[i] = low(i, i + 2);
+    r[i + 1] = high(i, i + 2);
+    r[i + 2] = low(i + 1, i + 3);
+    r[i + 3] = high(i + 1, i + 3);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    const __m512 even = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+    const __m512 even2 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88),
+                 odd2 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_f32x4(even, even2, 0x88);
+    t[4 + j] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+    t[8 + j] = _mm512_shuffle_f32x4(even, even2, 0xdd);
+    t[12 + j] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+inline Bytes zip_low(Bytes a, Bytes b) {
+  return _mm512_unpacklo_epi8(a, b);
+}
+inline Bytes zip_high(Bytes a, Bytes b) {
+  return _mm512_unpackhi_epi8(a, b);
 }
 
 struct Table {

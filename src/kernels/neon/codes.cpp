@@ -1,5 +1,6 @@
 // NEON: attention from codes.
 #include "kernels/neon/neon.h"
+#include "kernels/vector/code_loops.h"
 
 namespace thimble {
 namespace {
@@ -117,15 +118,6 @@ void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, cons
       look_up_quarter<Rows, Wide>(luts, steps, n_subspaces, blocks[b], quarter, scores + b * kLine);
     }
   }
-}
-
-void look_up(const uint8_t* luts, const float* steps, int n_rows, int n_subspaces, bool wide,
-             const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores) {
-  using LookUp = void (*)(const uint8_t*, const float*, int, const uint8_t* const*, int, const Prefetch&, float*);
-  static constexpr LookUp kLookUp[2][kRowsAtOnce] = {
-      {look_up_rows<1, false>, look_up_rows<2, false>, look_up_rows<3, false>, look_up_rows<4, false>},
-      {look_up_rows<1, true>, look_up_rows<2, true>, look_up_rows<3, true>, look_up_rows<4, true>}};
-  kLookUp[wide][n_rows - 1](luts, steps, n_subspaces, blocks, n_blocks, prefetch, scores);
 }
 
 void value_scales(const uint8_t* const* blocks, int n_blocks, int codes_bytes, float* scales, float* log_scales,

@@ -9,27 +9,123 @@
 namespace thimble {
 namespace {  // a copy to each unit, compiled with its flags
 
-constexpr float kLog2e = 1.44269504f;
-constexpr float kHidden = -__builtin_inff();
-constexpr int kLine = 64;  // cells to a block
+using Floats = float32x4_t;
+using Lanes = int;  // how many: there is no mask
+using Bytes = uint8x16_t;
+constexpr int kLanes = 4, kColumns = 4, kMultiplyRows = 4, kMaxima = 1;
 
-// 2^x, relative error 3e-6; 0 for x < -64, as weight_of has it. NaN stays NaN.
-inline float32x4_t exp2_of(float32x4_t x) {
-  const uint32x4_t vanishes = vcltq_f32(x, vdupq_n_f32(-64.0f));
-  const float32x4_t n = vrndnq_f32(x);
-  const float32x4_t f = vsubq_f32(x, n);
-  float32x4_t p = vfmaq_f32(vdupq_n_f32(0.055917859f), f, vdupq_n_f32(0.0095701023f));
-  p = vfmaq_f32(vdupq_n_f32(0.24024744f), p, f);
-  p = vfmaq_f32(vdupq_n_f32(0.69312179f), p, f);
-  p = vfmaq_f32(vdupq_n_f32(0.99999928f), p, f);
-  const int32x4_t bits = vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(vcvtq_s32_f32(n), 23));
-  return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_s32(bits), vanishes));
+inline Lanes first_lanes(int n) {
+  return n;
+}
+inline Floats all_of(float x) {
+  return vdupq_n_f32(x);
 }
 
-inline float32x4_t load_half(const void* from) {
+inline Floats load(const float* from) {
+  return vld1q_f32(from);
+}
+inline Floats load_lanes(const float* from, int n) {
+  if (n >= 4) return load(from);
+  float room[4] = {};
+  for (int i = 0; i < n; i++) room[i] = from[i];
+  return load(room);
+}
+inline Floats load(const float* from, Lanes n) {
+  return load_lanes(from, n);
+}
+inline void store(float* to, Floats x) {
+  vst1q_f32(to, x);
+}
+inline void store_lanes(float* to, Floats x, int n) {
+  if (n >= 4) return store(to, x);
+  float room[4];
+  store(room, x);
+  for (int i = 0; i < n; i++) to[i] = room[i];
+}
+inline void store(float* to, Floats x, Lanes n) {
+  store_lanes(to, x, n);
+}
+
+inline Floats load_half(const void* from) {
   uint16x4_t h;
   __builtin_memcpy(&h, from, sizeof(h));
   return vcvt_f32_f16(vreinterpret_f16_u16(h));
+}
+inline Floats load_halves(const uint8_t* from, int n) {
+  if (n >= 4) return load_half(from);
+  uint16_t room[4] = {};
+  __builtin_memcpy(room, from, 2 * unsigned(n));
+  return load_half(room);
+}
+
+inline Floats fused(Floats a, Floats b, Floats c) {
+  return vfmaq_f32(c, a, b);
+}
+inline Floats magnitude(Floats x) {
+  return vabsq_f32(x);
+}
+inline Floats smaller(Floats x, Floats y) {
+  return vminq_f32(x, y);
+}
+inline Floats greater(Floats x, Floats y) {
+  return vmaxnmq_f32(x, y);
+}
+inline Floats choose(unsigned bits, Floats x, Floats y) {
+  const int32_t bit_of_lane[4] = {1, 2, 4, 8};
+  return vbslq_f32(vtstq_s32(vdupq_n_s32(int32_t(bits)), vld1q_s32(bit_of_lane)), x, y);
+}
+inline float max_of(Floats x) {
+  return vmaxnmvq_f32(x);
+}
+inline float sum_of(Floats x) {
+  return vaddvq_f32(x);
+}
+
+// p times the power of 2 whose exponent `shifted` holds in its low bits, 0 where x < -64.
+inline Floats times_power(Floats p, Floats shifted, Floats x) {
+  const uint32x4_t vanishes = vcltq_f32(x, all_of(-64.0f));
+  const uint32x4_t bits = vaddq_u32(vreinterpretq_u32_f32(p), vshlq_n_u32(vreinterpretq_u32_f32(shifted), 23));
+  return vreinterpretq_f32_u32(vbicq_u32(bits, vanishes));
+}
+
+// The best gain of each lane so far, and the first codeword of the vector that it came from.
+struct Best {
+  Floats gain = all_of(kHidden);
+  int32x4_t first = vdupq_n_s32(0);
+};
+
+inline void keep_better(Floats gain, int first, Best& best) {
+  const uint32x4_t better = vcgtq_f32(gain, best.gain);
+  best.gain = vbslq_f32(better, gain, best.gain);
+  best.first = vbslq_s32(better, vdupq_n_s32(first), best.first);
+}
+
+inline int lowest_best(const Best& best) {
+  const uint32x4_t equal = vceqq_f32(best.gain, vdupq_n_f32(vmaxvq_f32(best.gain)));
+  const int32_t lanes[4] = {0, 1, 2, 3};
+  return vminvq_s32(vbslq_s32(equal, vaddq_s32(best.first, vld1q_s32(lanes)), vdupq_n_s32(127)));
+}
+
+template <int Half>
+inline Floats butterfly(Floats x) {
+  const uint32_t upper_lanes[4] = {0, Half == 1 ? ~0u : 0, Half == 2 ? ~0u : 0, ~0u};
+  const Floats other = Half == 1 ? vrev64q_f32(x) : vextq_f32(x, x, 2);
+  return vbslq_f32(vld1q_u32(upper_lanes), other - x, x + other);
+}
+
+inline void transpose(Floats r[4]) {
+  const float32x4x2_t a = vtrnq_f32(r[0], r[1]), b = vtrnq_f32(r[2], r[3]);
+  r[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+  r[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+  r[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+  r[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}
+
+inline Bytes zip_low(Bytes a, Bytes b) {
+  return vzip1q_u8(a, b);
+}
+inline Bytes zip_high(Bytes a, Bytes b) {
+  return vzip2q_u8(a, b);
 }
 
 inline uint8x16_t load_bytes(const void* from) {
