@@ -14,8 +14,10 @@
 #   retrieval   a decoded token with 2 bits and the 64 best cells from pinned memory, and the GPU memory that takes
 #   prefill     a prompt of 32768 tokens, f16 and 2 bits
 #   quality     perplexity of a small real model: THIMBLE_MODEL=<GGUF> and THIMBLE_TEXT=<text of 5000 tokens or more>
-#   server      only when named: the cases of THIMBLE_CASES=<server_cases.py> on llama-server, of THIMBLE_MODEL, at 4 and 2 bits, with
-#               THIMBLE_PROFILE=<GGUF> and without a profile; THIMBLE_CASE names them (default: two_chats many_chats bad_slot)
+#   server      only when named: what llama-server does with saved states (server_states.py) and the cases of THIMBLE_CASES=
+#               <server_cases.py>, of THIMBLE_MODEL, at 4 and 2 bits, with THIMBLE_PROFILE=<GGUF> and without a profile; THIMBLE_CASE
+#               names the latter (default: two_chats many_chats bad_slot). f16 is CUDA0's. With quantized weights llama.cpp's own
+#               rounding hides what 4 bits do: take f32 ones (tests/support/dequantize_model.cpp)
 # The last five run programs from THIMBLE_BUILD, a build directory whose bin has thimble, the plugin for CUDA, llama.cpp's
 # programs and its ggml-cuda. Without it they are built in build-cuda while the kernels are measured, from the source of
 # llama.cpp at THIMBLE_LLAMA_CPP or where scripts/fetch-llama-cpp has left it. A first build takes half of the ten minutes,
@@ -154,32 +156,31 @@ quality() {
   done
 }
 
-# `thimble serve` is llama-server with the plugin. Where thimble is not built, which takes libraries that the plugin does
-# without, a few lines stand in for it.
+# `thimble serve` is llama-server with the plugin, and f16 on the CPU. A few lines stand in for it where f16 is to run on the GPU,
+# and where thimble is not built, which takes libraries that the plugin does without.
 server() {
   [ -n "${THIMBLE_CASES:-}" ] && [ -n "${THIMBLE_MODEL:-}" ] ||
     { echo "THIMBLE_CASES and THIMBLE_MODEL say which cases to run, of what model."; exit $not_run; }
   has llama-server
   local folder=$out/server profile failed=0
   mkdir -p "$folder"
-  if [ -e "$bin/thimble" ]; then
-    ln -sf "$(realpath "$bin/thimble")" "$folder/thimble"
-  else
-    cat > "$folder/thimble" << END
+  rm -f "$folder/thimble"
+  cat > "$folder/thimble" << END
 #!/bin/bash
 # usage: thimble serve --kv BITS [--profile GGUF] arguments of llama-server...
 [ "\$1 \$2" = "serve --kv" ] || exit 2
 kv=\$3 settings=bits=\$3
+if [ "\$kv" != f16 ] && [ -e "$(realpath "$bin")/thimble" ]; then exec "$(realpath "$bin")/thimble" "\$@"; fi
 shift 3
 if [ "\$1" = --profile ]; then settings+=,profile=\$2; shift 2; fi
 if [ "\$kv" = f16 ]; then exec "$(realpath "$bin")/llama-server" --device CUDA0 -ngl 99 -fa on "\$@"; fi
 export THIMBLE_KV=\$settings GGML_BACKEND_PATH="$(realpath "$bin/libggml-thimble.so")"
 exec "$(realpath "$bin")/llama-server" --device THIMBLE0 -ngl 99 -fa on "\$@"
 END
-    chmod +x "$folder/thimble"
-  fi
+  chmod +x "$folder/thimble"
   for profile in ${THIMBLE_PROFILE:+"$THIMBLE_PROFILE"} ""; do
     echo "-- profile: ${profile:-none}"
+    within 200 python3 bench/server_states.py "$bin" --model "$THIMBLE_MODEL" --profile "$profile" --logs "$folder/logs" || failed=1
     within 290 python3 "$THIMBLE_CASES" "$folder" ${THIMBLE_CASE:-two_chats many_chats bad_slot} --model "$THIMBLE_MODEL" \
       --profile "$profile" --kv 4,2 --threads 4 || failed=1
   done

@@ -1,6 +1,5 @@
 // `thimble run` and `thimble serve`: llama.cpp's own programs with the plugin loaded. Every flag that is not ours goes
 // to them as it is.
-#include <ggml-backend.h>
 #include <gguf.h>
 #include <unistd.h>
 
@@ -48,18 +47,6 @@ void check_model(const std::string& path) {
     throw std::runtime_error(path + " is cut short: tensor " + gguf_get_tensor_name(model.get(), i) +
                              " ends beyond its " + std::to_string(size) + " bytes");
   }
-}
-
-// llama-server stores the states of idle chats in RAM by default. Those of a cache on a CUDA device were tested under
-// emulation alone so far, so that they are left out unless asked for.
-void leave_out_states_on_cuda(const std::string& program, std::vector<std::string>& args) {
-  if (program != "llama-server" || has_flag(args, {"--cache-ram", "-cram"})) return;
-  ggml_backend_load_all();
-  ggml_backend_reg_t cuda = ggml_backend_reg_by_name("CUDA");
-  if (!cuda || ggml_backend_reg_dev_count(cuda) == 0) return;
-  std::fprintf(
-      stderr, "thimble: states of a coded cache on a CUDA device were never run on one: starting with --cache-ram 0\n");
-  args.insert(args.end(), {"--cache-ram", "0"});
 }
 
 // llama-server's router takes every GGUF file of a folder for a model. Where profiles lie among the models, it gets a
@@ -118,7 +105,6 @@ void set_environment(const LaunchFlags& flags, const std::string& model) {
     if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", "THIMBLE0"});
     if (!has_flag(args, {"-ngl", "--gpu-layers", "--n-gpu-layers"})) args.insert(args.end(), {"-ngl", "99"});
     if (!has_flag(args, {"-fa", "--flash-attn"})) args.insert(args.end(), {"-fa", "on"});
-    leave_out_states_on_cuda(program, args);
   }
   std::vector<char*> argv{const_cast<char*>(path.c_str())};
   for (std::string& arg : args) argv.push_back(arg.data());

@@ -10,6 +10,7 @@
 #include "cuda/encode/window_kernel.h"
 #include "fixture.h"
 #include "support/window_vectors.h"
+#include "test_window.h"
 
 namespace thimble::cuda {
 namespace {
@@ -227,68 +228,6 @@ TEST(CudaEncode, EqualsTheCodecBitForBit) {
   check<128>(1, 4, true, 3, 2);
   check<256>(2, 1, false, 2, 1);
 }
-
-// A cache's window on the device and what it needs of a batch.
-struct TestWindow {
-  TestWindow(WindowSize size, int slots, int cells, int n_streams)
-      : slots(slots), n_cells(cells), n_streams(n_streams) {
-    a.n_streams = n_streams;
-    a.cells_per_stream = a.mask_cells = cells;
-    a.last = size.last;
-    a.pool = size.pool;
-    a.spare = size.spare;
-    a.slots = slots;
-    a.capacity = slots + kMaxTokens;
-    const size_t rows = size_t(n_streams) * a.capacity;
-    books.resize(n_streams);
-    window.resize(rows, -1);
-    tokens = window;
-    order.resize(rows);
-    sequence.resize(rows);
-    leaving_cells.resize(rows);
-    leaving_slots.resize(rows);
-    hidden.resize(n_streams * cells / 32);
-    a.books = books.data();
-    a.window_cells = window.data();
-    a.tokens = tokens.data();
-    a.order = order.data();
-    a.sequence = sequence.data();
-    a.leaving_cells = leaving_cells.data();
-    a.leaving_slots = leaving_slots.data();
-    a.n_leaving = n_leaving;
-    a.hidden = hidden.data();
-    a.hidden_stream_stride = cells / 32;
-  }
-  /// `mask` [tokens][cells of a stream].
-  void update(const std::vector<int64_t>& cells, const std::vector<uint16_t>& mask) {
-    marks.assign(cells.size(), 99);
-    token_slots.assign(cells.size(), 99);
-    a.n_tokens = a.mask_tokens = int(cells.size());
-    a.cells = cells.data();
-    a.mask = mask.data();
-    a.mask_token_stride = n_cells;
-    a.marks = marks.data();
-    a.token_slots = token_slots.data();
-    simt::Machine::launch({1, n_streams}, WindowKernel::kThreads, WindowKernel::kSharedBytes,
-                          [&] { WindowKernel::run(a); });
-  }
-  std::vector<int64_t> exact() const {
-    std::vector<int64_t> cells;
-    for (size_t row = 0; row < window.size(); row++) {
-      if (window[row] >= 0) cells.push_back(int64_t(row / a.capacity) * n_cells + window[row]);
-    }
-    std::sort(cells.begin(), cells.end());
-    return cells;
-  }
-
-  int slots, n_cells, n_streams;
-  WindowArgs a;
-  std::vector<WindowBooks> books;
-  std::vector<int32_t> window, tokens, leaving_slots, token_slots;
-  std::vector<uint32_t> order, sequence, marks, hidden;
-  std::vector<int64_t> leaving_cells;
-  int n_leaving[2] = {0, 0};
-};
 
 // The scripts that every implementation is held to. This one has no judge, and no states are loaded.
 TEST(CudaWindow, Vectors) {

@@ -72,6 +72,8 @@ public:
 
   const CacheShape& shape() const { return shape_; }
   int head_dim() const { return codec(Kind::key).head_dim; }
+  /// Of a cell's keys or values as the model wrote them.
+  size_t row_bytes() const { return size_t(shape_.n_kv_heads) * head_dim() * sizeof(uint16_t); }
   const CodecTables& codec(Kind kind) const { return tables_[int(kind)].view(); }
   /// From `stream` on. Without data where there are no codes.
   CacheView view(Kind kind, int stream = 0) const;

@@ -66,6 +66,14 @@ const int32_t* CellState::upload(std::span<const int32_t> slots) {
   return static_cast<const int32_t*>(to);
 }
 
+bool CellState::finish(std::span<const EncodeArgs> layers, HostWindow& window) {
+  const HostWindow::Changes changes = window.finish();
+  if (!changes.any()) return false;
+  kernels_.begin();
+  change_window(layers, changes);
+  return true;
+}
+
 // ---- saving
 
 void CellState::save(const EncodeArgs& layer, Kind kind, const HostWindow& window, int64_t first, int64_t n,
@@ -134,7 +142,8 @@ void CellState::save_stored(const EncodeArgs& layer, Kind kind, int64_t first, i
 // ---- loading
 
 CellState::Refused CellState::load(std::span<const EncodeArgs> layers, size_t index, Kind kind, HostWindow& window,
-                                   std::span<const int64_t> cells, uint64_t hash, const uint8_t* rows) {
+                                   std::span<const int64_t> cells, uint64_t hash, const uint8_t* rows,
+                                   std::span<const uint32_t> orders) {
   const CellArgs side = side_of(layers[index], kind);
   const size_t bytes = row_bytes(side), n = cells.size();
   std::vector<RowKind> kinds(n);
@@ -150,7 +159,7 @@ CellState::Refused CellState::load(std::span<const EncodeArgs> layers, size_t in
   if (kind == Kind::key) {
     std::vector<bool> is_exact(n);
     for (size_t i : exact) is_exact[i] = true;
-    if (const auto changes = window.place(cells, is_exact); changes.any()) change_window(layers, changes);
+    if (const auto changes = window.place(cells, is_exact, orders); changes.any()) change_window(layers, changes);
   }
   const std::vector<int32_t> slots = window.slots_of(cells);
   load_codes(side, cells, slots, coded, rows);

@@ -47,6 +47,9 @@ public:
   // `layer`, of all layers: DeviceLayer::encode_args. Cells are numbered through all streams. A row has n_kv_heads *
   // head_dim f16 numbers.
 
+  /// HostWindow::finish; whether the caller is to write `window` back.
+  bool finish(std::span<const EncodeArgs> layers, HostWindow& window);
+
   /// The rows of cells first .. first + n - 1, bit for bit as save_cell writes them.
   void save(const EncodeArgs& layer, Kind kind, const HostWindow& window, int64_t first, int64_t n, uint64_t hash,
             uint8_t* rows);
@@ -58,9 +61,10 @@ public:
   /// go to their blocks; exact rows to the window, which all layers share, and into codes where that takes them not.
   /// With an exact store, all rows are exact, and the window takes the oldest and the last. Cells that leave the window
   /// for others, or enter it, do so in all layers: their rows are coded, or decoded. The caller writes `window` back
-  /// where keys came.
+  /// where keys came. `orders`: HostWindow::place's.
   Refused load(std::span<const EncodeArgs> layers, size_t index, Kind kind, HostWindow& window,
-               std::span<const int64_t> cells, uint64_t hash, const uint8_t* rows);
+               std::span<const int64_t> cells, uint64_t hash, const uint8_t* rows,
+               std::span<const uint32_t> orders = {});
 
   /// Keys of cells as f32, [cells][n_kv_heads][head_dim] in device memory, to be changed there. write_keys, with the
   /// same cells, puts them back rounded to f16: exact rows as they are, others coded again. Both have ended when they

@@ -70,7 +70,28 @@ void HostWindow::make_room(int stream, int n, const std::vector<bool>& stays, Ch
   for (int i = 0; i < std::min(n, int(turns.size())); i++) leave(stream, turns[i].slot, changes);
 }
 
-HostWindow::Changes HostWindow::place(std::span<const int64_t> arriving, const std::vector<bool>& exact) {
+HostWindow::Changes HostWindow::finish() {
+  Changes changes;
+  for (int stream = 0; stream < n_streams; stream++) {
+    const size_t first = size_t(stream) * capacity;
+    const auto by_order = [&](int a, int b) { return order[first + a] < order[first + b]; };
+    WindowBooks& of_stream = books[stream];
+    for (uint32_t i = 0; i < of_stream.n_single; i++) {
+      std::vector<int> members;
+      for (int slot = 0; slot < capacity; slot++) {
+        if (cells[first + slot] >= 0 && sequence[first + slot] == of_stream.single[i]) members.push_back(slot);
+      }
+      if (int(members.size()) <= last + pool + spare) continue;
+      std::sort(members.begin(), members.end(), by_order);
+      for (int rank = pool; rank < pool + spare + 1; rank++) leave(stream, members[rank], changes);
+    }
+    of_stream.n_single = 0;
+  }
+  return changes;
+}
+
+HostWindow::Changes HostWindow::place(std::span<const int64_t> arriving, const std::vector<bool>& exact,
+                                      std::span<const uint32_t> orders) {
   Changes changes;
   std::vector<std::vector<size_t>> members(n_streams);
   for (size_t i = 0; i < arriving.size(); i++) {
@@ -80,6 +101,10 @@ HostWindow::Changes HostWindow::place(std::span<const int64_t> arriving, const s
   }
   for (int stream = 0; stream < n_streams; stream++) {
     auto& sequence_cells = members[stream];
+    if (!orders.empty()) {
+      std::stable_sort(sequence_cells.begin(), sequence_cells.end(),
+                       [&](size_t a, size_t b) { return orders[a] < orders[b]; });
+    }
     const size_t first = size_t(stream) * capacity, n = sequence_cells.size();
     if (n > size_t(std::min(last + pool + 2 * spare, slots))) {  // its oldest and its last ones stay
       const size_t n_last = std::min(last, slots), n_oldest = std::min(pool, slots - int(n_last));
@@ -92,7 +117,7 @@ HostWindow::Changes HostWindow::place(std::span<const int64_t> arriving, const s
       if (slot < 0) entering.push_back(i);
       if (slot >= 0) stays[first + slot] = true;
     }
-    if (entering.empty()) continue;
+    if (sequence_cells.empty()) continue;
     const auto used = capacity - std::count(cells.begin() + first, cells.begin() + first + capacity, -1);
     make_room(stream, int(used) + int(entering.size()) - slots, stays, changes);
     const uint32_t number = ++books[stream].n_sequences;

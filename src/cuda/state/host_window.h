@@ -34,9 +34,14 @@ struct HostWindow {
     std::vector<int32_t> leaving_slots, entering_slots;
     bool any() const { return !leaving.empty() || !entering.empty(); }
   };
-  /// Deals out rows to cells of a sequence that arrive in its order; `exact` says of each whether its row came, else it
-  /// leaves. What the sequence keeps is kept in all layers: the next one, whose cells are the same, changes nothing.
-  Changes place(std::span<const int64_t> arriving, const std::vector<bool>& exact);
+  /// The end of the last batch, which the device leaves to the beginning of the next: what its single tokens made too
+  /// much leaves (WindowKernel::finish). A state has it behind it.
+  Changes finish();
+  /// Deals out rows to cells of a sequence that arrive; `exact` says of each whether its row came, else it leaves. The
+  /// sequence's order is that of `orders`, where there are any (SavedOrders), else that of arrival. What the sequence
+  /// keeps is kept in all layers: the next one, whose cells and orders are the same, changes nothing.
+  Changes place(std::span<const int64_t> arriving, const std::vector<bool>& exact,
+                std::span<const uint32_t> orders = {});
 
 private:
   void set(int stream, int slot, int32_t cell);

@@ -9,6 +9,7 @@
 #include "cuda/encode/encode.h"
 #include "cuda/host/cache.h"
 #include "cuda/retrieve/retrieve.h"
+#include "cuda/state/saved_orders.h"
 #include "cuda/state/state.h"
 #include "engine/cuda/cuda_queue.h"
 #include "engine/kv_cache.h"
@@ -58,7 +59,9 @@ private:
   void decode(const Layer& layer, const cuda::DenseRows& rows, bool before_batch, cudaStream_t stream);
   const float* slopes(CudaQueue& queue, float max_bias, int n_heads);
   cuda::CellState state();
-  cuda::HostWindow host_window() const;
+  std::vector<cuda::EncodeArgs> all_layers() const;
+  cuda::HostWindow host_window();
+  std::span<const uint32_t> orders_of(int layer, std::span<const int64_t> cells, const uint8_t* rows);
 
   cuda::DeviceInfo device_;
   WindowSize window_size_;
@@ -71,6 +74,9 @@ private:
   std::map<std::pair<float, int>, cuda::DeviceMemory> slopes_;
   cuda::DeviceMemory shifts_;
   std::unique_ptr<cuda::StateKernels> state_kernels_;  // once a state is saved or loaded
+  cuda::SavedOrders saved_orders_;                     // of the first layer's keys
+  std::vector<int64_t> arrived_;                       // the cells of which these were loaded last,
+  std::vector<uint32_t> arrived_orders_;               // and their orders, which are all layers'
 };
 
 }  // namespace thimble
