@@ -47,7 +47,7 @@ void CacheSide::encode_head(int head, const float* x, int64_t cell) const {
   const Kernels& k = kernels();
   float y[kMaxHeadDim];
   codec(head).transform.forward(x, y, 1, k.transform);
-  if (format().f16) return store_cell(codec(head), y, block(head, cell), in_block(cell));
+  if (format().f16) return encode_cell(codec(head), y, block(head, cell), in_block(cell));
   uint8_t coded[kMaxHeadDim];  // codes, then the scale
   const uint16_t scale = k.encode(codec(head), y, coded);
   std::memcpy(coded + format().n_subspaces(), &scale, sizeof(scale));
@@ -62,7 +62,7 @@ void CacheSide::decode_row(int64_t cell, float* row) const {
 
 void CacheSide::decode_head(int head, int64_t cell, float* x) const {
   float y[kMaxHeadDim];
-  load_cell(codec(head), block(head, cell), in_block(cell), y);
+  decode_cell(codec(head), block(head, cell), in_block(cell), y);
   codec(head).transform.inverse(y, x);
 }
 

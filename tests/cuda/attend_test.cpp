@@ -367,8 +367,8 @@ void expect_small_arithmetic_error(bool outliers) {
     std::vector<float> y(D);
     for (int cell = 0; cell < kCells; cell++) {
       codec.transform.forward(&rows[kind][size_t(cell) * D], y.data());
-      store_cell(codec, y.data(), block.data(), cell % kBlockCells);
-      load_cell(codec, block.data(), cell % kBlockCells, y.data());
+      encode_cell(codec, y.data(), block.data(), cell % kBlockCells);
+      decode_cell(codec, block.data(), cell % kBlockCells, y.data());
       codec.transform.output(y.data(), 1, &decoded[kind][size_t(cell) * D]);
       if (cell % kBlockCells != kBlockCells - 1) continue;
       block_to_cuda(codec.format, codec.kind, block.data(), &cache[kind][cell / kBlockCells * block_bytes]);
