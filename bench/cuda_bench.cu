@@ -109,7 +109,7 @@ int main(int argc, char** argv) {
         for (float& v : matrix) v = normal(engine) / 12;
         for (int i = 0; i < kDim; i++) matrix[i * kDim + i] += 2;
         codec->transform = Transform::dense(mean, matrix);
-        codec->prepare();
+        codec->derive_tables();
       }
     }
     DeviceTables key_tables, value_tables;

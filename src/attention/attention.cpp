@@ -10,7 +10,7 @@
 namespace thimble {
 namespace {
 
-constexpr float kHidden = -std::numeric_limits<float>::infinity();
+constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 constexpr int kPrefillTokens = 64;  // query tokens to an item, where they share decoded tiles
 
 inline float greater(float a, float b) {
@@ -47,14 +47,14 @@ void Attention::prepare_streams() {
     Stream& stream = streams_[s];
     stream.hidden.assign(n_blocks_, 0);
     stream.exact.clear();
-    if (from_store()) continue;  // which has them all, block by block
+    if (from_store()) continue;  // all cells are attended to exactly, from the store, block by block
     const int64_t cell0 = (p_.first_stream + s) * cells_per_stream;
     auto row = std::partition_point(rows.begin(), rows.end(), [&](const Window::Row& r) { return r.cell < cell0; });
     const Item all = all_tokens(s);
     int block = -1;
     uint64_t seen = ~uint64_t{0};
     const auto take = [&](int cell, const uint16_t* key, const uint16_t* value) {
-      // Rows of idle and of removed sequences are left out. For many tokens, to look is no gain.
+      // Rows that no query sees, of idle and of removed sequences, are left out. With many tokens, looking costs more.
       if (!prefills() && block != cell / kBlockCells) {
         block = cell / kBlockCells;
         const int first = block * kBlockCells;
@@ -71,8 +71,8 @@ void Attention::prepare_streams() {
   }
 }
 
-// Those at the end of which no query sees a coded cell: a cache is padded, and a short context is all window. They
-// would be shared between threads as if they were work.
+// Leaves out the last blocks if no query sees a coded cell of them: a cache is padded, and a short context has all its
+// cells in the window. Threads would share these blocks as if they were work.
 void Attention::leave_out_blocks() {
   const auto seen = [this](int block) {
     for (int stream = 0; stream < p_.n_streams; stream++) {
@@ -92,8 +92,8 @@ void Attention::add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t*
   tile.n_cells++;
 }
 
-// All units of all items, laid end to end, are cut into one stretch a thread, so that one long sequence uses every
-// thread whatever its number of heads.
+// Cuts the units of all items, laid end to end, into one stretch a thread, so that one long sequence keeps all threads
+// busy, however many heads there are.
 void Attention::prepare_parts() {
   const int n_kv_heads = p_.layer->keys().shape().n_kv_heads;
   const int tokens_per_item = prefills() ? kPrefillTokens : std::max(p_.n_tokens, 1);
@@ -119,7 +119,7 @@ void Attention::prepare_parts() {
       parts_.push_back({i, thread, first_unit, last_unit, result});
       result += 2 * softmax_size(item.n_tokens * group_);
     };
-    if (item.n_units == 0) add_part(0, 0);  // whose result is zeros
+    if (item.n_units == 0) add_part(0, 0);  // combine_token then finds nothing visible and writes zeros
     for (int unit = 0; unit < item.n_units;) {
       int64_t end = total * (thread + 1) / n_threads_ - begin;  // of the thread's stretch, from the item's first unit
       if (end <= unit) {
@@ -137,8 +137,8 @@ void Attention::prepare_parts() {
   if (retrieves()) prepare_retrieval();
 }
 
-// All blocks of all items, laid end to end, are cut into one stretch a thread, as `attend` cuts them: what a thread has
-// scored it finds in its own cache there.
+// Cuts the blocks of all items, laid end to end, into one stretch a thread, as prepare_parts does: a thread then
+// attends to about those cells that it has scored, which are in its processor's cache.
 void Attention::prepare_retrieval() {
   scores_.resize(items_.size() * n_blocks_ * kBlockCells);
   const size_t n_kept = keeps_scores() ? scores_.size() * group_ : 0;
@@ -157,7 +157,7 @@ Mask Attention::mask_of(const Item& item) const {
           ptrdiff_t(p_.mask_token)};
 }
 
-// Which cells some token of the item sees.
+// The cells that some token of the item sees, a bit each.
 uint64_t Attention::seen_by(const Item& item, const Mask& mask, int n_cells) const {
   const uint64_t all = n_cells == 64 ? ~uint64_t{0} : (uint64_t{1} << n_cells) - 1;
   uint64_t seen = mask.data ? 0 : all;
@@ -221,8 +221,8 @@ CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int 
           values.places().block_stride};
 }
 
-// Whoever scores the last of an item's blocks chooses its cells, and asks for their rows, at once: they are read while
-// other threads, and then this one, score other items.
+// Scores the thread's stretch of blocks. The thread that scores the last of an item's blocks also chooses the item's
+// cells and asks the store for their rows, which are then read while other items are scored.
 void Attention::retrieve(int thread) {
   for_stretch(thread, [&](int index, int first_block, int last_block) {
     Item& item = items_[index];
@@ -238,28 +238,32 @@ void Attention::score(const Item& item, int first_block, int last_block, ThreadM
                         mask_of(item), scores_of(item), memory.scratch);
 }
 
-// Puts the `top` greatest first. Returns the least of them, or kHidden where there are no more than these.
-float Attention::greatest_first(std::vector<Scored>& scored, size_t top) {
-  if (scored.size() <= top) return kHidden;
-  std::nth_element(scored.begin(), scored.begin() + (top - 1), scored.end(), [](const Scored& a, const Scored& b) {
+// Puts the `n` greatest scores first, in any order. Returns the least of them; kUnseen where there are no more than n.
+float Attention::greatest_first(std::vector<Scored>& scored, size_t n) {
+  if (scored.size() <= n) return kUnseen;
+  std::nth_element(scored.begin(), scored.begin() + (n - 1), scored.end(), [](const Scored& a, const Scored& b) {
     return a.score != b.score ? a.score > b.score : a.cell < b.cell;
   });
-  return scored[top - 1].score;
+  return scored[n - 1].score;
 }
 
-// Sets the bits of memory.chosen (by block) for the cells of the `top` greatest scores. Of any groups of cells, each of
-// those whose greatest score is among the `top` greatest brings one cell of at least the last of these, so that no
-// lesser cell is chosen. First blocks and then their lanes of four cells bound the scores so; few cells are left.
+// Sets the bits of memory.chosen (a word for each block) of the p_.top cells with the greatest scores.
+//
+// Few scores are looked at one by one. If cells are put into groups and the groups are ordered by their greatest
+// scores, then each of the first p_.top groups has a cell that scores at least as much as group number p_.top. So there
+// are p_.top such cells, and no cell with a lower score is chosen: that score is a bound. It is taken first over blocks
+// of 64 cells, then, in the blocks that reach it, over lanes of 4 cells; only the cells of lanes that reach it are
+// compared.
 void Attention::choose(const float* scores, ThreadMemory& memory) const {
-  constexpr int kLanes = 16;  // loops over them are the compiler's to vectorize
+  constexpr int kLanes = 16;  // lane j: cells j, j + 16, j + 32, j + 48. The compiler vectorizes loops over lanes
   const size_t top = size_t(p_.top);
-  std::vector<float>& lane_tops = memory.lane_tops;
+  std::vector<float>& lane_maxima = memory.lane_maxima;
   std::vector<Scored>&blocks = memory.blocks, &lanes = memory.lanes, &cells = memory.cells;
-  lane_tops.resize(size_t(n_blocks_) * kLanes);
+  lane_maxima.resize(size_t(n_blocks_) * kLanes);
   blocks.resize(n_blocks_);
   for (int b = 0; b < n_blocks_; b++) {
     const float* s = scores + b * kBlockCells;
-    float* lane = &lane_tops[size_t(b) * kLanes];
+    float* lane = &lane_maxima[size_t(b) * kLanes];
     for (int j = 0; j < kLanes; j++) lane[j] = greater(greater(s[j], s[j + 16]), greater(s[j + 32], s[j + 48]));
     float four[4];
     for (int j = 0; j < 4; j++) four[j] = greater(greater(lane[j], lane[j + 4]), greater(lane[j + 8], lane[j + 12]));
@@ -269,7 +273,7 @@ void Attention::choose(const float* scores, ThreadMemory& memory) const {
   lanes.clear();
   for (const Scored& block : blocks) {
     if (block.score < bound) continue;
-    const float* lane = &lane_tops[size_t(block.cell / kBlockCells) * kLanes];
+    const float* lane = &lane_maxima[size_t(block.cell / kBlockCells) * kLanes];
     for (int j = 0; j < kLanes; j++) {
       if (lane[j] >= bound) lanes.push_back({lane[j], block.cell + j});
     }
@@ -279,7 +283,7 @@ void Attention::choose(const float* scores, ThreadMemory& memory) const {
   for (const Scored& lane : lanes) {
     if (lane.score < bound) continue;
     for (int cell = lane.cell; cell < lane.cell + kBlockCells; cell += kLanes) {
-      if (scores[cell] >= bound && scores[cell] != kHidden) cells.push_back({scores[cell], cell});
+      if (scores[cell] >= bound && scores[cell] != kUnseen) cells.push_back({scores[cell], cell});
     }
   }
   greatest_first(cells, top);
@@ -302,7 +306,7 @@ void Attention::fetch(const Item& item, ThreadMemory& memory) {
     for (uint64_t left = memory.chosen[b]; left; left &= left - 1) {
       const int cell = b * kBlockCells + std::countr_zero(left);
       const uint16_t *key = keys.store()->row(cell0 + cell), *value = values.store()->row(cell0 + cell);
-      if (!key || !value) continue;  // seen, but never written
+      if (!key || !value) continue;  // the mask shows a cell that was never written
       memory.rows.push_back(cell0 + cell);
       retrieved.hidden[b] |= left & -left;
       add_row(retrieved.tiles, cell, key, value);
@@ -333,7 +337,7 @@ void Attention::attend_coded(const Item& item, int first_block, int last_block, 
     if (!seen) continue;
     kernels_->decode_block(k_codec, cells.k_block(b), k_tile);
     kernels_->decode_block(v_codec, cells.v_block(b), v_tile);
-    // What nobody sees may never have been written, and 0 times NaN is NaN.
+    // A cell that no token sees may never have been written: its bytes may be a NaN, and 0 times NaN is NaN.
     for (uint64_t left = ~seen; left; left &= left - 1) {
       std::fill_n(v_tile + size_t(std::countr_zero(left)) * p_.value_dim, p_.value_dim, 0.0f);
     }
@@ -341,7 +345,8 @@ void Attention::attend_coded(const Item& item, int first_block, int last_block, 
   }
 }
 
-// A block from its exact rows. What nobody sees may never have been written and is left out.
+// Attends to a block's cells from their exact rows. Cells that no token sees may never have been written and are left
+// out.
 void Attention::attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
                               Softmax& softmax) const {
   const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
@@ -398,7 +403,7 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
     float* at = &results_[part.result + i * softmax_size(n_rows)];
     std::fill_n(at, softmax_size(n_rows), 0.0f);
     softmax[i] = softmax_at(at, n_rows);
-    std::fill_n(softmax[i].max, n_rows, kHidden);
+    std::fill_n(softmax[i].max, n_rows, kUnseen);
   }
   if (from_store()) {
     for (int block = part.first_unit; block < last_block; block++) {
@@ -409,7 +414,7 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   }
   const std::vector<ExactTile>& exact = streams_[item.stream].exact;
   for (int unit = std::max(part.first_unit, block_units()); unit < part.last_unit; unit++) {
-    // A tile belongs to the part that its first unit is in.
+    // A tile is several units; the part that has the first of them attends to the tile.
     if ((unit - block_units()) % units_of_tile() != 0) continue;
     const size_t at = (unit - block_units()) / units_of_tile();
     if (at < exact.size()) {
@@ -433,8 +438,8 @@ void Attention::attend(int thread) {
   }
 }
 
-// The heads of one token: parts are brought to a common maximum and added, what came from codes has its transform
-// undone.
+// Writes the output of one token's heads. Brings the parts of each head to a common maximum and adds them up; the sum
+// of those that came from codes, which is in the transformed domain, is transformed back.
 void Attention::combine_token(const Item& item, int token, ThreadMemory& memory) {
   const int dim = p_.value_dim, n_rows = item.n_tokens * group_;
   memory.sums.assign(size_t(group_) * dim, 0.0f);
@@ -447,7 +452,7 @@ void Attention::combine_token(const Item& item, int token, ThreadMemory& memory)
     const int row = token * group_ + g, head = item.kv_head * group_ + g;
     float* result = results + size_t(head) * p_.out_head;
     std::fill_n(result, dim, 0.0f);
-    float top = p_.sinks ? p_.sinks[head] : kHidden;
+    float greatest = p_.sinks ? p_.sinks[head] : kUnseen;
     const auto for_each = [&](const auto& visit) {
       for (int i = item.first_part; i < item.first_part + item.n_parts; i++) {
         for (bool exact : {false, true}) {
@@ -456,17 +461,17 @@ void Attention::combine_token(const Item& item, int token, ThreadMemory& memory)
         }
       }
     };
-    for_each([&](const Softmax& part, bool) { top = std::max(top, part.max[row]); });
-    if (top == kHidden) continue;  // nothing visible: zeros, as ggml gives
+    for_each([&](const Softmax& part, bool) { greatest = std::max(greatest, part.max[row]); });
+    if (greatest == kUnseen) continue;  // nothing visible: zeros, as ggml gives
     for_each([&](const Softmax& part, bool exact) {
-      if (part.max[row] == kHidden && !std::isnan(part.sum[row])) return;
-      const float weight = weight_of(part.max[row] - top);
+      if (part.max[row] == kUnseen && !std::isnan(part.sum[row])) return;
+      const float weight = weight_of(part.max[row] - greatest);
       const float* acc = part.acc + size_t(row) * dim;
       float* to = exact ? result : &memory.sums[size_t(g) * dim];
       (exact ? totals : memory.weights)[g] += weight * part.sum[row];
       for (int d = 0; d < dim; d++) to[d] += weight * acc[d];
     });
-    totals[g] += memory.weights[g] + (p_.sinks ? std::exp(p_.sinks[head] - top) : 0.0f);
+    totals[g] += memory.weights[g] + (p_.sinks ? std::exp(p_.sinks[head] - greatest) : 0.0f);
   }
   // A short context has no coded cells yet: nothing to transform.
   if (std::any_of(memory.weights.begin(), memory.weights.end(), [](float w) { return w != 0; })) {

@@ -1,11 +1,11 @@
 // Attention of a batch of query tokens over one layer's cache: coded cells from their codes, the window and the batch
 // in flight from their exact rows, one softmax over both.
 //
-// With retrieval, few query tokens (decoding) attend exactly to the cells that matter to them most, too: all cells are
-// scored from their codes, and of those outside the window the `top` of greatest score are taken, for each stream and
-// KV head; the score of a cell is its greatest over the heads of the group and the query tokens, equal scores go to the
-// lower cell. The tail, all other cells, is attended to from codes, or dropped. Many query tokens (prefill) attend
-// exactly to all cells.
+// With retrieval, few query tokens (decoding) also attend exactly to the cells that matter most to them. For each
+// stream and KV head, all cells outside the window are scored from their codes, and the `top` cells with the greatest
+// scores are taken. A cell's score is the greatest over the heads of the group and the query tokens; of equal scores
+// the lower cell is taken. All other cells, the tail, are attended to from codes, or not at all. Many query tokens
+// (prefill) attend exactly to all cells.
 #pragma once
 
 #include <algorithm>
@@ -30,9 +30,9 @@ struct AttentionProblem {
   const CacheLayer* layer = nullptr;
   int n_heads = 0;    // query heads; a multiple of the layer's KV heads
   int n_tokens = 0;   // of each stream
-  int n_streams = 1;  // attended to, from first_stream on
+  int n_streams = 1;  // attended to: first_stream and those that follow it
   int first_stream = 0;
-  int64_t n_cells = 0;  // of each stream, from its first on
+  int64_t n_cells = 0;  // attended to in each stream, from its first cell on
   int value_dim = 0;
 
   const float* q = nullptr;
@@ -71,17 +71,19 @@ public:
   void attend(int thread);
 
 private:
-  // Query tokens that are attended together, for one stream and KV head. Their cells come in units of equal work,
-  // about: the blocks of the stream, then its tiles of exact rows, then the tiles of retrieved rows.
+  // Query tokens that are attended for together, of one stream and KV head. Their work is counted in units of about
+  // equal length: first one for each block of the stream, then units_of_tile() for each tile of exact rows, then as
+  // many for each tile of retrieved rows.
   struct Item {
     int stream, kv_head, first_token, n_tokens;
     int n_units;
     int first_part, n_parts;
-    // Whoever brings one to 0 has seen the last of them done, and goes on: chooses the cells, combines the parts.
+    // Threads count these down. The one that brings scorers_left to 0 chooses the item's cells; the one that brings
+    // parts_left to 0 combines its parts.
     int scorers_left, parts_left;
   };
-  // A thread's share of an item. Its result lies in results_: for the coded cells and then for the exact ones, each
-  // acc[rows][value_dim], max[rows], sum[rows], on cache lines of its own.
+  // A thread's share of an item. From results_[result] on lie two results, of the coded cells and of the exact ones,
+  // each acc[rows][value_dim], max[rows], sum[rows], beginning on a cache line of its own.
   struct Part {
     int item, thread;
     int first_unit, last_unit;
@@ -95,11 +97,11 @@ private:
     bool adjacent() const { return cells[n_cells - 1] - cells[0] == n_cells - 1; }
   };
   struct Stream {
-    std::vector<uint64_t> hidden;  // by block: cells that are attended exactly, a bit each
+    std::vector<uint64_t> hidden;  // by block: a bit for each cell that is attended to exactly, so not from its codes
     std::vector<ExactTile> exact;
   };
   struct Retrieved {
-    std::vector<uint64_t> hidden;  // as Stream::hidden, the retrieved cells with it
+    std::vector<uint64_t> hidden;  // Stream::hidden and the retrieved cells
     std::vector<ExactTile> tiles;
   };
   struct Scored {
@@ -111,7 +113,7 @@ private:
     Scratch k_tile, v_tile;                 // a block's keys and values as tiles
     std::vector<float> sums, out, weights;  // of combine
     std::vector<uint16_t> exact_mask;
-    std::vector<float> lane_tops;  // of choose
+    std::vector<float> lane_maxima;  // of choose
     std::vector<Scored> blocks, lanes, cells;
     std::vector<uint64_t> chosen;   // by block
     std::vector<int64_t> rows;      // of fetch
@@ -153,8 +155,9 @@ private:
   }
   size_t index_of(const Item& item) const { return size_t(&item - items_.data()); }
   float* scores_of(const Item& item) { return scores_.data() + index_of(item) * n_blocks_ * kBlockCells; }
-  // Whether attention takes the scores that cells were chosen by. Those of one token have 4 bytes for each head and
-  // cell, about the size of the keys' codes; several tokens' would be larger.
+  // Whether the scores by which cells are chosen are kept for attention, which then does not look keys up again. For
+  // one token they take 4 bytes for each head and cell, about as much as the keys' codes; for several they would take
+  // more.
   bool keeps_scores() const { return retrieves() && !p_.drop_tail && p_.n_tokens == 1; }
   RowScores kept_scores(const Item& item) const {
     if (!keeps_scores()) return {};
@@ -168,7 +171,7 @@ private:
   CodedCells coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const;
   static void add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t* key, const uint16_t* value);
   void score(const Item& item, int first_block, int last_block, ThreadMemory& memory);
-  static float greatest_first(std::vector<Scored>& scored, size_t top);
+  static float greatest_first(std::vector<Scored>& scored, size_t n);
   void choose(const float* scores, ThreadMemory& memory) const;
   void fetch(const Item& item, ThreadMemory& memory);
 

@@ -15,20 +15,23 @@ class ExactRows {
 public:
   virtual ~ExactRows() = default;
 
-  /// Makes room for the rows of a batch. Throws std::runtime_error where there is none.
+  /// Makes room for a row of each of a batch's cells. Throws std::runtime_error where the exact store is full.
   virtual void begin_batch(std::span<const int64_t> cells) = 0;
-  /// A row that the window names, or null where nothing was written to it yet.
+  /// Where the bytes of a row of the window lie; null for a slot that was never written to.
   virtual uint16_t* row(const Window::Row& row) const = 0;
-  /// The rows of a batch go to their slots, what is left of the batch goes.
+  /// Ends the batch: copies each of its rows that `moves` names to its slot, and drops the others. With an exact store
+  /// nothing is copied, as every row was written where it stays.
   virtual void end_batch(std::span<const Window::Move> moves) = 0;
 
-  /// The row of a cell that is in the window's slot `slot`, or in none (-1). Null where only codes are left of it.
+  /// The row of a cell that has the window's slot `slot`, -1 for none. Null where no row of the cell is kept.
   virtual uint16_t* at(int64_t cell, int slot) = 0;
-  /// Room for the row of a cell that is in the window or not, or null. Throws std::runtime_error as begin_batch.
+  /// Where a cell's row is to be written that arrives by itself (a loaded state): its place in the exact store; null
+  /// without one, where a row needs a slot (Window::place). Throws std::runtime_error where the store is full.
   virtual uint16_t* keep(int64_t cell) = 0;
 
-  /// All rows that lie by cell, from one stream's cells to another's, or the row of one slot to another slot.
+  /// Copies the rows of cells [from, from + n) to cells [to, to + n), in an exact store; elsewhere rows lie by slot.
   virtual void copy_cells(int64_t from, int64_t to, int64_t n) = 0;
+  /// Copies the row of one slot to another slot, where rows lie by slot.
   virtual void copy_slot(int from, int to) = 0;
   virtual void clear() = 0;
 
@@ -36,11 +39,11 @@ public:
   virtual const ExactStore* store() const { return nullptr; }
 };
 
-/// The window's rows: [n_slots][row_size] in `memory`, slots beyond those in memory of their own, and so is the batch
-/// in flight. `memory` must outlive the rows.
+/// Only the rows of the window and of the batch in flight: [n_slots][row_size] f16 in `memory`, which must outlive the
+/// rows. Slots beyond n_slots and the batch get memory of their own.
 std::unique_ptr<ExactRows> window_rows(int row_size, int n_slots, uint16_t* memory);
 
-/// The rows of all cells, in an exact store.
+/// The rows of all cells, in an exact store; a slot is then only a name for its cell.
 std::unique_ptr<ExactRows> stored_rows(std::unique_ptr<ExactStore> store);
 
 }  // namespace thimble

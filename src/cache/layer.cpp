@@ -47,7 +47,7 @@ void CacheSide::encode_head(int head, const float* x, int64_t cell) const {
   const Kernels& k = kernels();
   float y[kMaxHeadDim];
   codec(head).transform.forward(x, y, 1, k.transform);
-  if (format().f16) return store_cell(codec(head), y, block(head, cell), in_block(cell));
+  if (format().f16) return encode_cell(codec(head), y, block(head, cell), in_block(cell));
   uint8_t coded[kMaxHeadDim];  // codes, then the scale
   const uint16_t scale = k.encode(codec(head), y, coded);
   std::memcpy(coded + format().n_subspaces(), &scale, sizeof(scale));
@@ -62,7 +62,7 @@ void CacheSide::decode_row(int64_t cell, float* row) const {
 
 void CacheSide::decode_head(int head, int64_t cell, float* x) const {
   float y[kMaxHeadDim];
-  load_cell(codec(head), block(head, cell), in_block(cell), y);
+  decode_cell(codec(head), block(head, cell), in_block(cell), y);
   codec(head).transform.inverse(y, x);
 }
 
@@ -90,7 +90,7 @@ void CacheLayer::begin_write(Kind kind, std::span<const int64_t> cells) {
   mine = true;
 }
 
-// A batch that nothing attended to never became part of the window.
+// Encodes the rows of a batch that was never committed, as no attention came: the window did not take them in.
 void CacheLayer::code_abandoned() {
   const auto batch = window_.batch();
   for (Kind kind : {Kind::key, Kind::value}) {
@@ -144,7 +144,7 @@ void CacheLayer::keep_queries(const BatchQueries& queries, size_t n_rows) {
       queries.data ? queries_.data() : nullptr, queries.n_heads, queries.dim, int64_t(n_rows), row, head, 0};
 }
 
-// By heads first: each has its own codebook, which then serves many rows.
+// Head by head: each has its own codebook, which is then read once for many rows.
 void CacheLayer::code_leaving(int thread, int n_threads) {
   const int64_t n_rows = int64_t(changes_.leaving.size()), n_heads = keys_.shape().n_kv_heads;
   const int64_t total = 2 * n_heads * n_rows;
@@ -168,7 +168,7 @@ void CacheLayer::take_row(Kind kind, int64_t cell, const uint16_t* row) {
     window_.place(cell, leaving);
     for (const Window::Row& left : leaving) {
       for (const CacheSide* s : {&keys_, &values_}) {
-        // Its values may be still to come.
+        // The cell's values may not have come yet.
         if (const uint16_t* data = s->row_data(left)) s->encode_row(data, left.cell);
       }
     }

@@ -71,14 +71,15 @@ public:
   const BlockPlaces& places() const { return places_; }
   int in_block(int64_t cell) const { return int(cell % shape_.cells_per_stream % kBlockCells); }
 
-  /// Codes a row as the model wrote it, [n_kv_heads * head_dim] f16, where the side is coded. Rows of f16 are what is
-  /// coded, whatever the model computed in, so that a state that was saved and loaded codes to the same bytes.
+  /// Encodes a row as the model wrote it, [n_kv_heads * head_dim] f16, into the blocks; does nothing where the side has
+  /// no codes. The input is always f16, whatever the model computed in, so that a saved and loaded row gets the same
+  /// codes.
   void encode_row(const uint16_t* row, int64_t cell) const;
-  /// One head of such a row.
+  /// Encodes one head's part of such a row.
   void encode_head(int head, const uint16_t* row, int64_t cell) const;
   /// The numbers of one head, `x` [head_dim], as they are.
   void encode_head(int head, const float* x, int64_t cell) const;
-  /// The row that the codes stand for, transform undone.
+  /// The row that the codes stand for, in the model's own domain.
   void decode_row(int64_t cell, float* row) const;
   /// One head of it, `x` [head_dim].
   void decode_head(int head, int64_t cell, float* x) const;
@@ -86,10 +87,10 @@ public:
   /// Rows as the model wrote them.
   ExactRows& rows() { return *rows_; }
   const uint16_t* row_data(const Window::Row& row) const { return rows_->row(row); }
-  /// Those of all cells, or null.
+  /// The exact store, which has the rows of all cells, or null.
   const ExactStore* store() const { return rows_->store(); }
 
-  /// Copies all blocks of a stream, and the rows that lie by cell.
+  /// Copies a stream's blocks and, with an exact store, its rows to another stream. The window's slots are the layer's.
   void copy_stream(int from, int to);
 
 private:
@@ -120,19 +121,21 @@ public:
     return const_cast<CacheLayer*>(this)->exact_row(kind, cell);
   }
 
-  /// Starts a write of `cells` to one side. K and V of a batch arrive in either order; the second to arrive with the
-  /// same cells joins the batch that the first began. Throws std::runtime_error where the exact store is full; the
+  /// Starts writing one side of a batch's cells. Keys and values of a batch come in either order: the first begins the
+  /// batch, the second, with the same cells, joins it. Throws std::runtime_error where the exact store is full; the
   /// layer is then as it was.
   void begin_write(Kind kind, std::span<const int64_t> cells);
   /// Row `row` of the batch, f16. Rows may be stored by several threads at once.
   void write_row(Kind kind, int row, const uint16_t* data);
-  /// Before a batch is attended to, once both its sides are written: codes what the batch before, of several tokens,
-  /// made too many (Window::settle). `visible` as in Window::commit.
+  /// To be called before a batch is attended to, once both its sides are written: encodes the cells that leave because
+  /// of the batch before, if that had several tokens (Window::settle). `visible` as in Window::commit.
   void settle(const Window::Visible& visible);
-  /// Ends the batch; `visible` as in Window::commit. Its queries, row by row of the batch, say which cells matter most;
-  /// without them older cells do. In three steps, for a team of threads: one begins, from then on
-  /// the window is as it will be; all code their share of the cells that leave it; one ends, and exact rows move. Until
-  /// then they lie where they did, so that the batch may be attended to at any time before.
+  /// Ends the batch, in three steps for a team of threads:
+  ///   begin_commit   one thread: the window decides which cells leave and which rows get slots
+  ///   code_leaving   all threads: each encodes its share of the cells that leave
+  ///   end_commit     one thread: the batch's rows are copied to their slots
+  /// Rows do not move before end_commit, so the batch may be attended to until then. `visible` as in Window::commit;
+  /// `queries`, those of the batch's rows, decide which cells matter most (without them, older cells do).
   void begin_commit(const Window::Visible& visible, const BatchQueries& queries = {});
   void code_leaving(int thread, int n_threads);
   void end_commit();
@@ -142,8 +145,9 @@ public:
     end_commit();
   }
 
-  /// An exact row that arrives by itself, after ExactRows::keep. All keys of a state come before its values: keys after
-  /// values are of another sequence. The window takes it, where it has slots at all; it is coded where not.
+  /// Takes in the row of a loaded state's cell, whose place in the exact store ExactRows::keep has made. It goes to a
+  /// slot of the window, or is encoded where the window has none for it. A state's keys all come before its values, so
+  /// keys that come after values begin another sequence.
   void take_row(Kind kind, int64_t cell, const uint16_t* row);
 
   void copy_stream(Kind kind, int from, int to);

@@ -1,12 +1,12 @@
-// Which cells matter most, so that they stay exact when they are no longer among the last: those that queries look at
-// from any distance. Attention rests on the first token and on delimiters (sinks); to code their keys costs more than
-// to code all others.
+// Which cells matter most, and so stay exact when they are no longer among the last: those that queries attend to from
+// any distance. These are the first token and delimiters (sinks); coding their keys does more harm than coding all
+// others.
 //
 // A cell's score is the greatest over the query heads of
 //   z = (q.k - mean) / deviation
-// with q the mean of the batch's queries, k the cell's key, both as attention multiplies them, and mean and deviation
-// those of q.k over the sequence's last cells. It needs no history: a saved state goes on as if it had never been
-// saved.
+// with q the mean of the batch's queries and k the cell's key, both as attention multiplies them; mean and deviation
+// are those of q.k over the sequence's last cells. A score needs nothing but rows and queries, so that a loaded state
+// goes on as if it had never been saved.
 #pragma once
 
 #include <cstddef>

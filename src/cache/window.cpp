@@ -8,7 +8,7 @@ namespace {
 
 constexpr uint64_t kGone = 0;  // older than any sequence
 constexpr int64_t kCellsOfASequence = 1024;
-constexpr int kSequences = 4;  // that a stream of any size has slots for
+constexpr int kSequences = 4;  // at least so many have slots in a stream that may be shared
 
 bool by_cell(const Window::Row& a, const Window::Row& b) {
   return a.cell < b.cell;
@@ -99,7 +99,7 @@ void Window::begin_batch(std::span<const int64_t> cells) {
     overwritten_.insert(slots_[slot].sequence);
     empty(slots_[slot]);
   }
-  // What stays is in order already: sorting all of it would be the most of what a decoded token costs here.
+  // The rows that stay are in order already. Sorting them again would cost a decoded token more than all else here.
   std::erase_if(rows_, [this](const Row& row) { return row.in_flight || slots_[row.index].cell != row.cell; });
   const size_t n_slots = rows_.size();
   for (int i = 0; i < int(batch_.size()); i++) rows_.push_back({int32_t(batch_[i]), true, i});
@@ -108,7 +108,8 @@ void Window::begin_batch(std::span<const int64_t> cells) {
   listed_ = true;
 }
 
-// Marks what stays of all that a sequence has exact: all of it, if it is not more than `most`.
+// Marks which of a sequence's exact cells stay: all if they are no more than `most`; else its `last` last ones and the
+// size_.pool that matter most of the others.
 void Window::keep(Members& sequence, int last, int spare, int most, const Judge& judge) const {
   const int n = int(sequence.size());
   if (n <= most) {
@@ -118,9 +119,10 @@ void Window::keep(Members& sequence, int last, int spare, int most, const Judge&
   std::sort(sequence.begin(), sequence.end(), [](auto* a, auto* b) { return a->order < b->order; });
   int n_new = 0;
   for (const Candidate* c : sequence) n_new += c->row.in_flight;
-  // One by one, few tokens would have made cells leave when they were one too many; later ones would still be to come.
+  // Few tokens are treated as if they had come one by one: cells would have left when the sequence had one too many,
+  // and the tokens behind that one would not have been there yet. `end` is the number of cells that it had then.
   const int end = n_new <= spare ? last + size_.pool + spare + 1 : n;
-  std::vector<int> judges;  // batch rows: all of a prompt's; else the one that is too many, or the first there is
+  std::vector<int> judges;  // batch rows whose queries decide: all of a prompt, else the one too many, or the first
   for (const Candidate* c : sequence) {
     const bool is_one = judges.empty() && c->row.in_flight, decides = c == sequence[end - 1] && c->order > n_before_;
     if (n_new <= spare && decides) judges.clear();
@@ -144,7 +146,7 @@ void Window::keep(Members& sequence, int last, int spare, int most, const Judge&
   for (int i = 0; i < n_pool; i++) sequence[best[i].second]->keep = true;
 }
 
-// Where the sequences of one batch together have more to keep than there are slots, all of them keep fewer last cells.
+// Where the sequences of one batch together keep more cells than there are slots, lets each keep fewer last cells.
 void Window::fit(std::vector<Candidate>& candidates, std::vector<Members>& sequences, const Judge& judge) const {
   const auto excess = [&] {
     std::vector<int> n(n_used_.size());
@@ -163,8 +165,8 @@ void Window::fit(std::vector<Candidate>& candidates, std::vector<Members>& seque
   }
 }
 
-// Makes room for n more cells of a stream, or for size_.spare more if it has to make some, out of what no batch has
-// seen since `seen_from`.
+// Empties slots until n more cells of the stream fit; if it has to empty any, then at least size_.spare. The cells are
+// of sequences with numbers below `seen_from`, which the last batch did not see.
 void Window::make_room(int64_t stream, int n, uint64_t seen_from) {
   int missing = n_used_[stream] + n - max_slots_per_stream_;
   if (missing <= 0) return;
@@ -176,7 +178,7 @@ void Window::make_room(int64_t stream, int n, uint64_t seen_from) {
   std::sort(unseen.begin(), unseen.end(), [](const Slot* a, const Slot* b) {
     return a->sequence != b->sequence ? a->sequence < b->sequence : a->order < b->order;
   });
-  // By sequences: what is gone, then what is behind the pool, then the pool.
+  // Three rounds, each by sequences: cells of sequences that are gone, cells behind the pool, the pool.
   for (int round = 0; round < 3; round++) {
     for (auto at = unseen.begin(); at != unseen.end() && missing > 0;) {
       const auto end = std::find_if(at, unseen.end(), [=](const Slot* s) { return s->sequence != (*at)->sequence; });
@@ -233,7 +235,7 @@ void Window::copy_stream(int from, int to) {
   }
 }
 
-// All exact rows, those of the batch as written behind all others.
+// All exact rows. Those of the batch count as written last, in their order.
 std::vector<Window::Candidate> Window::candidates() const {
   std::vector<Candidate> all;
   all.reserve(rows().size());
@@ -245,7 +247,7 @@ std::vector<Window::Candidate> Window::candidates() const {
   return all;
 }
 
-// What each sequence of the batch has exact. They get new numbers.
+// The exact cells of each sequence in the batch. Gives these sequences new numbers.
 std::vector<Window::Members> Window::sequences(std::vector<Candidate>& candidates, const Visible& visible) {
   std::vector<Candidate*> of_batch(batch_.size());
   for (Candidate& c : candidates) {
@@ -274,7 +276,7 @@ std::vector<Window::Row> Window::settle(const Visible& visible, const Judge& jud
     std::erase_if(sequence, [](const Candidate* c) { return c->row.in_flight; });
     keep(sequence, size_.last, size_.spare, size_.total(), judge);
     for (const Candidate* c : sequence) {
-      // What another sequence sees as well is that one's to let go.
+      // A cell that a later sequence sees as well is left to that one to decide about.
       if (!c->keep && c->sequence == sequence.front()->sequence) leaving.push_back(c->row);
     }
   }
@@ -306,8 +308,8 @@ Window::Changes Window::commit(const Visible& visible, const Judge& judge) {
       continue;
     }
     const bool is_seen = c.sequence >= seen_from, gone = !is_seen && overwritten_.count(c.sequence);
-    // What is gone leaves when its room is needed, not at once: the next conversation is about to write over most of
-    // it, and what is written over need not be coded.
+    // Cells of a sequence that is gone leave when their slots are needed, not at once: the next conversation will write
+    // over most of them, and a cell that is written over need not be encoded.
     slots_[c.row.index].sequence = gone ? kGone : c.sequence;
     if (is_seen && !c.keep) empty(slots_[c.row.index]);
   }

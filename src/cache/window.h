@@ -2,26 +2,26 @@
 //
 //   - its `last` cells by order of writing, and
 //   - `pool` of its other cells: those that matter most (pool.h) when cells leave,
-//   - or up to `spare` more: where a sequence has more exact cells than the three together, those that are neither
-//   leave,
-//     all at once.
+//   - up to `spare` more. Where a sequence has more exact cells than last + pool + spare, all that are neither among
+//   the
+//     last nor in the pool leave at once.
 //
 // ggml tells a cache which cells are written and, later, which cells each query may see (the mask); it never names a
 // sequence. So sequences are read off the mask: two batch rows belong to the same sequence where the later one sees the
 // earlier one's cell, and what the last row of a sequence sees is the sequence. Cells' numbers mean nothing: a
 // restored, shifted or shared cache puts cells anywhere.
 //
-// Of several tokens at once some may be drafts that are taken back. So a batch of 2 to `spare` tokens of a sequence
-// makes nothing leave. The next batch shows which of them stayed, and before it is attended to cells leave as if these
-// had come one by one (settle).
+// Some tokens of a batch of several may be drafts that llama.cpp takes back. So a batch of 2 to `spare` tokens of a
+// sequence makes no cell leave. The mask of the next batch shows which tokens stayed; before that batch is attended to,
+// those cells leave that would have left if the tokens had come one by one (settle).
 //
-// Rows that arrive exactly (a loaded state) count as written then, in that order. What came together is taken for one
-// sequence until a batch shows what sequences there are.
+// Rows of a loaded state count as written when they arrive, in that order. Those that arrive together count as one
+// sequence until a batch shows which sequences there are.
 //
-// A stream has a bounded number of slots. Where it has none left, those sequences that no batch has seen for longest
-// give way first: they keep their `pool` oldest exact cells, which are those of the pool, and then nothing. Nor does
-// ggml say that a sequence was removed. One is taken for gone, so that its cells are the first to leave, when another
-// writes into a cell of its window.
+// A stream has a bounded number of slots. Where none is left, cells of sequences that the batch does not see leave, the
+// sequence that was seen longest ago first: in a first round those behind its `pool` oldest exact cells (which are its
+// pool), in a second the rest. ggml does not say that a sequence was removed, either: when a batch writes into a cell
+// of a sequence's window, that sequence counts as gone, and its other cells leave before all others.
 //
 // This class only keeps the books (cells, slots); the rows themselves are ExactRows'.
 #pragma once
@@ -39,11 +39,10 @@ namespace thimble {
 struct WindowSize {
   int last = 128;
   int pool = 40;
-  int spare = 16;  // a codebook that is read serves all that leave together
+  int spare = 16;  // cells leave, and are encoded, so many at a time: a codebook is then read once for all of them
   int total() const { return last + pool + spare; }
-  int slots() const {
-    return total() + spare;
-  }  // that a sequence may need: several tokens' cells wait for the next batch
+  /// Slots that a sequence may need: after a batch of several tokens, up to `spare` cells wait for the next batch.
+  int slots() const { return total() + spare; }
   bool operator==(const WindowSize&) const = default;
 };
 
@@ -53,11 +52,12 @@ public:
   /// equal share of them. Cells are numbered through all streams, `cells_per_stream` to each.
   Window(WindowSize size, int max_slots, int64_t cells_per_stream, int n_streams = 1);
 
-  /// Slots of a stream that make sequences of 1024 cells in a stream that they share as good as in streams of their
-  /// own, but never fewer than four sequences' in a stream that may be shared, nor more than the stream has cells.
+  /// Slots to give a stream: one sequence's for every 1024 cells, so that sequences of that length are as exact in a
+  /// shared stream as in one of their own; but at least four sequences' where the stream may be shared, and no more
+  /// than the stream has cells.
   static int slots_of_stream(WindowSize size, int64_t cells_per_stream, int n_streams);
 
-  /// A row that is at hand exactly: of a slot, or of the batch in flight.
+  /// An exact row: one in a slot, or one of the batch in flight.
   struct Row {
     int32_t cell;
     bool in_flight;
@@ -68,9 +68,9 @@ public:
     int32_t batch_row;
     int32_t slot;
   };
-  /// What the end of a batch does. A slot may be left and moved into.
+  /// What the end of a batch changes. One slot may be both left by a cell and moved into by another.
   struct Changes {
-    std::vector<Row> leaving;  // from now on their codes have to do
+    std::vector<Row> leaving;  // cells to encode from these rows, which are void afterwards
     std::vector<Move> moves;
   };
 
@@ -83,23 +83,23 @@ public:
 
   /// Whether batch row `row` may see `cell`.
   using Visible = std::function<bool(int row, int64_t cell)>;
-  /// How much each of `rows` matters to the queries of `batch_rows`, beside `recent` rows, into `scores`; the greater,
-  /// the more.
+  /// Writes to `scores` how much each of `rows` matters to the queries of the batch rows `batch_rows`, by comparison
+  /// with the rows `recent`: the greater, the more.
   using Judge = std::function<void(std::span<const int> batch_rows, std::span<const Row> rows,
                                    std::span<const Row> recent, std::span<float> scores)>;
-  /// Before the batch is attended to, where settles() says so: what leaves now. `judge` goes by rows of the batch
-  /// before.
+  /// To be called before a batch is attended to, where settles() is true: returns the rows that leave now because of
+  /// the batch before. `judge` gets rows of that batch.
   std::vector<Row> settle(const Visible& visible, const Judge& judge = nullptr);
   bool settles() const { return settles_; }
   /// Ends the batch. Without a judge, older cells matter more.
   Changes commit(const Visible& visible, const Judge& judge = nullptr);
 
-  /// Slot for a cell whose exact row arrives by itself (a loaded state), or -1 where there is none. What leaves for it
-  /// is appended to `leaving`.
+  /// Finds a slot for a cell of a loaded state; -1 where there is none. Rows that have to leave for it are appended to
+  /// `leaving`.
   int place(int64_t cell, std::vector<Row>& leaving);
-  /// What is placed from now on is of another sequence.
+  /// Cells that are placed from now on are of another sequence.
   void end_arrival() { arriving_ = 0; }
-  /// All that the window holds of one stream, to the same places of another.
+  /// Gives the cells of stream `to` slots as those of stream `from` have them.
   void copy_stream(int from, int to);
   /// Slot of a cell, or -1.
   int find(int64_t cell) const;
@@ -113,7 +113,7 @@ private:
   struct Slot {
     int64_t cell = -1;
     uint64_t order = 0;     // of writing
-    uint64_t sequence = 0;  // the last that saw it; numbers are given anew in every batch, so they tell the age, too
+    uint64_t sequence = 0;  // the last one that saw it. Every batch numbers its sequences anew, upwards: less is older
   };
   struct Candidate {
     Row row;

@@ -180,13 +180,13 @@ void Collector::attended(const ggml_tensor* node, int layer) {
         using Row = Eigen::Map<const Eigen::VectorXf>;
         const Row query(&queries[(size_t(t) * shape.n_heads + h) * shape.key_dim], shape.key_dim);
         std::vector<float> weights(n);
-        float top = -INFINITY;
+        float greatest = -INFINITY;
         for (int i = 0; i < n; i++) {
           const Row key(&keys[(size_t(h / group) * n_cells + i) * shape.key_dim], shape.key_dim);
           weights[i] = scale * query.dot(key);
-          top = std::max(top, weights[i]);
+          greatest = std::max(greatest, weights[i]);
         }
-        for (float& w : weights) w = std::exp(w - top);
+        for (float& w : weights) w = std::exp(w - greatest);
         layers_[layer]->add_attention(h / group, std::move(weights));
       }
     }

@@ -62,7 +62,7 @@ double distortion_of(const FittedHead& head, const FittedHead::Rate& rate, const
     for (Eigen::Index j = 0; j < dim; j++) a[i * dim + j] = head.transform.matrix(i, rate.order[j]);
   }
   codec.transform = Transform::dense({head.transform.mean.begin(), head.transform.mean.end()}, std::move(a));
-  codec.prepare();
+  codec.derive_tables();
   const Eigen::Index n = std::min<Eigen::Index>(kDistortionSamples, samples.rows()), step = samples.rows() / n;
   Matrix error(n, dim);
   std::vector<float> y(dim), decoded(dim);

@@ -1,8 +1,8 @@
 // How one vector (one token's K or V of one KV head, `head_dim` numbers) is laid out in memory.
 //
 // Coded vectors are cut into subspaces of 2, 4 or 8 numbers. Each subspace takes one byte: 7 bits of codeword index
-// and, in the top bit, the codeword's sign. So a width of 2, 4, 8 costs 4, 2, 1 bits a number, and mixing widths gives
-// every rate between. A vector has one f16 scale on top.
+// and, in the highest bit, the codeword's sign. So a width of 2, 4, 8 costs 4, 2, 1 bits a number, and mixing widths gives
+// every rate between. A vector has one f16 scale besides.
 //
 // Cells are stored in blocks of 64, one KV head to a block:
 //   coded:  code[n_subspaces][64] bytes, then scale[64] as f16

@@ -9,7 +9,7 @@
 
 namespace thimble {
 
-void HeadCodec::prepare() {
+void HeadCodec::derive_tables() {
   if (transform.head_dim() != format.head_dim) throw std::invalid_argument("transform does not fit the head size");
   if (format.f16) return;
   const size_t n_subspaces = format.n_subspaces();
@@ -40,7 +40,7 @@ HeadCodec make_uncalibrated_codec(Kind kind, const Format& format) {
     codec.transform = Transform::hadamard(format.head_dim);
     codec.codebook = builtin_codebook(format);
   }
-  codec.prepare();
+  codec.derive_tables();
   return codec;
 }
 
@@ -116,7 +116,7 @@ void copy_cell_in(const Format& format, Kind kind, const uint8_t* row, uint8_t* 
   std::memcpy(block + format.codes_bytes() + size_t(cell) * 2, row + m_count, 2);
 }
 
-void store_cell(const HeadCodec& codec, const float* y, uint8_t* block, int cell) {
+void encode_cell(const HeadCodec& codec, const float* y, uint8_t* block, int cell) {
   uint8_t row[kMaxHeadDim * 2];
   const Format& format = codec.format;
   if (format.f16) {
@@ -131,7 +131,7 @@ void store_cell(const HeadCodec& codec, const float* y, uint8_t* block, int cell
   copy_cell_in(format, codec.kind, row, block, cell);
 }
 
-void load_cell(const HeadCodec& codec, const uint8_t* block, int cell, float* y) {
+void decode_cell(const HeadCodec& codec, const uint8_t* block, int cell, float* y) {
   uint8_t row[kMaxHeadDim * 2];
   const Format& format = codec.format;
   copy_cell_out(format, codec.kind, block, cell, row);

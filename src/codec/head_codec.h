@@ -17,12 +17,12 @@ struct HeadCodec {
   Transform transform = Transform::identity(0);
   Codebook codebook;  // empty for f16
 
-  // Derived from the codebook by `prepare`.
+  // Derived from the codebook by derive_tables().
   std::vector<float> words;       // [head_dim][128], codewords with their subspace's scale applied
   std::vector<float> half_norms;  // [n_subspaces][128], half the squared norm of each codeword
 
   /// Fills the derived tables. Throws std::invalid_argument where codebook and transform do not fit the format.
-  void prepare();
+  void derive_tables();
 };
 
 /// No calibration: Hadamard rotation and the built-in codebook; or f16 as it is.
@@ -39,8 +39,8 @@ uint16_t encode_vector(const HeadCodec& codec, const float* y, uint8_t* codes);
 void decode_vector(const HeadCodec& codec, const uint8_t* codes, uint16_t scale, float* y);
 
 // One cell of a block (layout in format.h). `y` is transformed, [head_dim].
-void store_cell(const HeadCodec& codec, const float* y, uint8_t* block, int cell);
-void load_cell(const HeadCodec& codec, const uint8_t* block, int cell, float* y);
+void encode_cell(const HeadCodec& codec, const float* y, uint8_t* block, int cell);
+void decode_cell(const HeadCodec& codec, const uint8_t* block, int cell, float* y);
 
 // Codes and scale of a cell, or its f16 numbers, as they are: `row` has format.vector_bytes() bytes.
 void copy_cell_out(const Format& format, Kind kind, const uint8_t* block, int cell, uint8_t* row);

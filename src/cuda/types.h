@@ -73,36 +73,37 @@ inline constexpr int kMaxWindowRows = 1024;  // of a stream
 
 /// What the window knows of a stream besides its rows; all zeros at first.
 struct WindowBooks {
-  uint32_t n_batches, n_written, n_sequences;
-  uint32_t seen_from;           // the first number given to a sequence of the last batch
-  uint32_t waits;               // whether several tokens made a sequence too many, which is settled by the next batch
-  uint32_t n_single;            // sequences of one token in the last batch,
+  uint32_t n_batches, n_written, n_sequences;  // so far; sequences are numbered anew, upwards, in every batch
+  uint32_t seen_from;                          // the first number that the last batch gave to a sequence
+  uint32_t waits;  // whether cells wait for the next batch to leave, as the last one had several tokens of a sequence
+  uint32_t n_single;            // how many sequences had one token in the last batch
   uint32_t single[kMaxTokens];  // their numbers
 };
 
-/// Which cells the window holds, the same for all layers (encode/window_kernel.h). At first cells and tokens are -1,
-/// all else 0.
+/// Which cells the window holds, the same for all layers (encode/window_kernel.h). Before the first batch, window_cells
+/// and tokens hold -1, all else 0.
 struct WindowArgs {
   int n_streams = 1, n_tokens = 0;
   const int64_t* cells = nullptr;  // [n_tokens], as in EncodeArgs
   int cells_per_stream = 0;
-  /// What tokens see, f16, -infinity: not. Of token i: mask_cells cells of its stream, in row i % mask_tokens of matrix
-  /// i / mask_tokens. Strides in elements. Null: all.
+  /// Which cells the tokens see: those whose mask, f16, is not -infinity. Row i % mask_tokens of matrix i / mask_tokens
+  /// is token i's, for the first mask_cells cells of its stream. Strides in elements. Null: all cells.
   const uint16_t* mask = nullptr;
   size_t mask_token_stride = 0, mask_stream_stride = 0;
   int mask_tokens = 1, mask_cells = 0;
-  int n_batch_streams = 1;                         // streams that have tokens, equally many
-  int last = 0, pool = 0, spare = 0;               // WindowSize
-  int slots = 0, capacity = 0;                     // rows of a stream; those of tokens in flight, too: kMaxTokens more
-  WindowBooks* books = nullptr;                    // [n_streams]
-  int32_t* window_cells = nullptr;                 // [n_streams][capacity], for ExactRows; -1: unused
-  uint32_t *order = nullptr, *sequence = nullptr;  // [n_streams][capacity]: of writing; that saw it last
-  uint32_t* marks = nullptr;                       // [n_tokens], for the kernel alone
-  int32_t* token_slots = nullptr;                  // [n_tokens], for WindowRows
-  int32_t* tokens = nullptr;  // [n_streams][capacity]: the token that a row is to be written for, or -1
-  /// Cells that leave the window, to be coded from their rows: n_leaving[number of the batch % 2] of them.
+  int n_batch_streams = 1;            // streams that have tokens, equally many
+  int last = 0, pool = 0, spare = 0;  // WindowSize
+  int slots = 0, capacity = 0;        // rows of a stream, without and with those of tokens in flight, kMaxTokens more
+  WindowBooks* books = nullptr;       // [n_streams]
+  int32_t* window_cells = nullptr;    // [n_streams][capacity], for ExactRows; -1: unused
+  /// [n_streams][capacity], of each row: when it was written, counted in tokens, and the last sequence that saw it.
+  uint32_t *order = nullptr, *sequence = nullptr;
+  uint32_t* marks = nullptr;       // [n_tokens], scratch of the kernel
+  int32_t* token_slots = nullptr;  // [n_tokens], for WindowRows::slots
+  int32_t* tokens = nullptr;       // [n_streams][capacity]: the token whose row is to be written there, or -1
+  /// Cells that leave the window and are to be encoded from their rows, n_leaving[number of the batch % 2] of them.
   int64_t* leaving_cells = nullptr;  // [n_streams * capacity]
-  int32_t* leaving_slots = nullptr;  // the same: row in the stream's window
+  int32_t* leaving_slots = nullptr;  // their rows in the stream's window
   int* n_leaving = nullptr;          // [2]
   uint32_t* hidden = nullptr;        // for AttendArgs; words of a stream: hidden_stream_stride
   size_t hidden_stream_stride = 0;
@@ -111,16 +112,16 @@ struct WindowArgs {
 /// Rows by cell, f16: [n_streams][n_kv_heads][n_cells][head_dim].
 struct DenseRows {
   uint16_t *keys = nullptr, *values = nullptr;
-  int first_stream = 0, n_streams = 0;  // that are here
-  int n_cells = 0;                      // of each, from cell 0 on
+  int first_stream = 0, n_streams = 0;  // the streams that have rows here
+  int n_cells = 0;                      // of each stream, from cell 0 on
 };
 
-/// One layer's keys and values to code.
+/// One layer's keys and values to encode.
 struct EncodeArgs {
   int n_kv_heads = 1, head_dim = 128;
 
   // Tokens to encode, of all streams. Token i goes to cell cells[i] % cells_per_stream of stream cells[i] /
-  // cells_per_stream; -1: it is not there. Strides in elements. Keys or values may be null: none of these.
+  // cells_per_stream; where cells[i] is -1 there is no token. Strides in elements. Null keys or values are not encoded.
   int n_tokens = 0;
   const float *keys = nullptr, *values = nullptr;  // head h of token i at i * token_stride + h * head_stride
   size_t key_token_stride = 0, key_head_stride = 0, value_token_stride = 0, value_head_stride = 0;
@@ -128,13 +129,13 @@ struct EncodeArgs {
   int cells_per_stream = 0;
   CacheView key_cache, value_cache;
   CodecTables key_codec, value_codec;
-  WindowRows window;  // where new tokens' rows go, too
-  DenseRows dense;    // and these, for dense attention: transformed as they are coded; null: nowhere
-  DenseRows store;    // and these, as the model wrote them; may be pinned host memory; null: nowhere
+  WindowRows window;  // where new tokens' rows are also written to, as the model wrote them
+  DenseRows dense;    // where they are also written to for dense attention, transformed; null: nowhere
+  DenseRows store;  // where they are also written to as the model wrote them; may be pinned host memory; null: nowhere
 
-  // The window's rows instead of new tokens: those of `window.slots`, which leave it, are coded; or, where
-  // `window_cells` [n_streams * capacity] is given, all rows of these cells are only taken to `dense`. n_tokens counts
-  // either.
+  // Whether the input is n_tokens rows of the window instead of new tokens. The rows `window.slots`, which leave it,
+  // are encoded; or, where `window_cells` [n_streams * capacity] is given, these cells' rows are written to `dense` and
+  // not encoded.
   bool from_window = false;
   const int32_t* window_cells = nullptr;
 
@@ -154,11 +155,11 @@ inline NewRows new_rows(const EncodeArgs& args, const int32_t* tokens) {
           args.window.values};
 }
 
-/// The cells that leave the window, for all layers at once; what is the same for all stands here.
+/// The cells that leave the window, of all layers at once. What is the same for all layers is here.
 struct LeaveArgs {
   const EncodeArgs* layers = nullptr;  // device memory, [n_layers]
   int n_layers = 0, n_kv_heads = 1;    // the most that a layer has
-  int n_tokens = 0;                    // of the batch; by about so many thread blocks are launched
+  int n_tokens = 0;                    // of the batch: says about how many thread blocks to launch
   const int64_t* cells = nullptr;      // WindowArgs::leaving_cells
   const int32_t* slots = nullptr;
   const int* n_leaving = nullptr;
@@ -166,8 +167,8 @@ struct LeaveArgs {
   int tokens_per_block = 1;  // filled in by the launcher
 };
 
-/// Cells to decode to f16 rows, transformed as they are coded: for dense attention over many queries, which are then
-/// to be transformed too (and its outputs back).
+/// Cells to decode to f16 rows, for dense attention over many queries. The rows stay in the transformed domain, so
+/// queries are transformed as well, and outputs back.
 struct DecodeArgs {
   int n_streams = 1, n_kv_heads = 1;
   int n_cells = 0;  // from cell 0 on, a multiple of 64

@@ -94,7 +94,7 @@ void attend_tile(const IsaOps& ops, const Queries& queries, const Tile& tile, co
   constexpr int kRows = 48;  // their scores, the tile's keys and then its values stay in the first-level cache
   float* scores = reinterpret_cast<float*>(scratch.room(kRows * kBlockCells * sizeof(float)));
   const uint64_t present = first_bits(tile.n_cells) & ~tile.hidden;
-  // What lies behind the columns of the cells is never looked at.
+  // Columns behind those of the cells keep what they had: `present` leaves them out.
   const int n_columns = tile.n_cells > 32 ? kBlockCells : (tile.n_cells + 15) / 16 * 16;
   uint16_t room[kBlockCells];
   int token = -1;
@@ -114,21 +114,21 @@ void attend_tile(const IsaOps& ops, const Queries& queries, const Tile& tile, co
         token_mask = bits.adds ? whole : nullptr;
       }
       float* s = scores + i * kBlockCells;
-      const float top =
+      const float greatest =
           seen ? ops.tiles.finish_scores(s, 1, &seen, token_mask ? &token_mask : nullptr,
                                          queries.bias ? queries.bias[row] : 0.0f,
                                          queries.slope ? queries.slope[row] : 1.0f, queries.softcap, nullptr, nullptr)
-               : kHidden;
-      if (top == kHidden) {
+               : kUnseen;
+      if (greatest == kUnseen) {
         std::fill_n(s, kBlockCells, 0.0f);
         continue;
       }
-      if (top > softmax.max[row]) {
-        const float shrink = weight_of(softmax.max[row] - top);  // 0 at first
+      if (greatest > softmax.max[row]) {
+        const float shrink = weight_of(softmax.max[row] - greatest);  // 0 at first
         float* acc = softmax.acc + size_t(row) * softmax.dim;
         for (int d = 0; d < softmax.dim; d++) acc[d] *= shrink;
         softmax.sum[row] *= shrink;
-        softmax.max[row] = top;
+        softmax.max[row] = greatest;
       }
       softmax.sum[row] += ops.tiles.exponentiate(s, kBlockCells, softmax.max[row]);
     }
@@ -153,7 +153,7 @@ void attend_decoded(const IsaOps& ops, const Queries& queries, const CodedCells&
     if (!seen) continue;
     decode_block(ops, *cells.keys, cells.k_block(b), k.data());
     decode_block(ops, *cells.values, cells.v_block(b), v.data());
-    // What nobody sees may never have been written, and 0 times NaN is NaN.
+    // A cell that no token sees may never have been written: its bytes may be a NaN, and 0 times NaN is NaN.
     for (uint64_t left = ~seen; left; left &= left - 1) {
       std::fill_n(&v[size_t(std::countr_zero(left)) * softmax.dim], softmax.dim, 0.0f);
     }

@@ -1,15 +1,15 @@
 // Attention from codes, for every instruction set.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/blocked_parts.h"
 
 namespace thimble::blocked {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr float kLog2e = 1.44269504f;
 
-// The next blocks that some query token sees something of.
+// Finds the next blocks of which some query token sees a cell.
 struct Superblock {
   int n = 0;
   int index[kSuperblock];
@@ -66,7 +66,7 @@ int value_groups(const Format& f, ValueGroup* groups) {
     if (f.width(m) == 2) {
       m++;
       g.code_row2 = int16_t(m);
-      // The last of an odd number of pairs stands alone, so that what follows keeps its four to a group.
+      // Where the number of pairs is odd, the last one is a group by itself; wider subspaces fill whole groups then.
       if (m == f.n_width2) g.components = 2;
       m += g.components == 4;
     } else {
@@ -77,7 +77,7 @@ int value_groups(const Format& f, ValueGroup* groups) {
   return n;
 }
 
-// Tables of all rows; their steps say how large the unit of a look-up is.
+// Makes the tables of all rows. steps[row] is what one unit of a table entry is worth.
 void build_luts(const IsaOps& ops, const Queries& queries, const HeadCodec& keys, bool wide, float* room, uint8_t* luts,
                 size_t lut_bytes, float* steps) {
   uint8_t widths[kMaxHeadDim / 2];
@@ -97,8 +97,8 @@ void build_luts(const IsaOps& ops, const Queries& queries, const HeadCodec& keys
   }
 }
 
-// Pairs of numbers are the format of 3 and 4 bits, whose own error is so small that look-ups and weights of 8 bits
-// would add to it.
+// Formats of 3 and 4 bits have subspaces of two numbers. Their own error is so small that look-ups and weights of 8
+// bits would add to it.
 bool is_wide(const Format& format) {
   return format.n_width2 > 0;
 }
@@ -111,7 +111,7 @@ float* kept_scores(const CodedCells& cells, int row, int block) {
   return cells.scores.data + row * cells.scores.stride + size_t(block) * kBlockCells;
 }
 
-// A row's scores from q.k, in place; the rest as finish_scores has it.
+// Turns a row's q.k into scores, in place. `log_weight`, `max_log` and the result as of finish_scores.
 float finish(const IsaOps& ops, const Queries& queries, int row, const Superblock& blocks, float* scores,
              const float* log_weight, float* max_log) {
   const int token = row / queries.group;
@@ -121,7 +121,8 @@ float finish(const IsaOps& ops, const Queries& queries, int row, const Superbloc
                                  queries.softcap, log_weight, max_log);
 }
 
-// A row's kept scores of a superblock, one block after the other: where they lie so, or else in `room`.
+// A row's kept scores of a superblock, block after block: where they were kept if the blocks are adjacent there, else
+// copied to `room`.
 float* take_kept(const CodedCells& cells, int row, const Superblock& blocks, float* room) {
   float* first = kept_scores(cells, row, blocks.index[0]);
   if (blocks.index[blocks.n - 1] - blocks.index[0] == blocks.n - 1) return first;
@@ -139,7 +140,7 @@ void ask_for(const Prefetch& prefetch) {
 
 // State of the running softmax of one row.
 struct Row {
-  float max = kHidden, sum = 0;
+  float max = kUnseen, sum = 0;
 };
 
 void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask,
@@ -206,35 +207,36 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
         shrink[i] = 1;
         factor[i] = 0;
         float max_log;
-        float top;
+        float greatest;
         if (looks_up) {
-          top = finish(ops, queries, row, *now, s, log_scales, &max_log);
-        } else {  // they are finished but for what has been hidden since
+          greatest = finish(ops, queries, row, *now, s, log_scales, &max_log);
+        } else {  // score_codes finished them; only cells that are hidden since then are to be left out
           s = take_kept(cells, row, *now, s);
-          top = ops.tiles.finish_scores(s, now->n, now->visible[token], nullptr, 0, 1, 0, log_scales, &max_log);
+          greatest = ops.tiles.finish_scores(s, now->n, now->visible[token], nullptr, 0, 1, 0, log_scales, &max_log);
         }
         for (int b = 0; b < now->n; b++) {
           if (bad[b] & now->visible[token][b]) rows[row].sum = kNaN;
         }
         uint32_t row_used;
-        if (top == kHidden) {
+        if (greatest == kUnseen) {
           ops.codes.code_weights(s, now->n, 0, scales, wide_values, i, weights, &row_used);  // all 0
           continue;
         }
-        // Weights are exp2(score log2(e) - offset) * scale: as large as their bits take, and no sum overflows.
-        const float offset = std::max(max_log - ops.codes.weight_bits[wide_values], top * kLog2e - 100.0f);
+        // Weights are exp2(score log2(e) - offset) * scale. The offset makes them as large as their bits allow without
+        // a sum that overflows.
+        const float offset = std::max(max_log - ops.codes.weight_bits[wide_values], greatest * kLog2e - 100.0f);
         const float sum = ops.codes.code_weights(s, now->n, offset, scales, wide_values, i, weights, &row_used);
-        factor[i] = std::exp2(offset - top * kLog2e);
-        if (top > rows[row].max) {
-          shrink[i] = weight_of(rows[row].max - top);  // 0 at first
-          rows[row].max = top;
+        factor[i] = std::exp2(offset - greatest * kLog2e);
+        if (greatest > rows[row].max) {
+          shrink[i] = weight_of(rows[row].max - greatest);  // 0 at first
+          rows[row].max = greatest;
           shrinks = true;
         } else {
-          factor[i] *= weight_of(top - rows[row].max);
+          factor[i] *= weight_of(greatest - rows[row].max);
         }
         const float added = sum * factor[i], before = rows[row].sum * shrink[i];
         rows[row].sum = before + added;
-        if (!(added < 1e-7f * before)) used |= row_used;  // else no float would notice
+        if (!(added < 1e-7f * before)) used |= row_used;  // less would not change a float
       }
       const bool last = chunk == chunks - 1;
       if (used || shrinks || last) {
@@ -247,10 +249,10 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   }
 
   for (int row = 0; row < n_rows; row++) {
-    if (rows[row].max == kHidden && !std::isnan(rows[row].sum)) continue;
-    const float top = std::max(rows[row].max, softmax.max[row]);
-    const float mine = weight_of(rows[row].max - top), others = weight_of(softmax.max[row] - top);
-    softmax.max[row] = top;
+    if (rows[row].max == kUnseen && !std::isnan(rows[row].sum)) continue;
+    const float greatest = std::max(rows[row].max, softmax.max[row]);
+    const float mine = weight_of(rows[row].max - greatest), others = weight_of(softmax.max[row] - greatest);
+    softmax.max[row] = greatest;
     softmax.sum[row] = softmax.sum[row] * others + rows[row].sum * mine;
     float* acc = softmax.acc + size_t(row) * softmax.dim;
     for (int g = 0; g < n_groups; g++) {
@@ -264,10 +266,10 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   }
 }
 
-// 64 scores, each raised to another row's where that is greater; those are kept, if anywhere.
+// Raises each of 64 best scores to another row's where that is greater, and copies the row's to `kept`, if not null.
 void raise(float* best, const float* scores, float* kept) {
   for (int i = 0; i < kBlockCells; i++) {
-    const float score = scores[i] != scores[i] ? -kHidden : scores[i];
+    const float score = scores[i] != scores[i] ? -kUnseen : scores[i];
     best[i] = score > best[i] ? score : best[i];
   }
   if (kept) std::copy_n(scores, kBlockCells, kept);
@@ -291,7 +293,7 @@ void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& ce
   };
   carve(scratch.room(carve(nullptr)));
   if (!kf.f16) build_luts(ops, queries, *cells.keys, is_wide(kf), room, luts, lut_bytes, steps);
-  std::fill(best + cells.first_block * kBlockCells, best + cells.last_block * kBlockCells, kHidden);
+  std::fill(best + cells.first_block * kBlockCells, best + cells.last_block * kBlockCells, kUnseen);
   BlockReader reader(ops, cells, mask, n_rows / queries.group);
   const int k_lines = int(kf.block_bytes() / 64);
   Superblock pair[2], *now = &pair[0], *next = &pair[1];

@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 
 #include "kernels/isa.h"
 #include "kernels/kernels.h"
@@ -34,8 +33,6 @@ private:
 };
 
 namespace blocked {
-
-inline constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 inline uint64_t first_bits(int n) {
   return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;

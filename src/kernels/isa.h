@@ -1,9 +1,9 @@
 // What one instruction set has to provide: the loops over cells, on plain pointers. Everything around them (blocks,
 // masks, skipping, the running softmax) is written once, in blocked.cpp, at the compiler's baseline.
 //
-// The units behind this table are compiled with flags of their own. They include this header, intrinsics and what lies in
-// an anonymous namespace (vector/), nothing else: an inline function of a shared header, compiled there and kept by the
-// linker, would run on machines without the instruction set.
+// The units behind this table are compiled with flags of their own. They include this header, intrinsics and what lies
+// in an anonymous namespace (vector/), nothing else: an inline function of a shared header, compiled there and kept by
+// the linker, would run on machines without the instruction set.
 #pragma once
 
 #include <cstddef>
@@ -12,20 +12,20 @@
 namespace thimble {
 
 inline constexpr float kLog2e = 1.44269504f;
-inline constexpr float kHidden = -__builtin_inff();        // the score of a cell that a row does not see
+inline constexpr float kUnseen = -__builtin_inff();        // score of a cell that a query row does not attend to
 inline constexpr int kLine = 64;                           // cells to a block, bytes to a row of codes
 inline constexpr int kSuperblock = 16;                     // blocks whose softmax and value sums are done in one go
 inline constexpr int kSuperblockCells = 64 * kSuperblock;  // also the stride between rows of scores and weights
 inline constexpr int kRowsAtOnce = 4;                      // query rows that share one pass over codes
 
-/// Lines of 64 bytes to ask for while computing: `lines` of each block.
+/// The first `lines` lines of 64 bytes of each block, to be prefetched while other blocks are worked on.
 struct Prefetch {
   const uint8_t* const* blocks;
   int n_blocks;
   int lines;
 };
 
-/// Four components (or the last two) of values, and the rows of codes they are looked up with.
+/// Four components of a value (or its last two), and which rows of codes they are looked up with.
 struct ValueGroup {
   int16_t component;   // first
   int16_t code_row;    // of the first two components
@@ -38,8 +38,8 @@ struct MaskBits {
   bool adds;         // some visible cell has a mask that is not 0
 };
 
-/// Thresholds between -1/2 and 1/2 that weights are rounded with, evenly spread over any stretch of cells (bit-reversed
-/// numbers).
+/// What is added to weights before they are rounded: numbers between -1/2 and 1/2, in bit-reversed order, so that those
+/// of any stretch of cells are spread evenly.
 struct Dither {
   alignas(64) float at[64];
   constexpr Dither() : at() {
@@ -75,54 +75,60 @@ struct TileOps {
   /// Up to 64 rows of f16 (at any address) as a tile; cells from n to 63 of a key tile become 0.
   void (*load_keys)(const uint8_t* const* rows, int n, int dim, float* tile);
   void (*load_values)(const uint8_t* const* rows, int n, int dim, float* tile);
-  /// c[rows][n] = a[rows][k] b[k][n], added to c where `add`.
+  /// c[rows][n] = a[rows][k] b[k][n]; where `add`, c += the product.
   void (*multiply)(const float* a, int a_stride, const float* b, int b_stride, int rows, int k, int n, float* c,
                    int c_stride, bool add);
 
   // -- softmax --
 
-  /// Of 64 numbers of an f16 mask.
+  /// What 64 numbers of an f16 mask say.
   MaskBits (*mask_bits)(const uint16_t* mask);
-  /// Scores from q.k of n_blocks * 64 cells, in place; -inf where not visible. `masks` (by block) or null: nothing to
-  /// add. Returns the largest score. Where `log_weight` is given ([cells], log2 of what a cell's weight is multiplied
-  /// by), *max_log becomes the maximum of score * log2(e) + log_weight over visible cells.
+  /// Turns q.k of n_blocks * 64 cells into scores, in place: adds `bias`, applies the softcap, adds slope * mask
+  /// (`masks` by block; null: nothing is added), and writes kUnseen where a cell's bit in `visible` (by block) is not
+  /// set. Returns the greatest score. `log_weight`, if not null, has for each cell log2 of the factor that its weight
+  /// will be multiplied by; *max_log then becomes the maximum of score * log2(e) + log_weight.
   float (*finish_scores)(float* scores, int n_blocks, const uint64_t* visible, const uint16_t* const* masks, float bias,
                          float slope, float softcap, const float* log_weight, float* max_log);
   /// Scores become exp(score - max), in place; returns their sum.
   float (*exponentiate)(float* scores, int n_cells, float max);
 };
 
-/// Attention from codes: up to kRowsAtOnce rows; scores and weights have a stride of kSuperblockCells.
+/// Attention from codes, for up to kRowsAtOnce query rows at once. Each row's scores, and its weights, lie
+/// kSuperblockCells behind those of the row before.
 struct CodeOps {
   float weight_bits[2];  // log2 of the largest weight that code_weights takes: narrow, wide
 
-  /// Bytes of one row's tables.
+  /// Bytes of the tables that build_luts makes for one query row.
   size_t (*lut_bytes)(int dim, int n_subspaces, bool wide);
-  /// Tables of one row, of 8 bits a look-up or, where `wide`, of 16; how they lie in `luts`, at a multiple of 64 bytes,
-  /// is between this and look_up. `q` [dim] has the subspaces' scales applied. `room` is scratch of n_subspaces * 129
-  /// floats. Returns the step, the unit of scores.
+  /// Makes one query row's tables in `luts` (at a multiple of 64 bytes): for every subspace and codeword their product
+  /// with the query, as a whole number of steps of 8 bits or, where `wide`, of 16. Only look_up reads them, so each
+  /// instruction set lays them out as it likes. `q` [dim] is the query times the subspaces' scales; `words` and `width`
+  /// are the codebook's. `room` is scratch of n_subspaces * 129 floats. Returns the step.
   float (*build_luts)(const float* q, const int8_t* words, const uint8_t* width, int n_subspaces, bool wide,
                       float* room, uint8_t* luts);
-  /// scores[row][cell] = q.k. `luts` holds the rows' tables one after another.
+  /// Writes q.k to scores[row][cell]: a cell's scale times the row's step times the sum of what its codes find in the
+  /// row's tables. `luts` holds the rows' tables one after another.
   void (*look_up)(const uint8_t* luts, const float* steps, int n_rows, int n_subspaces, bool wide,
                   const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores);
-  /// The scales of n_blocks * 64 values and an upper bound of their log2, less than 0.1 above it. Scales that are not
-  /// finite become 0 and a bit in `bad` (by block).
+  /// Reads the scales of n_blocks * 64 values, and bounds their log2 from above, by less than 0.1. A scale that is not
+  /// finite becomes 0, and the cell's bit in `bad` (by block) is set.
   void (*value_scales)(const uint8_t* const* blocks, int n_blocks, int codes_bytes, float* scales, float* log_scales,
                        uint64_t* bad);
-  /// The weights of one row, exp2(score * log2(e) - offset) * scale, rounded with a fixed dither so that many small
-  /// weights keep their sum; how they lie in `weights` ([2 * kRowsAtOnce * kSuperblockCells] for all rows) is between
-  /// this and add_values. Bit b of *used tells that block b has a weight above 0. Returns the sum of the exp2.
+  /// Makes one row's weights, exp2(score * log2(e) - offset) * scale, as whole numbers. They are rounded with kDither,
+  /// so that the sum of many small ones is right. Only add_values reads `weights` ([2 * kRowsAtOnce * kSuperblockCells]
+  /// bytes for all rows), so each instruction set lays them out as it likes. Sets bit b of *used where block b has a
+  /// weight above 0. Returns the sum of the exp2.
   float (*code_weights)(const float* scores, int n_blocks, float offset, const float* scales, bool wide, int row,
                         uint8_t* weights, uint32_t* used);
-  /// sums[row][group][16] = sums * shrink[row] + factor[row] * (sum of weight * codeword over cells), four partial sums
-  /// of four components each; rows of sums lie n_groups * 16 apart. Only blocks with a bit in `used` are read.
+  /// Multiplies sums[row] by shrink[row] and adds factor[row] times the sum of weight * codeword over the cells. Each
+  /// row has, for each group, 16 floats: four partial sums of each of its four components. Only blocks whose bit in
+  /// `used` is set are read.
   void (*add_values)(const uint8_t* const* blocks, int n_blocks, uint32_t used, const int8_t* words,
                      const ValueGroup* groups, int n_groups, const uint8_t* weights, bool wide, int n_rows,
                      const float* shrink, const float* factor, const Prefetch& prefetch, float* sums);
 };
 
-// Those of them exist whose units are in this build; what the machine has is dispatch.cpp's business.
+// Those are defined whose units are in this build. Whether the machine can run them, dispatch.cpp finds out.
 extern const TileOps kAvx512TileOps, kAvx2TileOps, kNeonTileOps;
 extern const CodeOps kAvx512CodeOps, kAvx2CodeOps, kNeonCodeOps;
 

@@ -17,8 +17,9 @@
 
 namespace thimble {
 
-/// The weight of a cell whose score is `below` (<= 0) the greatest one: exp(below), but 0 under 2^-64. No float would
-/// notice what is left out, and arithmetic on denormal numbers, which it leads to, takes a hundred times as long.
+/// The weight of a cell whose score is `below` (<= 0) the greatest one: exp(below), but 0 where that is under 2^-64.
+/// Such a weight changes no sum of floats, and its products may be denormal numbers, with which arithmetic takes a
+/// hundred times as long.
 inline float weight_of(float below) {
   return below < -44.3614f ? 0.0f : std::exp(below);
 }
@@ -34,7 +35,8 @@ struct Queries {
   float softcap = 0;             // 0: none
 };
 
-/// Additive f16 mask: of token t and the i-th cell at hand, data[t * stride + i]. -inf hides. Null data: all visible.
+/// Additive f16 mask: of token t and the i-th cell at hand, data[t * stride + i]; -inf: token t does not see the cell.
+/// Null data: all visible.
 struct Mask {
   const uint16_t* data = nullptr;
   ptrdiff_t stride = 0;
@@ -48,16 +50,16 @@ struct Softmax {
   float* acc = nullptr;  // [n_rows][dim], 0 at first
 };
 
-/// Up to 64 cells, decoded: keys component-major so that loops run over cells.
+/// Up to 64 cells as floats. Keys have their components outermost, so that loops run over cells.
 struct Tile {
   int n_cells = 0;
   const float* k = nullptr;  // [dim][64]
   const float* v = nullptr;  // [64][value dim]
-  uint64_t hidden = 0;       // bit i: cell i is not here (it is attended to exactly, elsewhere)
+  uint64_t hidden = 0;       // bit i: cell i is left out, as its exact row is attended to in another tile
 };
 
-/// Scores that each query row gives to the cells of a stream, whole blocks: data[row * stride + cell]. Null data: none
-/// are kept.
+/// Scores that each query row gives to the cells of a stream, data[row * stride + cell], whole blocks of cells. Null
+/// data: scores are not kept.
 struct RowScores {
   float* data = nullptr;
   size_t stride = 0;
@@ -100,7 +102,7 @@ private:
   size_t size_ = 0;
 };
 
-/// attend_codes takes up to this many query tokens; more are better off sharing decoded tiles.
+/// attend_codes takes up to this many query tokens. For more it is faster to decode a tile and share it among them.
 inline constexpr int kMaxCodeTokens = 8;
 
 struct Kernels {
@@ -117,13 +119,14 @@ struct Kernels {
   uint64_t (*visible)(const uint16_t* mask, int n_cells);
   /// Dense attention: prefill, exact rows.
   void (*attend_tile)(const Queries&, const Tile&, const Mask&, Softmax&, Scratch&);
-  /// Attention straight from codes, for few query rows. The mask starts at the stream's cell 0. Where there are scores,
-  /// score_codes has left them there for the same queries and mask; more cells may be hidden by now.
+  /// Attention straight from codes, for few query rows. The mask starts at the stream's cell 0. Where cells.scores has
+  /// data, score_codes wrote it for the same queries and mask, and attention takes these scores; cells.hidden may have
+  /// more cells by now than it had then.
   void (*attend_codes)(const Queries&, const CodedCells&, const Mask&, Softmax&, Scratch&);
-  /// The greatest score that any query row gives to each cell of the blocks, from its codes, into best [cell of the
-  /// stream, whole blocks]; -inf for cells that are hidden or that no row sees, +inf where a score is NaN. Each row's
-  /// scores go to cells.scores, if anywhere: -inf for what the row does not see, of blocks that some row sees a cell
-  /// of.
+  /// Scores the cells of the blocks from their codes. Writes to best [cell of the stream, whole blocks] the greatest
+  /// score that any query row gives a cell; -inf for cells that are hidden or that no row sees, +inf where a score is
+  /// NaN. Where cells.scores has data, writes each row's scores there, -inf for cells that the row does not see; not
+  /// for blocks of which no row sees any cell.
   void (*score_codes)(const Queries&, const CodedCells&, const Mask&, float* best, Scratch&);
 };
 

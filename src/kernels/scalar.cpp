@@ -10,13 +10,13 @@
 namespace thimble {
 namespace {
 
-constexpr float kHidden = -std::numeric_limits<float>::infinity();
+constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 
 void decode_block(const HeadCodec& codec, const uint8_t* block, float* tile) {
   const int dim = codec.format.head_dim;
   float y[kMaxHeadDim];
   for (int cell = 0; cell < kBlockCells; cell++) {
-    load_cell(codec, block, cell, y);
+    decode_cell(codec, block, cell, y);
     for (int d = 0; d < dim; d++) {
       if (codec.kind == Kind::key) {
         tile[d * kBlockCells + cell] = y[d];
@@ -50,27 +50,27 @@ float finish_score(const Queries& queries, int row, float dot, const Mask& mask,
   if (queries.softcap != 0) score = queries.softcap * std::tanh(score / queries.softcap);
   if (mask.data) {
     const float m = half_to_float(mask.data[(row / queries.group) * mask.stride + cell]);
-    if (m == kHidden) return kHidden;
+    if (m == kUnseen) return kUnseen;
     score += (queries.slope ? queries.slope[row] : 1.0f) * m;
   }
   return score;
 }
 
-// Adds cells with these scores (kHidden: not there) to the row's running softmax; `value(cell)` points to the value.
+// Adds cells with these scores (kUnseen: not there) to the row's running softmax; `value(cell)` points to the value.
 template <typename Value>
 void accumulate(int row, const float* scores, int n_cells, Value value, Softmax& softmax) {
-  float top = kHidden;
-  for (int t = 0; t < n_cells; t++) top = std::max(top, scores[t]);
-  if (top == kHidden) return;
+  float greatest = kUnseen;
+  for (int t = 0; t < n_cells; t++) greatest = std::max(greatest, scores[t]);
+  if (greatest == kUnseen) return;
   float* acc = softmax.acc + size_t(row) * softmax.dim;
-  if (top > softmax.max[row]) {
-    const float shrink = weight_of(softmax.max[row] - top);  // 0 at first
+  if (greatest > softmax.max[row]) {
+    const float shrink = weight_of(softmax.max[row] - greatest);  // 0 at first
     for (int d = 0; d < softmax.dim; d++) acc[d] *= shrink;
     softmax.sum[row] *= shrink;
-    softmax.max[row] = top;
+    softmax.max[row] = greatest;
   }
   for (int t = 0; t < n_cells; t++) {
-    if (scores[t] == kHidden) continue;
+    if (scores[t] == kUnseen) continue;
     const float weight = weight_of(scores[t] - softmax.max[row]);
     softmax.sum[row] += weight;
     const float* v = value(t);
@@ -87,7 +87,7 @@ void attend_tile(const Queries& queries, const Tile& tile, const Mask& mask, Sof
       for (int t = 0; t < kBlockCells; t++) scores[t] += q[d] * tile.k[d * kBlockCells + t];
     }
     for (int t = 0; t < tile.n_cells; t++) {
-      scores[t] = tile.hidden >> t & 1 ? kHidden : finish_score(queries, row, scores[t], mask, t);
+      scores[t] = tile.hidden >> t & 1 ? kUnseen : finish_score(queries, row, scores[t], mask, t);
     }
     accumulate(
         row, scores, tile.n_cells, [&](int t) { return tile.v + size_t(t) * softmax.dim; }, softmax);
@@ -154,7 +154,7 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
     for (int row = 0; row < queries.n_rows; row++) {
       float scores[kBlockCells];
       for (int t = 0; t < n_cells; t++) {
-        scores[t] = hidden >> t & 1 ? kHidden
+        scores[t] = hidden >> t & 1 ? kUnseen
                     : kept.data     ? kept.data[row * kept.stride + b * kBlockCells + t]
                                     : finish_score(queries, row, look_up.dot(row, k_block, t), block_mask, t);
       }
@@ -175,9 +175,9 @@ void score_codes(const Queries& queries, const CodedCells& cells, const Mask& ma
     for (int t = 0; t < kBlockCells; t++) {
       const int cell = b * kBlockCells + t;
       const bool there = cell < cells.n_cells && !(cells.hidden && cells.hidden[b] >> t & 1);
-      float& best = best_scores[cell] = kHidden;
+      float& best = best_scores[cell] = kUnseen;
       for (int row = 0; row < queries.n_rows; row++) {
-        if (kept.data) kept.data[row * kept.stride + cell] = kHidden;
+        if (kept.data) kept.data[row * kept.stride + cell] = kUnseen;
         if (!there) continue;
         float dot = 0;
         for (int d = 0; d < kf.head_dim && kf.f16; d++) {
@@ -186,7 +186,7 @@ void score_codes(const Queries& queries, const CodedCells& cells, const Mask& ma
         if (!kf.f16) dot = look_up.dot(row, k_block, t);
         const float score = finish_score(queries, row, dot, mask.at(ptrdiff_t(b) * kBlockCells), t);
         if (kept.data) kept.data[row * kept.stride + cell] = score;
-        best = std::max(best, std::isnan(score) ? -kHidden : score);
+        best = std::max(best, std::isnan(score) ? -kUnseen : score);
       }
     }
   }

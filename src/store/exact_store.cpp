@@ -32,7 +32,7 @@ size_t page_size() {
   return size;
 }
 
-// A file without a name. File systems that cannot make one get a name that goes away at once.
+// Opens a file without a name. On file systems that cannot make one it gets a name, which is removed at once.
 int open_nameless(const std::string& directory) {
 #ifdef O_TMPFILE
   const int file = open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
@@ -65,7 +65,7 @@ ExactStore::ExactStore(int64_t n_rows, size_t row_size, int file, std::string di
     fail(directory_, error);
   }
   data_ = static_cast<uint16_t*>(data);
-  // Single rows are fetched from all over the file: what lies around them is not worth reading.
+  // Single rows are fetched from all over the file, so reading ahead around them would read what nobody needs.
   if (file_ >= 0) madvise(data, total_bytes(), MADV_RANDOM);
 }
 
@@ -80,7 +80,7 @@ std::unique_ptr<ExactStore> ExactStore::ram(int64_t n_rows, size_t row_size) {
 
 std::unique_ptr<ExactStore> ExactStore::file(const std::string& directory, int64_t n_rows, size_t row_size) {
   const size_t bytes = size_t(n_rows) * row_size * sizeof(uint16_t);
-  // Beyond this limit the system does not fail but sends SIGXFSZ, which ends the process.
+  // Beyond this limit a write does not fail: the system sends SIGXFSZ, which ends the process.
   rlimit limit;
   if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur < bytes) fail(directory, EFBIG);
   const int file = open_nameless(directory);
@@ -115,14 +115,14 @@ void ExactStore::will_need(std::span<const int64_t> rows, size_t first, size_t n
   const auto begin_of = [&](int64_t row) { return (size_t(row) * row_size_ + first) * sizeof(uint16_t); };
   const size_t bytes = n * sizeof(uint16_t);
   if (file_ < 0) {
-    constexpr size_t kLine = 64, kAtMost = 4096;  // more would push itself out again
+    constexpr size_t kLine = 64, kAtMost = 4096;  // bytes of a row: prefetching more would push lines out again
     for (int64_t row : rows) {
       for (size_t i = 0; i < std::min(bytes, kAtMost); i += kLine) __builtin_prefetch(data + begin_of(row) + i);
     }
     return;
   }
-  // Most pages are in memory, most of the time, and to ask for one that is takes longer than to read its row. One look
-  // at which are takes less than those calls, unless rows lie far apart.
+  // Mostly, all pages are in memory, and a madvise for such a page takes longer than reading its row. One mincore over
+  // all of them, which tells which are not, takes less time than those calls, unless the rows lie far apart.
   constexpr size_t kPagesToARow = 16;
   const size_t page = page_size(), first_page = begin_of(rows.front()) / page;
   const size_t n_pages = (begin_of(rows.back()) + bytes - 1) / page + 1 - first_page;
@@ -132,7 +132,7 @@ void ExactStore::will_need(std::span<const int64_t> rows, size_t first, size_t n
     if (mincore(data + first_page * page, n_pages * page, in_memory.data()) != 0) in_memory.clear();
   }
   size_t i = first_page;
-  for (int64_t row : rows) {  // which share pages
+  for (int64_t row : rows) {  // several may lie in one page
     const size_t last = (begin_of(row) + bytes - 1) / page;
     for (i = std::max(i, begin_of(row) / page); i <= last; i++) {
       if (in_memory.empty() || !(in_memory[i - first_page] & 1)) madvise(data + i * page, page, MADV_WILLNEED);
@@ -156,7 +156,7 @@ void ExactStore::clear() {
     return;
   }
 #ifdef FALLOC_FL_PUNCH_HOLE
-  // A file system that refuses keeps the blocks, for rows to come.
+  // Where a file system cannot punch holes, the blocks stay taken, for rows to come.
   (void)!fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, off_t(total_bytes()));
 #endif
 }

@@ -12,11 +12,12 @@
 
 namespace thimble {
 
-/// Room for `n_rows` rows is addressed at once and taken in chunks, when rows of a chunk are first reserved. Reading
-/// may go on in several threads; what changes the store may not go on beside anything else, but for the rows' contents.
+/// Addresses for `n_rows` rows are taken at once, memory in chunks, when a row of a chunk is first reserved. Several
+/// threads may read rows, and write to rows that were reserved, at once. No other call may run beside them that changes
+/// the store.
 class ExactStore {
 public:
-  /// In anonymous memory. Throws std::runtime_error where the addresses are not to be had.
+  /// In anonymous memory. Throws std::runtime_error where the system does not give the addresses.
   static std::unique_ptr<ExactStore> ram(int64_t n_rows, size_t row_size);
   /// In a file in `directory`, which has no name there any more when this returns, so that nothing is left behind
   /// however the process ends. Throws std::runtime_error with a sentence where it cannot be made.
@@ -32,19 +33,20 @@ public:
   uint16_t* row(int64_t row) const {
     return reserved_[size_t(row / rows_per_chunk_)] ? data_ + size_t(row) * row_size_ : nullptr;
   }
-  /// Says that `n` numbers from `first` on will be read soon of each of these rows, which were reserved and are in
-  /// ascending order: starts reading from the disk what is not in memory of them, or what is towards the processor.
+  /// Announces that numbers [first, first + n) of each of these rows will be read soon; rows are in ascending order and
+  /// were reserved. Starts reading from the disk what is not in memory, and prefetches what is into the processor's
+  /// cache.
   void will_need(std::span<const int64_t> rows, size_t first, size_t n) const;
-  /// Of how many rows this was said.
+  /// How many rows were announced so far.
   int64_t n_asked() const { return n_asked_.load(std::memory_order_relaxed); }
-  /// Rows [from, from + n) to [to, to + n), which do not overlap. Throws as `reserve`.
+  /// Copies rows [from, from + n) to [to, to + n), which do not overlap. Throws as `reserve`.
   void copy(int64_t from, int64_t to, int64_t n);
   /// Forgets all rows and gives their room back.
   void clear();
 
-  /// What is taken of RAM or disk.
+  /// Bytes of RAM or disk that are taken.
   size_t reserved_bytes() const;
-  /// What all rows would take.
+  /// Bytes that all rows would take.
   size_t total_bytes() const { return size_t(n_rows_) * row_size_ * sizeof(uint16_t); }
 
 private:

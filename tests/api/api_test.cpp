@@ -234,7 +234,7 @@ TEST(ApiCodec, OutlivesItsProfileAndTakesAShareOfTheHeads) {
   std::vector<float> y(64);
   std::vector<uint8_t> block(codec.format.block_bytes(), 0xff);
   codec.transform.forward(x.data(), y.data());
-  store_cell(codec, y.data(), block.data(), 9);
+  encode_cell(codec, y.data(), block.data(), 9);
   EXPECT_EQ(std::memcmp(block.data(), side.blocks.data, block.size()), 0);
 }
 
@@ -299,8 +299,8 @@ TEST_P(ApiCells, CodesAreTheCodecsOwn) {
             codec.transform.forward(&x[at], y);
             uint8_t* block = expected.data() + (static_cast<uint8_t*>(side.blocks.data) - side.memory.data()) +
                              size_t(cells[row] / 64) * side.blocks.block_stride + h * side.blocks.head_stride;
-            store_cell(codec, y, block, int(cells[row] % 64));
-            load_cell(codec, block, int(cells[row] % 64), y);
+            encode_cell(codec, y, block, int(cells[row] % 64));
+            decode_cell(codec, block, int(cells[row] % 64), y);
             codec.transform.inverse(y, &expected_decoded[at]);
           }
         }

@@ -44,7 +44,7 @@ HeadCodec codec_for(const Case& c, Kind kind, unsigned seed) {
     for (float& v : matrix) v = 0.3f * normal(random);
     for (int i = 0; i < dim; i++) matrix[size_t(i) * dim + i] += 6;
     codec.transform = Transform::dense(std::move(mean), std::move(matrix));
-    codec.prepare();
+    codec.derive_tables();
   }
   return codec;
 }

@@ -205,7 +205,7 @@ HeadCodec calibrated(const Head& head, const std::string& transform, double bits
     for (int j = 0; j < 64; j++) a[i * 64 + j] = fitted.transform.matrix(i, fitted.rates[0].order[j]);
   }
   codec.transform = Transform::dense({fitted.transform.mean.begin(), fitted.transform.mean.end()}, a);
-  codec.prepare();
+  codec.derive_tables();
   return codec;
 }
 

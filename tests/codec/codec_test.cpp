@@ -183,8 +183,8 @@ TEST(HeadCodec, CellsOfABlockDoNotTouchEachOther) {
       const HeadCodec codec = make_uncalibrated_codec(kind, make_format(64, bits));
       std::vector<uint8_t> block(codec.format.block_bytes()), copy(block.size());
       std::vector<std::vector<float>> decoded(kBlockCells, std::vector<float>(64));
-      for (int t = 0; t < kBlockCells; t++) store_cell(codec, gaussian(64, t).data(), block.data(), t);
-      for (int t = 0; t < kBlockCells; t++) load_cell(codec, block.data(), t, decoded[t].data());
+      for (int t = 0; t < kBlockCells; t++) encode_cell(codec, gaussian(64, t).data(), block.data(), t);
+      for (int t = 0; t < kBlockCells; t++) decode_cell(codec, block.data(), t, decoded[t].data());
       std::vector<uint8_t> row(size_t(codec.format.vector_bytes()));
       for (int t = 0; t < kBlockCells; t++) {
         EXPECT_LT(relative_error(gaussian(64, t), decoded[t]), 0.6) << bits;

@@ -4,6 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <iterator>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "cases.h"
@@ -11,6 +14,7 @@
 #include "cuda/attend/shape.h"
 #include "cuda/attend/shared.h"
 #include "cuda/types.h"
+#include "fixture.h"
 
 namespace thimble::cuda {
 
@@ -31,13 +35,73 @@ std::vector<float> emulate_attend(AttendArgs a, int blocks_x) {
   return output;
 }
 
-/// A kernel, as a value: what does not depend on its shape need not be compiled for each.
+/// A kernel, as a value: what does not depend on its shape need not be compiled for each. To compile one takes seconds,
+/// so each is compiled in one file only: large tables in attend_test.cpp, small ones in attend_small_test.cpp, batches
+/// in attend_batch_test.cpp.
 struct EmulatedAttend {
   FormatCase format;
+  int slots;  // items that a thread block takes at once, at most
   std::vector<float> (*run)(AttendArgs a, int blocks_x);
 };
 
+/// Whether this build has the kernel: all but those of sanitizers do, which take a minute for ten of them and have one
+/// of each kind.
 template <typename S>
-inline constexpr EmulatedAttend kEmulated{{S::kHeadDim, S::kKeyWidth, S::kValueWidth}, emulate_attend<S>};
+constexpr bool is_compiled() {
+#ifdef THIMBLE_FEW_KERNELS
+  return (S::kHeadDim == 64 && S::kKeyWidth == S::kValueWidth && S::kKeyWidth <= 4) ||
+         (S::kHeadDim == 128 && S::kKeyWidth == 2 && S::kValueWidth == (S::kSlots == 1 && S::kLarge ? 4 : 2)) ||
+         (S::kHeadDim == 256 && S::kKeyWidth == 8);
+#else
+  return true;
+#endif
+}
+
+template <typename S>
+inline constexpr EmulatedAttend kEmulated{{S::kHeadDim, S::kKeyWidth, S::kValueWidth}, S::kSlots, emulate_attend<S>};
+
+/// The relative error of a case's output, by the codec's specification in double (attend_problem.cpp).
+double error_of(const EmulatedAttend& kernel, const AttendCase& c);
+/// What the kernel adds to the error of outputs, over what the codec does, of normal keys and values. `outliers`: one
+/// component of each query is six times as large.
+double share_of_codecs_error(const EmulatedAttend& kernel, bool outliers);
+
+/// The same for one shape; 0 where this build does not have the kernel.
+template <typename S>
+double error_of(const AttendCase& c) {
+  if constexpr (is_compiled<S>()) return error_of(kEmulated<S>, c);
+  return 0;
+}
+
+/// `error_of` relative to what the format may add.
+template <typename S>
+double share_of_tolerance(const AttendCase& c) {
+  return error_of<S>(c) / tolerance(S::kKeyWidth, S::kValueWidth);
+}
+
+// Calls f<S>() with the shape of each format of a list.
+template <const auto& Formats, bool Large, typename F>
+void for_each_shape(const F& f) {
+  [&]<size_t... I>(std::index_sequence<I...>) {
+    (f.template operator()<AttendShape<Formats[I].head_dim, Formats[I].key_width, Formats[I].value_width, Large>>(),
+     ...);
+  }
+  (std::make_index_sequence<std::size(Formats)>());
+}
+
+template <typename S>
+std::string name_of() {
+  return std::to_string(S::kHeadDim) + ", widths " + std::to_string(S::kKeyWidth) + "/" +
+         std::to_string(S::kValueWidth);
+}
+
+template <typename S>
+void expect_small_arithmetic_error() {
+  if constexpr (is_compiled<S>()) {
+    for (bool outliers : {false, true}) {
+      EXPECT_LT(share_of_codecs_error(kEmulated<S>, outliers), 0.1) << name_of<S>() << " " << outliers;
+    }
+  }
+}
 
 }  // namespace thimble::cuda

@@ -42,7 +42,7 @@ inline HeadCodec random_codec(Kind kind, int head_dim, double bits, bool dense, 
     for (int i = 0; i < head_dim; i++) matrix[size_t(i) * head_dim + i] += 2;
     codec.transform = Transform::dense(random.normals(head_dim), std::move(matrix));
   }
-  codec.prepare();
+  codec.derive_tables();
   return codec;
 }
 
@@ -62,8 +62,8 @@ inline CodedHead random_head(const HeadCodec& codec, int n_cells, Random& random
   for (int b = 0; b < n_blocks; b++) {
     for (int cell = 0; cell < kBlockCells; cell++) {
       const std::vector<float> y = random.normals(d);
-      store_cell(codec, y.data(), block.data(), cell);
-      load_cell(codec, block.data(), cell, &head.decoded[(size_t(b) * kBlockCells + cell) * d]);
+      encode_cell(codec, y.data(), block.data(), cell);
+      decode_cell(codec, block.data(), cell, &head.decoded[(size_t(b) * kBlockCells + cell) * d]);
     }
     block_to_cuda(format, codec.kind, block.data(), &head.blocks[b * format.block_bytes()]);
   }

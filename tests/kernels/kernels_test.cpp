@@ -111,7 +111,7 @@ TEST_P(KernelsOn, DecodedBlocksAreExact) {
         const HeadCodec codec = make_uncalibrated_codec(kind, make_format(dim, bits));
         std::vector<uint8_t> memory(codec.format.block_bytes() + 1);
         uint8_t* block = memory.data() + 1;  // no alignment
-        for (int i = 0; i < kBlockCells; i++) store_cell(codec, gaussian(dim, i).data(), block, i);
+        for (int i = 0; i < kBlockCells; i++) encode_cell(codec, gaussian(dim, i).data(), block, i);
         std::vector<float> tile(size_t(dim) * kBlockCells, -1), expected(tile);
         k().decode_block(codec, block, tile.data());
         spec().decode_block(codec, block, expected.data());
@@ -180,7 +180,7 @@ struct Problem {
       // Cells never written hold NaN.
       memory->assign(misalign + n_blocks() * codec->format.block_bytes(), 0xff);
       for (int i = 0; i < n_cells; i++) {
-        store_cell(*codec, &(*x)[size_t(i) * dim], block(*memory, *codec, i / kBlockCells), i % kBlockCells);
+        encode_cell(*codec, &(*x)[size_t(i) * dim], block(*memory, *codec, i / kBlockCells), i % kBlockCells);
       }
     }
     k_memory = memories[0];
@@ -455,7 +455,7 @@ TEST_P(KernelsOn, ManySmallWeightsKeepTheirSum) {
     if (i == 300) {
       for (float& x : v) x = -x;
     }
-    store_cell(p.values, v.data(), p.block(p.v_memory, p.values, i / kBlockCells), i % kBlockCells);
+    encode_cell(p.values, v.data(), p.block(p.v_memory, p.values, i / kBlockCells), i % kBlockCells);
   }
   p.mask = true;
   EXPECT_LT(nmse(p, attend_codes(k(), p), attend_codes(spec(), p)), is_spec() ? 1e-30 : 0.03);
@@ -479,9 +479,9 @@ TEST_P(KernelsOn, EqualWeightsOfExtremeValues) {
       }
     }
     for (int i = 0; i < p.n_cells; i++) {
-      store_cell(p.values, v.data(), p.block(p.v_memory, p.values, i / kBlockCells), i % kBlockCells);
+      encode_cell(p.values, v.data(), p.block(p.v_memory, p.values, i / kBlockCells), i % kBlockCells);
     }
-    load_cell(p.values, p.v_memory.data(), 0, stored.data());
+    decode_cell(p.values, p.v_memory.data(), 0, stored.data());
     const Result result = attend_codes(k(), p);
     for (int d = 0; d < p.dim; d++) {
       EXPECT_NEAR(result.value(p, 1, d), stored[d], 1e-2 * std::fabs(stored[d]) + 1e-3) << bits << " " << d;
@@ -505,7 +505,7 @@ TEST_P(KernelsOn, MasksOfAllKinds) {
     p.mask_data[only] = 0;
     const Result result = attend_codes(k(), p);
     std::vector<float> v(p.dim);
-    load_cell(p.values, p.block(p.v_memory, p.values, only / kBlockCells), only % kBlockCells, v.data());
+    decode_cell(p.values, p.block(p.v_memory, p.values, only / kBlockCells), only % kBlockCells, v.data());
     for (int row = 0; row < p.n_rows(); row++) {
       EXPECT_NEAR(result.sum[row], 1, 1e-5);
       for (int d = 0; d < p.dim; d++) EXPECT_NEAR(result.value(p, row, d), v[d], 0.02 * std::fabs(v[d]) + 1e-6) << only;

@@ -67,10 +67,10 @@ std::vector<float> Session::decode(const llama_token* tokens, int n, int first) 
   if (emulated_) emulated_->check();
   const float* logits = llama_get_logits_ith(context_.get(), -1);
   std::vector<float> out(logits, logits + llama_vocab_n_tokens(llama_model_get_vocab(model_.get())));
-  const float top = *std::max_element(out.begin(), out.end());
+  const float greatest = *std::max_element(out.begin(), out.end());
   double sum = 0;
-  for (float v : out) sum += std::exp(double(v) - top);
-  for (float& v : out) v -= top + float(std::log(sum));
+  for (float v : out) sum += std::exp(double(v) - greatest);
+  for (float& v : out) v -= greatest + float(std::log(sum));
   return out;
 }
 

@@ -120,18 +120,18 @@ void TailorKvCache::attended(ggml_tensor* node, int layer) {
     for (int cell = recent; cell < n; cell++) cells.push_back(cell);
     for (int g = 0; g < group; g++) {
       std::vector<float> weights;
-      float top = -INFINITY;
+      float greatest = -INFINITY;
       for (int cell : cells) {
         const auto* key = reinterpret_cast<const uint16_t*>(keys + size_t(cell) * k->nb[1]);
         float score = 0;
         for (int d = 0; d < key_dim; d++) score += queries[g][d] * half_to_float(key[d]);
         weights.push_back(score * scale);
-        top = std::max(top, weights.back());
+        greatest = std::max(greatest, weights.back());
       }
       float* out = reinterpret_cast<float*>(static_cast<char*>(node->data) + (size_t(h) * group + g) * node->nb[1]);
       std::fill_n(out, value_dim, 0.0f);
       float sum = 0;
-      for (float& w : weights) sum += w = std::exp(w - top);
+      for (float& w : weights) sum += w = std::exp(w - greatest);
       for (size_t i = 0; i < cells.size(); i++) {
         const auto* value = reinterpret_cast<const uint16_t*>(values + size_t(cells[i]) * v->nb[1]);
         for (int d = 0; d < value_dim; d++) out[d] += weights[i] / sum * half_to_float(value[d]);

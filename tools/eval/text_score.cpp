@@ -28,8 +28,8 @@ TokenScore score_token(const std::vector<float>& log_p, const std::vector<float>
     score.divergence += std::exp(double(exact[v])) * (double(exact[v]) - log_p[v]);
   }
   score.divergence = std::max(0.0, score.divergence);
-  const auto top = [](const std::vector<float>& x) { return std::max_element(x.begin(), x.end()) - x.begin(); };
-  score.agrees = top(log_p) == top(exact);
+  const auto best = [](const std::vector<float>& x) { return std::max_element(x.begin(), x.end()) - x.begin(); };
+  score.agrees = best(log_p) == best(exact);
   return score;
 }
 

@@ -8,8 +8,8 @@
 
 namespace thimble::cuda {
 
-/// The first split of a stream also takes its exact rows. Returns how many blocks of 64 coded cells take as long as
-/// these; the first split gets that many fewer than the others, but at most its whole share.
+/// How many blocks of 64 coded cells take as long as a stream's exact rows. The stream's first split attends to these
+/// rows and so gets that many blocks fewer than the other splits, at most its whole share.
 inline int exact_blocks(int n_blocks, int n_exact, int splits) {
   constexpr int kFixed = 32, kRowsPerBlock = 32;
   return splits == 1 || n_exact == 0 ? 0 : std::min(kFixed + n_exact / kRowsPerBlock, n_blocks / (splits - 1));
@@ -34,11 +34,13 @@ inline DealOptions deal_options(int head_dim, int key_width, int value_width, in
 
 /// Chooses the deal with which the busiest thread block ends first.
 ///
-/// The unit of cost is the time that a warp takes for a block of 64 cells, called a turn. Besides its turns, an item
-/// costs about three of them: its score table is made, and the warps' results are added up. A batch costs the same as
-/// an item, except that a pair makes two score tables, which takes four turns. A split stream costs one turn more, in
-/// which its thread blocks add up their results. A batch has no score tables; a turn then takes a fifth longer if the
-/// table would be of bytes, as in the formats that have pairs. Costs are counted in fifths of a turn.
+/// A turn is the time that a warp takes for a block of 64 cells. Costs are counted in fifths of a turn:
+///   an item        3 turns for its score table and for adding up the warps' results, and its share of turns
+///   a split stream 1 turn more, in which its thread blocks add up their results
+///   a pair         4 turns, as it has two score tables, and its turns
+///   a batch        3 turns and its turns. It has no score table; in formats whose score tables are of bytes (those
+///   that
+///                  have pairs) each of its turns takes a fifth longer
 inline Deal choose_deal(int n_streams, int n_blocks, int n_exact, const DealOptions& options) {
   constexpr int kTurn = 5, kItemCost = 3 * kTurn, kPairCost = 4 * kTurn, kMeetCost = kTurn;
   const int batch_turn = options.pairs ? 6 : kTurn;

@@ -1,8 +1,7 @@
 // Decode attention: how many threads a format takes, and the two tables in shared memory.
 //
-//   keys:   the score table, made for each item. It has a row of 256 bytes for each code. An entry holds the products
-//   of
-//           the 4 query rows with a subspace's codeword, as bytes, or as f16 in `wide` tables. 32 entries, for
+//   keys:   the score table, made for each item. It has a row of 256 bytes for each code. An entry holds a subspace's
+//           products of its codeword with the 4 query rows, as bytes, or as f16 in `wide` tables. 32 entries, for
 //           subspaces or copies of them, make a plane. An `expanded` table also has rows for the negated codewords, in
 //           twice the memory, so that the sign bit costs no instruction. `Direct` kernels have the codewords themselves
 //           instead, which many items share (direct.h).

@@ -8,16 +8,17 @@
 
 namespace thimble::cuda {
 
-/// Enqueues one kernel that codes args.n_tokens tokens' keys and values into their cells, bit for bit as encode_vector
-/// does, and writes their exact rows into the window. No two tokens of a call may go to the same cell.
+/// Enqueues one kernel that encodes args.n_tokens tokens' keys and values into their cells, bit for bit as
+/// encode_vector does, and writes their exact rows into the window. No two tokens of a call may go to the same cell.
 Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream);
 
-/// Enqueues one kernel that codes the cells which update_window let go, of all layers of a head size. It comes before
-/// their rows are overwritten.
+/// Enqueues one kernel that encodes the cells which left the window in update_window, of all layers of a head size. To
+/// be called before their rows are overwritten.
 Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream);
 
-/// Enqueues one kernel that takes new tokens' cells into the window and lets go what has to leave. Once a batch, before
-/// `encode` of any layer, and followed by code_leaving. Cells that are written again leave their old row.
+/// Enqueues one kernel that takes new tokens' cells into the window and decides which cells leave it. To be called once
+/// a batch, before `encode` of any layer, and followed by code_leaving. A cell that is written again gives up its old
+/// row.
 Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream);
 
 /// Enqueues one kernel that decodes all cells to f16 rows.

@@ -1,9 +1,9 @@
-// Bookkeeping of the window: the kernel's body, the rule of cache/window.h without a judge, so that of a sequence's
-// cells the last and the oldest stay. A block serves one stream.
+// Bookkeeping of the window: the kernel's body. It follows the rule of cache/window.h without a judge, so that a
+// sequence's last and its oldest cells stay. A thread block serves one stream.
 //
-// What the host does at the end of a batch, when it has been attended to, is done here before the next: the host's
-// `commit` of the batch before, then its `begin_batch` and `settle` of this one. Batches of more than kMaxTokens
-// tokens, whose tokens are coded at once, are committed now.
+// The host commits a batch when it has been attended to. Here, one launch at the beginning of a batch does what the
+// host's `commit` of the batch before and its `begin_batch` and `settle` of this one do. Batches of more than
+// kMaxTokens tokens, whose tokens are encoded at once, are committed in the same launch.
 #pragma once
 
 #include "cuda/simt/simt.h"
@@ -59,7 +59,7 @@ struct WindowKernel {
       simt::atomic_and(a.hidden + index * a.hidden_stream_stride + cell / 32, ~(1u << cell % 32));
       s.cell[row] = -1;
     }
-    /// From now on its code has to do, which code_leaving makes.
+    /// Takes a row's cell out of the window and lists it for code_leaving, which encodes it.
     SIMT void leave(int row) const {
       const int at = simt::atomic_add(n_leaving, 1);
       a.leaving_cells[at] = int64_t(index) * a.cells_per_stream + s.cell[row];
@@ -72,7 +72,7 @@ struct WindowKernel {
   SIMT static void for_rows(const WindowArgs& a, F f) {
     for (int row = simt::thread(); row < a.capacity; row += kThreads) f(row);
   }
-  /// How many rows f is true of. A barrier, too.
+  /// Counts the rows that f is true of. It is also a barrier.
   template <typename F>
   SIMT static int count_rows(const Stream& stream, F f) {
     if (simt::thread() == 0) stream.s.count = 0;
@@ -86,7 +86,7 @@ struct WindowKernel {
     return n;
   }
 
-  /// Of the rows that f is true of, those of rank `first` to `end` by order of writing leave.
+  /// Sorts the rows that f is true of by order of writing, and makes number `first` to number `end` - 1 leave.
   template <typename F>
   SIMT static void leave_ranks(const Stream& stream, int first, int end, F f) {
     const Shared& s = stream.s;
@@ -104,8 +104,8 @@ struct WindowKernel {
     simt::sync();
   }
 
-  /// Lets n rows go, of sequences below `seen_from`: what is gone, then by sequences what is behind the pool, then the
-  /// pool.
+  /// Makes n rows leave, of sequences with numbers below `seen_from`: first rows of sequences that are gone, then, the
+  /// sequence that was seen longest ago first, rows behind the pool, then rows of the pool.
   SIMT static void make_room(const Stream& stream, int n, uint32_t seen_from) {
     Shared& s = stream.s;
     const auto may_go = [&](int row) { return s.cell[row] >= 0 && s.sequence[row] < seen_from; };
@@ -138,7 +138,8 @@ struct WindowKernel {
     simt::sync();
   }
 
-  /// The rest of the batch before: sequences that one token made too many, and room for its tokens.
+  /// Ends the batch before: makes rows leave of sequences that had one token in it and have too many rows now, then,
+  /// where the stream still has more rows than slots, of sequences that the batch did not see.
   SIMT static void finish(const Stream& stream, WindowBooks& books) {
     const WindowArgs& a = stream.a;
     for (int i = 0; i < int(books.n_single); i++) {
@@ -165,7 +166,7 @@ struct WindowKernel {
     return head - 1;
   }
 
-  /// One sequence of the batch: what is exact of it gets its number; what stays, and of its tokens too, is marked.
+  /// Gives all exact rows of one sequence of the batch its number, and marks those that stay, its tokens' too.
   SIMT static void take_sequence(const Stream& stream, WindowBooks& books, int head, bool waits, bool commits) {
     const WindowArgs& a = stream.a;
     Shared& s = stream.s;
@@ -215,7 +216,7 @@ struct WindowKernel {
     simt::sync();
   }
 
-  /// One warp deals out unused rows to the tokens that stay, in order.
+  /// Gives unused rows to the tokens that stay, in order. One warp calls it.
   SIMT static void assign(const Stream& stream, uint32_t written) {
     const WindowArgs& a = stream.a;
     Shared& s = stream.s;
@@ -325,7 +326,7 @@ struct WindowKernel {
     if (commits && n_wanted > a.slots) {
       make_room(stream, n_wanted - a.slots > a.spare ? n_wanted - a.slots : a.spare, books.seen_from);
     }
-    // Where all that is here is seen by the batch, even that gives way to its tokens.
+    // Where that was not enough, rows of sequences that the batch sees leave, too.
     const int n_left = count_rows(stream, [&](int row) { return s.cell[row] >= 0; });
     if (n_left + s.n_arriving > a.capacity) make_room(stream, n_left + s.n_arriving - a.capacity, UINT32_MAX);
     if (simt::thread() < 32) assign(stream, books.n_written);

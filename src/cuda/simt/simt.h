@@ -97,15 +97,15 @@ template <typename T>
 SIMT T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(~0u, x, mask);
 }
-/// The greatest x of a warp's lanes.
+/// The greatest x of a warp's 32 lanes, in all of them.
 SIMT uint32_t max_of_warp(uint32_t x) {
   return __reduce_max_sync(~0u, x);
 }
 
-/// Adds x to *p and returns what *p was before, with acquire and release order for the whole device: a thread whose
-/// call returns this call's sum, or a later one, sees all that this thread wrote before its call, and all that other
-/// threads of its block wrote before the last barrier. __threadfence() by every thread would take several times as
-/// long.
+/// Adds x to *p, which thread blocks count with, and returns what *p was before. It orders memory for the whole device
+/// (acquire and release): the thread that counts last reads what every thread before it had written when it counted,
+/// and what other threads of that one's block had written before their last barrier. A __threadfence() in every thread
+/// would do the same in several times the time.
 SIMT int atomic_add_ordered(int* p, int x) {
   int r;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0,[%1],%2;" : "=r"(r) : "l"(p), "r"(x) : "memory");
@@ -207,9 +207,9 @@ SIMT uint32_t pack_half2(float low, float high) {
   return r;
 }
 
-/// Returns 0 for any address in shared memory. The compiler does not know that it is 0, so that a load from
-/// p + after(address) is issued only when `address` has been computed, and so after the loads that `address` depends
-/// on.
+/// Returns 0, as addresses in shared memory are below 2^31; the compiler does not know that. A load from
+/// p + after(address) therefore waits until `address` has been computed. This keeps the compiler from moving the load
+/// ahead of those that `address` is computed from.
 SIMT uint32_t after(uint32_t address) {
   return address >> 31;
 }

@@ -97,7 +97,7 @@ inline Floats times_power(Floats p, Floats shifted, Floats x) {
 
 // The best gain of each lane so far, and the first codeword of the vector that it came from.
 struct Best {
-  Floats gain = all_of(kHidden);
+  Floats gain = all_of(kUnseen);
   __m256i first = _mm256_setzero_si256();
 };
 

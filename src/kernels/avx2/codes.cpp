@@ -68,7 +68,7 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
   if (wide) return build_pairs(q, words, width, n_subspaces, luts);
   float largest = 0;
   for (int m = 0; m < n_subspaces; q += width[m], words += width[m] * 128, m++) {
-    __m256 top = _mm256_setzero_ps();
+    __m256 greatest = _mm256_setzero_ps();
     for (int half = 0; half < 128; half += 64) {
       __m256 sums[8];
       for (__m256& s : sums) s = _mm256_setzero_ps();
@@ -82,11 +82,11 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
       }
       for (int i = 0; i < 8; i++) {
         _mm256_storeu_ps(room + m * 128 + half + 8 * i, sums[i]);
-        top = _mm256_max_ps(top, magnitude(sums[i]));
+        greatest = _mm256_max_ps(greatest, magnitude(sums[i]));
       }
     }
-    const float top_one = max_of(top);
-    largest = top_one > largest ? top_one : largest;
+    const float greatest_one = max_of(greatest);
+    largest = greatest_one > largest ? greatest_one : largest;
   }
   const float step = largest > 127e-30f ? largest / 127.0f : 1e-30f;
   const __m256 inverse = _mm256_set1_ps(1.0f / step), offset = _mm256_set1_ps(128.0f);

@@ -77,7 +77,7 @@ inline Floats times_power(Floats p, Floats shifted, Floats x) {
 
 // The best gain of each lane so far, and the first codeword of the vector that it came from.
 struct Best {
-  Floats gain = all_of(kHidden);
+  Floats gain = all_of(kUnseen);
   __m512i first = _mm512_setzero_si512();
 };
 
@@ -153,7 +153,7 @@ inline Table load_table(const void* from) {
   return {_mm512_loadu_si512(from), _mm512_loadu_si512(static_cast<const uint8_t*>(from) + kLine)};
 }
 
-// 64 look-ups; the top bit of a code, gathered in `negative`, says that the entry counts negated. Tables that hold
+// 64 look-ups; the highest bit of a code, gathered in `negative`, says that the entry counts negated. Tables that hold
 // 128 + x yield 128 - x then, modulo 256.
 inline __m512i look_up_64(Table table, __m512i code, __mmask64 negative) {
   const __m512i entry = _mm512_permutex2var_epi8(table.low, code, table.high);

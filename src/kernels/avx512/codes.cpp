@@ -13,7 +13,7 @@ size_t lut_bytes(int, int n_subspaces, bool wide) {
 
 float build_luts(const float* q, const int8_t* words, const uint8_t* width, int n_subspaces, bool wide, float* room,
                  uint8_t* luts) {
-  float* tops = room + n_subspaces * 128;
+  float* maxima = room + n_subspaces * 128;
   float largest = 0, total = 0;
   for (int m = 0; m < n_subspaces; q += width[m], words += width[m] * 128, m++) {
     __m512 sums[8];
@@ -26,15 +26,15 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
         sums[i] = _mm512_fmadd_ps(x, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(word)), sums[i]);
       }
     }
-    __m512 top = _mm512_setzero_ps();
+    __m512 greatest = _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
       _mm512_storeu_ps(room + m * 128 + 16 * i, sums[i]);
-      top = _mm512_max_ps(top, _mm512_abs_ps(sums[i]));
+      greatest = _mm512_max_ps(greatest, _mm512_abs_ps(sums[i]));
     }
-    tops[m] = _mm512_reduce_max_ps(top);
-    largest = tops[m] > largest ? tops[m] : largest;
-    total += tops[m];
+    maxima[m] = _mm512_reduce_max_ps(greatest);
+    largest = maxima[m] > largest ? maxima[m] : largest;
+    total += maxima[m];
   }
   float step = wide ? total / 32600.0f : largest / 127.0f;
   step = step > 1e-30f ? step : 1e-30f;

@@ -20,7 +20,7 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
                  uint8_t* luts) {
   float largest = 0, total = 0;
   for (int m = 0; m < n_subspaces; q += width[m], words += width[m] * 128, m++) {
-    float32x4_t top = vdupq_n_f32(0);
+    float32x4_t greatest = vdupq_n_f32(0);
     for (int i = 0; i < 128; i += 16) {
       float32x4_t sums[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
       for (int j = 0; j < width[m]; j++) {
@@ -33,12 +33,12 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
       }
       for (int v = 0; v < 4; v++) {
         vst1q_f32(room + m * 128 + i + 4 * v, sums[v]);
-        top = vmaxnmq_f32(top, vabsq_f32(sums[v]));
+        greatest = vmaxnmq_f32(greatest, vabsq_f32(sums[v]));
       }
     }
-    const float top_one = vmaxvq_f32(top);
-    largest = top_one > largest ? top_one : largest;
-    total += top_one;
+    const float greatest_one = vmaxvq_f32(greatest);
+    largest = greatest_one > largest ? greatest_one : largest;
+    total += greatest_one;
   }
   float step = wide ? total / 32600.0f : largest / 127.0f;
   step = step > 1e-30f ? step : 1e-30f;

@@ -90,7 +90,7 @@ inline Floats times_power(Floats p, Floats shifted, Floats x) {
 
 // The best gain of each lane so far, and the first codeword of the vector that it came from.
 struct Best {
-  Floats gain = all_of(kHidden);
+  Floats gain = all_of(kUnseen);
   int32x4_t first = vdupq_n_s32(0);
 };
 

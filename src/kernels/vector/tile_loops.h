@@ -196,7 +196,7 @@ float finish(float* scores, int n_blocks, const uint64_t* visible, const uint16_
   const Floats inverse_cap = all_of(Softcap ? 1.0f / softcap : 0.0f);
   Floats max[kMaxima], max_weighted[kMaxima];
 #pragma GCC unroll 4
-  for (int i = 0; i < kMaxima; i++) max[i] = max_weighted[i] = all_of(kHidden);
+  for (int i = 0; i < kMaxima; i++) max[i] = max_weighted[i] = all_of(kUnseen);
   for (int b = 0; b < n_blocks; b++) {
 #pragma GCC unroll 4
     for (int i = 0; i < kLine / kLanes; i++) {
@@ -204,7 +204,7 @@ float finish(float* scores, int n_blocks, const uint64_t* visible, const uint16_
       Floats s = load(at) + all_of(bias);
       if (Softcap) s = all_of(softcap) * tanh_of(s * inverse_cap);
       if (Masked) s = fused(load_half(masks[b] + kLanes * i), all_of(slope), s);
-      s = choose(unsigned(visible[b] >> (kLanes * i)), s, all_of(kHidden));
+      s = choose(unsigned(visible[b] >> (kLanes * i)), s, all_of(kUnseen));
       store(at, s);
       max[i % kMaxima] = greater(s, max[i % kMaxima]);
       if (Weighted) {
