@@ -106,7 +106,7 @@ hf() {
 }
 
 programs() { # in the background: thimble, the plugin and llama.cpp
-  cmake -S . -B build-cuda -DTHIMBLE_CUDA=ON -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DTHIMBLE_TESTS=OFF \
+  cmake -S . -B build-cuda -DTHIMBLE_CUDA=ON -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DTHIMBLE_TESTS=OFF -DTHIMBLE_APIS=2 \
     -DCMAKE_CUDA_ARCHITECTURES="$capability" ${THIMBLE_LLAMA_CPP:+-DTHIMBLE_LLAMA_CPP="$THIMBLE_LLAMA_CPP"} &&
     within 590 nice cmake --build build-cuda -j "$(nproc)" --target thimble ggml-thimble llama-perplexity \
       $(! wants server || echo llama-server)

@@ -1,7 +1,6 @@
 # The llama.cpp that the plugin is built for: targets ggml-base, ggml, llama, and
 #   THIMBLE_LLAMA_CPP_SOURCE   its source (for ggml-backend-impl.h, which is not installed)
 #   THIMBLE_LLAMA_CPP_BIN      where its programs and libraries are
-#   THIMBLE_GGML_VERSION       the only version that the plugin will load into
 #
 # In this order:
 #   -DTHIMBLE_LLAMA_CPP=<dir>  a source tree (built with this project), or a build or install tree, whose source is then
@@ -65,10 +64,7 @@ elseif(NOT source)
 endif()
 set(THIMBLE_LLAMA_CPP_SOURCE ${source})
 
-file(STRINGS ${source}/ggml/CMakeLists.txt version_lines REGEX "^set\\(GGML_VERSION_(MAJOR|MINOR|PATCH) ")
-list(TRANSFORM version_lines REPLACE ".* ([0-9]+)\\)" "\\1")
-list(JOIN version_lines "." THIMBLE_GGML_VERSION)
-message(STATUS "llama.cpp: ${source} (ggml ${THIMBLE_GGML_VERSION})${prebuilt}")
+message(STATUS "llama.cpp: ${source} ${prebuilt}")
 
 if(prebuilt)
   foreach(name ggml-base ggml llama llama-common)

@@ -107,8 +107,12 @@ ggml_backend_t device_init(ggml_backend_dev_t device, const char* params) {
   if (!inner) return nullptr;
   try {
     const bool is_async = inner->iface.synchronize != nullptr;
-    return new ggml_backend{&kGuid, is_async ? kAsyncInterface : kBackendInterface, device,
-                            new BackendContext{inner, make_runner(device_of(device), inner)}};
+    auto backend = std::make_unique<ggml_backend>();
+    backend->guid = &kGuid;
+    backend->iface = is_async ? kAsyncInterface : kBackendInterface;
+    backend->device = device;
+    backend->context = new BackendContext{inner, make_runner(device_of(device), inner)};
+    return backend.release();
   } catch (const std::exception& error) {
     GGML_LOG_ERROR("thimble: %s\n", error.what());
     ggml_backend_free(inner);

@@ -5,10 +5,10 @@
 #include <stdexcept>
 #include <vector>
 
-#include "ggml-impl.h"
 #include "plugin/buffer_type.h"
 #include "plugin/device.h"
 #include "plugin/device_table.h"
+#include "plugin/ggml_api.h"
 #include "plugin/kv_buffer.h"
 #include "plugin/model_profile.h"
 #include "plugin/report.h"
@@ -17,8 +17,7 @@ namespace thimble {
 namespace {
 
 HostDevice host_device(ggml_backend_dev_t inner) {
-  ggml_backend_dev_props props;
-  ggml_backend_dev_get_props(inner, &props);
+  const ggml_backend_dev_props props = props_of(inner);
   const bool is_cpu = ggml_backend_dev_type(inner) == GGML_BACKEND_DEVICE_TYPE_CPU;
   return {is_cpu ? "CPU" : ggml_backend_reg_name(ggml_backend_dev_backend_reg(inner)),
           props.device_id ? props.device_id : ""};
@@ -58,8 +57,10 @@ Device::Device(ggml_backend_reg_t registry, ggml_backend_dev_t inner, std::strin
     : inner_(inner),
       engine_(make_engine(host_device(inner))),
       name_(std::move(name)),
-      buffer_type_(make_buffer_type(*this)),
-      handle_{kDeviceInterface, registry, this} {
+      buffer_type_(make_buffer_type(*this)) {
+  handle_.iface = kDeviceInterface;
+  handle_.reg = registry;
+  handle_.context = this;
   if (!engine_) {
     throw std::runtime_error("device=" + std::string(ggml_backend_dev_name(inner)) +
                              ": this build of the plugin cannot wrap that device; it has engines for " +

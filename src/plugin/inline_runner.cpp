@@ -4,7 +4,7 @@
 #include <map>
 #include <stdexcept>
 
-#include "ggml-impl.h"
+#include "plugin/ggml_api.h"
 #include "plugin/nodes.h"
 #include "plugin/shift.h"
 
@@ -42,7 +42,7 @@ InlineRunner::Op& InlineRunner::add_op(KvBuffer& buffer, ManagedLayer& layer) {
 
 void InlineRunner::replace(ggml_tensor** node, ggml_custom_op_t run, Op& op) {
   ggml_tensor& stand_in = stand_ins_.emplace_back(**node);
-  stand_in.op = GGML_OP_CUSTOM;
+  stand_in.op = custom_op();
   const ggml_custom_op_params params{run, GGML_N_TASKS_MAX, &op};
   std::memcpy(stand_in.op_params, &params, sizeof(params));
   replaced_.emplace_back(node, *node);

@@ -1,10 +1,11 @@
-// The entry point that ggml looks up in a backend library, and the registry behind it.
-#include <cstdio>
-#include <cstring>
+// What libggml-thimble.so opens (see loader/build.h), and the registry that ggml gets.
+#include <stdexcept>
 #include <string>
 
-#include "ggml-backend-impl.h"
+#include "loader/build.h"
 #include "plugin/device.h"
+#include "plugin/ggml_api.h"
+#include "plugin/self_check.h"
 
 namespace {
 
@@ -61,34 +62,45 @@ void* registry_function(ggml_backend_reg_t, const char* name) {
   return nullptr;
 }
 
-ggml_backend_reg registry = {
-    GGML_BACKEND_API_VERSION, {registry_name, registry_count, registry_device, registry_function}, nullptr};
+ggml_backend_reg registry = [] {
+  ggml_backend_reg r{};
+  r.api_version = GGML_BACKEND_API_VERSION;
+  r.iface.get_name = registry_name;
+  r.iface.get_device_count = registry_count;
+  r.iface.get_device = registry_device;
+  r.iface.get_proc_address = registry_function;
+  return r;
+}();
 
-// Why the plugin does not load. Not through ggml's log, which llama.cpp's programs write in a thread of its own: they
-// end, for want of the device, before it is written.
-void refuse(const std::string& why) {
-  std::fprintf(stderr, "thimble: %s\n", why.c_str());
+void* open(const char** why) {
+  static std::string sentence;
+  try {
+    const std::string differs = self_check();
+    if (!differs.empty()) {
+      throw std::runtime_error(std::string("ggml ") + ggml_version() + " differs from " + THIMBLE_HEADERS_VERSION +
+                               ", with whose headers this plugin was compiled, in " + differs +
+                               ": get a newer Thimble, or run a llama.cpp that docs/results/hosts.md lists");
+    }
+    make_devices(&registry);
+    return &registry;
+  } catch (const std::exception& error) {
+    sentence = error.what();
+    *why = sentence.c_str();
+    return nullptr;
+  }
 }
 
 }  // namespace
 
-extern "C" {
-GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void);
-}
-
-ggml_backend_reg_t ggml_backend_init(void) {
-  // ggml's API version does not change when its structs do, so only the very version that this was built against will
-  // do.
-  if (std::strcmp(ggml_version(), THIMBLE_GGML_VERSION) != 0) {
-    refuse(std::string("built for ggml ") + THIMBLE_GGML_VERSION + " but loaded into ggml " + ggml_version() +
-           "; rebuild it with -DTHIMBLE_LLAMA_CPP=<that llama.cpp>");
-    return nullptr;
-  }
-  try {
-    make_devices(&registry);
-  } catch (const std::exception& error) {
-    refuse(error.what());
-    return nullptr;
-  }
-  return &registry;
+extern "C" __attribute__((visibility("default"))) const Build* thimble_build() {
+  static const Build build = [] {
+    Build b{};
+    b.release = THIMBLE_RELEASE;
+    b.api_version = GGML_BACKEND_API_VERSION;
+    b.ggml_version = THIMBLE_HEADERS_VERSION;
+    b.register_here = reinterpret_cast<const void*>(&ggml_backend_register);
+    b.open = open;
+    return b;
+  }();
+  return &build;
 }

@@ -1,0 +1,87 @@
+#include "loader/host.h"
+
+#include <dlfcn.h>
+
+#include <cstddef>
+#include <stdexcept>
+
+#include "loader/versions.h"
+
+namespace thimble {
+namespace {
+
+std::string to_string(const GgmlVersion& v) {
+  return std::to_string(v.major) + "." + std::to_string(v.minor) + "." + std::to_string(v.patch);
+}
+
+// A handle of the library or program that holds an address. One on its file alone would not reach a program's symbols.
+void* handle_of(const void* address) {
+  Dl_info info{};
+  if (dladdr(address, &info) != 0 && info.dli_fname) {
+    if (void* handle = dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL)) return handle;
+  }
+  return dlopen(nullptr, RTLD_NOW);
+}
+
+template <typename Function>
+Function function(const char* name) {
+  return reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+}
+
+// Every backend begins with the API version that it was compiled for, and a host registers only those of its own.
+int api_of_registered_backend() {
+  const auto count = function<size_t (*)()>("ggml_backend_reg_count");
+  const auto get = function<const int* (*)(size_t)>("ggml_backend_reg_get");
+  if (!count || !get || count() == 0) {
+    throw std::runtime_error(
+        "no backend of this program is loaded yet, the CPU's included: call ggml_backend_load_all() before the plugin "
+        "is "
+        "loaded");
+  }
+  return *get(0);
+}
+
+}  // namespace
+
+Host::Host(const void* caller) {
+  constexpr const char* kRegister = "ggml_backend_register";
+  // Its own, not the first of that name: two copies of ggml in a process would be mixed up.
+  register_function_ = dlsym(handle_of(caller), kRegister);
+  if (!register_function_) {
+    throw std::runtime_error(
+        "the program that loads it shows no ggml functions to plugins (ggml is linked into it statically): use a "
+        "llama.cpp "
+        "with shared libraries, as its releases, Homebrew and the Docker images have");
+  }
+  if (register_function_ != dlsym(RTLD_DEFAULT, kRegister)) {
+    throw std::runtime_error(
+        "this process holds two copies of ggml, and the plugin would get the wrong one: load only one of the libraries "
+        "that "
+        "bring it");
+  }
+  const auto tell_version = function<const char* (*)()>("ggml_version");
+  const char* text = tell_version ? tell_version() : nullptr;
+  const auto version = parse_version(text);
+  const std::string known = "Thimble is for ggml " + to_string(kOldestGgml) + " and later";
+  if (!version) {
+    throw std::runtime_error(
+        known + ", but this program's ggml " +
+        (text ? "says it is '" + std::string(text) + "'" : std::string("is too old to say its own")) +
+        ": use a newer llama.cpp");
+  }
+  version_ = text;
+  if (*version < kOldestGgml) {
+    throw std::runtime_error(known + ", but this program has ggml " + version_ + ": use a newer llama.cpp");
+  }
+  is_newer_ = *version > kNewestTriedGgml;
+  api_version_ = api_of_registered_backend();
+  for (int known_api : kApiVersions) {
+    if (api_version_ == known_api) return;
+  }
+  throw std::runtime_error("this program has ggml " + version_ + ", whose backend API is version " +
+                           std::to_string(api_version_) +
+                           ", but this Thimble knows versions 2 (ggml 0.15 to 0.25.3) and 3 " + "(0.25.3 to " +
+                           to_string(kNewestTriedGgml) + "): get a newer Thimble");
+}
+
+}  // namespace thimble

@@ -1,0 +1,27 @@
+// The versions of ggml that Thimble knows.
+#pragma once
+
+#include <compare>
+#include <cstdio>
+#include <optional>
+
+namespace thimble {
+
+struct GgmlVersion {
+  int major = 0, minor = 0, patch = 0;
+  auto operator<=>(const GgmlVersion&) const = default;
+};
+
+/// "0.25.3", with or without something behind it.
+inline std::optional<GgmlVersion> parse_version(const char* text) {
+  GgmlVersion v;
+  if (!text || std::sscanf(text, "%d.%d.%d", &v.major, &v.minor, &v.patch) != 3) return std::nullopt;
+  return v;
+}
+
+/// Older ones are refused. Newer ones than the newest that was tried are taken where the self-check passes.
+constexpr GgmlVersion kOldestGgml{0, 15, 0}, kNewestTriedGgml{0, 26, 0};
+/// Backend API versions, a build each. ggml 0.25.3 came with either.
+constexpr int kApiVersions[] = {2, 3};
+
+}  // namespace thimble

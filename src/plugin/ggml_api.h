@@ -1,0 +1,35 @@
+// Where ggml's versions differ, as far as src/plugin is concerned. It is compiled once for each backend API version,
+// with that version's headers, and each build runs in all versions of ggml that have that API (see self_check.h).
+//
+//   API 2 to API 3   ggml_backend_buffer_type_i got alloc_buffer_n and get_alloc_size_n. Left null, they default to
+//                    alloc_buffer and get_alloc_size, which is right for us. ggml_backend_i's graph_optimize got an
+//                    argument; we have none.
+//   within API 2     ops came in before CUSTOM, whose number so depends on the version (91 in 0.15, 95 from 0.20 on).
+//                    ggml_backend_dev_caps got mmap_support: what we use comes before it.
+//
+// Two rules keep it so small: tables of functions are filled by name, never by position; and of structs that the host
+// makes only members before the first difference are used.
+#pragma once
+
+#include "ggml-backend-impl.h"
+#include "ggml-impl.h"
+
+static_assert(GGML_BACKEND_API_VERSION == 2 || GGML_BACKEND_API_VERSION == 3,
+              "src/plugin was not held to this backend API yet: see src/loader/versions.h");
+
+namespace thimble {
+
+/// The number of ggml's op CUSTOM in the host.
+ggml_op custom_op();
+
+/// A device's properties, from a host whose struct may have more members behind ours.
+inline ggml_backend_dev_props props_of(ggml_backend_dev_t device) {
+  struct {
+    ggml_backend_dev_props known;
+    char more[512];
+  } props;
+  ggml_backend_dev_get_props(device, &props.known);
+  return props.known;
+}
+
+}  // namespace thimble
