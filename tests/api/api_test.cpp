@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <fstream>
 #include <iterator>
@@ -347,10 +346,11 @@ TEST_P(ApiCells, RowsOfHalvesAreTheSameNumbers) {
   EXPECT_EQ(decoded[a.row_size()], 7);  // between rows
 }
 
-INSTANTIATE_TEST_SUITE_P(Layouts, ApiCells, testing::Values(Layout::heads, Layout::pages, Layout::odd),
-                         [](const auto& info) {
-                           return std::array{"Heads", "Pages", "Odd"}[int(info.param)];
-                         });
+std::string name_of(const testing::TestParamInfo<Layout>& info) {
+  return info.param == Layout::heads ? "Heads" : info.param == Layout::pages ? "Pages" : "Odd";
+}
+
+INSTANTIATE_TEST_SUITE_P(Layouts, ApiCells, testing::Values(Layout::heads, Layout::pages, Layout::odd), name_of);
 
 TEST(ApiCells, RefusesWhatIsWrong) {
   const auto context = context_of(1);
