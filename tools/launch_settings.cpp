@@ -33,7 +33,10 @@ std::vector<Item> typed_items(const LaunchFlags& flags) {
   std::vector<Item> items;
   const auto add = [&](const std::string& key, const std::string& value, const std::string& typed) {
     for (const Item& item : items) {
-      if (item.key == key) throw std::invalid_argument(typed + ": " + item.typed + " says " + key + " already");
+      if (item.key != key) continue;
+      std::string why = typed;
+      why.append(": ").append(item.typed).append(" says ").append(key).append(" already");
+      throw std::invalid_argument(why);
     }
     if (!needs_others(key)) Settings::parse(key + "=" + value, typed);
     items.push_back({key, value, typed});
