@@ -92,7 +92,6 @@ public:
     layer_->commit([](int, int64_t) { return true; });
     write(s.n_cells - s.n_tokens, s.n_tokens);
 
-    p_.layer = layer_.get();
     p_.n_heads = s.n_heads();
     p_.n_tokens = s.n_tokens;
     p_.n_cells = s.n_cells;
@@ -112,7 +111,7 @@ public:
   }
 
   void step() {
-    attention_.prepare(p_, n_threads_, kernels_);
+    attention_.prepare(*layer_, p_, {}, n_threads_, kernels_);
     if (n_threads_ == 1) {
       attention_.attend(0);
       return;

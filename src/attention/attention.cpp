@@ -27,11 +27,14 @@ float alibi_slope(float max_bias, int n_heads, int head) {
   return head < n ? std::pow(m0, float(head + 1)) : std::pow(m1, float(2 * (head - n) + 1));
 }
 
-void Attention::prepare(const AttentionProblem& problem, int n_threads, const Kernels& kernels) {
+void Attention::prepare(const CacheLayer& layer, const AttentionProblem& problem, const Retrieval& retrieval,
+                        int n_threads, const Kernels& kernels) {
+  layer_ = &layer;
   p_ = problem;
+  retrieval_ = retrieval;
   kernels_ = &kernels;
   n_threads_ = n_threads;
-  group_ = p_.n_heads / p_.layer->keys().shape().n_kv_heads;
+  group_ = p_.n_heads / layer_->keys().shape().n_kv_heads;
   memory_.resize(n_threads);
   n_blocks_ = int((p_.n_cells + kBlockCells - 1) / kBlockCells);
   prepare_streams();
@@ -40,8 +43,8 @@ void Attention::prepare(const AttentionProblem& problem, int n_threads, const Ke
 }
 
 void Attention::prepare_streams() {
-  const int64_t cells_per_stream = p_.layer->keys().shape().cells_per_stream;
-  const std::vector<Window::Row>& rows = p_.layer->window().rows();  // in order of cells
+  const int64_t cells_per_stream = layer_->keys().shape().cells_per_stream;
+  const std::vector<Window::Row>& rows = layer_->window().rows();  // in order of cells
   streams_.resize(p_.n_streams);
   for (int s = 0; s < p_.n_streams; s++) {
     Stream& stream = streams_[s];
@@ -65,7 +68,7 @@ void Attention::prepare_streams() {
       if (seen & bit) add_row(stream.exact, cell, key, value);
     };
     for (; row != rows.end() && row->cell - cell0 < p_.n_cells; ++row) {
-      take(int(row->cell - cell0), p_.layer->keys().row_data(*row), p_.layer->values().row_data(*row));
+      take(int(row->cell - cell0), layer_->keys().row_data(*row), layer_->values().row_data(*row));
     }
     for (const ExactCell& exact : p_.exact) take(exact.cell, exact.key, exact.value);
   }
@@ -95,7 +98,7 @@ void Attention::add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t*
 // Cuts the units of all items, laid end to end, into one stretch a thread, so that one long sequence keeps all threads
 // busy, however many heads there are.
 void Attention::prepare_parts() {
-  const int n_kv_heads = p_.layer->keys().shape().n_kv_heads;
+  const int n_kv_heads = layer_->keys().shape().n_kv_heads;
   const int tokens_per_item = prefills() ? kPrefillTokens : std::max(p_.n_tokens, 1);
   items_.clear();
   int64_t total = 0;
@@ -182,7 +185,7 @@ const uint64_t* Attention::hidden_of(const Item& item) const {
 }
 
 void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries* coded) const {
-  const HeadCodec& codec = p_.layer->keys().codec(item.kv_head);
+  const HeadCodec& codec = layer_->keys().codec(item.kv_head);
   const int dim = codec.format.head_dim, n_rows = item.n_tokens * group_;
   memory.q.resize(size_t(n_rows) * dim);
   memory.q_coded.resize(size_t(n_rows) * dim);
@@ -204,7 +207,7 @@ void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& pl
 }
 
 CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const {
-  const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
+  const CacheSide &keys = layer_->keys(), &values = layer_->values();
   const int64_t block0 = (p_.first_stream + item.stream) * keys.shape().blocks_per_stream();
   const int32_t* table = keys.places().table;  // which is the values', too
   return {&keys.codec(item.kv_head),
@@ -247,16 +250,16 @@ float Attention::greatest_first(std::vector<Scored>& scored, size_t n) {
   return scored[n - 1].score;
 }
 
-// Sets the bits of memory.chosen (a word for each block) of the p_.top cells with the greatest scores.
+// Sets the bits of memory.chosen (a word for each block) of the retrieval_.top cells with the greatest scores.
 //
 // Few scores are looked at one by one. If cells are put into groups and the groups are ordered by their greatest
-// scores, then each of the first p_.top groups has a cell that scores at least as much as group number p_.top. So there
-// are p_.top such cells, and no cell with a lower score is chosen: that score is a bound. It is taken first over blocks
-// of 64 cells, then, in the blocks that reach it, over lanes of 4 cells; only the cells of lanes that reach it are
-// compared.
+// scores, then each of the first retrieval_.top groups has a cell that scores at least as much as group number
+// retrieval_.top. So there are retrieval_.top such cells, and no cell with a lower score is chosen: that score is a
+// bound. It is taken first over blocks of 64 cells, then, in the blocks that reach it, over lanes of 4 cells; only the
+// cells of lanes that reach it are compared.
 void Attention::choose(const float* scores, ThreadMemory& memory) const {
   constexpr int kLanes = 16;  // lane j: cells j, j + 16, j + 32, j + 48. The compiler vectorizes loops over lanes
-  const size_t top = size_t(p_.top);
+  const size_t top = size_t(retrieval_.top);
   std::vector<float>& lane_maxima = memory.lane_maxima;
   std::vector<Scored>&blocks = memory.blocks, &lanes = memory.lanes, &cells = memory.cells;
   lane_maxima.resize(size_t(n_blocks_) * kLanes);
@@ -295,7 +298,7 @@ void Attention::choose(const float* scores, ThreadMemory& memory) const {
 
 // Chooses the item's cells and starts reading their rows.
 void Attention::fetch(const Item& item, ThreadMemory& memory) {
-  const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
+  const CacheSide &keys = layer_->keys(), &values = layer_->values();
   const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
   choose(scores_of(item), memory);
   Retrieved& retrieved = retrieved_[index_of(item)];
@@ -349,7 +352,7 @@ void Attention::attend_coded(const Item& item, int first_block, int last_block, 
 // out.
 void Attention::attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
                               Softmax& softmax) const {
-  const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
+  const CacheSide &keys = layer_->keys(), &values = layer_->values();
   const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
   const int first = block * kBlockCells, n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - first));
   std::vector<ExactTile>& tile = memory.stored;
@@ -379,7 +382,7 @@ void Attention::attend_exact(const Item& item, const ExactTile& exact, const Que
   }
   if (!seen_by(item, mask, n)) return;
   for (Kind kind : {Kind::key, Kind::value}) {
-    const CacheSide& side = p_.layer->side(kind);
+    const CacheSide& side = layer_->side(kind);
     const int dim = side.format().head_dim;
     const uint8_t* rows[kBlockCells];
     for (int i = 0; i < n; i++) {
@@ -475,7 +478,7 @@ void Attention::combine_token(const Item& item, int token, ThreadMemory& memory)
   }
   // A short context has no coded cells yet: nothing to transform.
   if (std::any_of(memory.weights.begin(), memory.weights.end(), [](float w) { return w != 0; })) {
-    p_.layer->values()
+    layer_->values()
         .codec(item.kv_head)
         .transform.output(memory.sums.data(), memory.weights.data(), memory.out.data(), group_, kernels_->transform);
   } else {

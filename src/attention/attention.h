@@ -13,60 +13,28 @@
 #include <span>
 #include <vector>
 
+#include "attention/problem.h"
 #include "cache/layer.h"
 #include "kernels/kernels.h"
 
 namespace thimble {
 
-/// A cell that is attended to exactly: its rows of all KV heads, f16, as the model wrote them.
-struct ExactCell {
-  int cell;  // of the stream
-  const uint16_t* key;
-  const uint16_t* value;
+/// How few query tokens attend to the cells outside the window.
+struct Retrieval {
+  int top = 0;             // cells to retrieve; above 0 only where the layer has an exact store
+  bool drop_tail = false;  // all other cells are not attended to
 };
-
-/// What ggml's FLASH_ATTN_EXT says, in its own strides. All strides count elements.
-struct AttentionProblem {
-  const CacheLayer* layer = nullptr;
-  int n_heads = 0;    // query heads; a multiple of the layer's KV heads
-  int n_tokens = 0;   // of each stream
-  int n_streams = 1;  // attended to: first_stream and those that follow it
-  int first_stream = 0;
-  int64_t n_cells = 0;  // attended to in each stream, from its first cell on
-  int value_dim = 0;
-
-  const float* q = nullptr;
-  size_t q_token = 0, q_head = 0, q_stream = 0;
-  float* out = nullptr;  // value_dim numbers of a head are adjacent
-  size_t out_token = 0, out_head = 0, out_stream = 0;
-  const uint16_t* mask = nullptr;  // f16 [stream][token][cell], null: all visible
-  size_t mask_token = 0, mask_stream = 0;
-
-  float scale = 1;
-  float max_bias = 0;  // ALiBi: slopes as in Press et al. 2021 (arXiv 2108.12409); 0: none
-  float softcap = 0;
-  const float* sinks = nullptr;  // [n_heads]: a learned logit that takes a share of each softmax, or null
-
-  /// Exact rows that a caller without a window keeps itself, in order of cells, where there is one stream; the layer's
-  /// window is empty then. They stand in for these cells' codes.
-  std::span<const ExactCell> exact = {};
-
-  int top = 0;  // cells to retrieve; above 0 where the layer has an exact store
-  bool drop_tail = false;
-};
-
-/// Slope of a head under ALiBi, as ggml has it.
-float alibi_slope(float max_bias, int n_heads, int head);
 
 /// Runs a problem on a team of threads:
-///   one thread: attention.prepare(problem, n_threads)
+///   one thread: attention.prepare(layer, problem, retrieval, n_threads, kernels)
 ///   barrier; where attention.retrieves(): all: attention.retrieve(i); barrier
 ///   all: attention.attend(i)
 /// The same inputs and n_threads give the same bits. An object may be used for one problem after another.
 class Attention {
 public:
-  void prepare(const AttentionProblem& problem, int n_threads, const Kernels& kernels);
-  bool retrieves() const { return p_.top > 0 && !prefills(); }
+  void prepare(const CacheLayer& layer, const AttentionProblem& problem, const Retrieval& retrieval, int n_threads,
+               const Kernels& kernels);
+  bool retrieves() const { return retrieval_.top > 0 && !prefills(); }
   void retrieve(int thread);
   void attend(int thread);
 
@@ -137,12 +105,12 @@ private:
     }
   }
   bool prefills() const { return p_.n_tokens > kMaxCodeTokens; }
-  bool from_store() const { return p_.top > 0 && prefills(); }
-  int block_units() const { return retrieves() && p_.drop_tail ? 0 : n_blocks_; }
+  bool from_store() const { return retrieval_.top > 0 && prefills(); }
+  int block_units() const { return retrieves() && retrieval_.drop_tail ? 0 : n_blocks_; }
   // 64 exact rows take as long as six blocks of codes, but the last tile is seldom full.
   int units_of_tile() const { return prefills() ? 1 : 5; }
   int retrieved_tiles() const {
-    return retrieves() ? int((std::min<int64_t>(p_.top, p_.n_cells) + kBlockCells - 1) / kBlockCells) : 0;
+    return retrieves() ? int((std::min<int64_t>(retrieval_.top, p_.n_cells) + kBlockCells - 1) / kBlockCells) : 0;
   }
   size_t softmax_size(int n_rows) const { return (size_t(n_rows) * (2 + p_.value_dim) + 15) / 16 * 16; }
   Softmax softmax_at(float* at, int n_rows) const {
@@ -150,7 +118,7 @@ private:
     return {p_.value_dim, max, max + n_rows, at};
   }
   float* tile(ThreadMemory& memory, Kind kind) const {
-    const size_t floats = size_t(kBlockCells) * p_.layer->side(kind).format().head_dim;
+    const size_t floats = size_t(kBlockCells) * layer_->side(kind).format().head_dim;
     return reinterpret_cast<float*>((kind == Kind::key ? memory.k_tile : memory.v_tile).room(floats * sizeof(float)));
   }
   size_t index_of(const Item& item) const { return size_t(&item - items_.data()); }
@@ -158,7 +126,7 @@ private:
   // Whether the scores by which cells are chosen are kept for attention, which then does not look keys up again. For
   // one token they take 4 bytes for each head and cell, about as much as the keys' codes; for several they would take
   // more.
-  bool keeps_scores() const { return retrieves() && !p_.drop_tail && p_.n_tokens == 1; }
+  bool keeps_scores() const { return retrieves() && !retrieval_.drop_tail && p_.n_tokens == 1; }
   RowScores kept_scores(const Item& item) const {
     if (!keeps_scores()) return {};
     const size_t stride = size_t(n_blocks_) * kBlockCells;
@@ -186,7 +154,9 @@ private:
                     Softmax& softmax) const;
   void combine_token(const Item& item, int token, ThreadMemory& memory);
 
+  const CacheLayer* layer_ = nullptr;
   AttentionProblem p_;
+  Retrieval retrieval_;
   const Kernels* kernels_ = nullptr;
   int n_threads_ = 1;
   int n_blocks_ = 0;  // of a stream that are looked at

@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "attention/attention.h"
+#include "attention/problem.h"
 #include "engine/lane.h"
 #include "engine/layer_plan.h"
 
@@ -57,7 +57,7 @@ struct WriteTask {
 /// Attention of a batch over a layer.
 struct AttendTask {
   int layer = 0;
-  AttentionProblem problem;  // without `layer`, `top` and `drop_tail`, which the cache knows
+  AttentionProblem problem;
   int key_dim = 0;
   bool has_sinks = false;  // problem.sinks, where it may still be null
   bool ends_batch = true;  // the last attention over this layer in the graph

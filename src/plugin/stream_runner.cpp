@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "kernels/kernels.h"
 #include "plugin/nodes.h"
 #include "plugin/shift.h"
 

@@ -186,7 +186,7 @@ struct Inputs {
   AttentionProblem p;
 };
 
-Inputs inputs_of(const Case& c, const CacheLayer& layer, unsigned seed) {
+Inputs inputs_of(const Case& c, unsigned seed) {
   Inputs inputs;
   auto& [q, out, sinks, mask, p] = inputs;
   std::mt19937 random(seed + 1000);
@@ -212,7 +212,6 @@ Inputs inputs_of(const Case& c, const CacheLayer& layer, unsigned seed) {
       }
     }
   }
-  p.layer = &layer;
   p.n_heads = n_heads;
   p.n_tokens = c.n_tokens;
   p.n_streams = c.n_streams;
@@ -233,13 +232,12 @@ Inputs inputs_of(const Case& c, const CacheLayer& layer, unsigned seed) {
   p.max_bias = c.max_bias;
   p.softcap = c.softcap;
   p.sinks = c.sinks ? sinks.data() : nullptr;
-  p.top = c.top;
-  p.drop_tail = c.drop_tail;
   return inputs;
 }
 
-void retrieve_and_attend(Attention& attention, const AttentionProblem& p, int threads, const Kernels& kernels) {
-  attention.prepare(p, threads, kernels);
+void retrieve_and_attend(Attention& attention, const Case& c, const CacheLayer& layer, const AttentionProblem& p,
+                         int threads, const Kernels& kernels) {
+  attention.prepare(layer, p, {c.top, c.drop_tail}, threads, kernels);
   const auto all = [&](auto work) {
     std::vector<std::thread> team;
     for (int i = 0; i < threads; i++) team.emplace_back([&, i] { (attention.*work)(i); });
@@ -252,11 +250,11 @@ void retrieve_and_attend(Attention& attention, const AttentionProblem& p, int th
 // Runs a case and returns the normalized squared error against the dense computation.
 double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
   const CacheLayer& layer = filled_layer(c, seed);
-  const Inputs inputs = inputs_of(c, layer, seed);
+  const Inputs inputs = inputs_of(c, seed);
   const auto& [q, out, sinks, mask, p] = inputs;
   const int n_heads = c.n_kv_heads * c.group;
   Attention attention;
-  retrieve_and_attend(attention, p, c.threads, kernels);
+  retrieve_and_attend(attention, c, layer, p, c.threads, kernels);
   const bool from_store = c.top > 0 && c.n_tokens > kMaxCodeTokens;
   std::vector<std::set<int>> chosen;
   if (attention.retrieves()) chosen = retrieved(c, kernels, layer, p);
@@ -490,7 +488,7 @@ TEST_P(AttentionOn, RowsOfOneHeadAreAskedForBeforeTheNextIsScored) {
   c.cells = c.n_cells = 1000;
   c.n_kv_heads = 3;
   const Filled filled = fill(c, 1);
-  const Inputs inputs = inputs_of(c, *filled.layer, 1);
+  const Inputs inputs = inputs_of(c, 1);
   static const Kernels* real;
   static const CacheLayer* layer;
   static std::vector<int64_t> asked;  // rows, before each call
@@ -506,7 +504,7 @@ TEST_P(AttentionOn, RowsOfOneHeadAreAskedForBeforeTheNextIsScored) {
     real->score_codes(queries, cells, mask, scores, scratch);
   };
   Attention attention;
-  retrieve_and_attend(attention, inputs.p, 1, watched);
+  retrieve_and_attend(attention, c, *filled.layer, inputs.p, 1, watched);
   ASSERT_EQ(asked.size(), 3u);
   EXPECT_EQ(asked[0], 0);
   EXPECT_GT(asked[1], 0);
@@ -544,9 +542,9 @@ TEST_P(AttentionOn, OneTokensCellsAreScoredOnce) {
       for (bool take : {false, true}) {
         takes = take;
         n_kept = n_looked_up = 0;
-        Inputs inputs = inputs_of(c, layer, 1);
+        Inputs inputs = inputs_of(c, 1);
         Attention attention;
-        retrieve_and_attend(attention, inputs.p, c.threads, watched);
+        retrieve_and_attend(attention, c, layer, inputs.p, c.threads, watched);
         results[take] = inputs.out;
         EXPECT_EQ(n_kept > 0, n_tokens == 1 && !drop_tail);
         EXPECT_EQ(n_looked_up > 0, n_tokens > 1 && !drop_tail);

@@ -48,8 +48,7 @@ void CpuCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8
   Layer layer;
   layer.cache = std::make_unique<CacheLayer>(side(Kind::key), side(Kind::value),
                                              Window(size, max_slots(plan), plan.shape.cells_per_stream, n_streams));
-  layer.top = plan.top;
-  layer.drop_tail = plan.drop_tail;
+  layer.retrieval = {plan.top, plan.drop_tail};
   layers_[plan.layer] = std::move(layer);
 }
 
@@ -106,15 +105,12 @@ bool CpuCache::attend(const Lane& lane, const AttendTask& task, DenseAttention*)
 
 void CpuCache::begin_attend(Layer& layer, const AttendTask& task, int n_threads) {
   CacheLayer& cache = *layer.cache;
-  AttentionProblem problem = task.problem;
-  problem.layer = &cache;
-  problem.top = layer.top;
-  problem.drop_tail = layer.drop_tail;
+  const AttentionProblem& problem = task.problem;
   const BatchSight sight = task.sight();
   const int64_t per_stream = cache.keys().shape().cells_per_stream;
   const bool rows_match = int64_t(cache.window().batch().size()) == int64_t(problem.n_tokens) * problem.n_streams;
   if (rows_match) cache.settle([&](int row, int64_t cell) { return sight.sees(row, cell, per_stream); });
-  attention_.prepare(problem, n_threads, kernels());
+  attention_.prepare(cache, problem, layer.retrieval, n_threads, kernels());
   if (!task.ends_batch) return;
   const BatchQueries queries{problem.q,       problem.n_heads, task.key_dim,    problem.n_tokens,
                              problem.q_token, problem.q_head,  problem.q_stream};

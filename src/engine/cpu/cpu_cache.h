@@ -32,8 +32,7 @@ public:
 private:
   struct Layer {
     std::unique_ptr<CacheLayer> cache;
-    int top = 0;
-    bool drop_tail = false;
+    Retrieval retrieval;
     std::vector<int64_t> cells[2];  // by Kind: of the write that is under way
   };
   CacheLayer& cache_of(int layer) { return *layers_.at(layer).cache; }
