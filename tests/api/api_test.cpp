@@ -22,15 +22,6 @@ Handle<thimble_profile> shipped_profile() {
   return Handle<thimble_profile>(profile);
 }
 
-thimble_codec_args plain_codec(int kind = THIMBLE_KEY, int dim = 64, int n_heads = 2, double bits = 2) {
-  auto args = args_of<thimble_codec_args>();
-  args.kind = kind;
-  args.head_dim = dim;
-  args.n_heads = n_heads;
-  args.bits = bits;
-  return args;
-}
-
 TEST(Api, VersionIsTheProjects) {
   EXPECT_STREQ(thimble_version(), THIMBLE_PROJECT_VERSION);
   EXPECT_EQ(std::to_string(THIMBLE_VERSION_MAJOR) + "." + std::to_string(THIMBLE_VERSION_MINOR) + "." +
