@@ -174,8 +174,7 @@ uint64_t Attention::seen_by(const Item& item, const Mask& mask, int n_cells) con
 bool Attention::sees_codes(const Item& item, const uint64_t* hidden, int first_block, int last_block) const {
   const Mask mask = mask_of(item);
   for (int b = first_block; b < last_block; b++) {
-    const int n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - int64_t(b) * kBlockCells));
-    if (seen_by(item, mask.at(ptrdiff_t(b) * kBlockCells), n_cells) & ~hidden[b]) return true;
+    if (seen_by(item, mask.at(ptrdiff_t(b) * kBlockCells), cells_of_block(b)) & ~hidden[b]) return true;
   }
   return false;
 }
@@ -330,39 +329,48 @@ void Attention::attend_coded(const Item& item, int first_block, int last_block, 
     kernels_->attend_codes(queries, cells, mask, softmax, memory.scratch);
     return;
   }
-  const HeadCodec &k_codec = *cells.keys, &v_codec = *cells.values;
-  float* k_tile = tile(memory, Kind::key);
-  float* v_tile = tile(memory, Kind::value);
   for (int b = first_block; b < last_block; b++) {
-    const int n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - int64_t(b) * kBlockCells));
-    const Mask block_mask = mask.at(ptrdiff_t(b) * kBlockCells);
-    const uint64_t seen = seen_by(item, block_mask, n_cells) & ~hidden[b];
-    if (!seen) continue;
-    kernels_->decode_block(k_codec, cells.k_block(b), k_tile);
-    kernels_->decode_block(v_codec, cells.v_block(b), v_tile);
-    // A cell that no token sees may never have been written: its bytes may be a NaN, and 0 times NaN is NaN.
-    for (uint64_t left = ~seen; left; left &= left - 1) {
-      std::fill_n(v_tile + size_t(std::countr_zero(left)) * p_.value_dim, p_.value_dim, 0.0f);
-    }
-    kernels_->attend_tile(queries, {n_cells, k_tile, v_tile, hidden[b]}, block_mask, softmax, memory.scratch);
+    const uint64_t seen = seen_by(item, mask.at(ptrdiff_t(b) * kBlockCells), cells_of_block(b)) & ~hidden[b];
+    if (seen) attend_decoded(cells, b, seen, queries, mask, memory, softmax);
   }
 }
 
-// Attends to a block's cells from their exact rows. Cells that no token sees may never have been written and are left
-// out.
-void Attention::attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
-                              Softmax& softmax) const {
+// Attends to the cells `wanted` of a block from decoded codes.
+void Attention::attend_decoded(const CodedCells& cells, int block, uint64_t wanted, const Queries& queries,
+                               const Mask& mask, ThreadMemory& memory, Softmax& softmax) const {
+  float* k_tile = tile(memory, Kind::key);
+  float* v_tile = tile(memory, Kind::value);
+  kernels_->decode_block(*cells.keys, cells.k_block(block), k_tile);
+  kernels_->decode_block(*cells.values, cells.v_block(block), v_tile);
+  // A cell that no token sees may never have been written: its bytes may be a NaN, and 0 times NaN is NaN.
+  for (uint64_t left = ~wanted; left; left &= left - 1) {
+    std::fill_n(v_tile + size_t(std::countr_zero(left)) * p_.value_dim, p_.value_dim, 0.0f);
+  }
+  kernels_->attend_tile(queries, {cells_of_block(block), k_tile, v_tile, ~wanted},
+                        mask.at(ptrdiff_t(block) * kBlockCells), softmax, memory.scratch);
+}
+
+// Attends to a block's cells from their exact rows, and returns those that have none though a token sees them: cells
+// for which a full store had no room, or that were never written.
+uint64_t Attention::attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
+                                  Softmax& softmax) const {
   const CacheSide &keys = layer_->keys(), &values = layer_->values();
   const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
-  const int first = block * kBlockCells, n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - first));
+  const int first = block * kBlockCells;
   std::vector<ExactTile>& tile = memory.stored;
   tile.clear();
-  for (uint64_t seen = seen_by(item, mask_of(item).at(first), n_cells); seen; seen &= seen - 1) {
+  uint64_t without = 0;
+  for (uint64_t seen = seen_by(item, mask_of(item).at(first), cells_of_block(block)); seen; seen &= seen - 1) {
     const int cell = first + std::countr_zero(seen);
-    const uint16_t *key = keys.store()->row(cell0 + cell), *value = values.store()->row(cell0 + cell);
-    if (key && value) add_row(tile, cell, key, value);
+    const uint16_t *key = keys.stored_row(cell0 + cell), *value = values.stored_row(cell0 + cell);
+    if (key && value) {
+      add_row(tile, cell, key, value);
+    } else {
+      without |= seen & -seen;
+    }
   }
   if (!tile.empty()) attend_exact(item, tile.front(), queries, memory, softmax);
+  return without;
 }
 
 void Attention::attend_exact(const Item& item, const ExactTile& exact, const Queries& queries, ThreadMemory& memory,
@@ -398,9 +406,11 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   const Item& item = items_[part.item];
   const int n_rows = item.n_tokens * group_;
   const int last_block = std::min(part.last_unit, block_units());
+  const bool lacks_rows = from_store() && (layer_->keys().store()->is_full() || layer_->values().store()->is_full()) &&
+                          layer_->values().coded();
   const bool codes = !from_store() && sees_codes(item, hidden_of(item), part.first_unit, last_block);
   Queries plain, coded;
-  load_queries(item, memory, plain, codes ? &coded : nullptr);
+  load_queries(item, memory, plain, codes || lacks_rows ? &coded : nullptr);
   Softmax softmax[2];
   for (int i = 0; i < 2; i++) {
     float* at = &results_[part.result + i * softmax_size(n_rows)];
@@ -410,7 +420,10 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   }
   if (from_store()) {
     for (int block = part.first_unit; block < last_block; block++) {
-      attend_stored(item, block, plain, memory, softmax[1]);
+      const uint64_t without = attend_stored(item, block, plain, memory, softmax[1]);
+      if (!lacks_rows || !without) continue;
+      attend_decoded(coded_cells(item, hidden_of(item), block, block + 1), block, without, coded, mask_of(item), memory,
+                     softmax[0]);
     }
   } else if (codes) {
     attend_coded(item, part.first_unit, last_block, coded, memory, softmax[0]);

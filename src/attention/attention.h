@@ -106,6 +106,9 @@ private:
   }
   bool prefills() const { return p_.n_tokens > kMaxCodeTokens; }
   bool from_store() const { return retrieval_.top > 0 && prefills(); }
+  int cells_of_block(int block) const {
+    return int(std::min<int64_t>(kBlockCells, p_.n_cells - int64_t(block) * kBlockCells));
+  }
   int block_units() const { return retrieves() && retrieval_.drop_tail ? 0 : n_blocks_; }
   // 64 exact rows take as long as six blocks of codes, but the last tile is seldom full.
   int units_of_tile() const { return prefills() ? 1 : 5; }
@@ -149,7 +152,10 @@ private:
   void attend_part(const Part& part, ThreadMemory& memory);
   void attend_coded(const Item& item, int first_block, int last_block, const Queries& queries, ThreadMemory& memory,
                     Softmax& softmax) const;
-  void attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory, Softmax& softmax) const;
+  void attend_decoded(const CodedCells& cells, int block, uint64_t wanted, const Queries& queries, const Mask& mask,
+                      ThreadMemory& memory, Softmax& softmax) const;
+  uint64_t attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
+                         Softmax& softmax) const;
   void attend_exact(const Item& item, const ExactTile& exact, const Queries& queries, ThreadMemory& memory,
                     Softmax& softmax) const;
   void combine_token(const Item& item, int token, ThreadMemory& memory);

@@ -18,7 +18,8 @@ CacheSide::CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<
   places_.block_stride = format().block_bytes();
   places_.head_stride = size_t(shape.n_streams) * shape.blocks_per_stream() * places_.block_stride;
   uint8_t* slots = memory + memory_bytes(shape, format(), 0, coded);
-  rows_ = store ? stored_rows(std::move(store)) : window_rows(row_size(), n_slots, reinterpret_cast<uint16_t*>(slots));
+  rows_ = store ? stored_rows(std::move(store), row_size())
+                : window_rows(row_size(), n_slots, reinterpret_cast<uint16_t*>(slots));
 }
 
 CacheSide::CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, uint8_t* blocks,
@@ -156,7 +157,10 @@ void CacheLayer::code_leaving(int thread, int n_threads) {
 }
 
 void CacheLayer::end_commit() {
-  for (CacheSide* s : {&keys_, &values_}) s->rows().end_batch(changes_.moves);
+  for (CacheSide* s : {&keys_, &values_}) {
+    s->rows().end_batch(changes_.moves);
+    s->rows().end_loans([this](int64_t cell) { return window_.find(cell) >= 0; });
+  }
   changes_ = {};
   has_keys_ = has_values_ = false;
 }
@@ -175,8 +179,11 @@ void CacheLayer::take_row(Kind kind, int64_t cell, const uint16_t* row) {
   }
   arrived_ = kind;
   CacheSide& s = side(kind);
-  if (uint16_t* kept = exact_row(kind, cell)) std::copy_n(row, s.row_size(), kept);
-  if (window_.find(cell) < 0) s.encode_row(row, cell);
+  const bool in_window = window_.find(cell) >= 0;
+  uint16_t* kept = exact_row(kind, cell);
+  if (!kept && in_window) kept = s.rows().lend(cell);
+  if (kept) std::copy_n(row, s.row_size(), kept);
+  if (!in_window) s.encode_row(row, cell);
 }
 
 void CacheLayer::copy_stream(Kind kind, int from, int to) {

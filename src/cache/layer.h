@@ -87,8 +87,10 @@ public:
   /// Rows as the model wrote them.
   ExactRows& rows() { return *rows_; }
   const uint16_t* row_data(const Window::Row& row) const { return rows_->row(row); }
-  /// The exact store, which has the rows of all cells, or null.
+  /// The exact store, which has the rows of all cells that it has room for, or null.
   const ExactStore* store() const { return rows_->store(); }
+  /// With an exact store: the row of a cell, or null where it was never written or found no room.
+  const uint16_t* stored_row(int64_t cell) const { return rows_->at(cell, -1); }
 
   /// Copies a stream's blocks and, with an exact store, its rows to another stream. The window's slots are the layer's.
   void copy_stream(int from, int to);
@@ -122,8 +124,8 @@ public:
   }
 
   /// Starts writing one side of a batch's cells. Keys and values of a batch come in either order: the first begins the
-  /// batch, the second, with the same cells, joins it. Throws std::runtime_error where the exact store is full; the
-  /// layer is then as it was.
+  /// batch, the second, with the same cells, joins it. Throws std::runtime_error where the exact store cannot be
+  /// written to; the layer is then as it was.
   void begin_write(Kind kind, std::span<const int64_t> cells);
   /// Row `row` of the batch, f16. Rows may be stored by several threads at once.
   void write_row(Kind kind, int row, const uint16_t* data);

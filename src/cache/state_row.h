@@ -31,7 +31,7 @@ void write_coded_row(const uint8_t* vectors, size_t n, uint64_t hash, uint8_t* r
 void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, uint8_t* row);
 /// Writes a saved row into the cache: codes into the cell's blocks, an exact row into the window as long as that has a
 /// slot for it (Window::place). Keys of a cell are loaded before its values. Throws std::runtime_error where the row
-/// holds codes of another hash, or the exact store is full.
+/// holds codes of another hash.
 void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row);
 
 /// Makes a row that load_cell refuses, for a cell that could not be saved.

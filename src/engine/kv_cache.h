@@ -106,6 +106,8 @@ public:
   virtual void flush(const Lane&, int /*layer*/) {}
   /// Forgets what was written and not taken in: its graph has failed.
   virtual void abandon() {}
+  /// What the program's user should know of what happened since the last call, in a sentence, or nothing.
+  virtual std::string take_warning() { return {}; }
   /// Whether tasks of `n_layers` layers, as they were run last, can be recorded and replayed.
   virtual bool can_record(size_t /*n_layers*/) const { return false; }
 

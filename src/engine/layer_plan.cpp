@@ -98,6 +98,7 @@ LayerCodecs CachePlanner::codecs(const LayerPlan& plan) const {
 }
 
 void PlanTotals::add(const LayerPlan& plan) {
+  layers.insert(plan.layer);
   if (!plan.coded) {
     if (n_f16++ == 0) why_f16 = plan.why_f16;
     f16_bytes += plan.f16_bytes;

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -84,7 +85,8 @@ struct PlanTotals {
   size_t coded_f16_bytes = 0;  // that those would take as f16
   size_t f16_bytes = 0;        // of the layers left f16
   size_t more_bytes = 0, store_bytes = 0;
-  std::string why_f16;  // of the first layer left f16
+  std::string why_f16;   // of the first layer left f16
+  std::set<int> layers;  // all of these
 
   void add(const LayerPlan& plan);
 };

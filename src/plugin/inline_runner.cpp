@@ -112,6 +112,13 @@ ggml_status InlineRunner::compute(ggml_cgraph* graph) {
     failure_.set(error.what());
   }
   for (auto& [at, node] : replaced_) *at = node;
+  const KvCache* asked = nullptr;
+  for (const Op& op : ops_) {
+    if (op.cache == asked) continue;
+    asked = op.cache;
+    const std::string warning = op.cache->take_warning();
+    if (!warning.empty()) GGML_LOG_WARN("thimble: %s\n", warning.c_str());
+  }
   if (failure_) throw std::runtime_error(failure_.why());
   return status;
 }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
+#include <set>
 
 namespace thimble {
 namespace {
@@ -10,6 +12,19 @@ std::string mib(size_t bytes) {
   char text[32];
   std::snprintf(text, sizeof text, "%.2f MiB", double(bytes) / (1 << 20));
   return text;
+}
+
+// llama.cpp puts a model's last layers on a device where it has not all of them (-ngl). Layers with a cache follow one
+// another at regular distances, so a first one that is farther from the model's beginning tells of others elsewhere.
+std::string layers_elsewhere(const std::set<int>& layers) {
+  if (layers.size() < 2) return {};
+  int distance = 0;
+  for (auto at = std::next(layers.begin()); at != layers.end(); at++)
+    distance = std::max(distance, *at - *std::prev(at));
+  const int first = *layers.begin();
+  if (first < distance) return {};
+  return "; the layers before layer " + std::to_string(first) +
+         " are not on this device, and their cache is f16 there (-ngl 99 puts all layers here)";
 }
 
 }  // namespace
@@ -23,6 +38,7 @@ std::string report(const PlanTotals& totals, const Settings& settings, const Eng
                      mib(totals.coded_f16_bytes) + " as f16";
   if (totals.more_bytes > 0) text += ", up to " + mib(totals.more_bytes) + " more as sequences come to share it";
   if (!f16.empty()) text += "; " + f16;
+  text += layers_elsewhere(totals.layers);
   text += "; " + settings.to_string() + "; " + engine.kernels() + " kernels";
   if (totals.store_bytes > 0) {
     text += "; exact store of " + std::to_string(totals.n_retrieving) + " layers: up to " + mib(totals.store_bytes) +

@@ -17,8 +17,9 @@ namespace thimble {
 /// the store.
 class ExactStore {
 public:
-  /// In anonymous memory. Throws std::runtime_error where the system does not give the addresses.
-  static std::unique_ptr<ExactStore> ram(int64_t n_rows, size_t row_size);
+  /// In anonymous memory, of which it takes `most_bytes` at most. Throws std::runtime_error where the system does not
+  /// give the addresses.
+  static std::unique_ptr<ExactStore> ram(int64_t n_rows, size_t row_size, size_t most_bytes = SIZE_MAX);
   /// In a file in `directory`, which has no name there any more when this returns, so that nothing is left behind
   /// however the process ends. Throws std::runtime_error with a sentence where it cannot be made.
   static std::unique_ptr<ExactStore> file(const std::string& directory, int64_t n_rows, size_t row_size);
@@ -26,9 +27,12 @@ public:
   ExactStore(const ExactStore&) = delete;
   ExactStore& operator=(const ExactStore&) = delete;
 
-  /// Makes sure that a row can be written. Throws std::runtime_error where the disk is full; writing to a mapped page
-  /// that the disk has no block for would end the process instead (SIGBUS).
-  void reserve(int64_t row);
+  /// Makes sure that a row can be written; false where there is no room, which the store then remembers. Writing to a
+  /// mapped page that the disk has no block for would end the process instead (SIGBUS). Throws std::runtime_error for
+  /// what else the system may say.
+  bool reserve(int64_t row);
+  /// Whether there was no room for a row since the store was last cleared.
+  bool is_full() const { return is_full_; }
   /// A row, [row_size] numbers, or null where it was never reserved.
   uint16_t* row(int64_t row) const {
     return reserved_[size_t(row / rows_per_chunk_)] ? data_ + size_t(row) * row_size_ : nullptr;
@@ -39,7 +43,7 @@ public:
   void will_need(std::span<const int64_t> rows, size_t first, size_t n) const;
   /// How many rows were announced so far.
   int64_t n_asked() const { return n_asked_.load(std::memory_order_relaxed); }
-  /// Copies rows [from, from + n) to [to, to + n), which do not overlap. Throws as `reserve`.
+  /// Copies rows [from, from + n) to [to, to + n), which do not overlap, as far as there is room.
   void copy(int64_t from, int64_t to, int64_t n);
   /// Forgets all rows and gives their room back.
   void clear();
@@ -57,9 +61,11 @@ private:
   size_t row_size_;
   int64_t rows_per_chunk_;
   int file_;  // -1: RAM
+  size_t most_bytes_ = SIZE_MAX;
   std::string directory_;
   uint16_t* data_ = nullptr;
   std::vector<char> reserved_;  // by chunk
+  bool is_full_ = false;
   mutable std::atomic<int64_t> n_asked_{0};
 };
 

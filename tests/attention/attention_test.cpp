@@ -30,6 +30,7 @@ struct Case {
   bool dense_transform = false;
   int top = 0;  // cells to retrieve; above 0 with an exact store
   bool in_file = false;
+  size_t store_bytes = SIZE_MAX;  // for keys, and for values: a store may be full
   bool drop_tail = false;
 };
 
@@ -128,7 +129,7 @@ Filled fill(const Case& c, unsigned seed) {
       const std::string directory = std::filesystem::temp_directory_path();
       return CacheSide(shape, codecs, 0, memory.back().data(),
                        c.in_file ? ExactStore::file(directory, shape.n_cells(), row_size)
-                                 : ExactStore::ram(shape.n_cells(), row_size));
+                                 : ExactStore::ram(shape.n_cells(), row_size, c.store_bytes));
     }
     memory.emplace_back(CacheSide::memory_bytes(shape, codecs->front().format, n_slots));
     return CacheSide(shape, codecs, n_slots, memory.back().data());
@@ -172,9 +173,10 @@ Filled fill(const Case& c, unsigned seed) {
 
 // Coding is slow, most of all in an emulator, and most cases of a test attend to the same cells.
 const CacheLayer& filled_layer(const Case& c, unsigned seed) {
-  static std::map<std::tuple<int, int, int, int, int, int, int, double, int, int, bool, bool, unsigned>, Filled> all;
+  static std::map<std::tuple<int, int, int, int, int, int, int, double, int, int, bool, bool, size_t, unsigned>, Filled>
+      all;
   auto& filled = all[{c.k_dim, c.v_dim, c.n_kv_heads, c.n_tokens, c.n_streams, c.cells, c.n_cells, c.bits,
-                      c.window.pool, c.window.last, c.dense_transform, c.top > 0, seed}];
+                      c.window.pool, c.window.last, c.dense_transform, c.top > 0, c.store_bytes, seed}];
   if (!filled.layer) filled = fill(c, seed);
   return *filled.layer;
 }
@@ -276,6 +278,7 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
       }
       for (int h = 0; h < c.n_kv_heads && c.top > 0; h++) {
         if (!from_store && !chosen[s * c.n_kv_heads + h].count(i)) continue;
+        if (!layer.exact_row(Kind::key, cell) || !layer.exact_row(Kind::value, cell)) continue;  // the store is full
         const int k0 = h * c.k_dim, v0 = h * c.v_dim;
         for (int d = k0; d < k0 + c.k_dim; d++) k_row[d] = half_to_float(layer.exact_row(Kind::key, cell)[d]);
         for (int d = v0; d < v0 + c.v_dim; d++) v_row[d] = half_to_float(layer.exact_row(Kind::value, cell)[d]);
@@ -455,6 +458,30 @@ TEST_P(AttentionOn, RetrievalByGroupsTokensStreamsAndThreads) {
     c.drop_tail = true;
     expect(c);
   });
+}
+
+// A store with room for 512 of 1200 cells: the others are read from their codes, be they chosen or part of a prompt,
+// but for the last ones, whose rows lie in RAM meanwhile.
+TEST_P(AttentionOn, RetrievalFromAFullStore) {
+  for (int n_tokens : {1, 3, 20}) {
+    Case c;
+    c.n_kv_heads = 8;
+    c.group = 1;
+    c.k_dim = c.v_dim = 256;
+    c.cells = c.n_cells = 1200;
+    c.n_tokens = n_tokens;
+    c.threads = 2;
+    c.top = 100;
+    c.store_bytes = size_t{2} << 20;
+    SCOPED_TRACE(testing::Message() << n_tokens << " tokens");
+    const Filled filled = fill(c, 1);
+    const CacheLayer& layer = *filled.layer;
+    int n_rows = 0, n_last = 0;
+    for (int cell = 0; cell < c.cells; cell++) n_rows += layer.exact_row(Kind::key, cell) != nullptr;
+    for (int cell = 512; cell < c.cells; cell++) n_last += layer.window().find(cell) >= 0;
+    EXPECT_EQ(n_rows, 512 + n_last + n_tokens);
+    expect(c);
+  }
 }
 
 TEST_P(AttentionOn, RetrievalWithoutAWindowOrWithF16Keys) {

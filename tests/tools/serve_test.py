@@ -39,6 +39,20 @@ check("--kv 2+64 takes the place of bits=4 in THIMBLE_KV" in said, "nothing in t
 check("bits=2,window=32,pool=7," in said and "exact store of 30 layers" in said, "the rest of it holds, every layer retrieves")
 check("--set pool=x: pool=x must be a whole number" in run("--set", "pool=x"), "a message names what was typed")
 
+said = run("--kv", "2", "-ngl", "10")
+check("the layers before layer 21 are not on this device" in said, "so do layers that are elsewhere")
+
+with tempfile.TemporaryDirectory() as disk:
+    mounted = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=3m none "$0" && exec "$@"', disk]
+    if subprocess.run([*mounted, "true"], capture_output=True).returncode != 0:
+        print("left out: no file system can be mounted here")
+    else:
+        done = subprocess.run([*mounted, thimble, "run", "-m", model, "-c", "4096", "-p", text * 2, "-n", "4", "-no-cnv", "-t", "1",
+                               "--kv", "2+64", "--store", disk],
+                              env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        check(done.returncode == 0 and done.stderr.count("is full: cells that find no room there") == 1,
+              "a full disk is said once, and the answer comes")
+
 with tempfile.TemporaryDirectory() as folder:
     def serve(kv):
         return Server("--kv", kv, "-m", model, "-c", "8192", "-np", "2", "--slot-save-path", folder)

@@ -176,4 +176,18 @@ void CpuCache::clear() {
   for (auto& [index, layer] : layers_) layer.cache->clear();
 }
 
+std::string CpuCache::take_warning() {
+  if (told_of_full_store_) return {};
+  for (const auto& [index, layer] : layers_) {
+    const ExactStore *keys = layer.cache->keys().store(), *values = layer.cache->values().store();
+    if (!keys || (!keys->is_full() && !values->is_full())) continue;
+    told_of_full_store_ = true;
+    return "the disk of the exact store, " + settings_.path +
+           ", is full: cells that find no room there are read from " +
+           (settings_.drop_tail ? "their codes while they are the last ones, and not after" : "their codes") +
+           ". Free some room, choose another directory (path=) or a smaller context";
+  }
+  return {};
+}
+
 }  // namespace thimble

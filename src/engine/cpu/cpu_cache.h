@@ -28,6 +28,7 @@ public:
   void write_keys(int layer, std::span<const int64_t> cells) override;
   void copy_stream(int layer, Kind kind, int from, int to) override;
   void clear() override;
+  std::string take_warning() override;
 
 private:
   struct Layer {
@@ -44,6 +45,7 @@ private:
   uint64_t hash_;
   std::map<int, Layer> layers_;
   Attention attention_;  // one task runs at a time
+  bool told_of_full_store_ = false;
   std::vector<float> keys_;
   std::vector<int32_t> shifts_;
 };
