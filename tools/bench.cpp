@@ -14,7 +14,10 @@
 #include <thread>
 
 #include "commands.h"
+#include "context_options.h"
 #include "engine/settings.h"
+#include "eval/cache.h"
+#include "layout.h"
 #include "model.h"
 #include "paths.h"
 
@@ -22,11 +25,20 @@ namespace thimble {
 namespace {
 
 struct Options {
-  std::string model, profile, json, window = "128";
+  std::string model, profile, json;
+  int window = Settings().window.last, pool = Settings().window.pool, small_cells = Settings().small_cells;
+  ContextShape context;
   std::vector<int> depths = {0, 4096, 8000};
   std::vector<std::string> caches = {"f16", "q8_0", "q4_0", "4", "2", "1"};
-  int n_decode = 32, n_prompt = 512, n_ubatch = 512, rounds = 5;
+  int n_decode = 32, n_prompt = 512, rounds = 5;
   int n_threads = int(std::thread::hardware_concurrency());
+
+  /// THIMBLE_KV for a coded cache.
+  std::string settings(const EvalCache& cache) const {
+    const std::string more =
+        "window=" + std::to_string(window) + ",pool=" + std::to_string(pool) + ",small=" + std::to_string(small_cells);
+    return settings_of(cache, more + (profile.empty() ? "" : ",profile=" + profile));
+  }
 };
 
 using Clock = std::chrono::steady_clock;
@@ -68,8 +80,18 @@ struct Cache {
   std::string name;
   ModelPtr model;
   ContextPtr context;
-  double bytes = 0;  // of the whole cache, as ggml reports it
-  int depth = 0;     // cells filled
+  double bytes = 0;                                // of the whole cache, as ggml reports it
+  std::vector<std::pair<int64_t, double>> layers;  // cells, and bytes of them all
+  int depth = 0;                                   // cells filled
+
+  /// That attention reads at a depth.
+  double read_bytes() const {
+    double sum = 0;
+    for (const auto& [n_cells, of_layer] : layers) {
+      if (n_cells > 0) sum += of_layer * double(std::min<int64_t>(depth, n_cells)) / double(n_cells);
+    }
+    return sum;
+  }
 };
 
 // Sums up "KV buffer size" of the log while a context is made.
@@ -94,44 +116,49 @@ std::string wrapped_device() {
   return "CPU";
 }
 
-Cache make_cache(const Options& options, const std::string& name, int n_cells) {
-  Cache cache;
-  cache.name = name;
-  llama_context_params params = llama_context_default_params();
-  params.n_ctx = uint32_t((n_cells + 255) / 256 * 256);
-  params.n_batch = params.n_ubatch = uint32_t(options.n_ubatch);
-  params.n_threads = params.n_threads_batch = options.n_threads;
-  params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-  std::string device = wrapped_device();
-  const auto types = {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0};
-  const auto type = std::find_if(types.begin(), types.end(), [&](ggml_type t) { return name == ggml_type_name(t); });
-  if (type != types.end()) {
-    params.type_k = params.type_v = *type;
-  } else {
-    device = "THIMBLE0";
-    std::string settings = "window=" + options.window + ",small=0";
-    const size_t plus = name.find('+');
-    settings += ",bits=" + name.substr(0, plus);
-    if (plus != std::string::npos) settings += ",top=" + name.substr(plus + 1);
-    if (!options.profile.empty()) settings += ",profile=" + options.profile;
-    Settings::parse(settings);
-    setenv("THIMBLE_KV", settings.c_str(), 1);
+// Of each layer's cache, its cells and all its bytes.
+std::vector<std::pair<int64_t, double>> layer_bytes(const Options& options, const EvalCache& cache,
+                                                    const CacheLayout& layout) {
+  std::vector<std::pair<int64_t, double>> bytes;
+  if (cache.coded) {
+    for (const LayerPlan& plan : plan_layers(Settings::parse(options.settings(cache)), layout)) {
+      bytes.emplace_back(plan.shape.n_cells(), plan.coded ? plan.bytes[0] + plan.bytes[1] : plan.f16_bytes);
+    }
+    return bytes;
   }
-  cache.model = load_model(options.model, device, /*repack=*/true);
+  for (size_t i = 0; i < layout.layers.size(); i++) {
+    const LayerShape& layer = layout.shape.layers[i];
+    const int64_t n = layout.cells(int(i));
+    const size_t cell = ggml_row_size(cache.type, layer.key_dim) + ggml_row_size(cache.type, layer.value_dim);
+    bytes.emplace_back(n, double(n) * double(cell) * layer.n_kv_heads);
+  }
+  return bytes;
+}
+
+Cache make_cache(const Options& options, const EvalCache& kind, const CacheLayout& layout) {
+  Cache cache;
+  cache.name = kind.name;
+  llama_context_params params = context_params(options.context, options.n_threads);
+  params.type_k = params.type_v = kind.type;
+  if (kind.coded) setenv("THIMBLE_KV", options.settings(kind).c_str(), 1);
+  cache.model = load_model(options.model, kind.coded ? "THIMBLE0" : wrapped_device());
   logged_bytes = 0;
   cache.context = make_context(cache.model.get(), params);
   cache.bytes = logged_bytes;
+  cache.layers = layer_bytes(options, kind, layout);
   return cache;
 }
 
-void run(const Options& options) {
+void run(Options options) {
   start_llama();
   load_plugin();
   llama_log_set(read_log, nullptr);
   const int deepest = *std::max_element(options.depths.begin(), options.depths.end());
   const int n_cells = deepest + std::max(options.n_decode, options.n_prompt);
   std::vector<Cache> caches;
-  for (const std::string& name : options.caches) caches.push_back(make_cache(options, name, n_cells));
+  options.context.n_cells = n_cells;
+  const CacheLayout layout = read_layout(options.model, options.context);
+  for (const std::string& name : options.caches) caches.push_back(make_cache(options, parse_cache(name), layout));
   std::mt19937 random(1);
   const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(caches.front().model.get()));
   std::vector<llama_token> tokens(n_cells);
@@ -200,7 +227,7 @@ void run(const Options& options) {
       }
       if (depth > 0 && step_at_0.count(cache.name)) {
         const double attention = std::max(0.0, step - step_at_0[cache.name]);
-        const double read = cache.bytes * depth / llama_n_ctx(cache.context.get());
+        const double read = cache.read_bytes();
         row["attention_share"] = attention / step;
         row["attention_bytes_per_s"] = attention > 0 ? read / attention : 0;
         std::snprintf(share, sizeof(share), "%.0f %%", 100 * attention / step);
@@ -235,10 +262,15 @@ void add_bench_command(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--profile", options.profile,
                       "Calibration of the model (default: <model>.thimble.gguf beside it)");
-  command->add_option("--window", options.window)->capture_default_str();
+  command->add_option("--window", options.window, "Exact cells at the end")->capture_default_str();
+  command->add_option("--pool", options.pool, "Exact cells besides, those that matter most")->capture_default_str();
+  command
+      ->add_option("--small", options.small_cells,
+                   "Caches of at most so many cells stay f16; 0: all is coded, sliding windows too")
+      ->capture_default_str();
+  add_context_options(*command, options.context);
   command->add_option("--decode", options.n_decode, "Tokens to decode in a round")->capture_default_str();
   command->add_option("--prompt", options.n_prompt, "Tokens to read in a round")->capture_default_str();
-  command->add_option("--ubatch", options.n_ubatch, "Tokens that the model reads at once")->capture_default_str();
   command->add_option("--rounds", options.rounds)->capture_default_str();
   command->add_option("-t,--threads", options.n_threads)->capture_default_str();
   command->add_option("--json", options.json, "Write the rows here");

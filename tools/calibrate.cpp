@@ -12,6 +12,7 @@
 #include "calibrate/collector.h"
 #include "calibrate/fit.h"
 #include "commands.h"
+#include "layout.h"
 #include "model.h"
 
 namespace thimble {
@@ -128,8 +129,9 @@ std::vector<std::vector<Eigen::MatrixXd>> output_metrics(const std::string& path
 void run(Options options) {
   const auto start = std::chrono::steady_clock::now();
   start_llama();
-  const ModelPtr model = load_model(options.model, "CPU");
+  const ModelPtr model = load_model(options.model, "CPU", /*repack=*/false);
   if (options.context <= 0) options.context = llama_model_n_ctx_train(model.get());
+  const CacheLayout layout = read_layout(options.model, {});  // which layers have a sliding window
   const bool sampled = options.text.empty();
   if (sampled) {
     std::fprintf(stderr, "No text given (-f): the model writes its own, %d tokens with seed %llu.\n",
@@ -154,6 +156,7 @@ void run(Options options) {
 
   llama_context_params params = llama_context_default_params();
   params.n_ctx = uint32_t(options.window);
+  params.swa_full = true;  // the collector takes cells for positions
   params.n_batch = params.n_ubatch = uint32_t(std::min(512, options.window));
   params.n_threads = params.n_threads_batch = options.n_threads;
   params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
@@ -180,6 +183,7 @@ void run(Options options) {
   shape.architecture = architecture;
   ProgressBar fitting("fitting");
   options.fit.n_threads = options.n_threads;
+  for (const CacheLayout::Layer& layer : layout.layers) options.fit.budgets.push_back(layer.is_window);
   Profile profile = fit_profile(shape, collector.take_layers(), output_metrics(options.model, shape), options.fit,
                                 [&](double share) { fitting.update(share); });
   fitting.finish();

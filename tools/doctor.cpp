@@ -1,73 +1,73 @@
 // `thimble doctor`: what is here and what it would do.
 #include <ggml-backend.h>
-#include <gguf.h>
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
-#include <memory>
+#include <cstdlib>
+#include <map>
 #include <sstream>
 #include <string>
 
 #include "commands.h"
+#include "context_options.h"
 #include "engine/settings.h"
 #include "kernels/kernels.h"
+#include "launch_settings.h"
+#include "layout.h"
 #include "model.h"
+#include "model_file.h"
 #include "paths.h"
-#include "plan.h"
 #include "profile/profile.h"
 
 namespace thimble {
 namespace {
 
-// A model's shape, from its file's metadata alone: nothing is loaded.
-class Metadata {
-public:
-  explicit Metadata(const std::string& path) : gguf_(gguf_init_from_file(path.c_str(), {true, nullptr}), gguf_free) {
-    if (!gguf_) throw std::runtime_error(path + " is no GGUF file");
-    const int64_t key = gguf_find_key(gguf_.get(), "general.architecture");
-    if (key < 0 || gguf_get_kv_type(gguf_.get(), key) != GGUF_TYPE_STRING) {
-      throw std::runtime_error(path + " names no architecture: it is no model");
-    }
-    architecture_ = gguf_get_val_str(gguf_.get(), key);
-  }
-  /// A number that all layers share or, where it is an array, that of one layer.
-  int number(const std::string& name, int layer, int fallback) const {
-    const int64_t key = gguf_find_key(gguf_.get(), (architecture_ + "." + name).c_str());
-    if (key < 0) return fallback;
-    if (gguf_get_kv_type(gguf_.get(), key) == GGUF_TYPE_UINT32) return int(gguf_get_val_u32(gguf_.get(), key));
-    if (gguf_get_kv_type(gguf_.get(), key) == GGUF_TYPE_ARRAY && size_t(layer) < gguf_get_arr_n(gguf_.get(), key) &&
-        (gguf_get_arr_type(gguf_.get(), key) == GGUF_TYPE_UINT32 ||
-         gguf_get_arr_type(gguf_.get(), key) == GGUF_TYPE_INT32)) {
-      return static_cast<const int32_t*>(gguf_get_arr_data(gguf_.get(), key))[layer];
-    }
-    return fallback;
-  }
-
-private:
-  std::unique_ptr<gguf_context, void (*)(gguf_context*)> gguf_;
-  std::string architecture_;
-};
-
-ModelShape shape_of(const Metadata& model) {
-  ModelShape shape;
-  const int n_layers = model.number("block_count", 0, 0), width = model.number("embedding_length", 0, 0);
-  for (int layer = 0; layer < n_layers; layer++) {
-    const int n_heads = std::max(1, model.number("attention.head_count", layer, 1));
-    shape.layers.push_back({model.number("attention.head_count_kv", layer, n_heads), n_heads,
-                            model.number("attention.key_length", layer, width / n_heads),
-                            model.number("attention.value_length", layer, width / n_heads)});
-  }
-  return shape;
+std::string mib(size_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f MiB", double(bytes) / (1 << 20));
+  return text;
 }
 
-void print_model(const std::string& path, const std::string& profile, int64_t n_cells) {
-  const ModelShape shape = shape_of(Metadata(path));
-  std::printf("model            %s, %zu layers; a cache of %lld cells, all layers of that length\n", path.c_str(),
-              shape.layers.size(), static_cast<long long>(n_cells));
-  for (const char* bits : {"16", "4", "2", "1"}) {
-    const std::string settings = std::string("small=0,bits=") + bits + (profile.empty() ? "" : ",profile=" + profile);
-    const PlanTotals totals = plan_model(Settings::parse(settings), shape, n_cells);
-    std::printf("  %4s bits       %9.2f MiB\n", bits, double(totals.coded_bytes) / (1 << 20));
+/// What caches of the model come to in a context as llama-server makes it, with what THIMBLE_KV says besides the bits.
+void print_model(const std::string& path, const std::string& profile, ContextShape context) {
+  if (context.n_cells == 0) context.n_cells = ModelFile(path).context_length();
+  if (context.n_cells == 0) throw std::runtime_error(path + " does not say its context length: give one with -c");
+  const CacheLayout layout = read_layout(path, context);
+  std::map<int64_t, int> plain, windows;  // layers by cells
+  for (const CacheLayout::Layer& layer : layout.layers) {
+    if (layer.cells_per_stream > 0) (layer.is_window ? windows : plain)[layer.cells_per_stream]++;
+  }
+  std::printf("model            %s, trained for %d tokens\n", path.c_str(), layout.context_length);
+  std::printf("cache            of %d sequences %s:", context.n_sequences,
+              context.unified ? "that share one stream" : "with a stream each");
+  const char* separator = "";
+  for (const auto& [layers, what] : {std::pair{&plain, ""}, std::pair{&windows, " of a sliding window"}}) {
+    for (const auto& [cells, n] : *layers) {
+      std::printf("%s %d layers of %lld cells%s", separator, n, static_cast<long long>(cells), what);
+      separator = ",";
+    }
+  }
+  std::printf("\n");
+  for (const char* bits : {"f16", "4", "2", "1"}) {
+    LaunchFlags flags;
+    flags.kv = bits;
+    const char* environment = std::getenv("THIMBLE_KV");
+    LaunchSettings settings = merge_settings(flags, environment ? environment : "");
+    if (!settings.has("profile") && !profile.empty()) settings.text += ",profile=" + profile;
+    const PlanTotals totals = plan_totals(Settings::parse(settings.text), layout);
+    const bool is_f16 = flags.kv == "f16";
+    std::printf(
+        "  %4s %-10s %s", bits, is_f16 ? "" : "bits",
+        mib(is_f16 ? totals.coded_f16_bytes + totals.f16_bytes : totals.coded_bytes + totals.f16_bytes).c_str());
+    if (!is_f16) {
+      std::printf(": %d layers coded, %s", totals.n_coded, mib(totals.coded_bytes).c_str());
+      if (totals.n_f16 > 0) {
+        std::printf("; %d stay f16, %s: %s", totals.n_f16, mib(totals.f16_bytes).c_str(), totals.why_f16.c_str());
+      }
+      if (totals.more_bytes > 0) std::printf("; up to %s more as sequences come", mib(totals.more_bytes).c_str());
+      if (totals.store_bytes > 0) std::printf("; exact store up to %s", mib(totals.store_bytes).c_str());
+    }
+    std::printf("\n");
   }
 }
 
@@ -107,12 +107,13 @@ void print_profile(const std::string& path) {
 
 void add_doctor_command(CLI::App& app) {
   static std::string model, profile;
-  static int64_t n_cells = 131072;
+  static ContextShape context;
+  context.n_cells = 0;
   CLI::App* command = app.add_subcommand("doctor", "Say what was found: llama.cpp, devices, kernels, a model's bytes");
   command->add_option("-m,--model", model, "Model whose cache to size");
-  command->add_option("-c,--ctx-size", n_cells, "Cells of that cache")
-      ->capture_default_str()
+  command->add_option("-c,--ctx-size", context.n_cells, "Cells of a sequence (default: what the model was trained for)")
       ->check(CLI::Range(1, 1 << 30));
+  add_context_options(*command, context);
   command->add_option("--profile", profile, "Profile to describe (default: <model>.thimble.gguf beside the model)");
   command->callback([] {
     start_llama();
@@ -130,7 +131,7 @@ void add_doctor_command(CLI::App& app) {
     std::printf("kernels          %s (of %s)\n", kernels().name, names.c_str());
     std::printf("THIMBLE_KV       %s\n", Settings::from_environment().to_string().c_str());
     if (profile.empty()) profile = profile_beside(model);
-    if (!model.empty()) print_model(model, profile, n_cells);
+    if (!model.empty()) print_model(model, profile, context);
     if (!profile.empty()) print_profile(profile);
   });
 }

@@ -48,6 +48,15 @@ ModelPtr load_model(const std::string& path, const std::string& device, bool rep
   return model;
 }
 
+ModelPtr load_vocabulary(const std::string& path) {
+  llama_model_params params = llama_model_default_params();
+  params.vocab_only = true;
+  ModelPtr model(llama_model_load_from_file(path.c_str(), params));
+  if (!model)
+    throw std::runtime_error("cannot read the model " + path + ": check the path and that it is a GGUF model");
+  return model;
+}
+
 ContextPtr make_context(llama_model* model, const llama_context_params& params) {
   ContextPtr context(llama_init_from_model(model, params));
   if (!context) throw std::runtime_error("cannot make a context of " + std::to_string(params.n_ctx) + " tokens");

@@ -27,9 +27,12 @@ void start_llama();
 void load_plugin();
 
 /// `device` as ggml names it ("THIMBLE0", "CUDA0"); "CPU" keeps the model off every other device. Throws
-/// std::runtime_error where the file or the device is missing. Without `repack` weights stay as they are in the file,
-/// so that results do not depend on how this CPU would like them.
-ModelPtr load_model(const std::string& path, const std::string& device, bool repack = false);
+/// std::runtime_error where the file or the device is missing. `repack`: lays weights out as this CPU likes
+/// them, as llama.cpp's programs do by default; without it, what is computed does not depend on that.
+ModelPtr load_model(const std::string& path, const std::string& device, bool repack = true);
+
+/// A model's vocabulary alone, for `tokenize`: quick, whatever the model's size.
+ModelPtr load_vocabulary(const std::string& path);
 
 ContextPtr make_context(llama_model* model, const llama_context_params& params);
 

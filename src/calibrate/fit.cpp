@@ -6,6 +6,7 @@
 #include <cmath>
 #include <exception>
 #include <iterator>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <set>
@@ -194,8 +195,9 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
   for_each_in_threads(
       jobs.size(), options.n_threads, [&](size_t i) { fit(jobs[i], options.seed * 7919 + i); }, progress);
 
-  // What coding a side costs at each rate, see the header.
-  std::vector<SideCosts> sides;
+  // What coding a side costs at each rate, see the header; by budget.
+  std::map<int, std::vector<SideCosts>> sides;
+  const auto budget_of = [&](size_t layer) { return options.budgets.empty() ? 0 : options.budgets.at(layer); };
   for (size_t i = 0; i < shape.layers.size(); i++) {
     const LayerShape& layer = shape.layers[i];
     SideCosts costs[2];
@@ -214,7 +216,9 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
         }
       }
     }
-    if (layer.n_kv_heads) sides.insert(sides.end(), {costs[0], costs[1]});
+    if (layer.n_kv_heads == 0) continue;
+    std::vector<SideCosts>& of_budget = sides[budget_of(i)];
+    of_budget.insert(of_budget.end(), {costs[0], costs[1]});
   }
 
   Profile profile;
@@ -228,15 +232,18 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
     profile.values.push_back(assemble_transforms(fitted[i][1]));
   }
   for (double bits : profile.bits) {
-    const std::vector<int> allotted = uneven ? allot(sides, candidates, bits) : std::vector<int>();
     const int even = int(std::find(candidates.begin(), candidates.end(), bits) - candidates.begin());
-    size_t side = 0;
+    std::map<int, std::vector<int>> allotted;
+    for (const auto& [budget, of_budget] : sides) {
+      allotted[budget] = uneven ? allot(of_budget, candidates, bits) : std::vector<int>(of_budget.size(), even);
+    }
+    std::map<int, size_t> side;
     for (size_t i = 0; i < shape.layers.size(); i++) {
       if (shape.layers[i].n_kv_heads == 0) continue;
       for (int kind : {0, 1}) {
         LayerProfile& into = (kind == 0 ? profile.keys : profile.values)[i];
-        into.by_bits[bits] = assemble_codebooks(fitted[i][kind], uneven ? allotted[side] : even);
-        side++;
+        const int budget = budget_of(i);
+        into.by_bits[bits] = assemble_codebooks(fitted[i][kind], allotted[budget][side[budget]++]);
       }
     }
   }

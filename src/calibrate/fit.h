@@ -13,7 +13,10 @@ namespace thimble {
 struct FitOptions {
   std::string transform = "klt";  // or "vecinfer"
   std::vector<double> bits = {4, 2, 1};
-  bool uneven = true;   // spend a rate's bits where they help most (calibrate/allot.h); klt only
+  bool uneven = true;  // spend a rate's bits where they help most (calibrate/allot.h); klt only
+  /// Which budget the bits of each layer come from; empty: all layers share one. A rate holds on average in every
+  /// budget, so layers that a configuration leaves f16 take no bits from those that it codes where they have another.
+  std::vector<int> budgets;
   int iterations = 20;  // of k-means
   uint64_t seed = 1;
   int n_threads = 1;

@@ -57,13 +57,14 @@ TEST(EvalCache, PublishedMethodsStandBesideTheirLike) {
 
 TEST(EvalCache, Bytes) {
   const double vectors = 2 * 2 * 3;  // layers, keys and values, KV heads
-  const auto plain = [](const char* name) { return cache_bytes(parse_cache(name), nullptr, kShape, 1000, 0); };
+  const CacheLayout layout = CacheLayout::plain(kShape, 1000);
+  const auto plain = [&](const char* name) { return cache_bytes(parse_cache(name), nullptr, layout, 0); };
   EXPECT_EQ(plain("f16").compute, vectors * 1000 * 128);
   EXPECT_EQ(plain("q8_0").compute, vectors * 1000 * 68);
 
   // Blocks of 64 cells; 128 last cells, 40 others, and room for 32 more.
-  const auto coded = [](const char* name) {
-    return planned_bytes(Settings::parse(settings_of(parse_cache(name), 128, 40, "all")), kShape, 1000);
+  const auto coded = [&](const char* name) {
+    return planned_bytes(Settings::parse(settings_of(parse_cache(name), "window=128,pool=40,small=0")), layout);
   };
   EXPECT_EQ(coded("2").compute, vectors * (1024 * 18 + 200 * 128));
   EXPECT_EQ(coded("2").store, 0);
@@ -73,7 +74,7 @@ TEST(EvalCache, Bytes) {
 
   const Profile profile = two_classes();
   const EvalCache tailorkv = caches_to_measure({"2+64"}, {"tailorkv"}).back();
-  const CacheBytes published = cache_bytes(tailorkv, &profile, kShape, 1000, 0);
+  const CacheBytes published = cache_bytes(tailorkv, &profile, layout, 0);
   EXPECT_EQ(published.compute, 3 * (2 * 1000 * 12 + 1000 * 32 + 2 * 64 * 128));
   EXPECT_EQ(published.store, 3 * 2 * 1000 * 128);
 }
@@ -106,10 +107,10 @@ TEST(TextScore, Summary) {
 }
 
 TEST(TextScore, RowsAreComplete) {
-  nlohmann::json row = cache_row(parse_cache("2"), {}, kShape, 1024);
+  nlohmann::json row = cache_row(parse_cache("2"), {}, CacheLayout::plain(kShape, 2048));
   row.update(summarize({{1, 1, 0, true}}, 1));
   for (const char* key : {"kv", "method", "bits_per_value", "kv_bytes", "store_bytes", "ppl", "ppl_ratio", "kld_mean",
-                          "kld_p99", "top1_agreement", "kld_by_position"}) {
+                          "kld_p99", "top1_agreement", "kld_by_position", "log_p"}) {
     EXPECT_TRUE(row.contains(key)) << key;
   }
   EXPECT_EQ(row["bits_per_value"], 2.25);

@@ -6,8 +6,6 @@
 #include <regex>
 #include <stdexcept>
 
-#include "plan.h"
-
 namespace thimble {
 
 const char* method_name(Method method) {
@@ -65,28 +63,39 @@ std::vector<EvalCache> caches_to_measure(const std::vector<std::string>& names,
   return caches;
 }
 
-std::string settings_of(const EvalCache& cache, int window, int pool, const std::string& policy) {
-  // small=0: short contexts are coded too.
-  char text[96];
-  std::snprintf(text, sizeof text, "bits=%g/%g,window=%d,pool=%d,small=0", cache.key_bits, cache.value_bits, window,
-                pool);
+std::string settings_of(const EvalCache& cache, const std::string& more) {
+  char text[48];
+  std::snprintf(text, sizeof text, "bits=%g/%g", cache.key_bits, cache.value_bits);
   std::string settings = text;
-  if (cache.top > 0) settings += ",top=" + std::to_string(cache.top) + ",policy=" + policy;
+  if (cache.top > 0) settings += ",top=" + std::to_string(cache.top);
   if (cache.drop_tail) settings += ",tail=drop";
-  return settings;
+  return settings + (more.empty() ? "" : "," + more);
 }
 
-CacheBytes planned_bytes(const Settings& settings, const ModelShape& shape, int n_cells) {
-  const PlanTotals totals = plan_model(settings, shape, n_cells);
-  return {double(totals.coded_bytes), double(totals.store_bytes)};
+CacheBytes planned_bytes(const Settings& settings, const CacheLayout& layout) {
+  const PlanTotals totals = plan_totals(settings, layout);
+  return {double(totals.coded_bytes + totals.f16_bytes), double(totals.store_bytes)};
 }
 
-CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const ModelShape& shape, int n_cells,
-                       int n_window) {
+double planned_bits(const Settings& settings, const CacheLayout& layout) {
+  double bits = 0, numbers = 0;
+  for (const LayerPlan& plan : plan_layers(settings, layout)) {
+    if (!plan.coded) continue;
+    for (Kind kind : {Kind::key, Kind::value}) {
+      const Format& format = plan.side(kind);
+      numbers += double(plan.shape.n_kv_heads) * format.head_dim;
+      if (plan.has_codes[int(kind)]) bits += plan.shape.n_kv_heads * 8 * format.vector_bytes();
+    }
+  }
+  return numbers > 0 ? bits / numbers : 16;
+}
+
+CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const CacheLayout& layout, int n_window) {
   CacheBytes bytes;
-  for (size_t i = 0; i < shape.layers.size(); i++) {
-    const LayerShape& layer = shape.layers[i];
+  for (size_t i = 0; i < layout.layers.size(); i++) {
+    const LayerShape& layer = layout.shape.layers[i];
     if (layer.n_kv_heads == 0) continue;
+    const double n_cells = double(layout.cells(int(i)));
     for (Kind kind : {Kind::key, Kind::value}) {
       const int dim = layer.dim(kind);
       double of_head = double(ggml_row_size(cache.type, dim)) * n_cells;

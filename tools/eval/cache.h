@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/settings.h"
+#include "layout.h"
 #include "profile/profile.h"
 
 namespace thimble {
@@ -45,15 +46,16 @@ constexpr int sketch_channels(int key_dim) {
   return key_dim / 4;
 }
 
-/// THIMBLE_KV for a cache that the plugin codes, without a profile: `window` cells last and `pool` others of a sequence
-/// stay exact, `policy` says which layers retrieve.
-std::string settings_of(const EvalCache& cache, int window, int pool, const std::string& policy);
+/// THIMBLE_KV for a cache that the plugin codes, as `thimble run` makes it of --kv: what the name says, then `more`
+/// ("window=32,small=0"; empty: the plugin's defaults).
+std::string settings_of(const EvalCache& cache, const std::string& more);
 
-/// Of a cache that the plugin codes, as it plans it.
-CacheBytes planned_bytes(const Settings& settings, const ModelShape& shape, int n_cells);
+/// Of a cache that the plugin codes, as it plans it; of layers that it leaves f16, their f16.
+CacheBytes planned_bytes(const Settings& settings, const CacheLayout& layout);
+/// Bits that a number takes in the layers that are coded, with scales; 16 where none is.
+double planned_bits(const Settings& settings, const CacheLayout& layout);
 /// Of any other: a type of llama.cpp's own, or TailorKV's, whose exact window has `n_window` rows.
-CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const ModelShape& shape, int n_cells,
-                       int n_window);
+CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const CacheLayout& layout, int n_window);
 
 /// Numbers in the keys and values of one cell, all layers.
 double values_of_cell(const ModelShape& shape);

@@ -2,12 +2,14 @@
 // decoded token by token, and every cache is compared with f16 on the same tokens.
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
 #include <thread>
 
 #include "commands.h"
+#include "context_options.h"
 #include "eval/tasks.h"
 #include "paths.h"
 
@@ -17,7 +19,6 @@ namespace {
 struct Options {
   SessionOptions session;
   std::string task = "text", file, json;
-  int context = 8192;
   TextTask text;
   NeedleTask needle;
   std::vector<std::string> caches = {"f16", "q8_0", "q4_0", "4", "2", "1"}, methods;
@@ -51,14 +52,27 @@ nlohmann::json describe(const CalibratedProfile& profile) {
 
 void run(Options options) {
   start_llama();
+  if (options.session.reference) {
+    std::fprintf(
+        stderr,
+        "--reference emulates the codec alone, cell by cell: the first %d and the last %d cells stay exact; the "
+        "plugin keeps the last and those that matter most\n",
+        options.session.first, options.session.last);
+  }
   const std::vector<EvalCache> caches = caches_to_measure(options.caches, options.methods);
   find_profiles(options.session, caches);
   const auto name = [](const std::string& path) { return std::filesystem::path(path).filename().string(); };
   nlohmann::json out = {{"task", options.task},
                         {"model", name(options.session.model)},
                         {"text", name(options.file)},
-                        {"context", options.context},
-                        {"window", {options.session.first, options.session.last}},
+                        {"context", options.session.context.n_cells},
+                        {"sequences", options.session.context.n_sequences},
+                        {"unified", options.session.context.unified},
+                        {"last", options.session.last},
+                        {"pool", options.session.reference ? 0 : options.session.pool},
+                        {"first", options.session.reference ? options.session.first : 0},
+                        {"small", options.session.small_cells},
+                        {"threads", options.session.n_threads},
                         {"by", options.session.reference ? "reference" : "plugin"},
                         {"policy", options.session.policy},
                         {"profile", describe(options.session.ours)},
@@ -69,13 +83,13 @@ void run(Options options) {
       throw std::runtime_error("--by-layer codes one layer at a time, which only --reference can");
     }
     options.text.text = options.file;
-    options.text.context = options.context;
+    options.text.context = options.session.context.n_cells;
     out["decode"] = options.text.n_decode;
     out["chunks"] = options.text.n_chunks;
     out["rows"] = measure_text(options.text, options.session, caches);
   } else {
     options.needle.text = options.file;
-    options.needle.context = options.context;
+    options.needle.context = options.session.context.n_cells;
     options.needle.multikey = options.task == "multikey";
     std::sort(options.needle.depths.begin(), options.needle.depths.end());
     out["samples"] = options.needle.n_samples;
@@ -100,7 +114,10 @@ void add_eval_command(CLI::App& app) {
       ->check(CLI::IsMember({"text", "needle", "multikey"}))
       ->capture_default_str();
   command->add_option("-f,--file", options->file, "Text to measure on; of the needle tasks, the haystack");
-  command->add_option("-c,--context", options->context)->capture_default_str();
+  command->add_option("-c,--context", session.context.n_cells, "Cells of a sequence")
+      ->check(CLI::Range(1, 1 << 30))
+      ->capture_default_str();
+  add_context_options(*command, session.context);
   command
       ->add_option("--kv", options->caches,
                    "Caches: f16, q8_0, q4_0, bits (2), bits of keys/values (3/1), bits and cells retrieved exactly "
@@ -115,15 +132,18 @@ void add_eval_command(CLI::App& app) {
   command->add_option("--vecinfer-profile", session.vecinfer.path,
                       "The same by VecInfer's recipe (default: <model>.vecinfer.thimble.gguf beside it)");
   command->add_option("--first", session.first, "Exact cells at the start, of emulated caches")->capture_default_str();
-  command->add_option("--last", session.last, "Exact cells at the end")->capture_default_str();
+  command->add_option("--last,--window", session.last, "Exact cells at the end")->capture_default_str();
   command->add_option("--pool", session.pool, "Exact cells besides, those that matter most")->capture_default_str();
+  command
+      ->add_option("--small", session.small_cells,
+                   "Caches of at most so many cells stay f16; 0: all is coded, sliding windows too")
+      ->capture_default_str();
   command->add_option("--policy", session.policy, "Layers that retrieve: all, or auto (those the profile calls sparse)")
       ->check(CLI::IsMember({"all", "auto"}))
       ->capture_default_str();
   command->add_flag("--reference", session.reference, "Emulate coded caches inside f16 ones, without the plugin");
   command->add_option("--device", session.device, "Device of the caches that are llama.cpp's own")
       ->capture_default_str();
-  command->add_option("--batch", session.n_batch, "Tokens of a prefill batch")->capture_default_str();
   command->add_option("-t,--threads", session.n_threads)->capture_default_str();
   command->add_option("--json", options->json, "Write the rows here");
 

@@ -90,10 +90,11 @@ json measure_needle(const NeedleTask& task, const SessionOptions& options, const
   constexpr int kRoom = 64;  // tokens of a question and its answer, fewer than the window's last cells
   if (options.last < kRoom) throw std::runtime_error("questions are taken back: --last must be 64 or more");
   const std::vector<std::string> paragraphs = paragraphs_of(task.text.empty() ? "" : read_text(task.text));
+  const CacheLayout layout = read_layout(options.model, options.context);
   json rows = json::array();
   double exact = 0;
   for (const EvalCache& cache : caches) {
-    Session session(options, cache, task.context);
+    Session session(options, cache, layout);
     const auto count = [&](const std::string& text) { return int(tokenize(session.model(), text, false).size()); };
     std::vector<Score> scores(task.depths.size());
     ProgressBar bar(cache.name);
@@ -105,15 +106,16 @@ json measure_needle(const NeedleTask& task, const SessionOptions& options, const
             make_haystack(paragraphs, depths, task.context - kRoom, task.seed + uint64_t(sample) * 1000 + i, count);
         const std::vector<llama_token> tokens = tokenize(session.model(), haystack.text);
         session.clear();
-        session.decode(tokens.data(), int(tokens.size()), 0);
+        session.decode(tokens.data(), int(tokens.size()), 0, [&](int n) {
+          bar.update((sample + (double(i) + double(n) / double(tokens.size())) / double(n_haystacks)) / task.n_samples);
+        });
         for (size_t j = 0; j < haystack.needles.size(); j++) {
           ask(session, tokenize_question(session.model(), haystack.needles[j]), int(tokens.size()), scores[i + j]);
         }
-        bar.update((sample + double(i) / double(n_haystacks)) / task.n_samples);
       }
     }
     bar.finish();
-    json row = cache_row(cache, options, shape_of(session.model(), options.ours.get()), task.context);
+    json row = cache_row(cache, options, layout);
     row.update(summarize(scores, task.depths));
     if (&cache == &caches.front()) exact = row["score"];
     row["score_ratio"] = row["score"].get<double>() / exact;

@@ -28,7 +28,7 @@ const std::vector<HeadCodec>& ReferenceCache::codecs(Side side, int row_size) {
 }
 
 void ReferenceCache::stored(const ggml_tensor* cache, int layer, Kind kind, int first_written, int) {
-  if (only_layer_ >= 0 && layer != only_layer_) return;
+  if (!layers_.at(layer)) return;
   const auto& heads = codecs({layer, kind}, int(cache->ne[0]));
   if (heads.front().format.f16) return;
   const int dim = heads.front().format.head_dim;

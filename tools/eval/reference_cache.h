@@ -1,5 +1,7 @@
-// The codec's specification run inside a model: every cell that leaves the exact window is replaced by what its codes
-// stand for. Without the plugin, its kernels or its memory layout, so their figures can be held to it.
+// The codec's specification run inside a model: every cell behind the exact ones is replaced by what its codes stand
+// for, in the layers that the plugin would code. Without the plugin, its kernels or its memory layout, so their figures
+// can be held to it; and without its pool: the first cells stay exact instead of those that matter most, and cells are
+// coded one by one.
 #pragma once
 
 #include <map>
@@ -14,9 +16,10 @@ namespace thimble {
 
 class ReferenceCache : public EmulatedCache {
 public:
-  /// The profile must outlive the cache. `only_layer`: the one layer that is coded, -1 for all.
-  ReferenceCache(const Profile& profile, double key_bits, double value_bits, int first, int last, int only_layer)
-      : profile_(profile), bits_{key_bits, value_bits}, first_(first), last_(last), only_layer_(only_layer) {}
+  /// The profile must outlive the cache. `layers`: whether each layer is coded.
+  ReferenceCache(const Profile& profile, double key_bits, double value_bits, int first, int last,
+                 std::vector<bool> layers)
+      : profile_(profile), bits_{key_bits, value_bits}, first_(first), last_(last), layers_(std::move(layers)) {}
 
   void clear() override { coded_.clear(); }
 
@@ -29,7 +32,8 @@ private:
 
   const Profile& profile_;
   double bits_[2];
-  int first_, last_, only_layer_;
+  int first_, last_;
+  std::vector<bool> layers_;
   std::map<Side, int> coded_;  // cells below are coded
   std::map<Side, std::vector<HeadCodec>> codecs_;
 };

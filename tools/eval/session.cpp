@@ -12,39 +12,58 @@
 namespace thimble {
 namespace {
 
-std::unique_ptr<EmulatedCache> emulate(const SessionOptions& options, const EvalCache& cache, int only_layer) {
+// Layers that a coded cache would code. Emulated caches take a cell's number for its position, which cells of sliding
+// windows, being used again, do not have.
+std::vector<bool> emulated_layers(const SessionOptions& options, const EvalCache& cache, const CacheLayout& layout) {
+  std::vector<bool> coded(layout.layers.size(), cache.method == Method::tailorkv);
+  if (cache.method != Method::tailorkv) {
+    for (const LayerPlan& plan : plan_layers(Settings::parse(options.settings(cache)), layout)) {
+      coded[plan.layer] = plan.coded;
+    }
+  }
+  for (size_t i = 0; i < coded.size(); i++) {
+    if (coded[i] && layout.layers[i].is_window) {
+      throw std::runtime_error("layer " + std::to_string(i) + " has a sliding window, which cannot be emulated" +
+                               (cache.method == Method::tailorkv ? "" : ": leave --small at its default"));
+    }
+  }
+  return coded;
+}
+
+std::unique_ptr<EmulatedCache> emulate(const SessionOptions& options, const EvalCache& cache, const CacheLayout& layout,
+                                       int only_layer) {
   const Profile* profile = options.profile_of(cache).get();
   if (!profile) throw std::runtime_error("an emulated cache needs a profile: give one with --profile");
+  std::vector<bool> coded = emulated_layers(options, cache, layout);
   if (cache.method == Method::tailorkv) {
     return std::make_unique<TailorKvCache>(*profile, options.first, options.last, cache.top);
   }
   if (cache.top > 0) throw std::runtime_error("--reference does not retrieve: leave it out to measure " + cache.name);
+  for (size_t i = 0; only_layer >= 0 && i < coded.size(); i++) coded[i] = coded[i] && int(i) == only_layer;
   return std::make_unique<ReferenceCache>(*profile, cache.key_bits, cache.value_bits, options.first, options.last,
-                                          only_layer);
+                                          std::move(coded));
 }
 
 }  // namespace
 
 std::string SessionOptions::settings(const EvalCache& cache) const {
-  const std::string& path = profile_of(cache).path;
-  return settings_of(cache, reference ? first + last : last, reference ? 0 : pool, policy) +
-         (profile_of(cache).get() ? ",profile=" + path : "");
+  std::string more = "window=" + std::to_string(reference ? first + last : last) +
+                     ",pool=" + std::to_string(reference ? 0 : pool) + ",small=" + std::to_string(small_cells);
+  if (cache.top > 0) more += ",policy=" + policy;
+  if (profile_of(cache).get()) more += ",profile=" + profile_of(cache).path;
+  return settings_of(cache, more);
 }
 
-Session::Session(const SessionOptions& options, const EvalCache& cache, int n_cells, int only_layer) {
+Session::Session(const SessionOptions& options, const EvalCache& cache, const CacheLayout& layout, int only_layer) {
   const bool emulated = cache.coded && (options.reference || cache.method == Method::tailorkv);
   const bool plugin = cache.coded && !emulated;
   // The plugin reads its settings when a context's cache is allocated.
   if (plugin) setenv("THIMBLE_KV", options.settings(cache).c_str(), 1);
   model_ = load_model(options.model, plugin ? "THIMBLE0" : emulated ? "CPU" : options.device);
-  llama_context_params params = llama_context_default_params();
-  params.n_ctx = uint32_t((n_cells + 255) / 256 * 256);
-  params.n_batch = params.n_ubatch = uint32_t(options.n_batch);
-  params.n_threads = params.n_threads_batch = options.n_threads;
-  params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+  llama_context_params params = context_params(options.context, options.n_threads);
   params.type_k = params.type_v = cache.type;
   if (emulated) {
-    emulated_ = emulate(options, cache, only_layer);
+    emulated_ = emulate(options, cache, layout, only_layer);
     params.cb_eval = EmulatedCache::callback;
     params.cb_eval_user_data = emulated_.get();
   }
@@ -62,8 +81,14 @@ void Session::rewind(int n) {
   }
 }
 
-std::vector<float> Session::decode(const llama_token* tokens, int n, int first) {
-  decode_tokens(context_.get(), tokens, n, first, true);
+std::vector<float> Session::decode(const llama_token* tokens, int n, int first,
+                                   const std::function<void(int)>& progress) {
+  const int n_batch = int(llama_n_batch(context_.get()));
+  for (int at = 0; at < n; at += n_batch) {
+    const int n_here = std::min(n_batch, n - at);
+    decode_tokens(context_.get(), tokens + at, n_here, first + at, at + n_here == n);
+    if (progress) progress(at + n_here);
+  }
   if (emulated_) emulated_->check();
   const float* logits = llama_get_logits_ith(context_.get(), -1);
   std::vector<float> out(logits, logits + llama_vocab_n_tokens(llama_model_get_vocab(model_.get())));
@@ -72,14 +97,6 @@ std::vector<float> Session::decode(const llama_token* tokens, int n, int first) 
   for (float v : out) sum += std::exp(double(v) - greatest);
   for (float& v : out) v -= greatest + float(std::log(sum));
   return out;
-}
-
-ModelShape shape_of(const llama_model* model, const Profile* profile) {
-  if (profile) return profile->shape;
-  ModelShape shape;
-  const int n_heads = llama_model_n_head(model), dim = llama_model_n_embd(model) / n_heads;
-  shape.layers.assign(llama_model_n_layer(model), {llama_model_n_head_kv(model), n_heads, dim, dim});
-  return shape;
 }
 
 }  // namespace thimble

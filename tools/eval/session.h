@@ -2,6 +2,7 @@
 // caches by the plugin or emulated.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "eval/cache.h"
 #include "eval/emulated_cache.h"
+#include "layout.h"
 #include "model.h"
 
 namespace thimble {
@@ -23,14 +25,16 @@ struct CalibratedProfile {
 struct SessionOptions {
   std::string model, device = "CPU";
   CalibratedProfile ours, vecinfer;
-  int first = 8, last = 128;  // the exact window; emulated caches keep the first cells
-  int pool = 40;              // where the plugin keeps those that matter most
-  int n_batch = 512;
+  int first = 8;                             // cells that emulated caches keep exact besides the last
+  int last = Settings().window.last;         // cells that stay exact
+  int pool = Settings().window.pool;         // where the plugin keeps those that matter most
+  int small_cells = Settings().small_cells;  // what stays f16 (engine/settings.h)
+  ContextShape context;                      // n_cells: the task's
   int n_threads = 1;
   std::string policy = "all";  // layers that retrieve
   bool reference = false;      // emulate coded caches
 
-  /// THIMBLE_KV for a coded cache of ours or VecInfer's.
+  /// THIMBLE_KV for a coded cache of ours or VecInfer's. For an emulated one: the plan that it keeps to.
   std::string settings(const EvalCache& cache) const;
   const CalibratedProfile& profile_of(const EvalCache& cache) const {
     return cache.method == Method::vecinfer ? vecinfer : ours;
@@ -39,14 +43,17 @@ struct SessionOptions {
 
 class Session {
 public:
-  /// `only_layer`: the one layer that is coded, -1 for all; emulated caches only. Throws std::runtime_error.
-  Session(const SessionOptions& options, const EvalCache& cache, int n_cells, int only_layer = -1);
+  /// On the model as `thimble run` and `thimble serve` load it. `only_layer`: the one layer that is coded, -1 for all;
+  /// emulated caches only. Throws std::runtime_error.
+  Session(const SessionOptions& options, const EvalCache& cache, const CacheLayout& layout, int only_layer = -1);
 
   void clear();
   /// Forgets what lies at position `n` and behind. No more than the window's last cells may be forgotten.
   void rewind(int n);
   /// Runs tokens at positions from `first` on, in batches; returns the log-probabilities of what follows the last.
-  std::vector<float> decode(const llama_token* tokens, int n, int first);
+  /// `progress` is called with the number of tokens that were run.
+  std::vector<float> decode(const llama_token* tokens, int n, int first,
+                            const std::function<void(int)>& progress = nullptr);
 
   llama_model* model() const { return model_.get(); }
 
@@ -55,8 +62,5 @@ private:
   std::unique_ptr<EmulatedCache> emulated_;
   ContextPtr context_;
 };
-
-/// Heads and layers of a model's cache: from the profile where there is one.
-ModelShape shape_of(const llama_model* model, const Profile* profile);
 
 }  // namespace thimble

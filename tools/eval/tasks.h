@@ -16,6 +16,7 @@ struct TextTask {
   std::string exact_run;  // file of f16's log-probabilities, written where it is missing; empty: none
   bool by_layer = false;  // and the mean KL with one layer coded and the others exact, for each layer
 };
+/// `options.context.n_cells` is the task's.
 nlohmann::json measure_text(const TextTask& task, const SessionOptions& options, const std::vector<EvalCache>& caches);
 
 /// Finding keys hidden in a long text (eval/needle.h).
@@ -30,6 +31,6 @@ nlohmann::json measure_needle(const NeedleTask& task, const SessionOptions& opti
                               const std::vector<EvalCache>& caches);
 
 /// What every row begins with: kv, method, bits_per_value, kv_bytes, store_bytes.
-nlohmann::json cache_row(const EvalCache& cache, const SessionOptions& options, const ModelShape& shape, int n_cells);
+nlohmann::json cache_row(const EvalCache& cache, const SessionOptions& options, const CacheLayout& layout);
 
 }  // namespace thimble

@@ -36,10 +36,11 @@ TokenScore score_token(const std::vector<float>& log_p, const std::vector<float>
 nlohmann::json summarize(const std::vector<TokenScore>& scores, int n_decode) {
   const double n = double(scores.size());
   double nll = 0, difference = 0, squares = 0, mean = 0, agreements = 0;
-  std::vector<double> divergences, by_position(n_decode, 0.0);
+  std::vector<double> divergences, by_position(n_decode, 0.0), log_p;
   for (size_t i = 0; i < scores.size(); i++) {
     const double d = scores[i].nll - scores[i].exact_nll;
     nll += scores[i].nll / n;
+    log_p.push_back(-scores[i].nll);
     difference += d / n;
     squares += d * d / n;
     mean += scores[i].divergence / n;
@@ -54,7 +55,8 @@ nlohmann::json summarize(const std::vector<TokenScore>& scores, int n_decode) {
           {"kld_mean", mean},
           {"kld_p99", quantile(divergences, 0.99)},
           {"top1_agreement", agreements},
-          {"kld_by_position", by_position}};
+          {"kld_by_position", by_position},
+          {"log_p", log_p}};
 }
 
 void write_exact_run(const ExactRun& run, const std::string& path) {

@@ -17,8 +17,8 @@ struct TokenScore {
 TokenScore score_token(const std::vector<float>& log_p, const std::vector<float>& exact, int next);
 
 /// The measures of one row: ppl, ppl_ratio (its standard error over tokens as ppl_ratio_error), kld_mean, kld_p99,
-/// top1_agreement, and kld_by_position, the mean over chunks for each of `n_decode` positions. `scores` [chunk *
-/// n_decode].
+/// top1_agreement, kld_by_position, the mean over chunks for each of `n_decode` positions, and log_p, the
+/// log-probability of each token that the text goes on with. `scores` [chunk * n_decode].
 nlohmann::json summarize(const std::vector<TokenScore>& scores, int n_decode);
 
 /// The log-probabilities that f16 gives, kept in a file so that several runs on the same tokens share them.

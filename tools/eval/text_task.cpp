@@ -17,20 +17,23 @@ double decode_chunks(const TextTask& task, Session& session, const std::vector<i
                      const std::string& name, const F& decoded) {
   const int n_prefill = task.context - task.n_decode;
   double seconds = 0;
-  ProgressBar bar(name);
   for (int chunk = 0; chunk < task.n_chunks; chunk++) {
     const llama_token* text = &tokens[size_t(chunk) * task.context];
+    const std::string of = name + (task.n_chunks > 1 ? ", stretch " + std::to_string(chunk + 1) : "");
     session.clear();
-    session.decode(text, n_prefill, 0);
+    ProgressBar reading(of + ", reading");
+    session.decode(text, n_prefill, 0, [&](int n) { reading.update(double(n) / n_prefill); });
+    reading.finish();
+    ProgressBar decoding(of + ", decoding");
     for (int i = 0; i < task.n_decode; i++) {
       const auto start = std::chrono::steady_clock::now();
       std::vector<float> log_p = session.decode(text + n_prefill + i, 1, n_prefill + i);
       seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       decoded(size_t(chunk) * task.n_decode + i, std::move(log_p));
-      bar.update((chunk + double(i) / task.n_decode) / task.n_chunks);
+      decoding.update(double(i + 1) / task.n_decode);
     }
+    decoding.finish();
   }
-  bar.finish();
   return task.n_chunks * task.n_decode / seconds;
 }
 
@@ -40,18 +43,27 @@ int next_token(const TextTask& task, const std::vector<int32_t>& tokens, size_t 
   return tokens[chunk * task.context + task.context - task.n_decode + i + 1];
 }
 
-ExactRun run_exactly(const TextTask& task, const SessionOptions& options, const EvalCache& f16) {
+/// The tokens of all chunks, and one more. Before anything is run: throws where the text has too few.
+std::vector<int32_t> tokens_of(const TextTask& task, const SessionOptions& options) {
+  std::vector<int32_t> tokens = tokenize(load_vocabulary(options.model).get(), read_text(task.text));
+  const size_t n = size_t(task.context) * task.n_chunks + 1;
+  if (tokens.size() < n) {
+    throw std::runtime_error(task.text + " has " + std::to_string(tokens.size()) + " tokens, but --context " +
+                             std::to_string(task.context) +
+                             (task.n_chunks > 1 ? " and --chunks " + std::to_string(task.n_chunks) : "") + " need " +
+                             std::to_string(n) + ": ask for less or give a longer text");
+  }
+  tokens.resize(n);
+  return tokens;
+}
+
+ExactRun run_exactly(const TextTask& task, const SessionOptions& options, const EvalCache& f16,
+                     const CacheLayout& layout, std::vector<int32_t> tokens) {
   ExactRun exact;
   exact.n_decode = task.n_decode;
-  Session session(options, f16, task.context);
-  exact.tokens = tokenize(session.model(), read_text(task.text));
-  const size_t n = size_t(task.context) * task.n_chunks + 1;
-  if (exact.tokens.size() < n) {
-    throw std::runtime_error("the text has " + std::to_string(exact.tokens.size()) +
-                             " tokens, too few for the context and chunks asked for");
-  }
-  exact.tokens.resize(n);
+  exact.tokens = std::move(tokens);
   if (!task.exact_run.empty() && read_exact_run(task.exact_run, exact)) return exact;
+  Session session(options, f16, layout);
   exact.tokens_per_second = decode_chunks(task, session, exact.tokens, f16.name, [&](size_t, std::vector<float> log_p) {
     exact.log_probs.push_back(std::move(log_p));
   });
@@ -61,11 +73,10 @@ ExactRun run_exactly(const TextTask& task, const SessionOptions& options, const 
 
 /// Mean KL with one layer coded at a time.
 json divergence_by_layer(const TextTask& task, const SessionOptions& options, const EvalCache& cache,
-                         const ExactRun& exact) {
+                         const CacheLayout& layout, const ExactRun& exact) {
   json by_layer = json::array();
-  const int n_layers = int(options.profile_of(cache).profile->shape.layers.size());
-  for (int layer = 0; layer < n_layers; layer++) {
-    Session session(options, cache, task.context, layer);
+  for (int layer = 0; layer < int(layout.layers.size()); layer++) {
+    Session session(options, cache, layout, layer);
     double sum = 0;
     decode_chunks(task, session, exact.tokens, cache.name + ", layer " + std::to_string(layer),
                   [&](size_t at, const std::vector<float>& log_p) {
@@ -88,31 +99,33 @@ void print_row(const json& row) {
 
 }  // namespace
 
-json cache_row(const EvalCache& cache, const SessionOptions& options, const ModelShape& shape, int n_cells) {
-  const Profile* profile = options.profile_of(cache).get();
-  const bool plans = cache.coded && cache.method != Method::tailorkv;
-  CacheBytes bytes, lone;  // and as n_cells grows without bound: what was fetched and the window do not count
-  if (plans) {
-    SessionOptions without = options;
-    without.first = without.last = without.pool = 0;
-    bytes = planned_bytes(Settings::parse(options.settings(cache)), shape, n_cells);
-    lone = planned_bytes(Settings::parse(without.settings(cache)), shape, 64);
+json cache_row(const EvalCache& cache, const SessionOptions& options, const CacheLayout& layout) {
+  CacheBytes bytes;
+  double bits = 0;  // of a number that is coded: what was fetched and exact rows do not count
+  if (cache.coded && cache.method != Method::tailorkv) {
+    const Settings settings = Settings::parse(options.settings(cache));
+    bytes = planned_bytes(settings, layout);
+    bits = planned_bits(settings, layout);
   } else {
+    const Profile* profile = options.profile_of(cache).get();
     EvalCache fetches_none = cache;
     fetches_none.top = 0;
-    bytes = cache_bytes(cache, profile, shape, n_cells, options.first + options.last);
-    lone = cache_bytes(fetches_none, profile, shape, 64, 0);
+    bytes = cache_bytes(cache, profile, layout, options.first + options.last);
+    const CacheBytes lone = cache_bytes(fetches_none, profile, CacheLayout::plain(layout.shape, 64), 0);
+    bits = lone.compute / 64 * 8 / values_of_cell(layout.shape);
   }
   return {{"kv", cache.name},
           {"method", cache.coded ? method_name(cache.method) : "llama.cpp"},
-          {"bits_per_value", lone.compute / 64 * 8 / values_of_cell(shape)},
+          {"bits_per_value", bits},
           {"kv_bytes", bytes.compute},
           {"store_bytes", bytes.store}};
 }
 
 json measure_text(const TextTask& task, const SessionOptions& options, const std::vector<EvalCache>& caches) {
   if (task.context <= task.n_decode) throw std::runtime_error("--decode must be smaller than the context");
-  const ExactRun exact = run_exactly(task, options, caches.front());
+  std::vector<int32_t> tokens = tokens_of(task, options);
+  const CacheLayout layout = read_layout(options.model, options.context);
+  const ExactRun exact = run_exactly(task, options, caches.front(), layout, std::move(tokens));
   json rows = json::array();
   for (const EvalCache& cache : caches) {
     std::vector<TokenScore> scores;
@@ -122,11 +135,11 @@ json measure_text(const TextTask& task, const SessionOptions& options, const std
     double tokens_per_second = exact.tokens_per_second;
     json row;
     {
-      Session session(options, cache, task.context);
-      row = cache_row(cache, options, shape_of(session.model(), options.ours.get()), task.context);
+      row = cache_row(cache, options, layout);
       if (&cache == &caches.front()) {
         for (size_t at = 0; at < exact.log_probs.size(); at++) score(at, exact.log_probs[at]);
       } else {
+        Session session(options, cache, layout);
         tokens_per_second = decode_chunks(task, session, exact.tokens, cache.name, score);
       }
     }
@@ -134,7 +147,7 @@ json measure_text(const TextTask& task, const SessionOptions& options, const std
     row["decode_tok_s"] = tokens_per_second;
     print_row(row);
     if (task.by_layer && cache.coded && cache.method != Method::tailorkv) {
-      row["kld_by_layer"] = divergence_by_layer(task, options, cache, exact);
+      row["kld_by_layer"] = divergence_by_layer(task, options, cache, layout, exact);
     }
     rows.push_back(row);
   }

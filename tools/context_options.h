@@ -1,0 +1,24 @@
+// The flags of `eval`, `bench` and `doctor` that say which context is meant.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+#include "layout.h"
+
+namespace thimble {
+
+/// -np, --streams and --ubatch. The cells are each command's own affair.
+inline void add_context_options(CLI::App& command, ContextShape& shape) {
+  command
+      .add_option("--parallel", shape.n_sequences,
+                  "Sequences that the context is made for, as llama-server's -np; one is used")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  command.add_flag("!--streams", shape.unified,
+                   "A stream for each sequence (llama-server's -no-kvu) instead of one for all");
+  command.add_option("--ubatch", shape.n_ubatch, "Tokens that the model reads at once")
+      ->check(CLI::Range(1, 2048))
+      ->capture_default_str();
+}
+
+}  // namespace thimble
