@@ -55,15 +55,19 @@ wants() { [[ " ${parts[*]} " =~ \ ($1)\  ]]; }
 kernels() {
   local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests
                -Xcompiler "-fPIC,-ffp-contract=off")
-  local library=() sources pids=() source pid
-  mapfile -t sources < <(find src/cuda -name '*.cu' -o -name '*.cpp'; ls src/codec/*.cpp src/cache/window.cpp)
+  local host=$out/host library=() sources pids=() source pid
+  mapfile -t sources < <(find src/cuda -name '*.cu' -o -name '*.cpp')
   object() { echo "$out/${1//\//-}.o"; }
   for source in "${sources[@]}"; do library+=("$(object "$source")"); done
   for source in "${sources[@]}" tests/cuda/device_check.cu bench/*.cu; do
     nvcc "${flags[@]}" -c "$source" -o "$(object "$source")" &
     pids+=($!)
   done
+  # What they need of the rest, as CMake builds it.
+  { cmake -S . -B "$host" -DTHIMBLE_PLUGIN=OFF -DTHIMBLE_TESTS=OFF && cmake --build "$host" -j "$(nproc)" --target thimble_cache; } \
+    > "$out/host.txt" 2>&1 || { tail -20 "$out/host.txt"; exit 1; }
   for pid in "${pids[@]}"; do wait "$pid"; done
+  for source in cache store kernels codec; do library+=("$host/src/$source/libthimble_$source.a"); done
   nvcc -o "$out/device_check" "$(object tests/cuda/device_check.cu)" "${library[@]}"
   nvcc -o "$out/cuda_bench" "$(object bench/cuda_bench.cu)" "${library[@]}"
   nvcc -shared -o "$out/shim.so" "$(object bench/cuda_shim.cu)" "${library[@]}"
