@@ -15,6 +15,7 @@
 #include "paths.h"
 #include "plan.h"
 #include "profile/profile.h"
+#include "service_line.h"
 
 namespace thimble {
 namespace {
@@ -106,7 +107,7 @@ void print_profile(const std::string& path) {
 }  // namespace
 
 void add_doctor_command(CLI::App& app) {
-  static std::string model, profile;
+  static std::string model, profile, llama;
   static int64_t n_cells = 131072;
   CLI::App* command = app.add_subcommand("doctor", "Say what was found: llama.cpp, devices, kernels, a model's bytes");
   command->add_option("-m,--model", model, "Model whose cache to size");
@@ -114,6 +115,7 @@ void add_doctor_command(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::Range(1, 1 << 30));
   command->add_option("--profile", profile, "Profile to describe (default: <model>.thimble.gguf beside the model)");
+  command->add_option("--llama", llama, "llama-server to check the service line with, as in thimble serve");
   command->callback([] {
     start_llama();
     std::printf("ggml             %s\n", ggml_version());
@@ -132,6 +134,7 @@ void add_doctor_command(CLI::App& app) {
     if (profile.empty()) profile = profile_beside(model);
     if (!model.empty()) print_model(model, profile, n_cells);
     if (!profile.empty()) print_profile(profile);
+    print_service_line(profile, llama);
   });
 }
 

@@ -1,5 +1,5 @@
-// Where the parts of an installation or build tree are: all beside the `thimble` program, but for those of a llama.cpp
-// that was there before.
+// Where the parts of an installation or build tree are: all beside the `thimble` program. llama_program.h finds those
+// of a llama.cpp that was there before.
 #pragma once
 
 #include <filesystem>
@@ -13,12 +13,6 @@ inline std::string bin_directory() {
 
 inline std::string plugin_path() {
   return bin_directory() + "/libggml-thimble.so";
-}
-
-/// One of llama.cpp's programs.
-inline std::string llama_program(const std::string& name) {
-  const std::string beside = bin_directory() + "/" + name;
-  return std::filesystem::exists(beside) ? beside : THIMBLE_LLAMA_CPP_BIN "/" + name;
 }
 
 /// `<model>.thimble.gguf` beside a model file, if it is there; else empty.
