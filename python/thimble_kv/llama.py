@@ -1,4 +1,5 @@
 """Gives the models of llama-cpp-python a coded KV cache."""
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -45,9 +46,11 @@ def enable(kv="4", profile=None, *, window=None, policy=None, store=None, settin
     starts. What llama_cpp.Llama then gets by default: flash_attn=True, n_gpu_layers=-1, the device THIMBLE0. These defaults,
     and those of llama_model_default_params and llama_context_default_params, are replaced in the module llama_cpp, since its
     Llama has no argument for a device. What cannot be is refused with a ValueError or RuntimeError: flash_attn=False, a cache
-    type other than f16, a ggml that shows plugins no functions, one that is too old or too new. A value that THIMBLE_KV does
-    not know is refused when a model's context is made: Llama raises, after the plugin's sentence on stderr.
-    May be called again, to set other settings for later models. Models that are loaded already keep theirs.
+    type other than f16, a ggml that shows plugins no functions, one that is too old or too new. What only
+    shows when a context is made (a model that cannot be, a profile that does not fit) is refused there: Llama raises, and
+    verbose=True shows the plugin's sentence.
+    May be called again, to set other settings for later models, but for settings="device=...", which the first call decides.
+    Models that are loaded already keep theirs.
     """
     from . import home
     from . import plugin as own_plugin
@@ -61,7 +64,8 @@ def enable(kv="4", profile=None, *, window=None, policy=None, store=None, settin
             raise RuntimeError("own_llama=True comes too late: llama_cpp is imported already. Call enable() before")
         os.environ["LLAMA_CPP_LIB_PATH"] = home()
     llama = _llama_cpp()
-    library = _load(llama, plugin or own_plugin())
+    library = _load(llama, plugin or own_plugin(), text)
+    _check_settings(library, text)
     os.environ["THIMBLE_KV"] = text
     _State.profile = os.path.abspath(profile) if profile else None
     if not _State.enabled:
@@ -103,8 +107,8 @@ def _llama_cpp():
     return llama
 
 
-def _load(llama, plugin):
-    """The library of llama-cpp-python's ggml, with THIMBLE0 among its devices."""
+def _load(llama, plugin, text):
+    """The library of llama-cpp-python's ggml, with THIMBLE0 among its devices: around the device that the settings name."""
     path = llama._lib._name
     # Python loads libraries without showing their functions to others, and the plugin needs ggml's: this shows them, those of
     # the libraries that libllama is linked to among them.
@@ -119,6 +123,10 @@ def _load(llama, plugin):
         library.ggml_backend_dev_description.restype = ctypes.c_char_p
         library.ggml_backend_dev_description.argtypes = [ctypes.c_void_p]
         library.ggml_version.restype = ctypes.c_char_p
+        library.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+        library.ggml_backend_reg_by_name.argtypes = [ctypes.c_char_p]
+        library.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
+        library.ggml_backend_reg_get_proc_address.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     except AttributeError as error:
         raise RuntimeError(f"{path} shows no ggml functions to plugins (ggml is linked into it statically, or is too old): "
                            "use a build with shared libraries") from error
@@ -128,7 +136,10 @@ def _load(llama, plugin):
         library.ggml_backend_load_all_from_path(os.path.dirname(path).encode())
     if not os.path.isfile(plugin):
         raise RuntimeError(f"{plugin} is missing: install thimble_kv again")
+    kept = os.environ.get("THIMBLE_KV", "")
+    os.environ["THIMBLE_KV"] = ",".join(item for item in text.split(",") if item.startswith("device="))
     said = _said_while(lambda: library.ggml_backend_load(plugin.encode()))
+    os.environ["THIMBLE_KV"] = kept
     if not library.ggml_backend_dev_by_name(DEVICE):
         raise RuntimeError(f"the plugin does not load into {path}: {said or 'no reason given'}")
     return library
@@ -150,6 +161,15 @@ def _said_while(call):
         text = said.read().decode(errors="replace")
     sys.stderr.write(text)
     return " ".join(line.partition("thimble: ")[2] for line in text.splitlines() if "thimble: " in line)
+
+
+def _check_settings(library, text):
+    registry = library.ggml_backend_reg_by_name(b"THIMBLE")
+    function = library.ggml_backend_reg_get_proc_address(registry, b"thimble_settings_error")
+    if function:  # a plugin of before this function refuses when a context is made
+        wrong = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_char_p)(function)(text.encode())
+        if wrong:
+            raise ValueError(wrong.decode())
 
 
 def _replace_defaults(llama, library):
@@ -181,6 +201,7 @@ def _replace_defaults(llama, library):
 
     @functools.wraps(make)
     def make_coded(self, model_path, **arguments):
+        self._stack = contextlib.ExitStack()  # which Llama's end closes, whether or not it was made
         if not arguments.setdefault("flash_attn", True):
             raise ValueError("flash_attn=False: a coded cache is attended to by flash attention alone")
         for name in ("type_k", "type_v"):
