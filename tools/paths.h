@@ -15,11 +15,14 @@ inline std::string plugin_path() {
   return bin_directory() + "/libggml-thimble.so";
 }
 
-/// `<model>.thimble.gguf` beside a model file, if it is there; else empty.
+/// `<model>.thimble.gguf` beside a model file or, of a model of this name that came with the installation, among its
+/// profiles; empty where there is none.
 inline std::string profile_beside(const std::filesystem::path& model, const char* extension = ".thimble.gguf") {
   if (model.empty()) return {};
   std::filesystem::path profile = model;
   profile.replace_extension(extension);
+  if (std::filesystem::exists(profile)) return profile.string();
+  profile = std::filesystem::path(bin_directory()) / "profiles" / profile.filename();
   return std::filesystem::exists(profile) ? profile.string() : std::string();
 }
 

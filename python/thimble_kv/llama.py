@@ -217,5 +217,10 @@ def _replace_defaults(llama, library):
 
 
 def _profile_beside(model_path):
-    profile = os.path.splitext(os.fspath(model_path))[0] + ".thimble.gguf"
-    return os.path.abspath(profile) if os.path.isfile(profile) else None
+    from . import home
+
+    beside = os.path.splitext(os.path.abspath(model_path))[0] + ".thimble.gguf"
+    for profile in (beside, os.path.join(home(), "profiles", os.path.basename(beside))):
+        if os.path.isfile(profile):
+            return profile
+    return None

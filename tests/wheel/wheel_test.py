@@ -136,11 +136,16 @@ with tempfile.TemporaryDirectory() as folder:
     kl = {row["kv"]: row["kld_mean"] for row in rows["rows"] if "kld_mean" in row}
     print("   ", kl)
     check(0 < kl["2"] < 1, "eval measures the profile that calibrate made")
-    shipped = list((home / "profiles").glob("*.thimble.gguf"))
-    check(shipped and "from " in run(thimble, "doctor", "--profile", shipped[0], env=env), "a shipped profile is read")
+    said = run(thimble, "doctor", "-m", model, env=env)
+    shipped = home / "profiles" / model.with_suffix(".thimble.gguf").name
+    check(f"profile          {shipped}" in said and f"profile={shipped}" in said, "a shipped profile is found by the model's name")
     run(thimble, "bench", "-m", model, "--depths", "0", "--kv", "f16,4", "--decode", "2", "--prompt", "8", "--rounds", "1",
         "-t", "1", env=env)
 
+    emulator = shutil.which("qemu-x86_64-static")
+    if emulator and (home / "libggml-cpu-x64.so").exists():  # a processor without AVX: plain kernels, and a plain CPU backend
+        said = run(emulator, "-cpu", "Nehalem", home / "llama-completion", *prompt, env={**env, **service})
+        check("scalar kernels" in said and "Rome" in said, "a processor without AVX runs the plain kernels")
     needed = home / re.search(r"takes (libggml-thimble-api\d\.so)", doctor_without(home, thimble, folder / "hidden", env))[1]
     check(needed.exists(), "a folder that was half copied is refused, and the file that is missing is named")
     run(folder / "venv/bin/pip", "uninstall", "-y", "thimble_kv", env=env)
