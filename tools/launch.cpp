@@ -87,6 +87,11 @@ void set_environment(const LaunchFlags& flags, const std::string& model) {
     if (!profile.empty()) settings.text += (settings.text.empty() ? "profile=" : ",profile=") + profile;
   }
   setenv("THIMBLE_KV", settings.text.c_str(), 1);
+  // The variable has room for one backend; the plugin loads the other one.
+  const char* other = std::getenv("GGML_BACKEND_PATH");
+  if (other && *other && std::filesystem::path(other).filename() != std::filesystem::path(plugin_path()).filename()) {
+    setenv("THIMBLE_BACKEND_PATH", other, 1);
+  }
   setenv("GGML_BACKEND_PATH", plugin_path().c_str(), 1);
 }
 

@@ -142,6 +142,17 @@ with tempfile.TemporaryDirectory() as folder:
     run(thimble, "bench", "-m", model, "--depths", "0", "--kv", "f16,4", "--decode", "2", "--prompt", "8", "--rounds", "1",
         "-t", "1", env=env)
 
+    modules = list(home.glob("libggml-cpu-*.so"))
+    if modules:  # a program that brings its backend by GGML_BACKEND_PATH, as Ollama does on a GPU, and starts ours for llama-server
+        bare = folder / "host/llama/bin"
+        bare.mkdir(parents=True)
+        shutil.copytree(home.parent.parent / "thimble_kv.libs", folder / "host/thimble_kv.libs")
+        for file in home.iterdir():
+            if file.is_file() and file not in modules and "thimble" not in file.name:
+                shutil.copy(file, bare)
+        plain = shutil.copy(home / "libggml-cpu-x64.so", folder / "libggml-cpu-of-a-program.so")
+        said = run(thimble, "run", "--llama", bare, *prompt, env={**env, "GGML_BACKEND_PATH": str(plain)})
+        check("Rome" in said and "thimble: KV cache of 30 layers" in said, "a backend that GGML_BACKEND_PATH named is loaded, too")
     emulator = shutil.which("qemu-x86_64-static")
     if emulator and (home / "libggml-cpu-x64.so").exists():  # a processor without AVX: plain kernels, and a plain CPU backend
         said = run(emulator, "-cpu", "Nehalem", home / "llama-completion", *prompt, env={**env, **service})
