@@ -54,9 +54,12 @@ std::string chosen_program(const std::string& name, const std::string& chosen) {
     path = found;
   }
   if (!fs::exists(path)) throw std::runtime_error(chosen + " (--llama or THIMBLE_LLAMA): there is no such file");
+  // A file of any name may be the server: a script that starts it, or one that made room for such a script.
+  const std::string file = path.filename();
+  const bool is_it = file == name || (name == "llama-server" && file != "llama-completion" && file != "llama-cli");
   if (fs::is_directory(path)) {
     path /= name;
-  } else if (path.filename() != name) {
+  } else if (!is_it) {
     // The folder where it really lies, if not where a link to it does.
     const fs::path beside = path.parent_path() / name;
     path = is_program(beside) ? beside : fs::canonical(path).parent_path() / name;

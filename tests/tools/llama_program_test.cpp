@@ -48,6 +48,7 @@ TEST_F(LlamaProgram, IsChosenByFolderOrByOneOfItsPrograms) {
   EXPECT_EQ(llama_program("llama-server", folder_.path()), folder_.file("llama-server"));
   EXPECT_EQ(llama_program("llama-server", folder_.file("llama-server")), folder_.file("llama-server"));
   EXPECT_EQ(llama_program("llama-completion", folder_.file("llama-server")), folder_.file("llama-completion"));
+  EXPECT_EQ(llama_program("llama-server", folder_.file("llama-completion")), folder_.file("llama-server"));
   EXPECT_NE(error_of("llama-cli", folder_.file("llama-server")).find("llama-cli, which --llama or"), std::string::npos);
   EXPECT_NE(error_of("llama-cli", folder_.file("nowhere")).find("there is no such file"), std::string::npos);
 }
@@ -56,13 +57,15 @@ TEST_F(LlamaProgram, IsFoundWhereALinkLeads) {
   const test::TemporaryFolder links;
   fs::create_symlink(folder_.file("llama-server"), links.file("server"));
   EXPECT_EQ(llama_program("llama-completion", links.file("server")), folder_.file("llama-completion"));
+  EXPECT_EQ(llama_program("llama-server", links.file("server")), links.file("server"));
 }
 
 TEST_F(LlamaProgram, IsChosenByNameOnPath) {
   EXPECT_NE(error_of("llama-server", "no-such-llama").find("neither a folder nor on PATH"), std::string::npos);
   make_program(folder_.file("my-llama"));
   setenv("PATH", ("/nowhere:" + folder_.path()).c_str(), 1);
-  EXPECT_EQ(llama_program("llama-server", "my-llama"), folder_.file("llama-server"));
+  EXPECT_EQ(llama_program("llama-server", "my-llama"), folder_.file("my-llama"));
+  EXPECT_EQ(llama_program("llama-completion", "my-llama"), folder_.file("llama-completion"));
 }
 
 TEST_F(LlamaProgram, IsSaidByTheFlagOrElseTheEnvironment) {

@@ -151,8 +151,12 @@ with tempfile.TemporaryDirectory() as folder:
             if file.is_file() and file not in modules and "thimble" not in file.name:
                 shutil.copy(file, bare)
         plain = shutil.copy(home / "libggml-cpu-x64.so", folder / "libggml-cpu-of-a-program.so")
-        said = run(thimble, "run", "--llama", bare, *prompt, env={**env, "GGML_BACKEND_PATH": str(plain)})
-        check("Rome" in said and "thimble: KV cache of 30 layers" in said, "a backend that GGML_BACKEND_PATH named is loaded, too")
+        (bare / "llama-server").rename(bare / "llama-server.own")
+        (bare / "llama-server").write_text(f'#!/bin/sh\nexec {thimble} serve --llama {bare}/llama-server.own "$@"\n')
+        (bare / "llama-server").chmod(0o755)
+        with Server(folder, {**env, "GGML_BACKEND_PATH": str(plain)}, bare / "llama-server", "-m", model, *small) as server:
+            check("Bingo" in server.ask() and "thimble: KV cache of 30 layers" in server.text(),
+                  "a backend that GGML_BACKEND_PATH named is loaded, too")
     emulator = shutil.which("qemu-x86_64-static")
     if emulator and (home / "libggml-cpu-x64.so").exists():  # a processor without AVX: plain kernels, and a plain CPU backend
         said = run(emulator, "-cpu", "Nehalem", home / "llama-completion", *prompt, env={**env, **service})
