@@ -18,6 +18,7 @@
 #include "model_file.h"
 #include "paths.h"
 #include "profile/profile.h"
+#include "service_line.h"
 
 namespace thimble {
 namespace {
@@ -106,7 +107,7 @@ void print_profile(const std::string& path) {
 }  // namespace
 
 void add_doctor_command(CLI::App& app) {
-  static std::string model, profile;
+  static std::string model, profile, llama;
   static ContextShape context;
   context.n_cells = 0;
   CLI::App* command = app.add_subcommand("doctor", "Say what was found: llama.cpp, devices, kernels, a model's bytes");
@@ -115,6 +116,7 @@ void add_doctor_command(CLI::App& app) {
       ->check(CLI::Range(1, 1 << 30));
   add_context_options(*command, context);
   command->add_option("--profile", profile, "Profile to describe (default: <model>.thimble.gguf beside the model)");
+  command->add_option("--llama", llama, "llama-server to check the service line with, as in thimble serve");
   command->callback([] {
     start_llama();
     std::printf("ggml             %s\n", ggml_version());
@@ -133,6 +135,7 @@ void add_doctor_command(CLI::App& app) {
     if (profile.empty()) profile = profile_beside(model);
     if (!model.empty()) print_model(model, profile, context);
     if (!profile.empty()) print_profile(profile);
+    print_service_line(profile, llama);
   });
 }
 

@@ -11,6 +11,7 @@
 
 #include "commands.h"
 #include "launch_settings.h"
+#include "llama_program.h"
 #include "paths.h"
 
 namespace thimble {
@@ -86,15 +87,17 @@ void set_environment(const LaunchFlags& flags, const std::string& model) {
     if (!profile.empty()) settings.text += (settings.text.empty() ? "profile=" : ",profile=") + profile;
   }
   setenv("THIMBLE_KV", settings.text.c_str(), 1);
+  // The variable has room for one backend; the plugin loads the other one.
+  const char* other = std::getenv("GGML_BACKEND_PATH");
+  if (other && *other && std::filesystem::path(other).filename() != std::filesystem::path(plugin_path()).filename()) {
+    setenv("THIMBLE_BACKEND_PATH", other, 1);
+  }
   setenv("GGML_BACKEND_PATH", plugin_path().c_str(), 1);
 }
 
 // Becomes the program; returns only where that fails.
 [[noreturn]] void launch(const std::string& program, const LaunchFlags& flags, std::vector<std::string> args) {
-  const std::string path = llama_program(program);
-  if (!std::filesystem::exists(path)) {
-    throw std::runtime_error(path + " is missing: build it with cmake --build <build directory> --target " + program);
-  }
+  const std::string path = llama_program(program, chosen_llama(flags.llama));
   const std::string model = value_of(args, {"-m", "--model"});
   check_model(model);
   if (flags.kv == "f16") {
@@ -124,6 +127,9 @@ CLI::App* add(CLI::App& app, const char* name, const char* what, LaunchFlags& fl
   command->add_option("--profile", flags.profile, "Calibration of the model (default: <model>.thimble.gguf beside it)");
   command->add_option("--policy", flags.policy,
                       "Layers that 2+64 retrieves in: all (default), auto (those the profile calls sparse), none");
+  command->add_option("--llama", flags.llama,
+                      "llama-server or a folder of llama.cpp's programs to start (default: THIMBLE_LLAMA, else the "
+                      "programs beside thimble, else those on PATH)");
   command->add_option("--set", flags.set, "Any key=value of THIMBLE_KV, such as small=0; may be repeated")
       ->allow_extra_args(false);
   command->allow_extras();

@@ -10,6 +10,7 @@ namespace thimble {
 struct LaunchFlags {
   std::string kv, window, store, profile, policy;
   std::vector<std::string> set;  // key=value, for every other key of THIMBLE_KV
+  std::string llama;             // whose programs to start (llama_program.h); nothing of THIMBLE_KV
 };
 
 struct LaunchSettings {

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <cstddef>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "loader/versions.h"
@@ -26,6 +27,18 @@ void* handle_of(const void* address) {
 template <typename Function>
 Function function(const char* name) {
   return reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+}
+
+// GGML_BACKEND_PATH names one backend. A program that sets it for its own (as Ollama does on a GPU) has that one in
+// THIMBLE_BACKEND_PATH instead (tools/launch.cpp), and it is loaded here, before the plugin looks for devices.
+void load_other_backend() {
+  const char* path = std::getenv("THIMBLE_BACKEND_PATH");
+  if (!path || !*path) return;
+  const auto load = function<void* (*)(const char*)>("ggml_backend_load");
+  if (!load || !load(path)) {
+    throw std::runtime_error("THIMBLE_BACKEND_PATH=" + std::string(path) +
+                             " does not load as a backend of this program");
+  }
 }
 
 // Every backend begins with the API version that it was compiled for, and a host registers only those of its own.
@@ -74,6 +87,7 @@ Host::Host(const void* caller) {
     throw std::runtime_error(known + ", but this program has ggml " + version_ + ": use a newer llama.cpp");
   }
   is_newer_ = *version > kNewestTriedGgml;
+  load_other_backend();
   api_version_ = api_of_registered_backend();
   for (int known_api : kApiVersions) {
     if (api_version_ == known_api) return;

@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "engine/settings.h"
 #include "loader/build.h"
 #include "plugin/device.h"
 #include "plugin/ggml_api.h"
@@ -53,12 +54,26 @@ ggml_backend_feature* get_features(ggml_backend_reg_t) {
   return f ? f(ggml_backend_dev_backend_reg(device_at(0).inner())) : nullptr;
 }
 
+// Programs that make contexts without showing what the plugin says (a Python module) ask before: what is wrong with a
+// text for THIMBLE_KV, or null. The sentence lives until the next call.
+const char* settings_error(const char* text) {
+  static thread_local std::string sentence;
+  try {
+    Settings::parse(text);
+    return nullptr;
+  } catch (const std::exception& error) {
+    sentence = error.what();
+    return sentence.c_str();
+  }
+}
+
 void* registry_function(ggml_backend_reg_t, const char* name) {
   const std::string wanted = name;
   if (wanted == "ggml_backend_set_n_threads") return reinterpret_cast<void*>(set_n_threads);
   if (wanted == "ggml_backend_set_abort_callback") return reinterpret_cast<void*>(set_abort_callback);
   if (wanted == "ggml_backend_dev_get_extra_bufts") return reinterpret_cast<void*>(get_extra_bufts);
   if (wanted == "ggml_backend_get_features") return reinterpret_cast<void*>(get_features);
+  if (wanted == "thimble_settings_error") return reinterpret_cast<void*>(settings_error);
   return nullptr;
 }
 

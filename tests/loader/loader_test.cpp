@@ -64,6 +64,15 @@ TEST(Loader, RefusesWhatIsNoBuild) {
   EXPECT_NE(load.said.find("install Thimble again"), std::string::npos) << load.said;
 }
 
+TEST(Loader, RefusesWithoutTheOtherBackendThatWasAskedFor) {
+  setenv("THIMBLE_BACKEND_PATH", "/nowhere/libggml-other.so", 1);
+  const Load load(kStub);
+  unsetenv("THIMBLE_BACKEND_PATH");
+  EXPECT_FALSE(load.loaded);
+  EXPECT_NE(load.said.find("THIMBLE_BACKEND_PATH=/nowhere/libggml-other.so does not load"), std::string::npos)
+      << load.said;
+}
+
 TEST(Loader, OpensTheBuildOfItsHostsApi) {
   const Load load(kStub);
   EXPECT_TRUE(load.loaded) << load.said;

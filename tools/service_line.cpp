@@ -1,0 +1,79 @@
+#include "service_line.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <stdexcept>
+
+#include "llama_program.h"
+#include "paths.h"
+
+namespace thimble {
+namespace {
+
+std::string in_quotes(const std::string& text) {
+  std::string out = "'";
+  for (char c : text) c == '\'' ? out += "'\\''" : out += c;
+  return out + "'";
+}
+
+// A word of a shell that nothing in it means anything to.
+std::string word(const std::string& text) {
+  const bool plain = text.find_first_not_of(
+                         "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+                         "_-+=,./:@") == std::string::npos;
+  return plain ? text : in_quotes(text);
+}
+
+std::string settings(const std::string& profile) {
+  const char* set = std::getenv("THIMBLE_KV");
+  std::string text = set && *set ? set : "bits=4";
+  if (!profile.empty() && text.find("profile=") == std::string::npos) {
+    text += ",profile=" + std::filesystem::absolute(profile).string();
+  }
+  return text;
+}
+
+std::string output_of(const std::string& command) {
+  std::FILE* pipe = popen(command.c_str(), "r");
+  if (!pipe) throw std::runtime_error("cannot start a shell");
+  std::string output;
+  char buffer[4096];
+  for (size_t n; (n = std::fread(buffer, 1, sizeof buffer, pipe)) > 0;) output.append(buffer, n);
+  pclose(pipe);
+  return output;
+}
+
+// What the plugin or the program said last, to show where it does not load.
+std::string last_line(std::string text) {
+  while (!text.empty() && text.back() == '\n') text.pop_back();
+  const size_t begin = text.rfind("thimble: ");
+  text = text.substr(begin == std::string::npos ? text.rfind('\n') + 1 : begin);
+  return text.substr(0, text.find('\n'));
+}
+
+}  // namespace
+
+void print_service_line(const std::string& profile, const std::string& llama) {
+  const std::string load = "GGML_BACKEND_PATH=" + word(plugin_path()) + " THIMBLE_KV=" + word(settings(profile));
+  std::printf("service          %s LLAMA_ARG_DEVICE=THIMBLE0 LLAMA_ARG_N_GPU_LAYERS=99 LLAMA_ARG_FLASH_ATTN=on\n",
+              load.c_str());
+  std::string program;
+  try {
+    program = llama_program("llama-server", chosen_llama(llama));
+  } catch (const std::runtime_error& error) {
+    std::printf("                 not checked: %s\n", error.what());
+    return;
+  }
+  std::fflush(stdout);
+  // Without the device: a program that cannot load the plugin would end for want of it, and say less.
+  const std::string said = output_of(load + " " + in_quotes(program) + " --list-devices 2>&1");
+  const size_t list = said.find("Available devices:");
+  if (list != std::string::npos && said.find("THIMBLE0", list) != std::string::npos) {
+    std::printf("                 checked: %s lists THIMBLE0\n", program.c_str());
+  } else {
+    std::printf("                 %s does not load the plugin: %s\n", program.c_str(), last_line(said).c_str());
+  }
+}
+
+}  // namespace thimble
