@@ -23,12 +23,6 @@
 namespace thimble {
 namespace {
 
-std::string mib(size_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f MiB", double(bytes) / (1 << 20));
-  return text;
-}
-
 /// What caches of the model come to in a context as llama-server makes it, with what THIMBLE_KV says besides the bits.
 void print_model(const std::string& path, const std::string& profile, ContextShape context) {
   if (context.n_cells == 0) context.n_cells = ModelFile(path).context_length();
@@ -59,14 +53,14 @@ void print_model(const std::string& path, const std::string& profile, ContextSha
     const bool is_f16 = flags.kv == "f16";
     std::printf(
         "  %4s %-10s %s", bits, is_f16 ? "" : "bits",
-        mib(is_f16 ? totals.coded_f16_bytes + totals.f16_bytes : totals.coded_bytes + totals.f16_bytes).c_str());
+        mebibytes(is_f16 ? totals.coded_f16_bytes + totals.f16_bytes : totals.coded_bytes + totals.f16_bytes).c_str());
     if (!is_f16) {
-      std::printf(": %d layers coded, %s", totals.n_coded, mib(totals.coded_bytes).c_str());
+      std::printf(": %d layers coded, %s", totals.n_coded, mebibytes(totals.coded_bytes).c_str());
       if (totals.n_f16 > 0) {
-        std::printf("; %d stay f16, %s: %s", totals.n_f16, mib(totals.f16_bytes).c_str(), totals.why_f16.c_str());
+        std::printf("; %d stay f16, %s: %s", totals.n_f16, mebibytes(totals.f16_bytes).c_str(), totals.why_f16.c_str());
       }
-      if (totals.more_bytes > 0) std::printf("; up to %s more as sequences come", mib(totals.more_bytes).c_str());
-      if (totals.store_bytes > 0) std::printf("; exact store up to %s", mib(totals.store_bytes).c_str());
+      if (totals.more_bytes > 0) std::printf("; up to %s more as sequences come", mebibytes(totals.more_bytes).c_str());
+      if (totals.store_bytes > 0) std::printf("; exact store up to %s", mebibytes(totals.store_bytes).c_str());
     }
     std::printf("\n");
   }
