@@ -130,7 +130,7 @@ with tempfile.TemporaryDirectory() as folder:
     profile = folder / "made.thimble.gguf"
     run(thimble, "calibrate", "-m", model, "-f", text, "-o", profile, "-n", "256", "--window", "64", "--context", "4096",
         "--bits", "2", "--even", "--iterations", "2", "-t", "1", env=env)
-    run(thimble, "eval", "-m", model, "-f", text, "-p", profile, "-c", "1024", "--decode", "32", "--chunks", "1", "-t", "1",
+    run(thimble, "eval", "-m", model, "-f", text, "-p", profile, "-c", "2048", "--decode", "32", "--chunks", "1", "-t", "1",
         "--kv", "f16,2", "--json", folder / "rows.json", env=env)
     rows = json.loads((folder / "rows.json").read_text())
     kl = {row["kv"]: row["kld_mean"] for row in rows["rows"] if "kld_mean" in row}
