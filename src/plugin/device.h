@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -39,6 +40,8 @@ public:
   bool is_window(int layer, int64_t cells_per_stream);
   /// Logs what becomes of the caches that it was not said of, once all their coded layers are bound.
   void report_caches();
+  /// The layers that have a cache here.
+  std::set<int> layers();
 
 private:
   ggml_backend_dev_t inner_;
@@ -58,8 +61,9 @@ Device& device_of(ggml_backend_dev_t device);
 /// The inner backend of one of our backends.
 ggml_backend_t inner_backend(ggml_backend_t backend);
 
-/// The devices of the plugin, made once: around the device that THIMBLE_KV's `device` names, or the first that an
-/// engine serves and is no CPU, or the CPU. Throws std::runtime_error where there is no such device.
+/// The devices of the plugin, made once: one around each device that THIMBLE_KV's `device` names, or around each of the
+/// first backend that an engine serves and that is no CPU, or around the CPU. Throws std::runtime_error where there is
+/// no such device.
 void make_devices(ggml_backend_reg_t registry);
 size_t device_count();
 Device& device_at(size_t index);
