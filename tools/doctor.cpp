@@ -23,10 +23,25 @@
 namespace thimble {
 namespace {
 
-std::string mib(size_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f MiB", double(bytes) / (1 << 20));
-  return text;
+/// As `thimble run --kv BITS` would have it.
+Settings settings_of_bits(const std::string& bits, const std::string& profile) {
+  LaunchFlags flags;
+  flags.kv = bits;
+  const char* environment = std::getenv("THIMBLE_KV");
+  LaunchSettings settings = merge_settings(flags, environment ? environment : "");
+  if (!settings.has("profile") && !profile.empty()) settings.text += ",profile=" + profile;
+  return Settings::parse(settings.text);
+}
+
+void print_plan(const PlanTotals& totals) {
+  std::printf("%s: %d layers coded, %s", mebibytes(totals.coded_bytes + totals.f16_bytes).c_str(), totals.n_coded,
+              mebibytes(totals.coded_bytes).c_str());
+  if (totals.n_f16 > 0) {
+    std::printf("; %d stay f16, %s: %s", totals.n_f16, mebibytes(totals.f16_bytes).c_str(), totals.why_f16.c_str());
+  }
+  if (totals.more_bytes > 0) std::printf("; up to %s more as sequences come", mebibytes(totals.more_bytes).c_str());
+  if (totals.store_bytes > 0) std::printf("; exact store up to %s", mebibytes(totals.store_bytes).c_str());
+  std::printf("\n");
 }
 
 /// What caches of the model come to in a context as llama-server makes it, with what THIMBLE_KV says besides the bits.
@@ -49,26 +64,15 @@ void print_model(const std::string& path, const std::string& profile, ContextSha
     }
   }
   std::printf("\n");
-  for (const char* bits : {"f16", "4", "2", "1"}) {
-    LaunchFlags flags;
-    flags.kv = bits;
-    const char* environment = std::getenv("THIMBLE_KV");
-    LaunchSettings settings = merge_settings(flags, environment ? environment : "");
-    if (!settings.has("profile") && !profile.empty()) settings.text += ",profile=" + profile;
-    const PlanTotals totals = plan_totals(Settings::parse(settings.text), layout);
-    const bool is_f16 = flags.kv == "f16";
-    std::printf(
-        "  %4s %-10s %s", bits, is_f16 ? "" : "bits",
-        mib(is_f16 ? totals.coded_f16_bytes + totals.f16_bytes : totals.coded_bytes + totals.f16_bytes).c_str());
-    if (!is_f16) {
-      std::printf(": %d layers coded, %s", totals.n_coded, mib(totals.coded_bytes).c_str());
-      if (totals.n_f16 > 0) {
-        std::printf("; %d stay f16, %s: %s", totals.n_f16, mib(totals.f16_bytes).c_str(), totals.why_f16.c_str());
-      }
-      if (totals.more_bytes > 0) std::printf("; up to %s more as sequences come", mib(totals.more_bytes).c_str());
-      if (totals.store_bytes > 0) std::printf("; exact store up to %s", mib(totals.store_bytes).c_str());
+  std::printf("  f16            %s\n",
+              mebibytes(plan_totals(Settings::parse("bits=16,small=0"), layout).coded_f16_bytes).c_str());
+  for (const char* bits : {"4", "2", "1"}) {
+    std::printf("  %s bits         ", bits);
+    try {
+      print_plan(plan_totals(settings_of_bits(bits, profile), layout));
+    } catch (const std::exception& error) {
+      std::printf("cannot be: %s\n", error.what());
     }
-    std::printf("\n");
   }
 }
 

@@ -1,6 +1,7 @@
 #include "engine/layer_plan.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <stdexcept>
 
 #include "cache/state_row.h"
@@ -95,6 +96,12 @@ LayerCodecs CachePlanner::codecs(const LayerPlan& plan) const {
     codecs.sides[int(kind)] = source_->codecs(plan.layer, kind, plan.side(kind).head_dim, plan.shape.n_kv_heads);
   }
   return codecs;
+}
+
+std::string mebibytes(size_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f MiB", double(bytes) / (1 << 20));
+  return text;
 }
 
 void PlanTotals::add(const LayerPlan& plan) {

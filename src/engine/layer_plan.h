@@ -78,6 +78,9 @@ private:
   std::shared_ptr<const CodecSource> source_;
 };
 
+/// "12.34 MiB"
+std::string mebibytes(size_t bytes);
+
 /// What all layers come to.
 struct PlanTotals {
   int n_coded = 0, n_f16 = 0, n_retrieving = 0;

@@ -264,5 +264,34 @@ TEST(Fit, DoesNotDependOnThreads) {
   EXPECT_NO_THROW(one.codec(0, 1, Kind::value, 2));
 }
 
+TEST(Fit, LayersOfAnotherBudgetTakeNoBits) {
+  const LayerShape shape = {1, 2, 16, 16};
+  StatisticsOptions options;
+  options.n_tokens = 512;
+  std::vector<LayerStatistics> layers;
+  const Matrix k = gaussian(512, 16, 1), v = gaussian(512, 16, 2), q = gaussian(512, 32, 3);
+  for (int layer = 0; layer < 2; layer++) {
+    layers.emplace_back(shape, Rope{false, {1.0, 0.1}}, 0.25f, options, layer);
+    layers[layer].add({0, 512, k.data(), v.data(), q.data()});
+    // The first attends evenly, so that errors of single cells hardly matter; the second to one cell.
+    std::vector<float> attention(400, layer == 0 ? 1.0f : 1e-6f);
+    attention[150] = 1.0f;
+    layers[layer].add_attention(0, attention);
+  }
+  const auto bits_of = [&](const std::vector<int>& budgets, int layer) {
+    FitOptions fit_options;
+    fit_options.bits = {2};
+    fit_options.budgets = budgets;
+    const Profile profile = fit_profile({"test", {shape, shape}, {}}, layers, {{{}}, {{}}}, fit_options, [](double) {});
+    return profile.format(layer, Kind::key, 2).bits() + profile.format(layer, Kind::value, 2).bits();
+  };
+  EXPECT_LT(bits_of({}, 0), 3.5);
+  EXPECT_LE(bits_of({}, 0) + bits_of({}, 1), 8.0);
+  for (int layer : {0, 1}) {
+    EXPECT_GE(bits_of({0, 1}, layer), 3.5) << layer;
+    EXPECT_LE(bits_of({0, 1}, layer), 4.0) << layer;
+  }
+}
+
 }  // namespace
 }  // namespace thimble

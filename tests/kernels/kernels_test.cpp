@@ -291,9 +291,7 @@ TEST_P(KernelsOn, AttentionFromCodesEqualsTheSpecification) {
   }
   for (int group = 1; group <= 16; group++) {
     for (int n_tokens : {1, 2, 5, 8, 9}) {
-      Problem p;
-      p.group = group;
-      p.n_tokens = n_tokens;
+      Problem p{.group = group, .n_tokens = n_tokens};
       expect_equal(p);
     }
   }
@@ -392,12 +390,7 @@ TEST_P(KernelsOn, KeptScoresEqualThoseLookedUp) {
     for (int n_cells : {1, 63, 65, 130, 1500, 2200}) {
       for (int group : {1, 3, 5}) {
         for (int n_tokens : {1, 3}) {
-          Problem p;
-          p.bits = bits;
-          p.n_cells = n_cells;
-          p.group = group;
-          p.n_tokens = n_tokens;
-          p.hide = group != 5;
+          Problem p{.group = group, .n_tokens = n_tokens, .n_cells = n_cells, .bits = bits, .hide = group != 5};
           p.fill();
           expect_equal(p);
         }

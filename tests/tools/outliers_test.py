@@ -26,7 +26,7 @@ def run(*command):
 def divergence(directory, model, *profile):
     result = directory / "result.json"
     run(thimble, "eval", "-m", model, "-f", text, "-c", context, "--decode", n_decode, "--first", 4, "--last", 32,
-        "-t", 1, "--exact-run", model.with_suffix(".f16"), "--kv", "2", "--json", result, *profile)
+        "--small", 0, "-t", 1, "--exact-run", model.with_suffix(".f16"), "--kv", "2", "--json", result, *profile)
     rows = json.loads(result.read_text())["rows"]
     assert [row["kv"] for row in rows] == ["f16", "2"]
     return rows[1]["kld_mean"]

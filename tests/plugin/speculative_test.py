@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Greedy text of llama-server with a draft model against the same without: twenty prompts of 64 tokens each.
+
+usage: speculative_test.py <llama-server> <plugin> <model> <draft model> <profile> <directory for the virtual environment>
+                           <cache> [most texts that may differ]
+
+<cache>: f16, or bits and retrieved cells as --kv has them (4, 2, 2+64). Where texts part, the two first choices of the server
+without a draft model are told with the difference of their log-probabilities: what rounding can turn, and what it cannot.
+"""
+import os
+import sys
+
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "support"))
+from llama_server import Server, check, data, enter_environment
+
+server, plugin, model, draft, profile, venv, cache, *most = sys.argv[1:]
+enter_environment(venv)
+with open(os.path.join(data, "alice.txt")) as f:
+    alice = f.read()
+with open(os.path.join(data, "..", "..", "examples", "gpl-3.0.txt")) as f:
+    gpl = f.read()
+# About 280 tokens each, so that cells leave the window before and while the answer is decoded.
+prompts = [text[start:start + 1150] for i in range(10) for text, start in ((alice, 1100 * i), (gpl, 3000 * i))]
+
+
+def start(*arguments):
+    bits, _, top = cache.partition("+")
+    settings = f"bits={bits},profile={profile}" + (f",top={top}" if top else "") if cache != "f16" else "bits=16"
+    device = ["--device", "none"] if cache == "f16" else []
+    threads = os.environ.get("THIMBLE_TEST_THREADS", "1")
+    return Server(server, plugin, model, settings, "-np", "1", "-c", "2048", "-t", threads, "-tb", threads, *device, *arguments)
+
+
+def complete(s, prompt):
+    answer = s.post("/completion", {"prompt": prompt, "n_predict": 64, "temperature": 0, "cache_prompt": False,
+                                    "ignore_eos": True, "n_probs": 2, "return_tokens": True})
+    return answer["tokens"], answer["completion_probabilities"], answer["timings"]
+
+
+with start() as s:
+    plain = [complete(s, prompt) for prompt in prompts]
+    check(("thimble: KV cache of 30 layers" in s.text()) == (cache != "f16"), "the cache is coded where it is to be")
+home = ["-devd", "none"] if cache == "f16" else ["-devd", "THIMBLE0", "-ngld", "99"]
+with start("--spec-type", "draft-simple", "--spec-draft-n-max", "8", "-md", draft, *home) as s:
+    drafted = [complete(s, prompt) for prompt in prompts]
+
+accepted = sum(timings.get("draft_n_accepted", 0) for _, _, timings in drafted)
+total = sum(timings.get("draft_n", 0) for _, _, timings in drafted)
+check(accepted > 20 * 64 / 4, f"{accepted} of {total} drafted tokens accepted")
+differ = 0
+for i, ((tokens, probabilities, _), (other, _, _)) in enumerate(zip(plain, drafted)):
+    check(len(tokens) == len(other) == 64, f"prompt {i}: 64 tokens each")
+    if tokens == other:
+        continue
+    differ += 1
+    at = next(j for j in range(64) if tokens[j] != other[j])
+    first, second = probabilities[at]["top_logprobs"][:2]
+    print(f"prompt {i} parts at token {at}: {first['token']!r} before {second['token']!r} by "
+          f"{first['logprob'] - second['logprob']:.5f}, with the draft model {other[at]} (they are {first['id']}, {second['id']})")
+check(differ <= int(most[0] if most else 0), f"{cache}: {differ} of {len(prompts)} texts differ with a draft model")
