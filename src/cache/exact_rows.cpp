@@ -94,7 +94,7 @@ private:
 
   std::unique_ptr<ExactStore> store_;
   int row_size_;
-  std::unordered_map<int64_t, std::unique_ptr<uint16_t[]>> lent_;  // by cell: what the store had no room for
+  std::unordered_map<int64_t, std::unique_ptr<uint16_t[]>> lent_;  // by cell: rows that the store had no room for
 };
 
 }  // namespace

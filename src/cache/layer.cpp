@@ -91,7 +91,7 @@ void CacheLayer::begin_write(Kind kind, std::span<const int64_t> cells) {
   mine = true;
 }
 
-// Encodes the rows of a batch that was never committed, as no attention came: the window did not take them in.
+// Encodes the rows of a batch that was written but never attended to, and so never committed: they have no slots.
 void CacheLayer::code_abandoned() {
   const auto batch = window_.batch();
   for (Kind kind : {Kind::key, Kind::value}) {
@@ -145,7 +145,7 @@ void CacheLayer::keep_queries(const BatchQueries& queries, size_t n_rows) {
       queries.data ? queries_.data() : nullptr, queries.n_heads, queries.dim, int64_t(n_rows), row, head, 0};
 }
 
-// Head by head: each has its own codebook, which is then read once for many rows.
+// Goes head by head, as each has its own codebook, which is then read once for many rows.
 void CacheLayer::code_leaving(int thread, int n_threads) {
   const int64_t n_rows = int64_t(changes_.leaving.size()), n_heads = keys_.shape().n_kv_heads;
   const int64_t total = 2 * n_heads * n_rows;
@@ -172,7 +172,7 @@ void CacheLayer::take_row(Kind kind, int64_t cell, const uint16_t* row) {
     window_.place(cell, leaving);
     for (const Window::Row& left : leaving) {
       for (const CacheSide* s : {&keys_, &values_}) {
-        // The cell's values may not have come yet.
+        // All keys of a state come before its values, so this cell may have no values yet.
         if (const uint16_t* data = s->row_data(left)) s->encode_row(data, left.cell);
       }
     }
@@ -190,7 +190,7 @@ void CacheLayer::copy_stream(Kind kind, int from, int to) {
   const int64_t n = keys_.shape().cells_per_stream;
   CacheSide& s = side(kind);
   s.copy_stream(from, to);
-  // llama.cpp copies keys first: they bring the slots, the values then fill them.
+  // llama.cpp copies keys before values: the copy of the keys makes the slots, that of the values only fills them.
   if (kind == Kind::key) window_.copy_stream(from, to);
   for (const Window::Row& row : window_.rows()) {
     if (row.in_flight || row.cell / n != to) continue;

@@ -69,7 +69,7 @@ ExactStore::ExactStore(int64_t n_rows, size_t row_size, int file, std::string di
     fail(directory_, error);
   }
   data_ = static_cast<uint16_t*>(data);
-  // Single rows are fetched from all over the file, so reading ahead around them would read what nobody needs.
+  // Single rows are read from all over the file, so read-ahead around them would read rows that nobody needs.
   if (file_ >= 0) madvise(data, total_bytes(), MADV_RANDOM);
 }
 
@@ -136,8 +136,8 @@ void ExactStore::will_need(std::span<const int64_t> rows, size_t first, size_t n
     }
     return;
   }
-  // Mostly, all pages are in memory, and a madvise for such a page takes longer than reading its row. One mincore over
-  // all of them, which tells which are not, takes less time than those calls, unless the rows lie far apart.
+  // Mostly, all pages are in memory, and a madvise for such a page takes longer than reading its row. One mincore tells
+  // which pages are missing, and takes less time than those calls unless the rows lie far apart.
   constexpr size_t kPagesToARow = 16;
   const size_t page = page_size(), first_page = begin_of(rows.front()) / page;
   const size_t n_pages = (begin_of(rows.back()) + bytes - 1) / page + 1 - first_page;
@@ -147,7 +147,7 @@ void ExactStore::will_need(std::span<const int64_t> rows, size_t first, size_t n
     if (mincore(data + first_page * page, n_pages * page, in_memory.data()) != 0) in_memory.clear();
   }
   size_t i = first_page;
-  for (int64_t row : rows) {  // several may lie in one page
+  for (int64_t row : rows) {  // several rows may lie in one page
     const size_t last = (begin_of(row) + bytes - 1) / page;
     for (i = std::max(i, begin_of(row) / page); i <= last; i++) {
       if (in_memory.empty() || !(in_memory[i - first_page] & 1)) madvise(data + i * page, page, MADV_WILLNEED);
@@ -170,7 +170,7 @@ void ExactStore::clear() {
     return;
   }
 #ifdef FALLOC_FL_PUNCH_HOLE
-  // Where a file system cannot punch holes, the blocks stay taken, for rows to come.
+  // Where the file system cannot punch holes, the file keeps its blocks for later rows.
   (void)!fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, off_t(total_bytes()));
 #endif
 }
