@@ -59,8 +59,7 @@ struct AttendTask {
   int layer = 0;
   AttentionProblem problem;
   int key_dim = 0;
-  bool has_sinks =
-      false;  // whether there are sinks; problem.sinks may still be null when the form of a task is checked
+  bool has_sinks = false;  // known before problem.sinks, which is null while `refusal` is asked
   bool ends_batch = true;  // this is the last attention over the layer in the graph
 
   BatchSight sight() const;
