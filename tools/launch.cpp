@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "commands.h"
+#include "engine/settings.h"
 #include "launch_settings.h"
 #include "llama_program.h"
 #include "paths.h"
@@ -95,6 +96,20 @@ void set_environment(const LaunchFlags& flags, const std::string& model) {
   setenv("GGML_BACKEND_PATH", plugin_path().c_str(), 1);
 }
 
+// All devices of the plugin, as --device takes them. Only a program that has loaded the plugin knows how many there
+// are, and to ask one takes a moment: where there can be one alone, nobody is asked.
+std::string thimble_devices(const std::string& program) {
+  const std::string device = Settings::from_environment().device;
+  const bool several_gpus = std::filesystem::exists("/dev/nvidia1") && device != "CPU";
+  if (device.find('+') == std::string::npos && !several_gpus) return "THIMBLE0";
+  std::string names;
+  const std::string said = output_of(in_quotes(program) + " --list-devices 2>/dev/null");
+  for (int i = 0; said.find("  THIMBLE" + std::to_string(i) + ":") != std::string::npos; i++) {
+    names += (names.empty() ? "" : ",") + ("THIMBLE" + std::to_string(i));
+  }
+  return names.empty() ? "THIMBLE0" : names;
+}
+
 // Becomes the program; returns only where that fails.
 [[noreturn]] void launch(const std::string& program, const LaunchFlags& flags, std::vector<std::string> args) {
   const std::string path = llama_program(program, chosen_llama(flags.llama));
@@ -105,7 +120,7 @@ void set_environment(const LaunchFlags& flags, const std::string& model) {
   } else {
     set_environment(flags, model);
     leave_out_profiles(args);
-    if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", "THIMBLE0"});
+    if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", thimble_devices(path)});
     if (!has_flag(args, {"-ngl", "--gpu-layers", "--n-gpu-layers"})) args.insert(args.end(), {"-ngl", "99"});
     if (!has_flag(args, {"-fa", "--flash-attn"})) args.insert(args.end(), {"-fa", "on"});
   }

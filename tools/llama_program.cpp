@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -90,6 +91,22 @@ std::string llama_program(const std::string& name, const std::string& chosen) {
   throw std::runtime_error(name +
                            " is neither beside thimble nor on PATH: install llama.cpp, or say where it is with "
                            "--llama or THIMBLE_LLAMA");
+}
+
+std::string in_quotes(const std::string& text) {
+  std::string out = "'";
+  for (char c : text) c == '\'' ? out += "'\\''" : out += c;
+  return out + "'";
+}
+
+std::string output_of(const std::string& command) {
+  std::FILE* pipe = popen(command.c_str(), "r");
+  if (!pipe) throw std::runtime_error("cannot start a shell");
+  std::string output;
+  char buffer[4096];
+  for (size_t n; (n = std::fread(buffer, 1, sizeof buffer, pipe)) > 0;) output.append(buffer, n);
+  pclose(pipe);
+  return output;
 }
 
 }  // namespace thimble

@@ -16,4 +16,10 @@ std::string llama_program(const std::string& name, const std::string& chosen);
 /// --llama as it was typed, or else THIMBLE_LLAMA.
 std::string chosen_llama(const std::string& typed);
 
+/// A word for a shell, whatever is in it.
+std::string in_quotes(const std::string& text);
+
+/// What a shell command prints. Throws std::runtime_error where no shell can be started.
+std::string output_of(const std::string& command);
+
 }  // namespace thimble

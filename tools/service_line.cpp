@@ -11,12 +11,6 @@
 namespace thimble {
 namespace {
 
-std::string in_quotes(const std::string& text) {
-  std::string out = "'";
-  for (char c : text) c == '\'' ? out += "'\\''" : out += c;
-  return out + "'";
-}
-
 // A word of a shell that nothing in it means anything to.
 std::string word(const std::string& text) {
   const bool plain = text.find_first_not_of(
@@ -32,16 +26,6 @@ std::string settings(const std::string& profile) {
     text += ",profile=" + std::filesystem::absolute(profile).string();
   }
   return text;
-}
-
-std::string output_of(const std::string& command) {
-  std::FILE* pipe = popen(command.c_str(), "r");
-  if (!pipe) throw std::runtime_error("cannot start a shell");
-  std::string output;
-  char buffer[4096];
-  for (size_t n; (n = std::fread(buffer, 1, sizeof buffer, pipe)) > 0;) output.append(buffer, n);
-  pclose(pipe);
-  return output;
 }
 
 // What the plugin or the program said last, to show where it does not load.

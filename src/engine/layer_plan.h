@@ -89,7 +89,7 @@ struct PlanTotals {
   size_t f16_bytes = 0;        // of the layers left f16
   size_t more_bytes = 0, store_bytes = 0;
   std::string why_f16;   // of the first layer left f16
-  std::set<int> layers;  // all layers that were added
+  std::set<int> layers;  // all layers that were added, and those of other devices
 
   void add(const LayerPlan& plan);
 };

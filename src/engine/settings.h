@@ -10,8 +10,9 @@
 //     codes all.
 //   - profile=PATH: calibration of the model; without it the uncalibrated codec is used. profile=auto takes
 //     <model>.thimble.gguf beside the model that the process was started with, if it is there.
-//   - device=NAME: ggml device to run on, by its name or its backend's; read when the plugin is loaded. Without it, the
-//     first CUDA device where there is one and the plugin is built for it, else the CPU.
+//   - device=NAME: ggml devices to run on, by their names or their backend's, with a + between them (CUDA0+CUDA1,
+//     CUDA); read when the plugin is loaded. Each gets a THIMBLE device. Without it, all CUDA devices where there are
+//     any and the plugin is built for them, else the CPU.
 //   - top=64: cells that each KV head attends to exactly when decoding, chosen at every step from an exact store of all
 //     cells; 0, the default, keeps no store.
 //   - store=auto: where the exact store is: RAM (store=ram) or a file (store=file) in the directory path=DIR for the

@@ -190,11 +190,12 @@ bool device_supports_op(ggml_backend_dev_t handle, const ggml_tensor* op) {
     return !has_better_home(device.inner(), op) && ggml_backend_dev_supports_op(device.inner(), op);
   }
   if (kind == NodeKind::view) return true;
+  const KvBuffer* buffer = buffer_of_cache(op);
+  if (buffer && &buffer->device() != &device) return false;
   if (kind == NodeKind::attend) bind(op);
   if (kind != NodeKind::refused) why = refusal(op, kind);
   // While the context is made an exception reaches llama_init_from_model, which fails with our sentence. Later the
   // graph fails instead. The answer "not supported" would make ggml abort, since no other device can read codes.
-  const KvBuffer* buffer = buffer_of_cache(op);
   if (!why.empty() && buffer && !buffer->in_use()) throw std::runtime_error(why);
   return true;
 }

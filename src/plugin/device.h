@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -39,6 +40,8 @@ public:
   bool is_window(int layer, int64_t cells_per_stream);
   /// Logs one line about the caches that were not reported yet, once all their coded layers are bound.
   void report_caches();
+  /// The layers that have a cache here.
+  std::set<int> layers();
 
 private:
   ggml_backend_dev_t inner_;
@@ -58,8 +61,9 @@ Device& device_of(ggml_backend_dev_t device);
 /// The inner backend of one of our backends.
 ggml_backend_t inner_backend(ggml_backend_t backend);
 
-/// Makes the devices of the plugin, once. They wrap the device that THIMBLE_KV's `device` names; without one, the first
-/// that has an engine and is no CPU, else the CPU. Throws std::runtime_error where there is no such device.
+/// Makes the devices of the plugin, once: one around each device that THIMBLE_KV's `device` names; without one, around
+/// each device of the first backend that has an engine and is no CPU, else around the CPU. Throws std::runtime_error
+/// where there is no such device.
 void make_devices(ggml_backend_reg_t registry);
 size_t device_count();
 Device& device_at(size_t index);

@@ -45,6 +45,7 @@ public:
   KvBuffer(Device& device, ggml_backend_buffer_t inner) : device_(device), inner_(inner) {}
   ~KvBuffer();
 
+  Device& device() const { return device_; }
   ggml_backend_buffer_t inner() const { return inner_; }
   KvCache& cache() { return *cache_; }
 

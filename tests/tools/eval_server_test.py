@@ -32,16 +32,16 @@ def of_server(cache):
         check(len(tokens) == context + 1, f"{cache}: the text is long enough")
         read = context - n_decode
         found = []
-        for end in range(read, context + 1):  # the prompt first, then a token at a time
+        # The prompt first, then a token at a time; the server leaves the last cell for an answer.
+        for end in range(read, context):
             answer = s.post("/completion", {"prompt": tokens[:end], "n_predict": 1, "temperature": 0, "n_probs": n_probs,
                                             "id_slot": 0, "cache_prompt": True})
             if end == read:
                 check(answer["timings"]["prompt_n"] == read, f"{cache}: {read} tokens read")
                 continue
             check(answer["timings"]["prompt_n"] == 1, f"{cache}: one token decoded")
-            if end <= context:
-                likely = {t["id"]: t["logprob"] for t in answer["completion_probabilities"][0]["top_logprobs"]}
-                found.append(likely.get(tokens[end]))
+            likely = {t["id"]: t["logprob"] for t in answer["completion_probabilities"][0]["top_logprobs"]}
+            found.append(likely.get(tokens[end]))
         return found, sum(float(m) for m in re.findall(r"KV buffer size = *([0-9.]+) MiB", s.text()))
 
 

@@ -121,8 +121,11 @@ with tempfile.TemporaryDirectory() as folder:
         check("thimble: KV cache of 30 layers" in server.text(), "from a coded cache, too")
     other = folder / "other"
     other.mkdir()
-    (other / "llama-completion").write_text("#!/bin/sh\necho started instead\n")
-    (other / "llama-completion").chmod(0o755)
+    for name in ("llama-completion", "llama-server"):
+        (other / name).write_text("#!/bin/sh\necho started instead\n")
+        (other / name).chmod(0o755)
+    said = run(thimble, "doctor", "--llama", other, env=env)
+    check(f"{other}/llama-server does not load the plugin: started instead" in said, "doctor sees a program that does not load it")
     prompt = ["-m", model, "-p", "The capital of France is Paris. The capital of Italy is", "-n", "4", "-no-cnv", "--temp", "0", *small]
     check("Rome" in run(thimble, "run", *prompt, env=env), "thimble run answers")
     check("started instead" in run(thimble, "run", "--llama", other, *prompt, env=env), "--llama starts the program that it names")
