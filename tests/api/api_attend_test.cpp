@@ -1,5 +1,5 @@
-// thimble_attend: against the core's attention over a layer of its own, against attention in double over what the codes
-// stand for, and contiguous against paged memory.
+// thimble_attend is held to the core's attention over a CacheLayer, and to attention in double over the decoded cells;
+// paged memory is held to contiguous memory.
 #include <gtest/gtest.h>
 
 #include <algorithm>

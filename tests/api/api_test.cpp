@@ -1,4 +1,4 @@
-// The C API's calls: what they give, and that whatever is wrong with a call is a status and a sentence.
+// The C API's calls: their results, and that every wrong call gives a status and a sentence.
 #include <gtest/gtest.h>
 
 #include <algorithm>

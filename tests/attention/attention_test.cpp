@@ -1,4 +1,4 @@
-// Attention over a cache layer against attention computed densely in double, from the very rows the cache stands for.
+// Attention over a cache layer is held to dense attention in double over the rows that the cache stands for.
 #include "attention/attention.h"
 
 #include <gtest/gtest.h>

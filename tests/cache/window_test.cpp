@@ -1,4 +1,4 @@
-// The window's books: which cells stay exact, for one and for several sequences.
+// The window: which cells stay exact, for one and for several sequences.
 #include "cache/window.h"
 
 #include <gtest/gtest.h>

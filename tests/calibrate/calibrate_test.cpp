@@ -1,5 +1,5 @@
-// Calibration: k-means up to sign, transforms, RoPE's turns, allotment, and what it is all for: attention from coded
-// keys, on synthetic keys with the outliers that break plain rotation.
+// Calibration: k-means up to sign, transforms, RoPE's rotations, allotment; and attention from coded keys, for
+// synthetic keys with outliers that a plain Hadamard rotation codes badly.
 #include <gtest/gtest.h>
 
 #include <Eigen/QR>

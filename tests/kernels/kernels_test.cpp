@@ -1,4 +1,4 @@
-// Every instruction set against the scalar specification: codes and tiles bit for bit, attention to a stated error.
+// Every instruction set is held to the scalar specification: codes and tiles bit for bit, attention to a stated error.
 #include "kernels/kernels.h"
 
 #include <gtest/gtest.h>

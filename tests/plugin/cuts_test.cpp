@@ -1,4 +1,4 @@
-// Where graphs are cut for a backend that runs our nodes apart from its own. Runs nothing: the cache is in RAM.
+// Where graphs are cut for an engine with a queue. Runs no graph: the cache is in RAM.
 #include "plugin/cuts.h"
 
 #include <ggml-alloc.h>

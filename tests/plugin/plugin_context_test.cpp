@@ -1,4 +1,4 @@
-// Contexts beside one another, and contexts that cannot be made.
+// Several contexts in one process, and contexts that cannot be made.
 #include <cmath>
 #include <cstdlib>
 #include <thread>

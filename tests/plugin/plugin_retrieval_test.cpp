@@ -1,4 +1,4 @@
-// Retrieval as a program on libllama meets it: closer to f16 than the codes alone, exact prefill, exact states.
+// Retrieval in a program on libllama: logits nearer to f16's than with codes alone, exact prefill, exact states.
 #include "support/plugin_session.h"
 #include "support/temporary_folder.h"
 

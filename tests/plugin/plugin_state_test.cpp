@@ -1,5 +1,5 @@
-// States of a coded cache: saved, loaded elsewhere and saved again they are the same bytes, and decoding goes on with
-// the very same logits.
+// States of a coded cache: a state that is saved, loaded elsewhere and saved again has the same bytes, and decoding
+// goes on with the same logits.
 #include <algorithm>
 #include <tuple>
 

@@ -1,4 +1,4 @@
-// The profile's file: what is written is read back, and nothing damaged gets in.
+// The profile's file: the reader returns the profile that was written, and refuses damaged files.
 #include "profile/profile.h"
 
 #include <gtest/gtest.h>

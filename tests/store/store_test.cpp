@@ -1,4 +1,4 @@
-// The exact store: rows in, rows out, what is left behind, and full disks.
+// The exact store: writing and reading rows, the room that it takes and leaves, and full disks.
 #include <gtest/gtest.h>
 #include <sched.h>
 #include <sys/mman.h>

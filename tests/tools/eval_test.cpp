@@ -1,5 +1,5 @@
-// The pieces of `thimble eval` that need no model: names of caches and their bytes, scores and rows, hidden keys, and
-// the emulation of TailorKV on one attention.
+// The parts of `thimble eval` that need no model: names of caches and their bytes, scores and rows, hidden keys, and
+// the emulation of TailorKV for one attention node.
 #include <ggml-backend.h>
 #include <ggml-cpp.h>
 #include <gtest/gtest.h>
