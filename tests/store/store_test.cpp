@@ -174,7 +174,7 @@ TEST(ExactStore, AFileThatIsNotAllowedToBeSoLargeIsRefused) {
   EXPECT_TRUE(directory.empty());
 }
 
-// On a disk of 4 MiB: what fits is written, what does not is refused, and the rows before stay as they were.
+// On a disk of 4 MiB: rows that fit are written, others are refused, and earlier rows do not change.
 TEST(ExactStore, AFullDiskHasNoRoomForARow) {
   const TemporaryFolder directory;
   constexpr int kCannotMount = 77;

@@ -199,7 +199,7 @@ protected:
     buffer_.reset(ggml_backend_alloc_ctx_tensors(context_.get(), backend_.get()));
   }
 
-  /// Fills the cache but for what the last token writes, and attends, exactly.
+  /// Fills the cache except the last token's cells, and attends exactly.
   void fill(int layer) {
     std::mt19937 random(3);
     std::normal_distribution<float> normal;
