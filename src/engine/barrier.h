@@ -32,8 +32,7 @@ public:
   }
 
 private:
-  static constexpr int kSpins =
-      1000000;  // about a millisecond; to wake a thread takes longer than most phases of a task
+  static constexpr int kSpins = 1000000;  // about a millisecond; most phases of a task are shorter than waking a thread
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> phase_{0};
 };

@@ -330,7 +330,8 @@ TEST(Window, RewrittenCellsAreForgotten) {
   EXPECT_EQ(s.window.find(3), -1);
 }
 
-// The cells of a removed sequence leave before those of a stream that has been idle for longer.
+// A stream that needs slots takes those of its own removed sequences, not those of a stream that has been idle for
+// longer.
 TEST(Window, StreamsRecycleTheirOwnSlots) {
   Window window({4, 1, 0}, 10, 100, 2);
   const auto write = [&](int64_t first, int n) {
