@@ -1,5 +1,5 @@
-// Times of a layer's decode step and its parts on a device, Llama-3.1-8B's shape (32 heads, 8 KV heads, head size 128),
-// one sequence. Medians of CUDA graph replays. --once: each kernel once, for profilers.
+// Times a layer's decode step and its parts on a device: Llama-3.1-8B's shape (32 heads, 8 KV heads, head size 128),
+// one sequence. Prints medians of CUDA graph replays. --once: runs each kernel once, for profilers.
 #include <cuda_runtime.h>
 
 #include <algorithm>

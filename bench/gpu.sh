@@ -21,8 +21,8 @@
 # The last five run programs from THIMBLE_BUILD, a build directory whose bin has thimble, the plugin for CUDA, llama.cpp's
 # programs and its ggml-cuda. Without it they are built in build-cuda while the kernels are measured, from the source of
 # llama.cpp at THIMBLE_LLAMA_CPP or where scripts/fetch-llama-cpp has left it. A first build takes half of the ten minutes,
-# which some rows will lack; the next call has them all. The random model (16 GB) stays in the output folder, or is
-# THIMBLE_RANDOM=<GGUF>.
+# so the first call may end before the last parts; the next call runs them all. The random model (16 GB) stays in the
+# output folder; THIMBLE_RANDOM=<GGUF> names one that is there.
 #
 # Each part's output is in <output folder>/<part>.txt. A part that fails, or is ended after its own time or THIMBLE_SECONDS
 # (590) in all, does not stop the others: the table and the exit status show it.

@@ -1,4 +1,4 @@
-// `thimble doctor`: what is here and what it would do.
+// `thimble doctor`: prints which parts were found and how they would keep a model's cache.
 #include <ggml-backend.h>
 
 #include <CLI/CLI.hpp>
@@ -23,7 +23,7 @@
 namespace thimble {
 namespace {
 
-/// As `thimble run --kv BITS` would have it.
+/// The settings of `thimble run --kv BITS`.
 Settings settings_of_bits(const std::string& bits, const std::string& profile) {
   LaunchFlags flags;
   flags.kv = bits;
@@ -44,7 +44,8 @@ void print_plan(const PlanTotals& totals) {
   std::printf("\n");
 }
 
-/// What caches of the model come to in a context as llama-server makes it, with what THIMBLE_KV says besides the bits.
+/// Prints the bytes of the model's caches at each rate, in a context as llama-server makes it. Other settings than the
+/// bits are those of THIMBLE_KV.
 void print_model(const std::string& path, const std::string& profile, ContextShape context) {
   if (context.n_cells == 0) context.n_cells = ModelFile(path).context_length();
   if (context.n_cells == 0) throw std::runtime_error(path + " does not say its context length: give one with -c");
@@ -76,7 +77,7 @@ void print_model(const std::string& path, const std::string& profile, ContextSha
   }
 }
 
-/// How a rate's bits are spent: on average for keys and for values, and layer by layer.
+/// Prints how a rate's bits are spent: on average for keys and for values, and layer by layer.
 void print_allotment(const Profile& profile, double bits) {
   double sums[2] = {};
   int n_layers = 0;

@@ -1,5 +1,5 @@
-// `thimble run` and `thimble serve`: llama.cpp's own programs with the plugin loaded. Every flag that is not ours goes
-// to them as it is.
+// `thimble run` and `thimble serve`: they start llama.cpp's own programs with the plugin loaded. Every flag that is not
+// Thimble's goes to the program as it is.
 #include <gguf.h>
 #include <unistd.h>
 
@@ -36,7 +36,7 @@ std::string value_of(const std::vector<std::string>& args, std::initializer_list
   return {};
 }
 
-// llama.cpp says what is wrong with a file, too, but often ends before that is written.
+// llama.cpp checks the file too, but its programs often end before the error is written.
 void check_model(const std::string& path) {
   if (path.empty()) return;
   if (!std::filesystem::is_regular_file(path)) throw std::runtime_error(path + ": there is no such file");
@@ -51,8 +51,8 @@ void check_model(const std::string& path) {
   }
 }
 
-// llama-server's router takes every GGUF file of a folder for a model. Where profiles lie among the models, it gets a
-// folder of links to the others; the plugin of each model's server then looks for the profile where the link leads.
+// llama-server's router takes every GGUF file of a folder for a model. Where profiles lie among the models, this gives
+// it a folder of links to the models alone; the plugin follows a link to find the profile beside the model.
 void leave_out_profiles(std::vector<std::string>& args) {
   namespace fs = std::filesystem;
   for (size_t i = 0; i + 1 < args.size(); i++) {
@@ -77,18 +77,18 @@ void leave_out_profiles(std::vector<std::string>& args) {
   }
 }
 
-// What the plugin is to do, in the environment.
+// Sets the environment variables that the plugin reads.
 void set_environment(const LaunchFlags& flags, const std::string& model) {
   const char* before = std::getenv("THIMBLE_KV");
   LaunchSettings settings = merge_settings(flags, before ? before : "");
   for (const std::string& note : settings.notes) std::fprintf(stderr, "thimble: %s\n", note.c_str());
   if (!settings.has("profile")) {
-    // A server that loads models as they are asked for finds each one's profile by itself.
+    // Without -m, llama-server loads models as they are asked for, and the plugin looks for each one's profile.
     const std::string profile = model.empty() ? "auto" : profile_beside(model);
     if (!profile.empty()) settings.text += (settings.text.empty() ? "profile=" : ",profile=") + profile;
   }
   setenv("THIMBLE_KV", settings.text.c_str(), 1);
-  // The variable has room for one backend; the plugin loads the other one.
+  // GGML_BACKEND_PATH names one backend, which must be the plugin. The plugin then loads the one that it named.
   const char* other = std::getenv("GGML_BACKEND_PATH");
   if (other && *other && std::filesystem::path(other).filename() != std::filesystem::path(plugin_path()).filename()) {
     setenv("THIMBLE_BACKEND_PATH", other, 1);
@@ -97,7 +97,7 @@ void set_environment(const LaunchFlags& flags, const std::string& model) {
 }
 
 // All devices of the plugin, as --device takes them. Only a program that has loaded the plugin knows how many there
-// are, and to ask one takes a moment: where there can be one alone, nobody is asked.
+// are. To start one takes a moment, so it is not started where there can be only one device.
 std::string thimble_devices(const std::string& program) {
   const std::string device = Settings::from_environment().device;
   const bool several_gpus = std::filesystem::exists("/dev/nvidia1") && device != "CPU";
@@ -110,7 +110,7 @@ std::string thimble_devices(const std::string& program) {
   return names.empty() ? "THIMBLE0" : names;
 }
 
-// Becomes the program; returns only where that fails.
+// Replaces this process by the program; throws where that fails.
 [[noreturn]] void launch(const std::string& program, const LaunchFlags& flags, std::vector<std::string> args) {
   const std::string path = llama_program(program, chosen_llama(flags.llama));
   const std::string model = value_of(args, {"-m", "--model"});

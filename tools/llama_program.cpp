@@ -39,7 +39,8 @@ std::string on_path(const std::string& name) {
   return {};
 }
 
-// Where the programs of a build of Thimble lie when its llama.cpp was there before. An installation has no such file.
+// The folder of llama.cpp's programs that the build has noted, where Thimble was built with a llama.cpp that was there
+// before. An installation has no such note.
 fs::path folder_of_build() {
   std::ifstream file(fs::path(bin_directory()) / "llama-programs");
   std::string folder;
@@ -55,13 +56,14 @@ std::string chosen_program(const std::string& name, const std::string& chosen) {
     path = found;
   }
   if (!fs::exists(path)) throw std::runtime_error(chosen + " (--llama or THIMBLE_LLAMA): there is no such file");
-  // A file of any name may be the server: a script that starts it, or one that made room for such a script.
+  // A file of any other name may be the server: a script that starts it, or a server that was renamed so that a script
+  // has its name.
   const std::string file = path.filename();
   const bool is_it = file == name || (name == "llama-server" && file != "llama-completion" && file != "llama-cli");
   if (fs::is_directory(path)) {
     path /= name;
   } else if (!is_it) {
-    // The folder where it really lies, if not where a link to it does.
+    // If the program is not beside the path, which may be a link, look beside the link's target.
     const fs::path beside = path.parent_path() / name;
     path = is_program(beside) ? beside : fs::canonical(path).parent_path() / name;
   }

@@ -1,4 +1,4 @@
-// Which of llama.cpp's programs `thimble` starts.
+// Finds llama.cpp's programs.
 #pragma once
 
 #include <string>
@@ -7,19 +7,19 @@ namespace thimble {
 
 /// The path of program `name` ("llama-server", "llama-completion", "llama-cli").
 ///
-/// `chosen` is what --llama or THIMBLE_LLAMA says, empty where neither does: a folder of llama.cpp's programs, or one
-/// of them, whose folder is then meant, or a name to look for in PATH. Without it the program beside `thimble` is
-/// taken, else the first on PATH, in Homebrew's folder, or beside Ollama. Throws std::runtime_error with a sentence
-/// that says where it was looked for.
+/// `chosen` is the value of --llama or THIMBLE_LLAMA: a folder of llama.cpp's programs, one of the programs (then its
+/// folder is searched), or a name to look for in PATH. Where it is empty, the program beside `thimble` is taken, else
+/// the first on PATH, in Homebrew's folder, or beside Ollama. Throws std::runtime_error with a sentence that names the
+/// places where it looked.
 std::string llama_program(const std::string& name, const std::string& chosen);
 
 /// --llama as it was typed, or else THIMBLE_LLAMA.
 std::string chosen_llama(const std::string& typed);
 
-/// A word for a shell, whatever is in it.
+/// Quotes a text so that a shell takes it as one word.
 std::string in_quotes(const std::string& text);
 
-/// What a shell command prints. Throws std::runtime_error where no shell can be started.
+/// Runs a shell command and returns what it prints. Throws std::runtime_error where no shell can be started.
 std::string output_of(const std::string& command);
 
 }  // namespace thimble

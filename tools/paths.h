@@ -1,5 +1,5 @@
-// Where the parts of an installation or build tree are: all beside the `thimble` program. llama_program.h finds those
-// of a llama.cpp that was there before.
+// Where the parts of an installation or build tree are: all beside the `thimble` program. llama_program.h finds
+// llama.cpp's programs, which may be elsewhere.
 #pragma once
 
 #include <filesystem>
@@ -15,8 +15,8 @@ inline std::string plugin_path() {
   return bin_directory() + "/libggml-thimble.so";
 }
 
-/// `<model>.thimble.gguf` beside a model file or, of a model of this name that came with the installation, among its
-/// profiles; empty where there is none.
+/// The path of `<model>.thimble.gguf` beside a model file or, for a model file of this name, among the profiles that
+/// came with the installation; empty where there is none.
 inline std::string profile_beside(const std::filesystem::path& model, const char* extension = ".thimble.gguf") {
   if (model.empty()) return {};
   std::filesystem::path profile = model;

@@ -11,7 +11,7 @@
 namespace thimble {
 namespace {
 
-// A word of a shell that nothing in it means anything to.
+// Quotes a text for a shell where it has characters that a shell may interpret.
 std::string word(const std::string& text) {
   const bool plain = text.find_first_not_of(
                          "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -28,7 +28,7 @@ std::string settings(const std::string& profile) {
   return text;
 }
 
-// What the plugin or the program said last, to show where it does not load.
+// The last message of the plugin or, without one, the last line of the program, to be shown where loading failed.
 std::string last_line(std::string text) {
   while (!text.empty() && text.back() == '\n') text.pop_back();
   const size_t begin = text.rfind("thimble: ");
@@ -50,7 +50,7 @@ void print_service_line(const std::string& profile, const std::string& llama) {
     return;
   }
   std::fflush(stdout);
-  // Without the device: a program that cannot load the plugin would end for want of it, and say less.
+  // Without --device THIMBLE0, for lack of which a program that cannot load the plugin would end and say less.
   const std::string said = output_of(load + " " + in_quotes(program) + " --list-devices 2>&1");
   const size_t list = said.find("Available devices:");
   if (list != std::string::npos && said.find("THIMBLE0", list) != std::string::npos) {

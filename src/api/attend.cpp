@@ -1,4 +1,4 @@
-// Attention over a caller's blocks: its arguments checked, and one problem of the core's a sequence.
+// Attention over a caller's blocks: checks the arguments, and makes one AttentionProblem for each sequence.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -97,7 +97,7 @@ void check_queries(const Args& args) {
   });
 }
 
-// The exact cells of each sequence, into the context.
+// Checks the exact cells of each sequence and copies them to the context.
 void take_exact(const Args& args, thimble_context& context) {
   const thimble_exact& exact = args.exact;
   for (auto& cells : context.exact) cells.clear();

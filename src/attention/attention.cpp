@@ -57,7 +57,8 @@ void Attention::prepare_streams() {
     int block = -1;
     uint64_t seen = ~uint64_t{0};
     const auto take = [&](int cell, const uint16_t* key, const uint16_t* value) {
-      // Rows that no query sees, of idle and of removed sequences, are left out. With many tokens, looking costs more.
+      // Rows that no query sees, those of idle and of removed sequences, are left out. In a prefill, to find them would
+      // cost more than to attend to them.
       if (!prefills() && block != cell / kBlockCells) {
         block = cell / kBlockCells;
         const int first = block * kBlockCells;
@@ -74,8 +75,8 @@ void Attention::prepare_streams() {
   }
 }
 
-// Leaves out the last blocks if no query sees a coded cell of them: a cache is padded, and a short context has all its
-// cells in the window. Threads would share these blocks as if they were work.
+// Leaves out the last blocks of which no query sees a coded cell: llama.cpp pads the number of cells, and a short
+// context has all its cells in the window. Otherwise these blocks would count as work when threads get their shares.
 void Attention::leave_out_blocks() {
   const auto seen = [this](int block) {
     for (int stream = 0; stream < p_.n_streams; stream++) {
@@ -122,7 +123,7 @@ void Attention::prepare_parts() {
       parts_.push_back({i, thread, first_unit, last_unit, result});
       result += 2 * softmax_size(item.n_tokens * group_);
     };
-    if (item.n_units == 0) add_part(0, 0);  // combine_token then finds nothing visible and writes zeros
+    if (item.n_units == 0) add_part(0, 0);  // without a visible cell, combine_token writes zeros
     for (int unit = 0; unit < item.n_units;) {
       int64_t end = total * (thread + 1) / n_threads_ - begin;  // of the thread's stretch, from the item's first unit
       if (end <= unit) {
@@ -141,7 +142,7 @@ void Attention::prepare_parts() {
 }
 
 // Cuts the blocks of all items, laid end to end, into one stretch a thread, as prepare_parts does: a thread then
-// attends to about those cells that it has scored, which are in its processor's cache.
+// attends to nearly the same cells that it has scored, which are still in its processor's cache.
 void Attention::prepare_retrieval() {
   scores_.resize(items_.size() * n_blocks_ * kBlockCells);
   const size_t n_kept = keeps_scores() ? scores_.size() * group_ : 0;
@@ -251,11 +252,10 @@ float Attention::greatest_first(std::vector<Scored>& scored, size_t n) {
 
 // Sets the bits of memory.chosen (a word for each block) of the retrieval_.top cells with the greatest scores.
 //
-// Few scores are looked at one by one. If cells are put into groups and the groups are ordered by their greatest
-// scores, then each of the first retrieval_.top groups has a cell that scores at least as much as group number
-// retrieval_.top. So there are retrieval_.top such cells, and no cell with a lower score is chosen: that score is a
-// bound. It is taken first over blocks of 64 cells, then, in the blocks that reach it, over lanes of 4 cells; only the
-// cells of lanes that reach it are compared.
+// Most scores need not be compared. Let groups of cells be ordered by their greatest scores, and let b be the greatest
+// score of group number retrieval_.top. Each group up to that one has a cell that scores b or more, so retrieval_.top
+// cells do, and no cell below b is chosen. The bound b is taken first over blocks of 64 cells and then, in the blocks
+// that reach it, over lanes of 4 cells; only the cells of lanes that reach it are compared.
 void Attention::choose(const float* scores, ThreadMemory& memory) const {
   constexpr int kLanes = 16;  // lane j: cells j, j + 16, j + 32, j + 48. The compiler vectorizes loops over lanes
   const size_t top = size_t(retrieval_.top);
@@ -308,7 +308,7 @@ void Attention::fetch(const Item& item, ThreadMemory& memory) {
     for (uint64_t left = memory.chosen[b]; left; left &= left - 1) {
       const int cell = b * kBlockCells + std::countr_zero(left);
       const uint16_t *key = keys.store()->row(cell0 + cell), *value = values.store()->row(cell0 + cell);
-      if (!key || !value) continue;  // the mask shows a cell that was never written
+      if (!key || !value) continue;  // the store was full, or the mask shows a cell that was never written
       memory.rows.push_back(cell0 + cell);
       retrieved.hidden[b] |= left & -left;
       add_row(retrieved.tiles, cell, key, value);
@@ -342,7 +342,7 @@ void Attention::attend_decoded(const CodedCells& cells, int block, uint64_t want
   float* v_tile = tile(memory, Kind::value);
   kernels_->decode_block(*cells.keys, cells.k_block(block), k_tile);
   kernels_->decode_block(*cells.values, cells.v_block(block), v_tile);
-  // A cell that no token sees may never have been written: its bytes may be a NaN, and 0 times NaN is NaN.
+  // A cell that no token sees may never have been written. Its bytes may be a NaN, and a weight of 0 times NaN is NaN.
   for (uint64_t left = ~wanted; left; left &= left - 1) {
     std::fill_n(v_tile + size_t(std::countr_zero(left)) * p_.value_dim, p_.value_dim, 0.0f);
   }
@@ -350,8 +350,8 @@ void Attention::attend_decoded(const CodedCells& cells, int block, uint64_t want
                         mask.at(ptrdiff_t(block) * kBlockCells), softmax, memory.scratch);
 }
 
-// Attends to a block's cells from their exact rows, and returns those that have none though a token sees them: cells
-// for which a full store had no room, or that were never written.
+// Attends to a block's cells from their exact rows in the store. Returns the cells that a token sees and that have no
+// row: a full store had no room for them, or they were never written.
 uint64_t Attention::attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
                                   Softmax& softmax) const {
   const CacheSide &keys = layer_->keys(), &values = layer_->values();
@@ -430,7 +430,7 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   }
   const std::vector<ExactTile>& exact = streams_[item.stream].exact;
   for (int unit = std::max(part.first_unit, block_units()); unit < part.last_unit; unit++) {
-    // A tile is several units; the part that has the first of them attends to the tile.
+    // A tile counts as several units; the part that has the first of them attends to the whole tile.
     if ((unit - block_units()) % units_of_tile() != 0) continue;
     const size_t at = (unit - block_units()) / units_of_tile();
     if (at < exact.size()) {
@@ -455,7 +455,7 @@ void Attention::attend(int thread) {
 }
 
 // Writes the output of one token's heads. Brings the parts of each head to a common maximum and adds them up; the sum
-// of those that came from codes, which is in the transformed domain, is transformed back.
+// over coded cells is in the transformed domain, and is transformed back.
 void Attention::combine_token(const Item& item, int token, ThreadMemory& memory) {
   const int dim = p_.value_dim, n_rows = item.n_tokens * group_;
   memory.sums.assign(size_t(group_) * dim, 0.0f);
@@ -478,7 +478,7 @@ void Attention::combine_token(const Item& item, int token, ThreadMemory& memory)
       }
     };
     for_each([&](const Softmax& part, bool) { greatest = std::max(greatest, part.max[row]); });
-    if (greatest == kUnseen) continue;  // nothing visible: zeros, as ggml gives
+    if (greatest == kUnseen) continue;  // no visible cell: zeros, as in ggml
     for_each([&](const Softmax& part, bool exact) {
       if (part.max[row] == kUnseen && !std::isnan(part.sum[row])) return;
       const float weight = weight_of(part.max[row] - greatest);

@@ -1,11 +1,11 @@
 // Attention of a batch of query tokens over one layer's cache: coded cells from their codes, the window and the batch
-// in flight from their exact rows, one softmax over both.
+// in flight from their exact rows, one softmax over both. Look-ups from codes are VecInfer's (arXiv 2510.06175).
 //
-// With retrieval, few query tokens (decoding) also attend exactly to the cells that matter most to them. For each
-// stream and KV head, all cells outside the window are scored from their codes, and the `top` cells with the greatest
-// scores are taken. A cell's score is the greatest over the heads of the group and the query tokens; of equal scores
-// the lower cell is taken. All other cells, the tail, are attended to from codes, or not at all. Many query tokens
-// (prefill) attend exactly to all cells.
+// With retrieval (after TailorKV, arXiv 2505.19586), few query tokens (decoding) also attend exactly to the cells that
+// matter most to them. For each stream and KV head, all cells outside the window are scored from their codes, and the
+// `top` cells with the greatest scores are chosen. A cell's score is the greatest over the heads of the group and the
+// query tokens; of equal scores the lower cell is chosen. All other cells, the tail, are attended to from codes, or not
+// at all. Many query tokens (prefill) attend exactly to all cells.
 #pragma once
 
 #include <algorithm>
@@ -19,10 +19,10 @@
 
 namespace thimble {
 
-/// How few query tokens attend to the cells outside the window.
+/// How a decode step (few query tokens) attends to the cells outside the window.
 struct Retrieval {
-  int top = 0;             // cells to retrieve; above 0 only where the layer has an exact store
-  bool drop_tail = false;  // all other cells are not attended to
+  int top = 0;             // cells to retrieve for each KV head; above 0 only where the layer has an exact store
+  bool drop_tail = false;  // cells that are neither retrieved nor in the window are not attended to
 };
 
 /// Runs a problem on a team of threads:
@@ -39,9 +39,9 @@ public:
   void attend(int thread);
 
 private:
-  // Query tokens that are attended for together, of one stream and KV head. Their work is counted in units of about
-  // equal length: first one for each block of the stream, then units_of_tile() for each tile of exact rows, then as
-  // many for each tile of retrieved rows.
+  // Query tokens of one stream and KV head that are computed together. Their work is counted in units of about equal
+  // time: one for each block of the stream, then units_of_tile() for each tile of exact rows, then as many for each
+  // tile of retrieved rows.
   struct Item {
     int stream, kv_head, first_token, n_tokens;
     int n_units;
@@ -50,8 +50,8 @@ private:
     // parts_left to 0 combines its parts.
     int scorers_left, parts_left;
   };
-  // A thread's share of an item. From results_[result] on lie two results, of the coded cells and of the exact ones,
-  // each acc[rows][value_dim], max[rows], sum[rows], beginning on a cache line of its own.
+  // A thread's share of an item. Two results begin at results_[result], that of the coded cells and that of the exact
+  // ones, each acc[rows][value_dim], max[rows], sum[rows], at a multiple of 64 bytes.
   struct Part {
     int item, thread;
     int first_unit, last_unit;
@@ -93,7 +93,7 @@ private:
   void leave_out_blocks();
   void prepare_parts();
   void prepare_retrieval();
-  /// Calls f(item, first block, last block) for what a thread has to score.
+  /// Calls f(item, first block, last block) for each range of blocks that a thread has to score.
   template <typename F>
   void for_stretch(int thread, F f) const {
     const int64_t total = int64_t(items_.size()) * n_blocks_, end = total * (thread + 1) / n_threads_;
@@ -126,9 +126,8 @@ private:
   }
   size_t index_of(const Item& item) const { return size_t(&item - items_.data()); }
   float* scores_of(const Item& item) { return scores_.data() + index_of(item) * n_blocks_ * kBlockCells; }
-  // Whether the scores by which cells are chosen are kept for attention, which then does not look keys up again. For
-  // one token they take 4 bytes for each head and cell, about as much as the keys' codes; for several they would take
-  // more.
+  // Whether the scores by which cells are chosen are kept, so that attention does not look up the keys' codes again.
+  // For one token they take 4 bytes for each head and cell, about as much as the keys' codes; for several tokens more.
   bool keeps_scores() const { return retrieves() && !retrieval_.drop_tail && p_.n_tokens == 1; }
   RowScores kept_scores(const Item& item) const {
     if (!keeps_scores()) return {};
@@ -165,7 +164,7 @@ private:
   Retrieval retrieval_;
   const Kernels* kernels_ = nullptr;
   int n_threads_ = 1;
-  int n_blocks_ = 0;  // of a stream that are looked at
+  int n_blocks_ = 0;  // of a stream, without those of leave_out_blocks
   int group_ = 1;
   std::vector<Stream> streams_;
   std::vector<Item> items_;

@@ -1,4 +1,4 @@
-// Which devices there are, and what each is.
+// Chooses and makes the devices of the plugin.
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
@@ -110,7 +110,8 @@ void Device::remove(KvBuffer& buffer) {
   std::erase(buffers_, &buffer);
 }
 
-// The cache of the other layers has more cells and leaves out this layer and some before its last.
+// It is, if there is another cache that has more cells, does not have this layer, and leaves out some layer before its
+// own last one.
 bool Device::is_window(int layer, int64_t cells_per_stream) {
   const std::lock_guard lock(mutex_);
   return std::any_of(buffers_.begin(), buffers_.end(), [&](const KvBuffer* buffer) {
@@ -135,7 +136,7 @@ void Device::report_caches() {
   }
   if (!planner) return;
   for (KvBuffer* buffer : buffers_) buffer->set_reported();
-  // As a warning: llama.cpp's programs do not show what libraries merely inform of.
+  // As a warning, since llama.cpp's programs do not show a library's messages of level info.
   GGML_LOG_WARN("thimble: %s%s\n", devices().size() > 1 ? (name_ + ": ").c_str() : "",
                 report(totals, planner->settings(), *engine_).c_str());
 }

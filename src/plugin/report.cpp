@@ -7,8 +7,8 @@
 namespace thimble {
 namespace {
 
-// llama.cpp puts a model's last layers on a device where it has not all of them (-ngl). Layers with a cache follow one
-// another at regular distances, so a first one that is farther from the model's beginning tells of others elsewhere.
+// Where a device does not get all layers (-ngl), llama.cpp puts the last ones there. Layers with a cache lie at regular
+// distances, so if the first of them here is farther from the model's beginning, others are on another device.
 std::string layers_elsewhere(const std::set<int>& layers) {
   if (layers.size() < 2) return {};
   int distance = 0;

@@ -1,5 +1,5 @@
-// thimble_attend: against the core's attention over a layer of its own, against attention in double over what the codes
-// stand for, and contiguous against paged memory.
+// thimble_attend is held to the core's attention over a CacheLayer, and to attention in double over the decoded cells;
+// paged memory is held to contiguous memory.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -17,7 +17,7 @@ struct Shape {
   double k_bits = 2, v_bits = 2;
 };
 
-/// A coded cache: contiguous in blocks, or in pages in no order among others.
+/// A coded cache: in contiguous blocks, or in pages that lie in no order among other pages.
 Cache cache_of(const Shape& shape, const std::vector<int64_t>& n_cells, Layout layout, bool paged,
                thimble_context* context) {
   Cache cache;
@@ -60,7 +60,7 @@ std::vector<uint16_t> mask_of(const Cache& cache, const Queries& x, size_t strid
   return mask;
 }
 
-/// What the core computes for one sequence whose blocks lie in a CacheLayer's own memory.
+/// The core's result for one sequence whose blocks lie in a CacheLayer's own memory.
 std::vector<float> by_the_core(const Shape& shape, const Cache& cache, int sequence, const Queries& x,
                                const thimble_attend_args& args) {
   std::vector<std::vector<uint8_t>> memory;
@@ -314,7 +314,7 @@ TEST(ApiAttend, ExactCellsStandInForTheirCodes) {
   }
 }
 
-// A context's memory is used again: what another call left there does not matter.
+// Calls reuse a context's memory; data that an earlier call left there does not change a result.
 TEST(ApiAttend, CallsDoNotDependOnTheOnesBefore) {
   const auto context = context_of(2), fresh = context_of(2);
   const Cache large = cache_of({128, 128, 2, 4, 4}, {700, 300, 200}, Layout::heads, false, context.get());

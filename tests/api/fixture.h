@@ -24,13 +24,13 @@ struct Free {
 template <typename T>
 using Handle = std::unique_ptr<T, Free>;
 
-/// The call succeeded; else its sentence is printed.
+/// Passes where the call succeeded; else shows the call's sentence.
 inline testing::AssertionResult ok(thimble_status status) {
   if (status == THIMBLE_OK) return testing::AssertionSuccess();
   return testing::AssertionFailure() << thimble_status_name(status) << ": " << thimble_last_error();
 }
 
-/// The call failed with this status, and the sentence holds `part`.
+/// Passes where the call failed with this status and a sentence that contains `part`.
 inline testing::AssertionResult fails(thimble_status status, thimble_status wanted, const std::string& part) {
   const std::string sentence = thimble_last_error();
   if (status == wanted && sentence.find(part) != std::string::npos) return testing::AssertionSuccess();
@@ -125,7 +125,7 @@ private:
   }
 };
 
-/// Sequences over a key and a value side.
+/// Several sequences in the blocks of one key side and one value side.
 struct Cache {
   int n_sequences = 1;
   int blocks_per_sequence = 1;

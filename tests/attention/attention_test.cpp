@@ -1,4 +1,4 @@
-// Attention over a cache layer against attention computed densely in double, from the very rows the cache stands for.
+// Attention over a cache layer is held to dense attention in double over the rows that the cache stands for.
 #include "attention/attention.h"
 
 #include <gtest/gtest.h>
@@ -50,8 +50,8 @@ HeadCodec codec_for(const Case& c, Kind kind, unsigned seed) {
   return codec;
 }
 
-// The cells that each stream and KV head retrieves by the kernel's own scores (a kernel may tell near equal ones apart
-// differently): the `top` greatest, the lower cell among equals.
+// The cells that each stream and KV head retrieves: those of the `top` greatest scores, the lower cell of equal ones.
+// By the kernel's own scores, since kernels may order nearly equal scores differently.
 std::vector<std::set<int>> retrieved(const Case& c, const Kernels& kernels, const CacheLayer& layer,
                                      const AttentionProblem& p) {
   std::vector<std::set<int>> chosen;
@@ -96,7 +96,7 @@ std::vector<std::set<int>> retrieved(const Case& c, const Kernels& kernels, cons
   return chosen;
 }
 
-// The dense computation's loops, not sanitized: they would be most of what these tests do.
+// The loops of the dense computation. They are not sanitized, since with sanitizers they would take most of the time.
 [[gnu::noinline, gnu::no_sanitize("address", "undefined")]] double product(const float* a, const float* b, int n) {
   double sums[4] = {};
   for (int d = 0; d < n; d++) sums[d % 4] += double(a[d]) * b[d];
@@ -181,7 +181,7 @@ const CacheLayer& filled_layer(const Case& c, unsigned seed) {
   return *filled.layer;
 }
 
-// A case as attention gets it.
+// The arguments that attention gets for a case.
 struct Inputs {
   std::vector<float> q, out, sinks;
   std::vector<uint16_t> mask;
@@ -352,8 +352,8 @@ TEST_P(AttentionOn, AwkwardNumbersOfCells) {
   }
 }
 
-// Groups, tokens and threads, each with each; but prompts, of which one case costs as much as twenty tokens, with three
-// groups, and with other threads for each.
+// All combinations of groups, tokens and threads. Prompts, whose cases take twenty times as long, have three groups
+// only, each with another number of threads.
 template <typename Run>
 void for_groups_tokens_and_threads(const std::vector<int>& groups, const Run& run) {
   const auto run_case = [&](int group, int n_tokens, int threads) {
@@ -460,8 +460,8 @@ TEST_P(AttentionOn, RetrievalByGroupsTokensStreamsAndThreads) {
   });
 }
 
-// A store with room for 512 of 1200 cells: the others are read from their codes, be they chosen or part of a prompt,
-// but for the last ones, whose rows lie in RAM meanwhile.
+// A store with room for 512 of 1200 cells. Other cells are read from their codes, whether they are chosen or part of a
+// prompt, except the last ones, whose rows are in RAM while they are in the window.
 TEST_P(AttentionOn, RetrievalFromAFullStore) {
   for (int n_tokens : {1, 3, 20}) {
     Case c;
@@ -507,7 +507,7 @@ TEST_P(AttentionOn, RetrievalOfHeadsThatThreadsShare) {
   }
 }
 
-// What a head reads is on its way while the next head's cells are still to be scored.
+// The rows of one head are asked for before the next head's cells are scored.
 TEST_P(AttentionOn, RowsOfOneHeadAreAskedForBeforeTheNextIsScored) {
   Case c;
   c.top = 8;
@@ -538,7 +538,7 @@ TEST_P(AttentionOn, RowsOfOneHeadAreAskedForBeforeTheNextIsScored) {
   EXPECT_GT(asked[2], asked[1]);
 }
 
-// Cells are scored once for one token: attention takes the scores that they were chosen by. The results are the same.
+// For one token, cells are scored once: attention uses the scores by which cells were chosen, with the same results.
 TEST_P(AttentionOn, OneTokensCellsAreScoredOnce) {
   static const Kernels* real;
   static bool takes;

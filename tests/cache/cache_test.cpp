@@ -122,7 +122,7 @@ TEST(Streams, CopyTakesCodesAndWindow) {
   EXPECT_EQ(a.save(100, 60), before);
 }
 
-// What `fill` wrote, as a state.
+// The state of the cells that `fill` wrote.
 std::vector<uint8_t> written(int n, unsigned seed = 1) {
   TestLayer plain(16);
   plain.fill(n, 0, seed);
@@ -201,9 +201,8 @@ TEST(Store, OverwrittenAndClearedCells) {
   EXPECT_EQ(a.save(0, 10), written(10, 3));
 }
 
-// A batch that was never attended to keeps its codes: its rows are gone with the next one.
-// Cells that a full store has no room for are exact while the window has them, then coded, and saved and loaded as
-// such.
+// Cells that a full store has no room for are exact while they are in the window; then they are coded, and are saved
+// and loaded as codes.
 TEST(Store, AFullOneLeavesCellsTheirCodes) {
   TestLayer full(2, 1, 100, {6, 2, 0}, true, 0), plain(2, 1, 100, {6, 2, 0});
   full.fill(50);

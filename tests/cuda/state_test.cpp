@@ -348,7 +348,7 @@ TEST(CudaState, KeysToRotate) {
         side.decode_row(cells[i], expected.data());
       }
       ASSERT_TRUE(std::equal(expected.begin(), expected.end(), keys + i * size)) << setting.head_dim << " " << cells[i];
-      // As CpuGraph::shift does it, here with a rotation by half a turn.
+      // The steps of CpuCache::write_keys, with a rotation by half a turn.
       std::vector<uint16_t> row(size);
       for (size_t d = 0; d < size; d++) row[d] = float_to_half(keys[i * size + d] = -expected[d]);
       if (exact) std::copy(row.begin(), row.end(), exact);

@@ -1,6 +1,6 @@
 // Chats that take turns in one cache, as llama-server's do: each is saved and cleared when another begins, and comes
 // back into other cells. Which of a chat's cells are exact, and what each holds, must be as if it had never been away.
-// Rows and codes are numbers here that say of which token they are.
+// The numbers in rows and codes here name the token that they are of.
 #define THIMBLE_SIMT_HOST
 #include <gtest/gtest.h>
 

@@ -32,7 +32,7 @@ TEST(SelfCheck, PassesInTheGgmlOfItsHeaders) {
   EXPECT_EQ(custom_op(), GGML_OP_CUSTOM);
 }
 
-// What the loader says to stderr, and whether it loads.
+// The loader's lines on stderr, and whether it loads.
 struct Load {
   explicit Load(const fs::path& path) {
     testing::internal::CaptureStderr();

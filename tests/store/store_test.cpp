@@ -1,4 +1,4 @@
-// The exact store: rows in, rows out, what is left behind, and full disks.
+// The exact store: writing and reading rows, the room that it takes and leaves, and full disks.
 #include <gtest/gtest.h>
 #include <sched.h>
 #include <sys/mman.h>
@@ -174,7 +174,7 @@ TEST(ExactStore, AFileThatIsNotAllowedToBeSoLargeIsRefused) {
   EXPECT_TRUE(directory.empty());
 }
 
-// On a disk of 4 MiB: what fits is written, what does not is refused, and the rows before stay as they were.
+// On a disk of 4 MiB: rows that fit are written, others are refused, and earlier rows do not change.
 TEST(ExactStore, AFullDiskHasNoRoomForARow) {
   const TemporaryFolder directory;
   constexpr int kCannotMount = 77;

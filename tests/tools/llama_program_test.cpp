@@ -1,4 +1,4 @@
-// Which llama.cpp `thimble run` and `thimble serve` start.
+// Which llama.cpp's programs `thimble run` and `thimble serve` start.
 #include "llama_program.h"
 
 #include <gtest/gtest.h>

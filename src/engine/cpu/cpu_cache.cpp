@@ -11,8 +11,8 @@
 namespace thimble {
 namespace {
 
-// A state of exact rows does not say which cells were not coded yet, and what matters most is retrieved: with an exact
-// store the window is the last cells alone.
+// With an exact store the window is the last cells alone. It needs no pool, since the cells that matter most are
+// retrieved, and has no spare cells, since a saved state, all exact rows then, would not tell which cells were coded.
 WindowSize window_size(const LayerPlan& plan) {
   WindowSize size = plan.window;
   if (plan.top > 0) size.spare = size.pool = 0;
@@ -55,7 +55,7 @@ void CpuCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8
 void CpuCache::write(const Lane& lane, const WriteTask& task) {
   Layer& layer = layers_.at(task.layer);
   const Team& team = *lane.team;
-  if (task.n_rows <= kMaxCodeTokens) {  // to wait for one another would take longer than to store so few rows
+  if (task.n_rows <= kMaxCodeTokens) {  // the threads would wait for one another longer than it takes to copy the rows
     team.leave_to_first([&] {
       begin_write(layer, task);
       write_rows(layer, task, 0, 1);
@@ -97,7 +97,7 @@ bool CpuCache::attend(const Lane& lane, const AttendTask& task, DenseAttention*)
   }
   attention_.attend(team.thread());
   if (!task.ends_batch) return true;
-  team.wait();  // what leaves the window is coded into blocks that are being read
+  team.wait();  // cells that leave the window are coded into blocks that other threads are still reading
   layer.cache->code_leaving(team.thread(), team.size());
   if (team.is_last()) layer.cache->end_commit();
   return true;
