@@ -299,11 +299,7 @@ TEST_P(KernelsOn, AttentionFromCodesEqualsTheSpecification) {
     for (bool slope : {false, true}) {
       for (bool bias : {false, true}) {
         for (double bits : {3.0, 2.0}) {
-          Problem p;
-          p.softcap = softcap;
-          p.slope = slope;
-          p.bias = bias;
-          p.bits = bits;
+          Problem p{.bits = bits, .softcap = softcap, .bias = bias, .slope = slope};
           p.n_tokens = 2;
           p.n_cells = 1500;
           expect_equal(p);

@@ -8,14 +8,14 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
+from server_process import ServerProcess  # noqa: E402
 
 wheels, build, model, text = (Path(argument).resolve() for argument in sys.argv[1:])
 
@@ -49,47 +49,20 @@ def doctor_without(home, thimble, hidden, env):
     return said
 
 
-class Server:
-    def __init__(self, folder, env, *command):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{s.getsockname()[1]}"
-        self.log = Path(folder) / "server.log"
+class Server(ServerProcess):
+    def __init__(self, env, *command):
         self.begin = time.monotonic()
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen([*command, "--port", self.url.rsplit(":", 1)[1]], env=env, stdout=log, stderr=log)
+        super().__init__(command, env)
 
     def __enter__(self):
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(self.url + "/health", timeout=5)
-                print(f"    ready after {time.monotonic() - self.begin:.2f} s")
-                return self
-            except OSError:
-                if self.process.poll() is not None:
-                    break
-                time.sleep(0.05)
-        self.__exit__()
-        raise AssertionError("the server did not start:\n" + self.text())
-
-    def __exit__(self, *_):
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def text(self):
-        return self.log.read_text(errors="replace")
+        super().__enter__()
+        print(f"    ready after {time.monotonic() - self.begin:.2f} s")
+        return self
 
     def ask(self):
         body = {"messages": [{"role": "user", "content": "My dog is called Bingo. What is my dog called?"}], "max_tokens": 12,
                 "temperature": 0}
-        request = urllib.request.Request(self.url + "/v1/chat/completions", json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)["choices"][0]["message"]["content"]
+        return self.request("/v1/chat/completions", body)["choices"][0]["message"]["content"]
 
 
 wheel, = wheels.glob("thimble_kv-*.whl")
@@ -113,10 +86,10 @@ with tempfile.TemporaryDirectory() as folder:
     service = dict(word.split("=", 1) for word in re.search(r"service +(.*)", said)[1].split())
 
     small = ["-c", "2048", "-t", "1"]
-    with Server(folder, env, thimble, "serve", "-m", model, "--kv", "4", *small) as server:
+    with Server(env, thimble, "serve", "-m", model, "--kv", "4", *small) as server:
         check("Bingo" in server.ask(), "thimble serve answers")
         check("thimble: KV cache of 30 layers" in server.text(), "from a coded cache")
-    with Server(folder, {**env, **service}, home / "llama-server", "-m", model, *small) as server:
+    with Server({**env, **service}, home / "llama-server", "-m", model, *small) as server:
         check("Bingo" in server.ask(), "a service with doctor's line answers")
         check("thimble: KV cache of 30 layers" in server.text(), "from a coded cache, too")
     other = folder / "other"
@@ -157,7 +130,7 @@ with tempfile.TemporaryDirectory() as folder:
         (bare / "llama-server").rename(bare / "llama-server.own")
         (bare / "llama-server").write_text(f'#!/bin/sh\nexec {thimble} serve --llama {bare}/llama-server.own "$@"\n')
         (bare / "llama-server").chmod(0o755)
-        with Server(folder, {**env, "GGML_BACKEND_PATH": str(plain)}, bare / "llama-server", "-m", model, *small) as server:
+        with Server({**env, "GGML_BACKEND_PATH": str(plain)}, bare / "llama-server", "-m", model, *small) as server:
             check("Bingo" in server.ask() and "thimble: KV cache of 30 layers" in server.text(),
                   "a backend that GGML_BACKEND_PATH named is loaded, too")
     emulator = shutil.which("qemu-x86_64-static")
