@@ -19,8 +19,8 @@ with open(os.path.join(data, "alice.txt")) as f:
     alice = f.read()
 with open(os.path.join(data, "..", "..", "examples", "gpl-3.0.txt")) as f:
     gpl = f.read()
-# About 280 tokens each, so that cells leave the window before and while the answer is decoded.
-prompts = [text[start:start + 1150] for i in range(10) for text, start in ((alice, 1100 * i), (gpl, 3000 * i))]
+# About 210 tokens each, so that cells leave the window before and while the answer is decoded.
+prompts = [text[start:start + 850] for i in range(10) for text, start in ((alice, 1100 * i), (gpl, 3000 * i))]
 
 
 def start(*arguments):

@@ -58,7 +58,7 @@ greatest = {}
 for cache in settings:
     log_p, mib = of_server(cache)
     known = [(a, b) for a, b in zip(log_p, rows[cache]["log_p"]) if a is not None]
-    check(len(known) > n_decode / 2, f"{cache}: {len(known)} of {n_decode} tokens are among the {n_probs} most probable")
+    check(len(known) > len(log_p) / 2, f"{cache}: {len(known)} of {len(log_p)} tokens are among the {n_probs} most probable")
     greatest[cache] = max(abs(a - b) for a, b in known)
     check(greatest[cache] < 1e-3, f"{cache}: log-probabilities of eval and the server differ by at most {greatest[cache]:.2g}")
     check(abs(rows[cache]["kv_bytes"] / 2**20 - mib) < 0.02, f"{cache}: {mib} MiB, as eval says")
