@@ -142,6 +142,7 @@ private:
     a.mask_token_stride = kCells;
     a.hidden = hidden_.data();
     a.exact[0] = {rows_[0].data(), rows_[1].data(), cells_.data(), kCapacity, false};
+    a.judges = judges_.data();
     a.kept_queries = queries_.data();
     a.n_judges = kMaxTokens;
     a.fresh.keys = keys.data();
