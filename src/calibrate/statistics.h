@@ -58,9 +58,11 @@ public:
   double concentration(int kv_head) const;
   /// Mean |x|^2 of the residual stream, 1 where it was not seen.
   double residual() const { return n_residuals_ ? residual_sum_ / double(n_residuals_) : 1.0; }
-  /// What a norm behind the attention's output multiplies squares by, on average; 1 where there is none.
-  double output_gain() const {
-    if (n_normalized_ == 0 || n_outputs_ == 0 || output_sum_ <= 0) return 1.0;
+  /// What noise in the attention's output weighs, as power: one over the residual stream's, or, where a norm stands
+  /// behind the output, what that norm multiplies it by. The stream's power does not count there: most of it lies in
+  /// few components that such models' norms scale down (docs/results/quality.md has both rules' figures).
+  double output_weight() const {
+    if (n_normalized_ == 0 || n_outputs_ == 0 || output_sum_ <= 0) return 1.0 / residual();
     return normalized_sum_ / double(n_normalized_) / (output_sum_ / double(n_outputs_));
   }
   float score_scale() const { return score_scale_; }

@@ -293,10 +293,10 @@ TEST(Fit, LayersOfAnotherBudgetTakeNoBits) {
   }
   // What a norm behind the output makes greater weighs more.
   const double before = bits_of({}, 0);
-  EXPECT_EQ(layers[0].output_gain(), 1.0);
+  EXPECT_EQ(layers[0].output_weight(), 1.0);
   layers[0].add_output(2.0);
   layers[0].add_normalized(2e6);
-  EXPECT_DOUBLE_EQ(layers[0].output_gain(), 1e6);
+  EXPECT_DOUBLE_EQ(layers[0].output_weight(), 1e6);
   EXPECT_GT(bits_of({}, 0), before);
 }
 
