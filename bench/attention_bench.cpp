@@ -1,11 +1,11 @@
-// Attention of one decode step over one layer: from codes, and by ggml's FLASH_ATTN_EXT over f16, q8_0 and q4_0 caches,
-// in one process. Names say <what>/<head size>x<group>/<cells>/<threads>.
+// Times attention of one decode step over one layer: from codes, and by ggml's FLASH_ATTN_EXT over f16, q8_0 and q4_0
+// caches, in one process. Benchmarks are named <cache>/<head size>x<group>/<cells>/<threads>.
 //
 //   attention_bench --benchmark_enable_random_interleaving=true --benchmark_repetitions=9
 //       --benchmark_report_aggregates_only=true --benchmark_filter='128x4/32768'
 //
-// The cache of one layer is read in every step and nothing else is, so a short context stays in the
-// processor's caches, for all of them alike.
+// Each step reads the cache of the same layer and nothing else, so a short context stays in the processor's caches, for
+// all benchmarks alike.
 #include <benchmark/benchmark.h>
 #include <ggml-alloc.h>
 #include <ggml-backend.h>
@@ -34,7 +34,7 @@ struct Shape {
   int n_heads() const { return n_kv_heads * group; }
 };
 
-// Numbers that need not be Gaussian, only many: a period of 64k of them.
+// 64k Gaussian numbers, which benchmarks repeat as they need more.
 const std::vector<float>& noise() {
   static const std::vector<float> numbers = gaussian(1 << 16, 1);
   return numbers;
@@ -51,7 +51,7 @@ CacheSide random_side(Kind kind, const Shape& s, double bits, int n_slots, std::
   size_t size = memory.size();
   std::align(64, size - 64, begin, size);
   CacheSide side(shape, codecs, n_slots, static_cast<uint8_t*>(begin));
-  // Random codes, and scales as Gaussian vectors have them.
+  // Random codes, and scales such as those of Gaussian vectors.
   const Format& format = side.format();
   std::minstd_rand random(int(kind) + 1);
   for (int head = 0; head < s.n_kv_heads; head++) {
@@ -87,12 +87,11 @@ public:
     layer_ = std::make_unique<CacheLayer>(random_side(Kind::key, s, bits, window.total(), memory_[0]),
                                           random_side(Kind::value, s, bits, window.total(), memory_[1]),
                                           Window(window, window.total(), s.n_cells));
-    // The window: all but the batch in flight.
+    // Fills the window, all but the token in flight.
     write(s.n_cells - s.n_tokens - window.total(), window.total());
     layer_->commit([](int, int64_t) { return true; });
     write(s.n_cells - s.n_tokens, s.n_tokens);
 
-    p_.layer = layer_.get();
     p_.n_heads = s.n_heads();
     p_.n_tokens = s.n_tokens;
     p_.n_cells = s.n_cells;
@@ -112,7 +111,7 @@ public:
   }
 
   void step() {
-    attention_.prepare(p_, n_threads_, kernels_);
+    attention_.prepare(*layer_, p_, {}, n_threads_, kernels_);
     if (n_threads_ == 1) {
       attention_.attend(0);
       return;
@@ -134,7 +133,8 @@ private:
     }
   }
 
-  // Threads of our own, as ggml has them: waiting in a spin, but not for ever on a machine that others use too.
+  // Threads of our own. They spin while they wait, as ggml's do, but only for a while, as other processes may need the
+  // cores.
   static constexpr int kSpins = 20000;
   void all(const std::function<void(int)>& work) {
     if (team_.empty()) {
@@ -188,7 +188,7 @@ public:
         ggml_backend_reg_get_proc_address(registry, "ggml_backend_set_n_threads"));
     set_n_threads(backend_, n_threads);
     context_ = ggml_init({ggml_tensor_overhead() * 16 + ggml_graph_overhead(), nullptr, true});
-    // The cache as llama.cpp has it, [cells][KV heads * head size], and the views that it attends to.
+    // The cache as llama.cpp allocates it, [cells][KV heads * head size], and the views that its attention reads.
     ggml_tensor* k = ggml_new_tensor_2d(context_, type, int64_t(s.head_dim) * s.n_kv_heads, s.n_cells);
     ggml_tensor* v = ggml_new_tensor_2d(context_, type, int64_t(s.head_dim) * s.n_kv_heads, s.n_cells);
     const auto view = [&](ggml_tensor* t) {
@@ -234,7 +234,7 @@ private:
   ggml_backend_buffer_t buffer_;
 };
 
-// Caches are large: one of each kind is alive at a time, made anew when a benchmark asks for another.
+// Caches are large, so only one of each kind lives at a time; it is made anew when a benchmark asks for another.
 template <typename Make>
 void add(const std::string& name, const Shape& s, double bytes_per_cell, Make make) {
   benchmark::RegisterBenchmark(name.c_str(),
@@ -273,7 +273,7 @@ void add_all(const Shape& s, int n_threads) {
   }
 }
 
-// Writing one token to a layer: K and V of four heads, through the transform that needs no calibration or a dense one.
+// Times encoding one token of a layer: K and V of four heads, by the uncalibrated transform or a dense one.
 void add_encoding(int head_dim, double bits, bool dense, const Kernels& kernels) {
   const std::string name = std::string("encode_") + kernels.name + (dense ? "_dense" : "_hadamard") + "/" +
                            std::to_string(head_dim) + "/" + std::to_string(int(bits));
@@ -299,7 +299,7 @@ void add_encoding(int head_dim, double bits, bool dense, const Kernels& kernels)
 
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
-  // As in SmolLM2-135M, Llama-3.1-8B, Qwen3-30B-A3B and Gemma 3.
+  // The shapes of SmolLM2-135M, Llama-3.1-8B, Qwen3-30B-A3B and Gemma 3.
   for (Shape s : {Shape{64, 3, 3}, {128, 4, 8}, {128, 8, 4}, {256, 8, 2}}) {
     for (int threads : {1, 2}) {
       for (int64_t cells : {1024, 8192, 32768, 131072}) {

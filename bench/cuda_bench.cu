@@ -1,5 +1,5 @@
-// Times of a layer's decode step and its parts on a device, Llama-3.1-8B's shape (32 heads, 8 KV heads, head size 128),
-// one sequence. Medians of CUDA graph replays. --once: each kernel once, for profilers.
+// Times a layer's decode step and its parts on a device: Llama-3.1-8B's shape (32 heads, 8 KV heads, head size 128),
+// one sequence. Prints medians of CUDA graph replays. --once: runs each kernel once, for profilers.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "cache/window.h"
 #include "cuda/attend/attend.h"
 #include "cuda/encode/encode.h"
 #include "cuda/retrieve/retrieve.h"
@@ -155,6 +156,9 @@ int main(int argc, char** argv) {
     }
     a.exact[0] = {p.window.keys, p.window.values, copied(window_cells), kWindow, false};
     a.hidden = copied(hidden);
+    a.n_judges = kMaxTokens;  // none of which keeps queries
+    a.judges = copied(std::vector<int32_t>(kMaxTokens, -1));
+    a.kept_queries = allocate<float>(size_t(kMaxTokens) * kHeads * kDim);
     std::vector<int32_t> tokens(kWindow, -1);
     tokens[0] = 0;
     const NewRows fresh{
@@ -199,17 +203,86 @@ int main(int argc, char** argv) {
     EncodeArgs layer = p;
     layer.key_cache = key_caches[0];
     layer.value_cache = value_caches[0];
+    LayerWindow window;
+    window.books = copied(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, 0, {}, 0}});
+    window.leaving_cells = const_cast<int64_t*>(p.cells);
+    window.leaving_slots = const_cast<int32_t*>(p.window.slots);
+    window.n_leaving = copied(std::vector<int>{1, 0});
     LeaveArgs leave;
     leave.layers = copied(std::vector<EncodeArgs>(kLayers, layer));
+    leave.windows = copied(std::vector<LayerWindow>(kLayers, window));
     leave.n_layers = kLayers;
     leave.n_kv_heads = kKvHeads;
     leave.n_tokens = 1;
-    leave.cells = p.cells;
-    leave.slots = p.window.slots;
-    leave.n_leaving = copied(std::vector<int>{1, 0});
-    leave.books = copied(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, {}}});
     time(label("code a cell that leaves the window, 32 layers"), 24, 0,
          [&](int, cudaStream_t s) { require(code_leaving(device, leave, kDim, s)); });
+
+    // Tokens of one sequence: 17 cells leave with every 17th of them, judged by its queries. A round's cells are the
+    // last round's, which have left by then but for the pool.
+    constexpr WindowSize kSize;
+    constexpr int kRows = kMaxWindowRows, kSteps = 20 * 17;
+    std::vector<EncodeArgs> layers(kLayers, layer);
+    std::vector<LayerWindow> windows(kLayers);
+    const std::vector<int32_t> none(kRows, -1);
+    for (int i = 0; i < kLayers; i++) {
+      LayerWindow& w = windows[i];
+      w.last = kSize.last;
+      w.pool = kSize.pool;
+      w.spare = kSize.spare;
+      w.n_kv_heads = kKvHeads;
+      w.group = kGroup;
+      w.head_dim = kDim;
+      w.books = allocate<WindowBooks>(1);
+      w.cells = copied(none);
+      w.order = allocate<uint32_t>(kRows);
+      w.sequence = allocate<uint32_t>(kRows);
+      w.tokens = allocate<int32_t>(kRows);
+      w.judges = allocate<int32_t>(kMaxTokens);
+      w.leaving_cells = allocate<int64_t>(kRows);
+      w.leaving_slots = allocate<int32_t>(kRows);
+      w.n_leaving = allocate<int>(2);
+      w.hidden = allocate<uint32_t>(kCells / 32);
+      w.token_slots = allocate<int32_t>(kMaxTokens);
+      w.marks = allocate<uint32_t>(kMaxTokens);
+      std::vector<uint16_t> rows(size_t(kKvHeads) * kRows * kDim);
+      for (uint16_t& x : rows) x = uint16_t(0x3000 + engine() % 0x1000);
+      uint16_t* keys = copied(rows);
+      w.keys = keys;
+      w.queries = const_cast<float*>(normals(size_t(kMaxTokens) * kHeads * kDim));
+      layers[i].window = {keys, keys, nullptr, kRows};
+    }
+    std::vector<int64_t> step_cells(kSteps);
+    for (int i = 0; i < kSteps; i++) step_cells[i] = i;
+    WindowArgs update;
+    update.n_layers = kLayers;
+    update.layers = copied(windows);
+    update.cells_per_stream = update.mask_cells = kCells;
+    update.n_tokens = 1;
+    update.mask = a.mask;
+    update.slots = kRows - kMaxTokens;
+    update.capacity = kRows;
+    update.n_judges = kMaxTokens;
+    update.hidden_stream_stride = kCells / 32;
+    LeaveArgs step_leave = leave;
+    step_leave.layers = copied(layers);
+    step_leave.windows = update.layers;
+    const int64_t* all_cells = copied(step_cells);
+    for (const bool coded : {false, true}) {
+      for (const bool judged : {false, true}) {
+        for (int i = 0; i < kLayers; i++) {
+          LayerWindow w = windows[i];
+          if (!judged) w.queries = nullptr;
+          require(cudaMemcpy(const_cast<LayerWindow*>(update.layers) + i, &w, sizeof(w), cudaMemcpyHostToDevice));
+        }
+        std::snprintf(name, sizeof(name), "a token in the windows of 32 layers%s%s, %s", judged ? ", judged" : "",
+                      coded ? ", what leaves coded" : "", dense ? "dense" : "Hadamard");
+        time(name, kSteps, 0, [&](int i, cudaStream_t s) {
+          update.cells = all_cells + i;
+          require(update_window(device, update, s));
+          if (coded) require(code_leaving(device, step_leave, kDim, s));
+        });
+      }
+    }
     const auto attend_short = [&](int i, int n_cells, bool window, cudaStream_t s) {
       AttendArgs x = attend_at(i);
       x.n_cells = n_cells;

@@ -29,7 +29,7 @@ struct AttentionShape {
   float softcap, scale;
 };
 
-// Device pointers. Blocks are [n_streams][n_kv_heads][n_cells / 64]; null: not there.
+// Device pointers; null where there is none. Blocks are [n_streams][n_kv_heads][n_cells / 64].
 struct AttentionPointers {
   uint8_t *keys, *values;
   const uint32_t* key_packed;

@@ -21,8 +21,8 @@
 # The last five run programs from THIMBLE_BUILD, a build directory whose bin has thimble, the plugin for CUDA, llama.cpp's
 # programs and its ggml-cuda. Without it they are built in build-cuda while the kernels are measured, from the source of
 # llama.cpp at THIMBLE_LLAMA_CPP or where scripts/fetch-llama-cpp has left it. A first build takes half of the ten minutes,
-# which some rows will lack; the next call has them all. The random model (16 GB) stays in the output folder, or is
-# THIMBLE_RANDOM=<GGUF>.
+# so the first call may end before the last parts; the next call runs them all. The random model (16 GB) stays in the
+# output folder; THIMBLE_RANDOM=<GGUF> names one that is there.
 #
 # Each part's output is in <output folder>/<part>.txt. A part that fails, or is ended after its own time or THIMBLE_SECONDS
 # (590) in all, does not stop the others: the table and the exit status show it.
@@ -55,15 +55,19 @@ wants() { [[ " ${parts[*]} " =~ \ ($1)\  ]]; }
 kernels() {
   local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests
                -Xcompiler "-fPIC,-ffp-contract=off")
-  local library=() sources pids=() source pid
-  mapfile -t sources < <(find src/cuda -name '*.cu' -o -name '*.cpp'; ls src/codec/*.cpp src/cache/window.cpp)
+  local host=$out/host library=() sources pids=() source pid
+  mapfile -t sources < <(find src/cuda -name '*.cu' -o -name '*.cpp')
   object() { echo "$out/${1//\//-}.o"; }
   for source in "${sources[@]}"; do library+=("$(object "$source")"); done
   for source in "${sources[@]}" tests/cuda/device_check.cu bench/*.cu; do
     nvcc "${flags[@]}" -c "$source" -o "$(object "$source")" &
     pids+=($!)
   done
+  # What they need of the rest, as CMake builds it.
+  { cmake -S . -B "$host" -DTHIMBLE_PLUGIN=OFF -DTHIMBLE_TESTS=OFF && cmake --build "$host" -j "$(nproc)" --target thimble_cache; } \
+    > "$out/host.txt" 2>&1 || { tail -20 "$out/host.txt"; exit 1; }
   for pid in "${pids[@]}"; do wait "$pid"; done
+  for source in cache store kernels codec; do library+=("$host/src/$source/libthimble_$source.a"); done
   nvcc -o "$out/device_check" "$(object tests/cuda/device_check.cu)" "${library[@]}"
   nvcc -o "$out/cuda_bench" "$(object bench/cuda_bench.cu)" "${library[@]}"
   nvcc -shared -o "$out/shim.so" "$(object bench/cuda_shim.cu)" "${library[@]}"
@@ -106,8 +110,11 @@ hf() {
 }
 
 programs() { # in the background: thimble, the plugin and llama.cpp
-  cmake -S . -B build-cuda -DTHIMBLE_CUDA=ON -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DTHIMBLE_TESTS=OFF -DTHIMBLE_APIS=2 \
-    -DCMAKE_CUDA_ARCHITECTURES="$capability" ${THIMBLE_LLAMA_CPP:+-DTHIMBLE_LLAMA_CPP="$THIMBLE_LLAMA_CPP"} &&
+  local source api
+  source=${THIMBLE_LLAMA_CPP:-$(scripts/fetch-llama-cpp)} &&
+    api=$(sed -n 's/^#define GGML_BACKEND_API_VERSION //p' "$source/ggml/src/ggml-backend-impl.h") &&
+    cmake -S . -B build-cuda -DTHIMBLE_CUDA=ON -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DTHIMBLE_TESTS=OFF \
+      -DTHIMBLE_APIS="$api" -DCMAKE_CUDA_ARCHITECTURES="$capability" -DTHIMBLE_LLAMA_CPP="$source" &&
     within 590 nice cmake --build build-cuda -j "$(nproc)" --target thimble ggml-thimble llama-perplexity \
       $(! wants server || echo llama-server)
 }
@@ -178,11 +185,22 @@ export THIMBLE_KV=\$settings GGML_BACKEND_PATH="$(realpath "$bin/libggml-thimble
 exec "$(realpath "$bin")/llama-server" --device THIMBLE0 -ngl 99 -fa on "\$@"
 END
   chmod +x "$folder/thimble"
+  # Side by side: what they measure is no time.
+  local jobs=() names=() name job
   for profile in ${THIMBLE_PROFILE:+"$THIMBLE_PROFILE"} ""; do
-    echo "-- profile: ${profile:-none}"
-    within 200 python3 bench/server_states.py "$bin" --model "$THIMBLE_MODEL" --profile "$profile" --logs "$folder/logs" || failed=1
+    name=${profile:+with}
+    name=${name:-without}
+    within 290 python3 bench/server_states.py "$bin" --model "$THIMBLE_MODEL" --profile "$profile" \
+      --logs "$folder/logs-$name" > "$folder/states-$name.txt" 2>&1 &
+    jobs+=($!) names+=("states-$name")
     within 290 python3 "$THIMBLE_CASES" "$folder" ${THIMBLE_CASE:-two_chats many_chats bad_slot} --model "$THIMBLE_MODEL" \
-      --profile "$profile" --kv 4,2 --threads 4 || failed=1
+      --profile "$profile" --kv 4,2 --threads 4 > "$folder/cases-$name.txt" 2>&1 &
+    jobs+=($!) names+=("cases-$name")
+  done
+  for job in "${!jobs[@]}"; do
+    wait "${jobs[job]}" || { echo "exit status $?"; failed=1; }
+    echo "-- ${names[job]} a profile"
+    cat "$folder/${names[job]}.txt"
   done
   return $failed
 }

@@ -16,27 +16,23 @@ import json
 import math
 import os
 import re
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "tests", "support"))
+from server_process import ServerProcess  # noqa: E402
 
 LIMITS = {"4": 0.08, "2": 0.20}  # mean KL divergence from f16's
 SAME = 0.02                      # from the same cache's before its state was saved
 TEXT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples", "gpl-3.0.txt")
 
 
-class Server:
+class Server(ServerProcess):
     """llama-server on `device` with a cache of `kv` bits, or f16."""
 
     def __init__(self, kv, device, *flags, context=4096):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
         coded = kv != "f16"
         plain = "none" if device == "CPU" else device + "0"
         environment = dict(os.environ)
@@ -44,46 +40,21 @@ class Server:
             profile = f",profile={args.profile}" if args.profile else ""
             environment.update(GGML_BACKEND_PATH=os.path.join(args.bin, "libggml-thimble.so"),
                                THIMBLE_KV=f"bits={kv},device={device}{profile}")
+        super().__init__([os.path.join(args.bin, "llama-server"), "-m", args.model, "-c", str(context), "--host", "127.0.0.1",
+                          "-t", str(args.threads), "-lv", "4", "-fa", "on", "-ngl", "99",
+                          "--device", "THIMBLE0" if coded else plain, *flags], environment)
         self.log_path = os.path.join(work, f"{time.time():.2f}-{kv}-{device}.log")
+
+    def stop(self):
+        status = super().stop()
         with open(self.log_path, "w") as log:
-            self.process = subprocess.Popen(
-                [os.path.join(args.bin, "llama-server"), "-m", args.model, "-c", str(context), "--host", "127.0.0.1",
-                 "--port", str(self.port), "-t", str(args.threads), "-lv", "4", "-fa", "on", "-ngl", "99",
-                 "--device", "THIMBLE0" if coded else plain, *flags],
-                env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-    def __enter__(self):
-        for _ in range(600):
-            try:
-                self.request("/health")
-                return self
-            except OSError:
-                if self.process.poll() is not None:
-                    break
-                time.sleep(0.1)
-        self.__exit__()
-        raise RuntimeError("the server did not start: " + " | ".join(self.log().splitlines()[-6:]))
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-
-    def log(self):
-        with open(self.log_path, errors="replace") as log:
-            return log.read()
+            log.write(self.text())
+        return status
 
     def request(self, path, body=None):
-        """The answer; of an error, its code as "http" and what it says."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        """The answer; of an error to a POST, its code as "http" and what it says."""
         try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                return json.load(answer)
+            return super().request(path, body)
         except urllib.error.HTTPError as error:
             if body is None:
                 raise
@@ -197,7 +168,7 @@ def shift(kv):
         with Server(cache, devices[0], "-np", "1", "--context-shift", context=1024) as server:
             long = server.complete(text[:2500], n=900, n_probs=0, ignore_eos=True)
             again = [next_token(server.complete(text[start:start + 1500])) for start in (9000, 15000)]
-            answers[cache] = long, again, server.log().count("slot context shift")
+            answers[cache] = long, again, server.text().count("slot context shift")
     long, again, shifts = answers[kv]
     divergence = mean([kl(p, q) for p, q in zip(answers["f16"][1], again)])
     report(f"shift, {kv} bits", long.get("tokens_predicted") == 900 and shifts > 0 and divergence <= LIMITS[kv],
@@ -217,7 +188,7 @@ def refused(kv):
             restored = server.slot("restore", 1, "other")
             failing = server.complete(prompt_of(0), n=4, slot=1)
             good = [server.complete(prompt_of(1), n=16, slot=0), server.complete(prompt_of(2), n=4, slot=1)]
-            said = re.search(r"thimble: [^\n]*settings[^\n]*", server.log())
+            said = re.search(r"thimble: [^\n]*settings[^\n]*", server.text())
     report(f"refused, {kv} bits", all("content" in answer for answer in good) and
            good[0]["content"] == expected["content"] and bool(said),
            f"restoring: {str(restored)[:60]}; its request: {failing.get('error', 'answered')[:80]}; others: "

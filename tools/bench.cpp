@@ -1,6 +1,6 @@
 // `thimble bench`: speed of decoding and of reading a prompt at several depths, caches side by side. Every cache has a
-// context of its own on one thread pool's worth of threads; rounds go through all caches in turn, so that what else the
-// machine does hits all alike.
+// context of its own, and all use the same number of threads. Each round measures all caches in turn, so that other
+// work on the machine slows all of them alike.
 #include <ggml-backend.h>
 
 #include <CLI/CLI.hpp>
@@ -53,7 +53,7 @@ double median(std::vector<double> x) {
   return x.size() % 2 ? x[x.size() / 2] : (x[x.size() / 2 - 1] + x[x.size() / 2]) / 2;
 }
 
-// Bytes a second that all threads together read from memory: what a cache could be streamed at.
+// Bytes a second that all threads together read from memory, the bound for attention over a large cache.
 double memory_bandwidth(int n_threads) {
   const size_t n = size_t{64} << 20;  // numbers of 8 bytes: 512 MiB, past any cache that a core has to itself
   std::vector<uint64_t> data(n, 1);
@@ -84,7 +84,7 @@ struct Cache {
   std::vector<std::pair<int64_t, double>> layers;  // cells, and bytes of them all
   int depth = 0;                                   // cells filled
 
-  /// That attention reads at a depth.
+  /// Bytes that attention reads at this depth.
   double read_bytes() const {
     double sum = 0;
     for (const auto& [n_cells, of_layer] : layers) {
@@ -94,14 +94,14 @@ struct Cache {
   }
 };
 
-// Sums up "KV buffer size" of the log while a context is made.
+// Sums up the "KV buffer size" lines of the log while a context is made.
 double logged_bytes = 0;
 void read_log(ggml_log_level level, const char* text, void*) {
   if (const char* at = std::strstr(text, "KV buffer size =")) logged_bytes += std::atof(at + 16) * (1 << 20);
   if (level == GGML_LOG_LEVEL_ERROR) std::fputs(text, stderr);
 }
 
-// The device that THIMBLE0 wraps, which plain caches are measured on: the one of the same hardware.
+// The device that THIMBLE0 wraps: the one with the same hardware. Plain caches are measured on it.
 std::string wrapped_device() {
   const auto hardware = [](ggml_backend_dev_t device) {
     ggml_backend_dev_props props;
@@ -116,7 +116,7 @@ std::string wrapped_device() {
   return "CPU";
 }
 
-// Of each layer's cache, its cells and all its bytes.
+// The number of cells and the bytes of each layer's cache.
 std::vector<std::pair<int64_t, double>> layer_bytes(const Options& options, const EvalCache& cache,
                                                     const CacheLayout& layout) {
   std::vector<std::pair<int64_t, double>> bytes;
@@ -219,7 +219,7 @@ void run(Options options) {
                   {"prompt_tok_s_range", {*p_low, *p_high}}};
       char ratio[32] = "", share[32] = "", rate[32] = "";
       if (decode.count("f16")) {
-        // Of neighbours in time, round by round: what slows the machine for a while slows both.
+        // Ratios of the same round, since whatever slows the machine for a while slows both.
         std::vector<double> ratios;
         for (size_t i = 0; i < d.size(); i++) ratios.push_back(d[i] / decode["f16"][i]);
         row["decode_over_f16"] = median(ratios);

@@ -28,8 +28,8 @@ struct Options {
   FitOptions fit;
 };
 
-/// Text that the model says itself, from nothing but its first token: `n_tokens` in sequences of `length`, sampled at
-/// temperature 1 all at once.
+/// Text that the model generates from its first token alone: `n_tokens` in sequences of `length`, all sampled at once
+/// at temperature 1.
 std::vector<llama_token> sample_text(llama_model* model, int n_tokens, int length, const Options& options) {
   const llama_vocab* vocab = llama_model_get_vocab(model);
   const int n_sequences = std::max(1, std::min(32, n_tokens / length)), n_rounds = n_tokens / (n_sequences * length);
@@ -76,7 +76,7 @@ std::vector<llama_token> sample_text(llama_model* model, int n_tokens, int lengt
   return text;
 }
 
-/// `n_tokens` of the text, in windows spread evenly over all of it.
+/// Takes `n_tokens` of the text, in stretches that are spread evenly over all of it.
 std::vector<llama_token> spread(const std::vector<llama_token>& text, int n_tokens, int window) {
   const size_t n_windows = std::max<size_t>(1, size_t(n_tokens) / window);
   if (text.size() <= n_windows * window) return text;
@@ -88,8 +88,8 @@ std::vector<llama_token> spread(const std::vector<llama_token>& text, int n_toke
   return chosen;
 }
 
-/// The metric of values for each layer and KV head: the sum of Wo^T Wo over the heads of its group (calibrate/
-/// transforms.h). From the model's file; empty where a layer's Wo is not found under its usual name and shape.
+/// Reads the metric of values for each layer and KV head, the sum of Wo^T Wo over the heads of its group (calibrate/
+/// transforms.h), from the model's file. Empty where a layer has no Wo of the usual name and shape.
 std::vector<std::vector<Eigen::MatrixXd>> output_metrics(const std::string& path, const ModelShape& shape) {
   ggml_context* tensors = nullptr;
   const std::unique_ptr<gguf_context, void (*)(gguf_context*)> file(
@@ -148,7 +148,7 @@ void run(Options options) {
   statistics.context = options.context;
   statistics.n_tokens = tokens.size();
   statistics.seed = options.fit.seed;
-  // Keys and values of a token as f16, at most; queries only leave their moments.
+  // At most all keys and values of the tokens, as f16. Of queries only the second moments are kept.
   const double token_bytes = 4.0 * n_layers * llama_model_n_embd(model.get()) * llama_model_n_head_kv(model.get()) /
                              llama_model_n_head(model.get());
   statistics.max_samples = size_t(std::max(1024.0, options.memory_gb * 1e9 / token_bytes));
@@ -156,7 +156,7 @@ void run(Options options) {
 
   llama_context_params params = llama_context_default_params();
   params.n_ctx = uint32_t(options.window);
-  params.swa_full = true;  // the collector takes cells for positions
+  params.swa_full = true;  // the collector takes a cell's number for its position
   params.n_batch = params.n_ubatch = uint32_t(std::min(512, options.window));
   params.n_threads = params.n_threads_batch = options.n_threads;
   params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;

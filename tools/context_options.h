@@ -1,4 +1,4 @@
-// The flags of `eval`, `bench` and `doctor` that say which context is meant.
+// The flags of `eval`, `bench` and `doctor` that shape the context.
 #pragma once
 
 #include <CLI/CLI.hpp>
@@ -7,7 +7,7 @@
 
 namespace thimble {
 
-/// -np, --streams and --ubatch. The cells are each command's own affair.
+/// Adds -np, --streams and --ubatch. Each command has its own flag for the number of cells.
 inline void add_context_options(CLI::App& command, ContextShape& shape) {
   command
       .add_option("--parallel", shape.n_sequences,

@@ -1,4 +1,4 @@
-// `thimble doctor`: what is here and what it would do.
+// `thimble doctor`: prints which parts were found and how they would keep a model's cache.
 #include <ggml-backend.h>
 
 #include <CLI/CLI.hpp>
@@ -18,17 +18,12 @@
 #include "model_file.h"
 #include "paths.h"
 #include "profile/profile.h"
+#include "service_line.h"
 
 namespace thimble {
 namespace {
 
-std::string mib(size_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f MiB", double(bytes) / (1 << 20));
-  return text;
-}
-
-/// As `thimble run --kv BITS` would have it.
+/// The settings of `thimble run --kv BITS`.
 Settings settings_of_bits(const std::string& bits, const std::string& profile) {
   LaunchFlags flags;
   flags.kv = bits;
@@ -39,17 +34,18 @@ Settings settings_of_bits(const std::string& bits, const std::string& profile) {
 }
 
 void print_plan(const PlanTotals& totals) {
-  std::printf("%s: %d layers coded, %s", mib(totals.coded_bytes + totals.f16_bytes).c_str(), totals.n_coded,
-              mib(totals.coded_bytes).c_str());
+  std::printf("%s: %d layers coded, %s", mebibytes(totals.coded_bytes + totals.f16_bytes).c_str(), totals.n_coded,
+              mebibytes(totals.coded_bytes).c_str());
   if (totals.n_f16 > 0) {
-    std::printf("; %d stay f16, %s: %s", totals.n_f16, mib(totals.f16_bytes).c_str(), totals.why_f16.c_str());
+    std::printf("; %d stay f16, %s: %s", totals.n_f16, mebibytes(totals.f16_bytes).c_str(), totals.why_f16.c_str());
   }
-  if (totals.more_bytes > 0) std::printf("; up to %s more as sequences come", mib(totals.more_bytes).c_str());
-  if (totals.store_bytes > 0) std::printf("; exact store up to %s", mib(totals.store_bytes).c_str());
+  if (totals.more_bytes > 0) std::printf("; up to %s more as sequences come", mebibytes(totals.more_bytes).c_str());
+  if (totals.store_bytes > 0) std::printf("; exact store up to %s", mebibytes(totals.store_bytes).c_str());
   std::printf("\n");
 }
 
-/// What caches of the model come to in a context as llama-server makes it, with what THIMBLE_KV says besides the bits.
+/// Prints the bytes of the model's caches at each rate, in a context as llama-server makes it. Other settings than the
+/// bits are those of THIMBLE_KV.
 void print_model(const std::string& path, const std::string& profile, ContextShape context) {
   if (context.n_cells == 0) context.n_cells = ModelFile(path).context_length();
   if (context.n_cells == 0) throw std::runtime_error(path + " does not say its context length: give one with -c");
@@ -70,7 +66,7 @@ void print_model(const std::string& path, const std::string& profile, ContextSha
   }
   std::printf("\n");
   std::printf("  f16            %s\n",
-              mib(plan_totals(Settings::parse("bits=16,small=0"), layout).coded_f16_bytes).c_str());
+              mebibytes(plan_totals(Settings::parse("bits=16,small=0"), layout).coded_f16_bytes).c_str());
   for (const char* bits : {"4", "2", "1"}) {
     std::printf("  %s bits         ", bits);
     try {
@@ -81,7 +77,7 @@ void print_model(const std::string& path, const std::string& profile, ContextSha
   }
 }
 
-/// How a rate's bits are spent: on average for keys and for values, and layer by layer.
+/// Prints how a rate's bits are spent: on average for keys and for values, and layer by layer.
 void print_allotment(const Profile& profile, double bits) {
   double sums[2] = {};
   int n_layers = 0;
@@ -116,7 +112,7 @@ void print_profile(const std::string& path) {
 }  // namespace
 
 void add_doctor_command(CLI::App& app) {
-  static std::string model, profile;
+  static std::string model, profile, llama;
   static ContextShape context;
   context.n_cells = 0;
   CLI::App* command = app.add_subcommand("doctor", "Say what was found: llama.cpp, devices, kernels, a model's bytes");
@@ -125,6 +121,7 @@ void add_doctor_command(CLI::App& app) {
       ->check(CLI::Range(1, 1 << 30));
   add_context_options(*command, context);
   command->add_option("--profile", profile, "Profile to describe (default: <model>.thimble.gguf beside the model)");
+  command->add_option("--llama", llama, "llama-server to check the service line with, as in thimble serve");
   command->callback([] {
     start_llama();
     std::printf("ggml             %s\n", ggml_version());
@@ -143,6 +140,7 @@ void add_doctor_command(CLI::App& app) {
     if (profile.empty()) profile = profile_beside(model);
     if (!model.empty()) print_model(model, profile, context);
     if (!profile.empty()) print_profile(profile);
+    print_service_line(profile, llama);
   });
 }
 

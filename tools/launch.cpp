@@ -1,5 +1,5 @@
-// `thimble run` and `thimble serve`: llama.cpp's own programs with the plugin loaded. Every flag that is not ours goes
-// to them as it is.
+// `thimble run` and `thimble serve`: they start llama.cpp's own programs with the plugin loaded. Every flag that is not
+// Thimble's goes to the program as it is.
 #include <gguf.h>
 #include <unistd.h>
 
@@ -10,7 +10,9 @@
 #include <stdexcept>
 
 #include "commands.h"
+#include "engine/settings.h"
 #include "launch_settings.h"
+#include "llama_program.h"
 #include "paths.h"
 
 namespace thimble {
@@ -34,7 +36,7 @@ std::string value_of(const std::vector<std::string>& args, std::initializer_list
   return {};
 }
 
-// llama.cpp says what is wrong with a file, too, but often ends before that is written.
+// llama.cpp checks the file too, but its programs often end before the error is written.
 void check_model(const std::string& path) {
   if (path.empty()) return;
   if (!std::filesystem::is_regular_file(path)) throw std::runtime_error(path + ": there is no such file");
@@ -49,8 +51,8 @@ void check_model(const std::string& path) {
   }
 }
 
-// llama-server's router takes every GGUF file of a folder for a model. Where profiles lie among the models, it gets a
-// folder of links to the others; the plugin of each model's server then looks for the profile where the link leads.
+// llama-server's router takes every GGUF file of a folder for a model. Where profiles lie among the models, this gives
+// it a folder of links to the models alone; the plugin follows a link to find the profile beside the model.
 void leave_out_profiles(std::vector<std::string>& args) {
   namespace fs = std::filesystem;
   for (size_t i = 0; i + 1 < args.size(); i++) {
@@ -75,26 +77,42 @@ void leave_out_profiles(std::vector<std::string>& args) {
   }
 }
 
-// What the plugin is to do, in the environment.
+// Sets the environment variables that the plugin reads.
 void set_environment(const LaunchFlags& flags, const std::string& model) {
   const char* before = std::getenv("THIMBLE_KV");
   LaunchSettings settings = merge_settings(flags, before ? before : "");
   for (const std::string& note : settings.notes) std::fprintf(stderr, "thimble: %s\n", note.c_str());
   if (!settings.has("profile")) {
-    // A server that loads models as they are asked for finds each one's profile by itself.
+    // Without -m, llama-server loads models as they are asked for, and the plugin looks for each one's profile.
     const std::string profile = model.empty() ? "auto" : profile_beside(model);
     if (!profile.empty()) settings.text += (settings.text.empty() ? "profile=" : ",profile=") + profile;
   }
   setenv("THIMBLE_KV", settings.text.c_str(), 1);
+  // GGML_BACKEND_PATH names one backend, which must be the plugin. The plugin then loads the one that it named.
+  const char* other = std::getenv("GGML_BACKEND_PATH");
+  if (other && *other && std::filesystem::path(other).filename() != std::filesystem::path(plugin_path()).filename()) {
+    setenv("THIMBLE_BACKEND_PATH", other, 1);
+  }
   setenv("GGML_BACKEND_PATH", plugin_path().c_str(), 1);
 }
 
-// Becomes the program; returns only where that fails.
-[[noreturn]] void launch(const std::string& program, const LaunchFlags& flags, std::vector<std::string> args) {
-  const std::string path = llama_program(program);
-  if (!std::filesystem::exists(path)) {
-    throw std::runtime_error(path + " is missing: build it with cmake --build <build directory> --target " + program);
+// All devices of the plugin, as --device takes them. Only a program that has loaded the plugin knows how many there
+// are. To start one takes a moment, so it is not started where there can be only one device.
+std::string thimble_devices(const std::string& program) {
+  const std::string device = Settings::from_environment().device;
+  const bool several_gpus = std::filesystem::exists("/dev/nvidia1") && device != "CPU";
+  if (device.find('+') == std::string::npos && !several_gpus) return "THIMBLE0";
+  std::string names;
+  const std::string said = output_of(in_quotes(program) + " --list-devices 2>/dev/null");
+  for (int i = 0; said.find("  THIMBLE" + std::to_string(i) + ":") != std::string::npos; i++) {
+    names += (names.empty() ? "" : ",") + ("THIMBLE" + std::to_string(i));
   }
+  return names.empty() ? "THIMBLE0" : names;
+}
+
+// Replaces this process by the program; throws where that fails.
+[[noreturn]] void launch(const std::string& program, const LaunchFlags& flags, std::vector<std::string> args) {
+  const std::string path = llama_program(program, chosen_llama(flags.llama));
   const std::string model = value_of(args, {"-m", "--model"});
   check_model(model);
   if (flags.kv == "f16") {
@@ -102,7 +120,7 @@ void set_environment(const LaunchFlags& flags, const std::string& model) {
   } else {
     set_environment(flags, model);
     leave_out_profiles(args);
-    if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", "THIMBLE0"});
+    if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", thimble_devices(path)});
     if (!has_flag(args, {"-ngl", "--gpu-layers", "--n-gpu-layers"})) args.insert(args.end(), {"-ngl", "99"});
     if (!has_flag(args, {"-fa", "--flash-attn"})) args.insert(args.end(), {"-fa", "on"});
   }
@@ -124,6 +142,9 @@ CLI::App* add(CLI::App& app, const char* name, const char* what, LaunchFlags& fl
   command->add_option("--profile", flags.profile, "Calibration of the model (default: <model>.thimble.gguf beside it)");
   command->add_option("--policy", flags.policy,
                       "Layers that 2+64 retrieves in: all (default), auto (those the profile calls sparse), none");
+  command->add_option("--llama", flags.llama,
+                      "llama-server or a folder of llama.cpp's programs to start (default: THIMBLE_LLAMA, else the "
+                      "programs beside thimble, else those on PATH)");
   command->add_option("--set", flags.set, "Any key=value of THIMBLE_KV, such as small=0; may be repeated")
       ->allow_extra_args(false);
   command->allow_extras();

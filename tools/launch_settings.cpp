@@ -24,7 +24,7 @@ std::vector<Item> items_of(const std::string& text) {
   return items;
 }
 
-// Keys that say nothing wrong by themselves, but may beside others.
+// Keys whose value cannot be checked alone, since whether they are allowed depends on other keys.
 bool needs_others(const std::string& key) {
   return key == "path" || key == "policy" || key == "store" || key == "tail";
 }

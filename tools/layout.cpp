@@ -11,8 +11,8 @@
 namespace thimble {
 namespace {
 
-/// Reads the layout off what llama.cpp logs while it makes a context, which is the only place that names the layers of
-/// each cache. Restores the log before it.
+/// Reads the layout from llama.cpp's log while it makes a context: nothing else names the layers of each cache. Puts
+/// the log's former function back when it ends.
 class LayoutLog {
 public:
   explicit LayoutLog(CacheLayout& layout) : layout_(layout) {
@@ -25,7 +25,7 @@ public:
   LayoutLog& operator=(const LayoutLog&) = delete;
 
   int n_layers() const { return n_layers_; }
-  /// Caches of models without sliding windows are of the context's own length.
+  /// Gives the cells of the context to the layers whose cache's number of cells was not logged.
   void set_cells(int64_t cells_per_stream) {
     for (int layer : of_whole_context_) layout_.layers[layer].cells_per_stream = cells_per_stream;
   }
@@ -49,7 +49,7 @@ private:
   CacheLayout& layout_;
   ggml_log_callback before_ = nullptr;
   void* before_data_ = nullptr;
-  int64_t cells_ = 0;  // of the cache whose layers are listed, 0: not said
+  int64_t cells_ = 0;  // of the cache whose layers are being logged; 0 where its cells were not logged
   bool is_window_ = false;
   int n_layers_ = 0;
   std::vector<int> of_whole_context_;
@@ -123,7 +123,7 @@ std::vector<LayerPlan> plan_layers(const Settings& settings, const CacheLayout& 
     geometry.n_kv_heads = layer.n_kv_heads;
     geometry.cells_per_stream = layout.layers[i].cells_per_stream;
     geometry.n_streams = layout.n_streams;
-    // The plugin sees sliding windows by their shorter caches (Device::is_window).
+    // The plugin recognizes a sliding window by its shorter cache (Device::is_window), so this does the same.
     geometry.is_window = layout.layers[i].is_window && geometry.cells_per_stream < longest;
     for (Kind kind : {Kind::key, Kind::value}) {
       geometry.head_dim[int(kind)] = layer.dim(kind);

@@ -13,7 +13,7 @@ constexpr int kWords = 128;
 constexpr int kSamples = 200000;
 constexpr int kIterations = 60;
 
-// std::normal_distribution differs between standard libraries; these tables must not.
+// std::normal_distribution differs between standard libraries, but the tables must be the same everywhere.
 class Gaussian {
 public:
   double next() {

@@ -1,4 +1,4 @@
-// What the subcommands share: libllama behind owners that clean up, and errors as exceptions.
+// The subcommands' interface to libllama: owning pointers, and exceptions for errors.
 #pragma once
 
 #include <llama.h>
@@ -19,19 +19,19 @@ struct FreeContext {
 using ModelPtr = std::unique_ptr<llama_model, FreeModel>;
 using ContextPtr = std::unique_ptr<llama_context, FreeContext>;
 
-/// Sends libllama's log to nowhere but for errors, and loads ggml's backends. Call once.
+/// Silences libllama's log except for errors, and loads ggml's backends. Call once.
 void start_llama();
 
-/// Registers THIMBLE0, from the plugin beside the program unless GGML_BACKEND_PATH has done so. Throws
+/// Loads the plugin beside the program, unless GGML_BACKEND_PATH has loaded one already. Throws
 /// std::runtime_error where it does not load.
 void load_plugin();
 
-/// `device` as ggml names it ("THIMBLE0", "CUDA0"); "CPU" keeps the model off every other device. Throws
-/// std::runtime_error where the file or the device is missing. `repack`: lays weights out as this CPU likes
-/// them, as llama.cpp's programs do by default; without it, what is computed does not depend on that.
+/// Loads a model. `device` is ggml's name ("THIMBLE0", "CUDA0"); "CPU" keeps the model off every other device.
+/// `repack`: lays weights out for this CPU, as llama.cpp's programs do by default; without it, results do not depend on
+/// that layout. Throws std::runtime_error where the file or the device is missing.
 ModelPtr load_model(const std::string& path, const std::string& device, bool repack = true);
 
-/// A model's vocabulary alone, for `tokenize`: quick, whatever the model's size.
+/// Loads a model's vocabulary alone, for `tokenize`: quick, whatever the model's size.
 ModelPtr load_vocabulary(const std::string& path);
 
 ContextPtr make_context(llama_model* model, const llama_context_params& params);
@@ -41,11 +41,11 @@ std::string read_text(const std::string& path);
 /// Tokens of a text; with `add_special` the model's beginning-of-sequence token first where it wants one.
 std::vector<llama_token> tokenize(const llama_model* model, const std::string& text, bool add_special = true);
 
-/// Runs `n` tokens at positions from `first` on of sequence 0, in batches of n_batch; keeps the logits of the last one
-/// where asked for. Throws where libllama fails.
+/// Runs `n` tokens of sequence 0 at positions from `first` on, in batches of n_batch; computes the logits of the last
+/// one if asked to. Throws std::runtime_error where libllama fails.
 void decode_tokens(llama_context* context, const llama_token* tokens, int n, int first, bool logits_of_last);
 
-/// A line that rewrites itself on a terminal; elsewhere only its end is printed, with the seconds it took.
+/// A progress line that rewrites itself on a terminal; elsewhere only its end is printed, with the seconds it took.
 class ProgressBar {
 public:
   explicit ProgressBar(std::string what) : what_(std::move(what)) {}

@@ -1,4 +1,4 @@
-// A model's shape from the metadata of its file: nothing is loaded.
+// Reads a model's shape from the metadata of its file, without loading the model.
 #pragma once
 
 #include <memory>
@@ -16,14 +16,14 @@ public:
   explicit ModelFile(const std::string& path);
 
   const std::string& architecture() const { return architecture_; }
-  /// Tokens that the model was trained for, 0 where the file does not say.
+  /// The context length, in tokens, that the model was trained for; 0 where the file does not say.
   int context_length() const { return number("context_length", 0, 0); }
   int n_layers() const { return number("block_count", 0, 0); }
   /// Heads of a layer; those of a layer with a sliding window may have another size.
   LayerShape layer(int index, bool is_window) const;
 
 private:
-  // A number that all layers share or, where it is an array, that of one layer.
+  // Reads a number that all layers share or, where the file has an array, that of one layer.
   int number(const std::string& name, int layer, int fallback) const;
 
   std::shared_ptr<gguf_context> gguf_;

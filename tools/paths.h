@@ -1,5 +1,5 @@
-// Where the parts of an installation or build tree are: all beside the `thimble` program, but for those of a llama.cpp
-// that was there before.
+// Where the parts of an installation or build tree are: all beside the `thimble` program. llama_program.h finds
+// llama.cpp's programs, which may be elsewhere.
 #pragma once
 
 #include <filesystem>
@@ -15,17 +15,14 @@ inline std::string plugin_path() {
   return bin_directory() + "/libggml-thimble.so";
 }
 
-/// One of llama.cpp's programs.
-inline std::string llama_program(const std::string& name) {
-  const std::string beside = bin_directory() + "/" + name;
-  return std::filesystem::exists(beside) ? beside : THIMBLE_LLAMA_CPP_BIN "/" + name;
-}
-
-/// `<model>.thimble.gguf` beside a model file, if it is there; else empty.
+/// The path of `<model>.thimble.gguf` beside a model file or, for a model file of this name, among the profiles that
+/// came with the installation; empty where there is none.
 inline std::string profile_beside(const std::filesystem::path& model, const char* extension = ".thimble.gguf") {
   if (model.empty()) return {};
   std::filesystem::path profile = model;
   profile.replace_extension(extension);
+  if (std::filesystem::exists(profile)) return profile.string();
+  profile = std::filesystem::path(bin_directory()) / "profiles" / profile.filename();
   return std::filesystem::exists(profile) ? profile.string() : std::string();
 }
 

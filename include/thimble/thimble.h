@@ -2,8 +2,8 @@
  * codes. For programs that keep their cache themselves; llama.cpp loads the plugin instead. docs/api.md is a guide.
  *
  * Words. A vector is one token's key or value of one KV head, `head_dim` numbers. A block holds the codes of 64 vectors
- * of one KV head; it is what memory is handed out in. A cell is the place of one vector of every KV head, counted from
- * a sequence's first; or, a cell of the memory, through all blocks there: block * 64 + number of the cell in its block.
+ * of one KV head; it is what memory is handed out in. A cell is the place of one token's vectors. A cell of a sequence
+ * is numbered from the sequence's first; a cell of the memory through all its blocks: block * 64 + number in the block.
  *
  * Errors. Every call that can fail returns a status; thimble_last_error() then says what to change. A call that fails
  * has made and written nothing, unless it says otherwise. The library prints nothing, never exits, and changes no
@@ -49,11 +49,11 @@ extern "C" {
 
 typedef enum thimble_status {
   THIMBLE_OK = 0,
-  THIMBLE_INVALID_ARGUMENT = 1, /* the call is wrong; it would be everywhere */
+  THIMBLE_INVALID_ARGUMENT = 1, /* the call is wrong, whatever the build and the machine */
   THIMBLE_UNSUPPORTED = 2,      /* this version, build or machine cannot do it */
   THIMBLE_BAD_PROFILE = 3,      /* a file that cannot be read, is damaged, or does not hold what is asked for */
   THIMBLE_OUT_OF_MEMORY = 4,
-  THIMBLE_INTERNAL = 5 /* a mistake of ours */
+  THIMBLE_INTERNAL = 5 /* an error inside the library */
 } thimble_status;
 
 /* A sentence about the last call of this thread that failed, or "". Valid until the thread's next call that fails. */
@@ -72,9 +72,9 @@ typedef struct thimble_profile thimble_profile;
 /* Reads a file, *.thimble.gguf. On success *profile is the caller's, to be given to thimble_profile_close. The file is
  * checked throughout, so it may come from anywhere. */
 THIMBLE_API thimble_status thimble_profile_open(const char* path, thimble_profile** profile);
-/* The same of `size` bytes, which are not needed any longer when this returns. */
+/* The same for a file's `size` bytes at `data`, which may be freed when this returns. */
 THIMBLE_API thimble_status thimble_profile_open_memory(const void* data, size_t size, thimble_profile** profile);
-/* Codecs made with a profile keep nothing of it and live on. Null is let be. */
+/* Codecs made with the profile stay valid. Does nothing for null. */
 THIMBLE_API void thimble_profile_close(thimble_profile* profile);
 
 #define THIMBLE_MAX_RATES 16
@@ -83,9 +83,9 @@ typedef struct thimble_profile_info {
   size_t struct_size;
   int32_t n_layers;
   int32_t n_rates;
-  double rates[THIMBLE_MAX_RATES]; /* bits a number that it holds, the highest first */
-  const char* architecture;        /* of the model; lives as long as the profile, as does the next */
-  const char* source;              /* what it was calibrated on */
+  double rates[THIMBLE_MAX_RATES]; /* [n_rates] that the profile holds, bits a number, the highest first */
+  const char* architecture;        /* of the model; valid until the profile is closed, as is `source` */
+  const char* source;              /* what the model was calibrated on */
 } thimble_profile_info;
 /* Fills *info, whose struct_size the caller has set. */
 THIMBLE_API thimble_status thimble_profile_get_info(const thimble_profile* profile, thimble_profile_info* info);
@@ -94,8 +94,8 @@ typedef struct thimble_layer_info {
   size_t struct_size;
   int32_t n_kv_heads; /* 0: the layer keeps no keys and values */
   int32_t n_heads;    /* query heads */
-  int32_t key_dim;    /* head size of keys, and of values */
-  int32_t value_dim;
+  int32_t key_dim;    /* head size of keys */
+  int32_t value_dim;  /* head size of values */
 } thimble_layer_info;
 THIMBLE_API thimble_status thimble_profile_get_layer(const thimble_profile* profile, int32_t layer,
                                                      thimble_layer_info* info);
@@ -113,13 +113,13 @@ typedef struct thimble_codec_args {
   double bits;        /* a number: 16 (f16 as it is), 4, 3, 2, 1.5, 1.25, 1; with a profile a rate of it, or 16 */
   int32_t kind;       /* thimble_kind */
   int32_t n_heads;    /* KV heads; 0 with a profile: all from first_head on */
-  int32_t head_dim;   /* even, 2 to 256; 0 with a profile: as it says */
+  int32_t head_dim;   /* even, 2 to 256; 0 with a profile: the profile's */
   int32_t layer;      /* of the profile */
-  int32_t first_head; /* of the profile's layer: one head, or a device's share of them, is a codec, too */
+  int32_t first_head; /* of the profile's layer; a codec may cover one head, or a device's share of them */
 } thimble_codec_args;
 /* On success *codec is the caller's, to be given to thimble_codec_free. It takes 50 to 1000 KiB a head. */
 THIMBLE_API thimble_status thimble_codec_create(const thimble_codec_args* args, thimble_codec** codec);
-/* Null is let be. */
+/* Does nothing for null. */
 THIMBLE_API void thimble_codec_free(thimble_codec* codec);
 
 typedef struct thimble_codec_info {
@@ -149,7 +149,7 @@ typedef struct thimble_context_args {
 } thimble_context_args;
 /* `args` may be null: all 0. On success *context is the caller's, to be given to thimble_context_free. */
 THIMBLE_API thimble_status thimble_context_create(const thimble_context_args* args, thimble_context** context);
-/* Ends its threads. Null is let be. */
+/* Ends the context's threads. Does nothing for null. */
 THIMBLE_API void thimble_context_free(thimble_context* context);
 /* "avx512", "avx2", "neon" or "scalar"; "" for null. */
 THIMBLE_API const char* thimble_context_instruction_set(const thimble_context* context);
@@ -160,8 +160,8 @@ THIMBLE_API const char* thimble_context_instruction_set(const thimble_context* c
  *   all blocks of a head together     block_stride = B      head_stride = n_blocks * B
  *   pages, all heads in each          block_stride = n * B  head_stride = B
  *   pages that also hold values (V bytes a block)   block_stride = n * (B + V); the values' data = keys' data + n * B
- * Any alignment will do; multiples of 64 are fastest. Memory need not be cleared: what was not encoded and is not seen
- * is not looked at. Codes do not depend on the machine: blocks may be saved, and read elsewhere. */
+ * Any alignment will do; multiples of 64 are fastest. Memory need not be cleared: a cell that no token sees is not
+ * read. Codes do not depend on the machine: blocks may be saved on one and read on another. */
 
 typedef struct thimble_blocks {
   void* data;
@@ -178,13 +178,13 @@ typedef struct thimble_encode_args {
   const thimble_codec* codec;
   thimble_blocks blocks; /* written */
   int64_t n_rows;
-  const int64_t* cells; /* [n_rows], of the memory: where rows go, each at most once; negative: the row is left out */
+  const int64_t* cells; /* [n_rows], of the memory, each at most once: where the row goes; negative: nowhere */
   const void* rows;
   size_t row_stride; /* elements */
   int32_t type;      /* thimble_type of rows */
 } thimble_encode_args;
-/* Codes rows into cells. Nothing else of the blocks changes. Keys are taken as attention multiplies them, after RoPE. A
- * vector that holds an infinity or a NaN is coded as one that makes the results that see it NaN. */
+/* Codes rows into cells. Other cells of the blocks do not change. Keys are taken as attention multiplies them, after
+ * RoPE. A vector that holds an infinity or a NaN makes the output of every token that sees its cell NaN. */
 THIMBLE_API thimble_status thimble_encode(thimble_context* context, const thimble_encode_args* args, void* stream);
 
 typedef struct thimble_decode_args {
@@ -192,22 +192,22 @@ typedef struct thimble_decode_args {
   const thimble_codec* codec;
   thimble_blocks blocks; /* only read */
   int64_t n_rows;
-  const int64_t* cells; /* [n_rows], of the memory; negative: the row is left as it is */
-  void* rows;           /* written, as thimble_encode_args has them */
+  const int64_t* cells; /* [n_rows], of the memory; negative: the row is not written */
+  void* rows;           /* written; laid out as in thimble_encode_args */
   size_t row_stride;    /* elements; rows must not overlap */
   int32_t type;
 } thimble_decode_args;
-/* What the codes of cells stand for. Those that were never encoded give any numbers. */
+/* Writes the vectors that the codes of cells stand for. Cells that were never encoded give arbitrary numbers. */
 THIMBLE_API thimble_status thimble_decode(thimble_context* context, const thimble_decode_args* args, void* stream);
 
 /* ---- attention ---- */
 
-/* Cells whose keys and values are attended to as the f16 numbers that they are, whatever their blocks hold: the last
- * ones, say, and the first. Those of sequence s are entries start[s] to start[s + 1] - 1. */
+/* Cells that are attended to from f16 rows of the caller's, whatever their blocks hold: a sequence's last cells, say.
+ * Those of sequence s are entries start[s] to start[s + 1] - 1. */
 typedef struct thimble_exact {
   const int64_t* start; /* [n_sequences + 1], from 0 on; null: there are none */
   const int64_t* cells; /* of the sequence, ascending */
-  const int64_t* rows;  /* of `keys` and `values`: where the cell's numbers are */
+  const int64_t* rows;  /* each cell's row in `keys` and `values` */
   int64_t n_rows;       /* that `keys` and `values` have */
   const uint16_t* keys; /* f16: head h of row r at element r * key_stride + h * key head size */
   const uint16_t* values;
@@ -219,7 +219,7 @@ typedef struct thimble_exact {
  *   score[cell] = softcap(scale * q.k) + slope(h) * mask[t][cell]
  *   out         = sum over the sequence's cells of softmax(score) * v
  * where softcap(x) = softcap * tanh(x / softcap), or x where softcap is 0, and slope(h) is 1, or where max_bias is
- * above 0 ALiBi's (Press et al. 2021). A token that sees no cell gets zeros. */
+ * above 0 ALiBi's (arXiv 2108.12409). A token that sees no cell gets zeros. */
 typedef struct thimble_attend_args {
   size_t struct_size;
   const thimble_codec* keys; /* both of the same number of heads */
@@ -231,7 +231,7 @@ typedef struct thimble_attend_args {
    * where block_table is null, in block s * blocks_per_sequence + c / 64. */
   int32_t n_sequences;
   int32_t blocks_per_sequence;
-  const int32_t* block_table;  /* [n_sequences][blocks_per_sequence]; not looked at behind a sequence's cells */
+  const int32_t* block_table;  /* [n_sequences][blocks_per_sequence]; not read beyond a sequence's last cell */
   const int64_t* n_cells;      /* [n_sequences], at most blocks_per_sequence * 64; 0 is allowed */
   const int64_t* first_tokens; /* [n_sequences + 1]: query tokens of s are first_tokens[s] to first_tokens[s + 1] - 1;
                                   null: one each */
@@ -250,12 +250,12 @@ typedef struct thimble_attend_args {
   float scale;          /* 0: 1 / sqrt(key head size) */
   float softcap;        /* 0: none */
   float max_bias;       /* 0: no ALiBi */
-  const float* sinks;   /* [n_heads]: a score that takes a share of each softmax and adds no value; null: none */
+  const float* sinks;   /* [n_heads]: a score that joins the sum of each softmax and adds no value; null: none */
 
   thimble_exact exact;
 } thimble_attend_args;
-/* On failure `out` may hold anything. Contiguous and paged memory give the same bits; so do the same inputs in contexts
- * of as many threads. Up to 8 tokens of a sequence are attended to by look-ups, more through decoded tiles. */
+/* On failure `out` may hold anything. Contiguous and paged memory give the same bits, and so do contexts with the same
+ * number of threads. Up to 8 tokens of a sequence are attended to by look-ups of codes, more through decoded tiles. */
 THIMBLE_API thimble_status thimble_attend(thimble_context* context, const thimble_attend_args* args, void* stream);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// Structures that cross the API begin with their size, as the caller's header has it.
+// Every structure of the API begins with its size in the header that the caller was compiled with.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,8 @@ void check_size(const Args* args, const std::string& name) {
   });
 }
 
-/// The caller's structure as this version has it. Members that a later version added must be 0: they ask for something
-/// that this library does not know.
+/// Copies the caller's structure to this version's. Members that a later version added must be 0, since they ask for
+/// something that this library does not know.
 template <typename Args>
 Args take_args(const Args* args, const std::string& name) {
   check_size(args, name);

@@ -1,4 +1,4 @@
-// Attention over a caller's blocks: its arguments checked, and one problem of the core's a sequence.
+// Attention over a caller's blocks: checks the arguments, and makes one AttentionProblem for each sequence.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -97,7 +97,7 @@ void check_queries(const Args& args) {
   });
 }
 
-// The exact cells of each sequence, into the context.
+// Checks the exact cells of each sequence and copies them to the context.
 void take_exact(const Args& args, thimble_context& context) {
   const thimble_exact& exact = args.exact;
   for (auto& cells : context.exact) cells.clear();
@@ -132,11 +132,9 @@ void take_exact(const Args& args, thimble_context& context) {
   }
 }
 
-AttentionProblem problem_of(const Args& args, const CacheLayer& layer, int sequence,
-                            const std::vector<ExactCell>& exact) {
+AttentionProblem problem_of(const Args& args, int sequence, const std::vector<ExactCell>& exact) {
   const int64_t first = first_token(args, sequence);
   AttentionProblem p;
-  p.layer = &layer;
   p.n_heads = args.n_heads;
   p.n_tokens = int(first_token(args, sequence + 1) - first);
   p.first_stream = sequence;
@@ -166,7 +164,8 @@ void attend(thimble_context& context, const Args& args) {
                          Window({0, 0, 0}, 0, cells, n));
   if (context.attention.size() < size_t(n)) context.attention.resize(n);
   for (int s = 0; s < n; s++) {
-    context.attention[s].prepare(problem_of(args, layer, s, context.exact[s]), context.team.size(), context.kernels);
+    context.attention[s].prepare(layer, problem_of(args, s, context.exact[s]), {}, context.team.size(),
+                                 context.kernels);
   }
   context.team.run([&](int thread) {
     for (int s = 0; s < n; s++) context.attention[s].attend(thread);

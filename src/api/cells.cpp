@@ -10,14 +10,14 @@
 namespace thimble::api {
 namespace {
 
-// Fewer vectors than this are coded sooner than another thread wakes.
+// Fewer vectors than this take less time to code than another thread takes to wake.
 constexpr int64_t kVectorsAThread = 32;
 
 std::string row_name(int64_t row) {
   return "cells[" + std::to_string(row) + "]";
 }
 
-// What both directions have in common.
+// Checks the arguments that encoding and decoding share.
 template <typename Args>
 void check(const Args& args) {
   check_codec(args.codec, "the codec");
@@ -52,7 +52,7 @@ CacheSide side_of_all(const thimble_blocks& blocks, const thimble_codec& codec) 
   return side_of(blocks, codec, blocks.n_blocks * kBlockCells, 1, nullptr);
 }
 
-/// Calls f(row, head) for every row that has one, by all threads.
+/// Calls f(row, head), on all threads, for every head of each row that has a cell.
 template <typename Args, typename F>
 void for_vectors(thimble_context& context, const Args& args, F f) {
   const int n_heads = args.codec->n_heads();

@@ -21,7 +21,7 @@ Heads uncalibrated(const thimble_codec_args& args) {
   return Heads(args.n_heads, make_uncalibrated_codec(kind_of(args), make_format(args.head_dim, args.bits)));
 }
 
-// What the profile says of the layer, into what the caller left open.
+// Fills in from the profile what the caller left 0, and checks the rest against it.
 thimble_codec_args completed(thimble_codec_args args) {
   const std::vector<LayerShape>& layers = args.profile->profile.shape.layers;
   require(args.layer >= 0 && size_t(args.layer) < layers.size(), [&] {

@@ -22,13 +22,13 @@ thimble_context* make_context(const thimble_context_args& args) {
   require(args.device_index == 0, "thimble_context_args.device_index must be 0 on the CPU");
   require(args.n_threads >= 0 && args.n_threads <= kMaxThreads,
           "thimble_context_args.n_threads must be between 0 and 512");
-  const unsigned n_cores = std::thread::hardware_concurrency();  // 0 where nobody knows
+  const unsigned n_cores = std::thread::hardware_concurrency();  // 0 where the system does not tell
   const int n_default = n_cores == 0 ? 1 : int(std::min<unsigned>(n_cores, kMaxThreads));
   try {
     return new thimble_context(args.n_threads > 0 ? args.n_threads : n_default);
   } catch (const std::system_error&) {
     throw Failure(THIMBLE_OUT_OF_MEMORY, "the system starts no more threads: ask for fewer");
-  } catch (const std::runtime_error& e) {  // of kernels(): THIMBLE_ISA names what this machine lacks
+  } catch (const std::runtime_error& e) {  // from kernels(): THIMBLE_ISA names a set that this machine lacks
     throw Failure(THIMBLE_UNSUPPORTED, e.what());
   }
 }

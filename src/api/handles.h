@@ -1,4 +1,4 @@
-// What stands behind the opaque types of the C API.
+// The opaque types of the C API.
 #pragma once
 
 #include <atomic>
@@ -29,14 +29,15 @@ struct thimble_context {
 
   const thimble::Kernels& kernels;
   thimble::api::Team team;
-  std::vector<thimble::Attention> attention;           // one a sequence, kept for their memory
+  std::vector<thimble::Attention> attention;           // one a sequence, kept so that calls reuse their memory
   std::vector<std::vector<thimble::ExactCell>> exact;  // by sequence
   std::atomic<bool> busy{false};
 };
 
 namespace thimble::api {
 
-/// A context for the length of a call. Throws a Failure where it is null or at work, or where `stream` is not null.
+/// Holds a context for the length of a call. Throws a Failure where it is null or at work for another call, or where
+/// `stream` is not null.
 class Use {
 public:
   Use(thimble_context* context, const void* stream);

@@ -6,7 +6,7 @@
 namespace thimble::api {
 namespace {
 
-// Rows of `size` a stride apart: their extent, or false where they overlap or it cannot be counted.
+// Sets `all` to the extent of n rows of `size`, a stride apart. False where they overlap or the extent overflows.
 bool extent(int64_t n, size_t stride, size_t size, size_t& all) {
   if (n <= 1) {
     all = size;
@@ -35,7 +35,7 @@ void check_codec(const thimble_codec* codec, const char* name) {
 void check_blocks(const thimble_blocks& blocks, const thimble_codec& codec, const char* name) {
   const std::string blocks_name = name;
   require(blocks.data != nullptr, [&] { return blocks_name + ".data is null"; });
-  // So many that slots can be counted.
+  // At most so many that the number of their cells fits an int64_t.
   require(blocks.n_blocks > 0 && blocks.n_blocks <= std::numeric_limits<int64_t>::max() / kBlockCells,
           [&] { return blocks_name + ".n_blocks must be above 0"; });
   require(

@@ -7,7 +7,7 @@ using namespace thimble::api;
 
 namespace {
 
-/// Reads a profile by `read`, whose errors are those of the file.
+/// Makes a profile of what `read` returns; a std::runtime_error of `read` becomes THIMBLE_BAD_PROFILE.
 template <typename Read>
 thimble_status open(thimble_profile** profile, Read read) {
   return guarded([&] {

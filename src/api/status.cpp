@@ -14,7 +14,7 @@ thimble_status keep(thimble_status status, const char* sentence) noexcept {
   try {
     last_error() = sentence;
   } catch (...) {
-    last_error().clear();  // no room even for the sentence; the status says so
+    last_error().clear();  // there is no memory for the sentence either
     return THIMBLE_OUT_OF_MEMORY;
   }
   return status;
@@ -27,7 +27,7 @@ thimble_status keep_error() noexcept {
     throw;
   } catch (const Failure& e) {
     return keep(e.status(), e.what());
-  } catch (const std::invalid_argument& e) {  // of the core: a rate or head size that there is no format for
+  } catch (const std::invalid_argument& e) {  // from the core: no format has this rate or head size
     return keep(THIMBLE_INVALID_ARGUMENT, e.what());
   } catch (const std::bad_alloc&) {
     return keep(THIMBLE_OUT_OF_MEMORY, "there is not enough memory: make the batch smaller or free some");

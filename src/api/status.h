@@ -1,4 +1,4 @@
-// How a call of the C API fails: inside it by an exception, outside by a status and a sentence.
+// How a call of the C API fails: the code inside it throws, the caller gets a status and a sentence.
 #pragma once
 
 #include <concepts>
@@ -9,7 +9,7 @@
 
 namespace thimble::api {
 
-/// What a caller did wrong or cannot have.
+/// The error of a call that is wrong or asks for what the library does not have.
 class Failure : public std::runtime_error {
 public:
   Failure(thimble_status status, const std::string& what) : std::runtime_error(what), status_(status) {}
@@ -28,7 +28,7 @@ void require(bool holds, What what) {
   if (!holds) throw Failure(THIMBLE_INVALID_ARGUMENT, what());
 }
 
-/// The status of the exception that is being handled; its sentence becomes this thread's thimble_last_error().
+/// Returns the status of the exception that is being handled; its sentence becomes this thread's thimble_last_error().
 thimble_status keep_error() noexcept;
 
 /// Runs a call's body.

@@ -3,7 +3,8 @@
 namespace thimble::api {
 namespace {
 
-// Attention over a short context takes about as long as it takes to wake a thread, so look for a while before sleeping.
+// Attention over a short context takes about as long as it takes to wake a thread, so threads poll for a while before
+// they sleep.
 constexpr int kLooks = 4000;
 
 template <typename T>

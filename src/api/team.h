@@ -1,4 +1,4 @@
-// The threads of a context: they wait between calls, and each call is done by all of them and the caller's.
+// The threads of a context. They wait between calls; each call runs on all of them and on the caller's thread.
 #pragma once
 
 #include <atomic>
@@ -11,15 +11,15 @@ namespace thimble::api {
 
 class Team {
 public:
-  /// `n_threads` with the caller's. Throws std::system_error where the system has no more.
+  /// `n_threads` counts the caller's. Throws std::system_error where the system starts no more threads.
   explicit Team(int n_threads);
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
   int size() const { return int(threads_.size()) + 1; }
-  /// Calls work(0) to work(size() - 1), one a thread, and returns when all are done. An exception of one of them is
-  /// thrown here.
+  /// Calls work(0) to work(size() - 1), one on each thread, and returns when all have ended. Throws the first exception
+  /// that one of them threw.
   void run(const std::function<void(int)>& work);
 
 private:
@@ -33,7 +33,7 @@ private:
   std::atomic<int> n_left_{0};
   std::atomic<bool> ends_{false};
   std::atomic<bool> failed_{false};
-  std::exception_ptr error_;  // of the first that failed
+  std::exception_ptr error_;  // the first that a thread threw
 };
 
 }  // namespace thimble::api

@@ -27,11 +27,14 @@ float alibi_slope(float max_bias, int n_heads, int head) {
   return head < n ? std::pow(m0, float(head + 1)) : std::pow(m1, float(2 * (head - n) + 1));
 }
 
-void Attention::prepare(const AttentionProblem& problem, int n_threads, const Kernels& kernels) {
+void Attention::prepare(const CacheLayer& layer, const AttentionProblem& problem, const Retrieval& retrieval,
+                        int n_threads, const Kernels& kernels) {
+  layer_ = &layer;
   p_ = problem;
+  retrieval_ = retrieval;
   kernels_ = &kernels;
   n_threads_ = n_threads;
-  group_ = p_.n_heads / p_.layer->keys().shape().n_kv_heads;
+  group_ = p_.n_heads / layer_->keys().shape().n_kv_heads;
   memory_.resize(n_threads);
   n_blocks_ = int((p_.n_cells + kBlockCells - 1) / kBlockCells);
   prepare_streams();
@@ -40,8 +43,8 @@ void Attention::prepare(const AttentionProblem& problem, int n_threads, const Ke
 }
 
 void Attention::prepare_streams() {
-  const int64_t cells_per_stream = p_.layer->keys().shape().cells_per_stream;
-  const std::vector<Window::Row>& rows = p_.layer->window().rows();  // in order of cells
+  const int64_t cells_per_stream = layer_->keys().shape().cells_per_stream;
+  const std::vector<Window::Row>& rows = layer_->window().rows();  // in order of cells
   streams_.resize(p_.n_streams);
   for (int s = 0; s < p_.n_streams; s++) {
     Stream& stream = streams_[s];
@@ -54,7 +57,8 @@ void Attention::prepare_streams() {
     int block = -1;
     uint64_t seen = ~uint64_t{0};
     const auto take = [&](int cell, const uint16_t* key, const uint16_t* value) {
-      // Rows that no query sees, of idle and of removed sequences, are left out. With many tokens, looking costs more.
+      // Rows that no query sees, those of idle and of removed sequences, are left out. In a prefill, to find them would
+      // cost more than to attend to them.
       if (!prefills() && block != cell / kBlockCells) {
         block = cell / kBlockCells;
         const int first = block * kBlockCells;
@@ -65,14 +69,14 @@ void Attention::prepare_streams() {
       if (seen & bit) add_row(stream.exact, cell, key, value);
     };
     for (; row != rows.end() && row->cell - cell0 < p_.n_cells; ++row) {
-      take(int(row->cell - cell0), p_.layer->keys().row_data(*row), p_.layer->values().row_data(*row));
+      take(int(row->cell - cell0), layer_->keys().row_data(*row), layer_->values().row_data(*row));
     }
     for (const ExactCell& exact : p_.exact) take(exact.cell, exact.key, exact.value);
   }
 }
 
-// Leaves out the last blocks if no query sees a coded cell of them: a cache is padded, and a short context has all its
-// cells in the window. Threads would share these blocks as if they were work.
+// Leaves out the last blocks of which no query sees a coded cell: llama.cpp pads the number of cells, and a short
+// context has all its cells in the window. Otherwise these blocks would count as work when threads get their shares.
 void Attention::leave_out_blocks() {
   const auto seen = [this](int block) {
     for (int stream = 0; stream < p_.n_streams; stream++) {
@@ -95,7 +99,7 @@ void Attention::add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t*
 // Cuts the units of all items, laid end to end, into one stretch a thread, so that one long sequence keeps all threads
 // busy, however many heads there are.
 void Attention::prepare_parts() {
-  const int n_kv_heads = p_.layer->keys().shape().n_kv_heads;
+  const int n_kv_heads = layer_->keys().shape().n_kv_heads;
   const int tokens_per_item = prefills() ? kPrefillTokens : std::max(p_.n_tokens, 1);
   items_.clear();
   int64_t total = 0;
@@ -119,7 +123,7 @@ void Attention::prepare_parts() {
       parts_.push_back({i, thread, first_unit, last_unit, result});
       result += 2 * softmax_size(item.n_tokens * group_);
     };
-    if (item.n_units == 0) add_part(0, 0);  // combine_token then finds nothing visible and writes zeros
+    if (item.n_units == 0) add_part(0, 0);  // without a visible cell, combine_token writes zeros
     for (int unit = 0; unit < item.n_units;) {
       int64_t end = total * (thread + 1) / n_threads_ - begin;  // of the thread's stretch, from the item's first unit
       if (end <= unit) {
@@ -138,7 +142,7 @@ void Attention::prepare_parts() {
 }
 
 // Cuts the blocks of all items, laid end to end, into one stretch a thread, as prepare_parts does: a thread then
-// attends to about those cells that it has scored, which are in its processor's cache.
+// attends to nearly the same cells that it has scored, which are still in its processor's cache.
 void Attention::prepare_retrieval() {
   scores_.resize(items_.size() * n_blocks_ * kBlockCells);
   const size_t n_kept = keeps_scores() ? scores_.size() * group_ : 0;
@@ -171,8 +175,7 @@ uint64_t Attention::seen_by(const Item& item, const Mask& mask, int n_cells) con
 bool Attention::sees_codes(const Item& item, const uint64_t* hidden, int first_block, int last_block) const {
   const Mask mask = mask_of(item);
   for (int b = first_block; b < last_block; b++) {
-    const int n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - int64_t(b) * kBlockCells));
-    if (seen_by(item, mask.at(ptrdiff_t(b) * kBlockCells), n_cells) & ~hidden[b]) return true;
+    if (seen_by(item, mask.at(ptrdiff_t(b) * kBlockCells), cells_of_block(b)) & ~hidden[b]) return true;
   }
   return false;
 }
@@ -182,7 +185,7 @@ const uint64_t* Attention::hidden_of(const Item& item) const {
 }
 
 void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries* coded) const {
-  const HeadCodec& codec = p_.layer->keys().codec(item.kv_head);
+  const HeadCodec& codec = layer_->keys().codec(item.kv_head);
   const int dim = codec.format.head_dim, n_rows = item.n_tokens * group_;
   memory.q.resize(size_t(n_rows) * dim);
   memory.q_coded.resize(size_t(n_rows) * dim);
@@ -204,7 +207,7 @@ void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& pl
 }
 
 CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const {
-  const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
+  const CacheSide &keys = layer_->keys(), &values = layer_->values();
   const int64_t block0 = (p_.first_stream + item.stream) * keys.shape().blocks_per_stream();
   const int32_t* table = keys.places().table;  // which is the values', too
   return {&keys.codec(item.kv_head),
@@ -247,16 +250,15 @@ float Attention::greatest_first(std::vector<Scored>& scored, size_t n) {
   return scored[n - 1].score;
 }
 
-// Sets the bits of memory.chosen (a word for each block) of the p_.top cells with the greatest scores.
+// Sets the bits of memory.chosen (a word for each block) of the retrieval_.top cells with the greatest scores.
 //
-// Few scores are looked at one by one. If cells are put into groups and the groups are ordered by their greatest
-// scores, then each of the first p_.top groups has a cell that scores at least as much as group number p_.top. So there
-// are p_.top such cells, and no cell with a lower score is chosen: that score is a bound. It is taken first over blocks
-// of 64 cells, then, in the blocks that reach it, over lanes of 4 cells; only the cells of lanes that reach it are
-// compared.
+// Most scores need not be compared. Let groups of cells be ordered by their greatest scores, and let b be the greatest
+// score of group number retrieval_.top. Each group up to that one has a cell that scores b or more, so retrieval_.top
+// cells do, and no cell below b is chosen. The bound b is taken first over blocks of 64 cells and then, in the blocks
+// that reach it, over lanes of 4 cells; only the cells of lanes that reach it are compared.
 void Attention::choose(const float* scores, ThreadMemory& memory) const {
   constexpr int kLanes = 16;  // lane j: cells j, j + 16, j + 32, j + 48. The compiler vectorizes loops over lanes
-  const size_t top = size_t(p_.top);
+  const size_t top = size_t(retrieval_.top);
   std::vector<float>& lane_maxima = memory.lane_maxima;
   std::vector<Scored>&blocks = memory.blocks, &lanes = memory.lanes, &cells = memory.cells;
   lane_maxima.resize(size_t(n_blocks_) * kLanes);
@@ -295,7 +297,7 @@ void Attention::choose(const float* scores, ThreadMemory& memory) const {
 
 // Chooses the item's cells and starts reading their rows.
 void Attention::fetch(const Item& item, ThreadMemory& memory) {
-  const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
+  const CacheSide &keys = layer_->keys(), &values = layer_->values();
   const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
   choose(scores_of(item), memory);
   Retrieved& retrieved = retrieved_[index_of(item)];
@@ -306,7 +308,7 @@ void Attention::fetch(const Item& item, ThreadMemory& memory) {
     for (uint64_t left = memory.chosen[b]; left; left &= left - 1) {
       const int cell = b * kBlockCells + std::countr_zero(left);
       const uint16_t *key = keys.store()->row(cell0 + cell), *value = values.store()->row(cell0 + cell);
-      if (!key || !value) continue;  // the mask shows a cell that was never written
+      if (!key || !value) continue;  // the store was full, or the mask shows a cell that was never written
       memory.rows.push_back(cell0 + cell);
       retrieved.hidden[b] |= left & -left;
       add_row(retrieved.tiles, cell, key, value);
@@ -327,39 +329,48 @@ void Attention::attend_coded(const Item& item, int first_block, int last_block, 
     kernels_->attend_codes(queries, cells, mask, softmax, memory.scratch);
     return;
   }
-  const HeadCodec &k_codec = *cells.keys, &v_codec = *cells.values;
-  float* k_tile = tile(memory, Kind::key);
-  float* v_tile = tile(memory, Kind::value);
   for (int b = first_block; b < last_block; b++) {
-    const int n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - int64_t(b) * kBlockCells));
-    const Mask block_mask = mask.at(ptrdiff_t(b) * kBlockCells);
-    const uint64_t seen = seen_by(item, block_mask, n_cells) & ~hidden[b];
-    if (!seen) continue;
-    kernels_->decode_block(k_codec, cells.k_block(b), k_tile);
-    kernels_->decode_block(v_codec, cells.v_block(b), v_tile);
-    // A cell that no token sees may never have been written: its bytes may be a NaN, and 0 times NaN is NaN.
-    for (uint64_t left = ~seen; left; left &= left - 1) {
-      std::fill_n(v_tile + size_t(std::countr_zero(left)) * p_.value_dim, p_.value_dim, 0.0f);
-    }
-    kernels_->attend_tile(queries, {n_cells, k_tile, v_tile, hidden[b]}, block_mask, softmax, memory.scratch);
+    const uint64_t seen = seen_by(item, mask.at(ptrdiff_t(b) * kBlockCells), cells_of_block(b)) & ~hidden[b];
+    if (seen) attend_decoded(cells, b, seen, queries, mask, memory, softmax);
   }
 }
 
-// Attends to a block's cells from their exact rows. Cells that no token sees may never have been written and are left
-// out.
-void Attention::attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
-                              Softmax& softmax) const {
-  const CacheSide &keys = p_.layer->keys(), &values = p_.layer->values();
+// Attends to the cells `wanted` of a block from decoded codes.
+void Attention::attend_decoded(const CodedCells& cells, int block, uint64_t wanted, const Queries& queries,
+                               const Mask& mask, ThreadMemory& memory, Softmax& softmax) const {
+  float* k_tile = tile(memory, Kind::key);
+  float* v_tile = tile(memory, Kind::value);
+  kernels_->decode_block(*cells.keys, cells.k_block(block), k_tile);
+  kernels_->decode_block(*cells.values, cells.v_block(block), v_tile);
+  // A cell that no token sees may never have been written. Its bytes may be a NaN, and a weight of 0 times NaN is NaN.
+  for (uint64_t left = ~wanted; left; left &= left - 1) {
+    std::fill_n(v_tile + size_t(std::countr_zero(left)) * p_.value_dim, p_.value_dim, 0.0f);
+  }
+  kernels_->attend_tile(queries, {cells_of_block(block), k_tile, v_tile, ~wanted},
+                        mask.at(ptrdiff_t(block) * kBlockCells), softmax, memory.scratch);
+}
+
+// Attends to a block's cells from their exact rows in the store. Returns the cells that a token sees and that have no
+// row: a full store had no room for them, or they were never written.
+uint64_t Attention::attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
+                                  Softmax& softmax) const {
+  const CacheSide &keys = layer_->keys(), &values = layer_->values();
   const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
-  const int first = block * kBlockCells, n_cells = int(std::min<int64_t>(kBlockCells, p_.n_cells - first));
+  const int first = block * kBlockCells;
   std::vector<ExactTile>& tile = memory.stored;
   tile.clear();
-  for (uint64_t seen = seen_by(item, mask_of(item).at(first), n_cells); seen; seen &= seen - 1) {
+  uint64_t without = 0;
+  for (uint64_t seen = seen_by(item, mask_of(item).at(first), cells_of_block(block)); seen; seen &= seen - 1) {
     const int cell = first + std::countr_zero(seen);
-    const uint16_t *key = keys.store()->row(cell0 + cell), *value = values.store()->row(cell0 + cell);
-    if (key && value) add_row(tile, cell, key, value);
+    const uint16_t *key = keys.stored_row(cell0 + cell), *value = values.stored_row(cell0 + cell);
+    if (key && value) {
+      add_row(tile, cell, key, value);
+    } else {
+      without |= seen & -seen;
+    }
   }
   if (!tile.empty()) attend_exact(item, tile.front(), queries, memory, softmax);
+  return without;
 }
 
 void Attention::attend_exact(const Item& item, const ExactTile& exact, const Queries& queries, ThreadMemory& memory,
@@ -379,7 +390,7 @@ void Attention::attend_exact(const Item& item, const ExactTile& exact, const Que
   }
   if (!seen_by(item, mask, n)) return;
   for (Kind kind : {Kind::key, Kind::value}) {
-    const CacheSide& side = p_.layer->side(kind);
+    const CacheSide& side = layer_->side(kind);
     const int dim = side.format().head_dim;
     const uint8_t* rows[kBlockCells];
     for (int i = 0; i < n; i++) {
@@ -395,9 +406,11 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   const Item& item = items_[part.item];
   const int n_rows = item.n_tokens * group_;
   const int last_block = std::min(part.last_unit, block_units());
+  const bool lacks_rows = from_store() && (layer_->keys().store()->is_full() || layer_->values().store()->is_full()) &&
+                          layer_->values().coded();
   const bool codes = !from_store() && sees_codes(item, hidden_of(item), part.first_unit, last_block);
   Queries plain, coded;
-  load_queries(item, memory, plain, codes ? &coded : nullptr);
+  load_queries(item, memory, plain, codes || lacks_rows ? &coded : nullptr);
   Softmax softmax[2];
   for (int i = 0; i < 2; i++) {
     float* at = &results_[part.result + i * softmax_size(n_rows)];
@@ -407,14 +420,17 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   }
   if (from_store()) {
     for (int block = part.first_unit; block < last_block; block++) {
-      attend_stored(item, block, plain, memory, softmax[1]);
+      const uint64_t without = attend_stored(item, block, plain, memory, softmax[1]);
+      if (!lacks_rows || !without) continue;
+      attend_decoded(coded_cells(item, hidden_of(item), block, block + 1), block, without, coded, mask_of(item), memory,
+                     softmax[0]);
     }
   } else if (codes) {
     attend_coded(item, part.first_unit, last_block, coded, memory, softmax[0]);
   }
   const std::vector<ExactTile>& exact = streams_[item.stream].exact;
   for (int unit = std::max(part.first_unit, block_units()); unit < part.last_unit; unit++) {
-    // A tile is several units; the part that has the first of them attends to the tile.
+    // A tile counts as several units; the part that has the first of them attends to the whole tile.
     if ((unit - block_units()) % units_of_tile() != 0) continue;
     const size_t at = (unit - block_units()) / units_of_tile();
     if (at < exact.size()) {
@@ -439,7 +455,7 @@ void Attention::attend(int thread) {
 }
 
 // Writes the output of one token's heads. Brings the parts of each head to a common maximum and adds them up; the sum
-// of those that came from codes, which is in the transformed domain, is transformed back.
+// over coded cells is in the transformed domain, and is transformed back.
 void Attention::combine_token(const Item& item, int token, ThreadMemory& memory) {
   const int dim = p_.value_dim, n_rows = item.n_tokens * group_;
   memory.sums.assign(size_t(group_) * dim, 0.0f);
@@ -462,7 +478,7 @@ void Attention::combine_token(const Item& item, int token, ThreadMemory& memory)
       }
     };
     for_each([&](const Softmax& part, bool) { greatest = std::max(greatest, part.max[row]); });
-    if (greatest == kUnseen) continue;  // nothing visible: zeros, as ggml gives
+    if (greatest == kUnseen) continue;  // no visible cell: zeros, as in ggml
     for_each([&](const Softmax& part, bool exact) {
       if (part.max[row] == kUnseen && !std::isnan(part.sum[row])) return;
       const float weight = weight_of(part.max[row] - greatest);
@@ -475,7 +491,7 @@ void Attention::combine_token(const Item& item, int token, ThreadMemory& memory)
   }
   // A short context has no coded cells yet: nothing to transform.
   if (std::any_of(memory.weights.begin(), memory.weights.end(), [](float w) { return w != 0; })) {
-    p_.layer->values()
+    layer_->values()
         .codec(item.kv_head)
         .transform.output(memory.sums.data(), memory.weights.data(), memory.out.data(), group_, kernels_->transform);
   } else {

@@ -1,11 +1,11 @@
 // Attention of a batch of query tokens over one layer's cache: coded cells from their codes, the window and the batch
-// in flight from their exact rows, one softmax over both.
+// in flight from their exact rows, one softmax over both. Look-ups from codes are VecInfer's (arXiv 2510.06175).
 //
-// With retrieval, few query tokens (decoding) also attend exactly to the cells that matter most to them. For each
-// stream and KV head, all cells outside the window are scored from their codes, and the `top` cells with the greatest
-// scores are taken. A cell's score is the greatest over the heads of the group and the query tokens; of equal scores
-// the lower cell is taken. All other cells, the tail, are attended to from codes, or not at all. Many query tokens
-// (prefill) attend exactly to all cells.
+// With retrieval (after TailorKV, arXiv 2505.19586), few query tokens (decoding) also attend exactly to the cells that
+// matter most to them. For each stream and KV head, all cells outside the window are scored from their codes, and the
+// `top` cells with the greatest scores are chosen. A cell's score is the greatest over the heads of the group and the
+// query tokens; of equal scores the lower cell is chosen. All other cells, the tail, are attended to from codes, or not
+// at all. Many query tokens (prefill) attend exactly to all cells.
 #pragma once
 
 #include <algorithm>
@@ -13,67 +13,35 @@
 #include <span>
 #include <vector>
 
+#include "attention/problem.h"
 #include "cache/layer.h"
 #include "kernels/kernels.h"
 
 namespace thimble {
 
-/// A cell that is attended to exactly: its rows of all KV heads, f16, as the model wrote them.
-struct ExactCell {
-  int cell;  // of the stream
-  const uint16_t* key;
-  const uint16_t* value;
+/// How a decode step (few query tokens) attends to the cells outside the window.
+struct Retrieval {
+  int top = 0;             // cells to retrieve for each KV head; above 0 only where the layer has an exact store
+  bool drop_tail = false;  // cells that are neither retrieved nor in the window are not attended to
 };
-
-/// What ggml's FLASH_ATTN_EXT says, in its own strides. All strides count elements.
-struct AttentionProblem {
-  const CacheLayer* layer = nullptr;
-  int n_heads = 0;    // query heads; a multiple of the layer's KV heads
-  int n_tokens = 0;   // of each stream
-  int n_streams = 1;  // attended to: first_stream and those that follow it
-  int first_stream = 0;
-  int64_t n_cells = 0;  // attended to in each stream, from its first cell on
-  int value_dim = 0;
-
-  const float* q = nullptr;
-  size_t q_token = 0, q_head = 0, q_stream = 0;
-  float* out = nullptr;  // value_dim numbers of a head are adjacent
-  size_t out_token = 0, out_head = 0, out_stream = 0;
-  const uint16_t* mask = nullptr;  // f16 [stream][token][cell], null: all visible
-  size_t mask_token = 0, mask_stream = 0;
-
-  float scale = 1;
-  float max_bias = 0;  // ALiBi: slopes as in Press et al. 2021 (arXiv 2108.12409); 0: none
-  float softcap = 0;
-  const float* sinks = nullptr;  // [n_heads]: a learned logit that takes a share of each softmax, or null
-
-  /// Exact rows that a caller without a window keeps itself, in order of cells, where there is one stream; the layer's
-  /// window is empty then. They stand in for these cells' codes.
-  std::span<const ExactCell> exact = {};
-
-  int top = 0;  // cells to retrieve; above 0 where the layer has an exact store
-  bool drop_tail = false;
-};
-
-/// Slope of a head under ALiBi, as ggml has it.
-float alibi_slope(float max_bias, int n_heads, int head);
 
 /// Runs a problem on a team of threads:
-///   one thread: attention.prepare(problem, n_threads)
+///   one thread: attention.prepare(layer, problem, retrieval, n_threads, kernels)
 ///   barrier; where attention.retrieves(): all: attention.retrieve(i); barrier
 ///   all: attention.attend(i)
 /// The same inputs and n_threads give the same bits. An object may be used for one problem after another.
 class Attention {
 public:
-  void prepare(const AttentionProblem& problem, int n_threads, const Kernels& kernels);
-  bool retrieves() const { return p_.top > 0 && !prefills(); }
+  void prepare(const CacheLayer& layer, const AttentionProblem& problem, const Retrieval& retrieval, int n_threads,
+               const Kernels& kernels);
+  bool retrieves() const { return retrieval_.top > 0 && !prefills(); }
   void retrieve(int thread);
   void attend(int thread);
 
 private:
-  // Query tokens that are attended for together, of one stream and KV head. Their work is counted in units of about
-  // equal length: first one for each block of the stream, then units_of_tile() for each tile of exact rows, then as
-  // many for each tile of retrieved rows.
+  // Query tokens of one stream and KV head that are computed together. Their work is counted in units of about equal
+  // time: one for each block of the stream, then units_of_tile() for each tile of exact rows, then as many for each
+  // tile of retrieved rows.
   struct Item {
     int stream, kv_head, first_token, n_tokens;
     int n_units;
@@ -82,8 +50,8 @@ private:
     // parts_left to 0 combines its parts.
     int scorers_left, parts_left;
   };
-  // A thread's share of an item. From results_[result] on lie two results, of the coded cells and of the exact ones,
-  // each acc[rows][value_dim], max[rows], sum[rows], beginning on a cache line of its own.
+  // A thread's share of an item. Two results begin at results_[result], that of the coded cells and that of the exact
+  // ones, each acc[rows][value_dim], max[rows], sum[rows], at a multiple of 64 bytes.
   struct Part {
     int item, thread;
     int first_unit, last_unit;
@@ -125,7 +93,7 @@ private:
   void leave_out_blocks();
   void prepare_parts();
   void prepare_retrieval();
-  /// Calls f(item, first block, last block) for what a thread has to score.
+  /// Calls f(item, first block, last block) for each range of blocks that a thread has to score.
   template <typename F>
   void for_stretch(int thread, F f) const {
     const int64_t total = int64_t(items_.size()) * n_blocks_, end = total * (thread + 1) / n_threads_;
@@ -137,12 +105,15 @@ private:
     }
   }
   bool prefills() const { return p_.n_tokens > kMaxCodeTokens; }
-  bool from_store() const { return p_.top > 0 && prefills(); }
-  int block_units() const { return retrieves() && p_.drop_tail ? 0 : n_blocks_; }
+  bool from_store() const { return retrieval_.top > 0 && prefills(); }
+  int cells_of_block(int block) const {
+    return int(std::min<int64_t>(kBlockCells, p_.n_cells - int64_t(block) * kBlockCells));
+  }
+  int block_units() const { return retrieves() && retrieval_.drop_tail ? 0 : n_blocks_; }
   // 64 exact rows take as long as six blocks of codes, but the last tile is seldom full.
   int units_of_tile() const { return prefills() ? 1 : 5; }
   int retrieved_tiles() const {
-    return retrieves() ? int((std::min<int64_t>(p_.top, p_.n_cells) + kBlockCells - 1) / kBlockCells) : 0;
+    return retrieves() ? int((std::min<int64_t>(retrieval_.top, p_.n_cells) + kBlockCells - 1) / kBlockCells) : 0;
   }
   size_t softmax_size(int n_rows) const { return (size_t(n_rows) * (2 + p_.value_dim) + 15) / 16 * 16; }
   Softmax softmax_at(float* at, int n_rows) const {
@@ -150,15 +121,14 @@ private:
     return {p_.value_dim, max, max + n_rows, at};
   }
   float* tile(ThreadMemory& memory, Kind kind) const {
-    const size_t floats = size_t(kBlockCells) * p_.layer->side(kind).format().head_dim;
+    const size_t floats = size_t(kBlockCells) * layer_->side(kind).format().head_dim;
     return reinterpret_cast<float*>((kind == Kind::key ? memory.k_tile : memory.v_tile).room(floats * sizeof(float)));
   }
   size_t index_of(const Item& item) const { return size_t(&item - items_.data()); }
   float* scores_of(const Item& item) { return scores_.data() + index_of(item) * n_blocks_ * kBlockCells; }
-  // Whether the scores by which cells are chosen are kept for attention, which then does not look keys up again. For
-  // one token they take 4 bytes for each head and cell, about as much as the keys' codes; for several they would take
-  // more.
-  bool keeps_scores() const { return retrieves() && !p_.drop_tail && p_.n_tokens == 1; }
+  // Whether the scores by which cells are chosen are kept, so that attention does not look up the keys' codes again.
+  // For one token they take 4 bytes for each head and cell, about as much as the keys' codes; for several tokens more.
+  bool keeps_scores() const { return retrieves() && !retrieval_.drop_tail && p_.n_tokens == 1; }
   RowScores kept_scores(const Item& item) const {
     if (!keeps_scores()) return {};
     const size_t stride = size_t(n_blocks_) * kBlockCells;
@@ -181,15 +151,20 @@ private:
   void attend_part(const Part& part, ThreadMemory& memory);
   void attend_coded(const Item& item, int first_block, int last_block, const Queries& queries, ThreadMemory& memory,
                     Softmax& softmax) const;
-  void attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory, Softmax& softmax) const;
+  void attend_decoded(const CodedCells& cells, int block, uint64_t wanted, const Queries& queries, const Mask& mask,
+                      ThreadMemory& memory, Softmax& softmax) const;
+  uint64_t attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
+                         Softmax& softmax) const;
   void attend_exact(const Item& item, const ExactTile& exact, const Queries& queries, ThreadMemory& memory,
                     Softmax& softmax) const;
   void combine_token(const Item& item, int token, ThreadMemory& memory);
 
+  const CacheLayer* layer_ = nullptr;
   AttentionProblem p_;
+  Retrieval retrieval_;
   const Kernels* kernels_ = nullptr;
   int n_threads_ = 1;
-  int n_blocks_ = 0;  // of a stream that are looked at
+  int n_blocks_ = 0;  // of a stream, without those of leave_out_blocks
   int group_ = 1;
   std::vector<Stream> streams_;
   std::vector<Item> items_;

@@ -1,6 +1,8 @@
 #include "cache/exact_rows.h"
 
 #include <algorithm>
+#include <unordered_map>
+#include <utility>
 
 namespace thimble {
 namespace {
@@ -25,6 +27,8 @@ public:
 
   uint16_t* at(int64_t, int slot) override { return slot >= 0 ? this->slot(slot) : nullptr; }
   uint16_t* keep(int64_t) override { return nullptr; }
+  uint16_t* lend(int64_t) override { return nullptr; }
+  void end_loans(const std::function<bool(int64_t)>&) override {}
 
   void copy_cells(int64_t, int64_t, int64_t) override {}
   void copy_slot(int from, int to) override { std::copy_n(slot(from), row_size_, slot(to)); }
@@ -45,28 +49,52 @@ private:
 
 class StoredRows : public ExactRows {
 public:
-  explicit StoredRows(std::unique_ptr<ExactStore> store) : store_(std::move(store)) {}
+  StoredRows(std::unique_ptr<ExactStore> store, int row_size) : store_(std::move(store)), row_size_(row_size) {}
 
   void begin_batch(std::span<const int64_t> cells) override {
-    for (int64_t cell : cells) store_->reserve(cell);
+    for (int64_t cell : cells) {
+      if (!store_->reserve(cell)) lend(cell);
+    }
   }
-  uint16_t* row(const Window::Row& row) const override { return store_->row(row.cell); }
+  uint16_t* row(const Window::Row& row) const override { return row_of(row.cell); }
   void end_batch(std::span<const Window::Move>) override {}
 
-  uint16_t* at(int64_t cell, int) override { return store_->row(cell); }
-  uint16_t* keep(int64_t cell) override {
-    store_->reserve(cell);
-    return store_->row(cell);
+  uint16_t* at(int64_t cell, int) override { return row_of(cell); }
+  uint16_t* keep(int64_t cell) override { return store_->reserve(cell) ? store_->row(cell) : nullptr; }
+  uint16_t* lend(int64_t cell) override {
+    std::unique_ptr<uint16_t[]>& row = lent_[cell];
+    if (!row) row = std::make_unique<uint16_t[]>(size_t(row_size_));
+    return row.get();
+  }
+  void end_loans(const std::function<bool(int64_t)>& in_window) override {
+    std::erase_if(lent_, [&](const auto& loan) { return !in_window(loan.first); });
   }
 
-  void copy_cells(int64_t from, int64_t to, int64_t n) override { store_->copy(from, to, n); }
+  void copy_cells(int64_t from, int64_t to, int64_t n) override {
+    store_->copy(from, to, n);
+    for (int64_t i = 0; i < n && !lent_.empty(); i++) {
+      const auto loan = lent_.find(from + i);
+      if (loan != lent_.end()) std::copy_n(loan->second.get(), row_size_, lend(to + i));
+    }
+  }
   void copy_slot(int, int) override {}
-  void clear() override { store_->clear(); }
+  void clear() override {
+    lent_.clear();
+    store_->clear();
+  }
 
   const ExactStore* store() const override { return store_.get(); }
 
 private:
+  uint16_t* row_of(int64_t cell) const {
+    if (uint16_t* stored = store_->row(cell)) return stored;
+    const auto loan = lent_.find(cell);
+    return loan == lent_.end() ? nullptr : loan->second.get();
+  }
+
   std::unique_ptr<ExactStore> store_;
+  int row_size_;
+  std::unordered_map<int64_t, std::unique_ptr<uint16_t[]>> lent_;  // by cell: rows that the store had no room for
 };
 
 }  // namespace
@@ -75,8 +103,8 @@ std::unique_ptr<ExactRows> window_rows(int row_size, int n_slots, uint16_t* memo
   return std::make_unique<WindowRows>(row_size, n_slots, memory);
 }
 
-std::unique_ptr<ExactRows> stored_rows(std::unique_ptr<ExactStore> store) {
-  return std::make_unique<StoredRows>(std::move(store));
+std::unique_ptr<ExactRows> stored_rows(std::unique_ptr<ExactStore> store, int row_size) {
+  return std::make_unique<StoredRows>(std::move(store), row_size);
 }
 
 }  // namespace thimble

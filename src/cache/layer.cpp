@@ -18,7 +18,8 @@ CacheSide::CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<
   places_.block_stride = format().block_bytes();
   places_.head_stride = size_t(shape.n_streams) * shape.blocks_per_stream() * places_.block_stride;
   uint8_t* slots = memory + memory_bytes(shape, format(), 0, coded);
-  rows_ = store ? stored_rows(std::move(store)) : window_rows(row_size(), n_slots, reinterpret_cast<uint16_t*>(slots));
+  rows_ = store ? stored_rows(std::move(store), row_size())
+                : window_rows(row_size(), n_slots, reinterpret_cast<uint16_t*>(slots));
 }
 
 CacheSide::CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, uint8_t* blocks,
@@ -90,7 +91,7 @@ void CacheLayer::begin_write(Kind kind, std::span<const int64_t> cells) {
   mine = true;
 }
 
-// Encodes the rows of a batch that was never committed, as no attention came: the window did not take them in.
+// Encodes the rows of a batch that was written but never attended to, and so never committed: they have no slots.
 void CacheLayer::code_abandoned() {
   const auto batch = window_.batch();
   for (Kind kind : {Kind::key, Kind::value}) {
@@ -144,7 +145,7 @@ void CacheLayer::keep_queries(const BatchQueries& queries, size_t n_rows) {
       queries.data ? queries_.data() : nullptr, queries.n_heads, queries.dim, int64_t(n_rows), row, head, 0};
 }
 
-// Head by head: each has its own codebook, which is then read once for many rows.
+// Goes head by head, as each has its own codebook, which is then read once for many rows.
 void CacheLayer::code_leaving(int thread, int n_threads) {
   const int64_t n_rows = int64_t(changes_.leaving.size()), n_heads = keys_.shape().n_kv_heads;
   const int64_t total = 2 * n_heads * n_rows;
@@ -156,7 +157,10 @@ void CacheLayer::code_leaving(int thread, int n_threads) {
 }
 
 void CacheLayer::end_commit() {
-  for (CacheSide* s : {&keys_, &values_}) s->rows().end_batch(changes_.moves);
+  for (CacheSide* s : {&keys_, &values_}) {
+    s->rows().end_batch(changes_.moves);
+    s->rows().end_loans([this](int64_t cell) { return window_.find(cell) >= 0; });
+  }
   changes_ = {};
   has_keys_ = has_values_ = false;
 }
@@ -168,22 +172,25 @@ void CacheLayer::take_row(Kind kind, int64_t cell, const uint16_t* row) {
     window_.place(cell, leaving);
     for (const Window::Row& left : leaving) {
       for (const CacheSide* s : {&keys_, &values_}) {
-        // The cell's values may not have come yet.
+        // All keys of a state come before its values, so this cell may have no values yet.
         if (const uint16_t* data = s->row_data(left)) s->encode_row(data, left.cell);
       }
     }
   }
   arrived_ = kind;
   CacheSide& s = side(kind);
-  if (uint16_t* kept = exact_row(kind, cell)) std::copy_n(row, s.row_size(), kept);
-  if (window_.find(cell) < 0) s.encode_row(row, cell);
+  const bool in_window = window_.find(cell) >= 0;
+  uint16_t* kept = exact_row(kind, cell);
+  if (!kept && in_window) kept = s.rows().lend(cell);
+  if (kept) std::copy_n(row, s.row_size(), kept);
+  if (!in_window) s.encode_row(row, cell);
 }
 
 void CacheLayer::copy_stream(Kind kind, int from, int to) {
   const int64_t n = keys_.shape().cells_per_stream;
   CacheSide& s = side(kind);
   s.copy_stream(from, to);
-  // llama.cpp copies keys first: they bring the slots, the values then fill them.
+  // llama.cpp copies keys before values: the copy of the keys makes the slots, that of the values only fills them.
   if (kind == Kind::key) window_.copy_stream(from, to);
   for (const Window::Row& row : window_.rows()) {
     if (row.in_flight || row.cell / n != to) continue;

@@ -1,6 +1,6 @@
 // The cache of one layer: coded blocks of every stream and KV head for K and for V, and the window's exact rows; or,
 // with an exact store, the exact rows of all cells. A cell is coded when it leaves the window, not before: short
-// contexts cost no coding. It knows nothing of who owns the memory: the blocks lie where the caller says.
+// contexts cost no coding. The caller owns the memory of the blocks and says where they lie.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct CacheShape {
 
 /// Where the blocks of one side lie, in bytes: block b of stream s and KV head h at
 ///   h * head_stride + page * block_stride
-/// with page = s * blocks_per_stream + b or, in a paged cache, what `table` has there.
+/// with page = s * blocks_per_stream + b or, in a paged cache, table[s * blocks_per_stream + b].
 struct BlockPlaces {
   size_t head_stride = 0;
   size_t block_stride = 0;
@@ -40,17 +40,18 @@ struct BlockPlaces {
 ///
 /// Memory, where the side is not a view of blocks that lie elsewhere: block[n_kv_heads][n_streams][blocks_per_stream]
 /// of format.block_bytes() each, then exact[n_slots][n_kv_heads * head_dim] f16, the window's rows as the model wrote
-/// them (not transformed). With an exact store no row lies here (n_slots = 0) nor in flight: all do in the store.
+/// them (not transformed). With an exact store n_slots is 0: the store holds all rows, the batch's in flight as well.
 class CacheSide {
 public:
   /// Bytes of memory for a side whose window has `n_slots` rows there.
   static size_t memory_bytes(const CacheShape& shape, const Format& format, int n_slots, bool coded = true);
 
-  /// One codec a KV head, all of one format. `memory` must outlive the side; it is not cleared. A side with an exact
-  /// store may do without codes (values of which only retrieved ones are read): then there are no blocks.
+  /// `codecs` has one codec a KV head, all of one format. `memory` must outlive the side; it is not cleared. With an
+  /// exact store `coded` may be false, for values that are only read where they are retrieved (tail=drop): the side
+  /// then has no blocks.
   CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, int n_slots, uint8_t* memory,
             std::unique_ptr<ExactStore> store = nullptr, bool coded = true);
-  /// A view of blocks that lie anywhere, without rows: `blocks` is page 0 of KV head 0 and must outlive the side.
+  /// A view of blocks of the caller's, without exact rows: `blocks` is page 0 of KV head 0 and must outlive the side.
   CacheSide(const CacheShape& shape, std::shared_ptr<const std::vector<HeadCodec>> codecs, uint8_t* blocks,
             const BlockPlaces& places);
 
@@ -75,22 +76,24 @@ public:
   /// no codes. The input is always f16, whatever the model computed in, so that a saved and loaded row gets the same
   /// codes.
   void encode_row(const uint16_t* row, int64_t cell) const;
-  /// Encodes one head's part of such a row.
+  /// Encodes one head's part of such a row; `row` is the whole row.
   void encode_head(int head, const uint16_t* row, int64_t cell) const;
-  /// The numbers of one head, `x` [head_dim], as they are.
+  /// Encodes one head's numbers, `x` [head_dim], not transformed.
   void encode_head(int head, const float* x, int64_t cell) const;
-  /// The row that the codes stand for, in the model's own domain.
+  /// Decodes a cell to `row` [n_kv_heads * head_dim], in the model's own domain.
   void decode_row(int64_t cell, float* row) const;
-  /// One head of it, `x` [head_dim].
+  /// Decodes one head of a cell to `x` [head_dim].
   void decode_head(int head, int64_t cell, float* x) const;
 
-  /// Rows as the model wrote them.
+  /// The exact rows.
   ExactRows& rows() { return *rows_; }
   const uint16_t* row_data(const Window::Row& row) const { return rows_->row(row); }
-  /// The exact store, which has the rows of all cells, or null.
+  /// The exact store, which has the rows of all cells that it has room for, or null.
   const ExactStore* store() const { return rows_->store(); }
+  /// With an exact store: the row of a cell, or null where it was never written or found no room.
+  const uint16_t* stored_row(int64_t cell) const { return rows_->at(cell, -1); }
 
-  /// Copies a stream's blocks and, with an exact store, its rows to another stream. The window's slots are the layer's.
+  /// Copies a stream's blocks and, with an exact store, its rows to another stream. CacheLayer copies the slots.
   void copy_stream(int from, int to);
 
 private:
@@ -121,11 +124,11 @@ public:
     return const_cast<CacheLayer*>(this)->exact_row(kind, cell);
   }
 
-  /// Starts writing one side of a batch's cells. Keys and values of a batch come in either order: the first begins the
-  /// batch, the second, with the same cells, joins it. Throws std::runtime_error where the exact store is full; the
-  /// layer is then as it was.
+  /// Starts writing one side of a batch's cells. Keys and values of a batch come in either order: the side that comes
+  /// first begins the batch, the other, with the same cells, joins it. Throws std::runtime_error where the exact store
+  /// cannot be written to; the layer is then as it was.
   void begin_write(Kind kind, std::span<const int64_t> cells);
-  /// Row `row` of the batch, f16. Rows may be stored by several threads at once.
+  /// Writes row `row` of the batch, [n_kv_heads * head_dim] f16. Several threads may write rows at once.
   void write_row(Kind kind, int row, const uint16_t* data);
   /// To be called before a batch is attended to, once both its sides are written: encodes the cells that leave because
   /// of the batch before, if that had several tokens (Window::settle). `visible` as in Window::commit.
@@ -145,9 +148,9 @@ public:
     end_commit();
   }
 
-  /// Takes in the row of a loaded state's cell, whose place in the exact store ExactRows::keep has made. It goes to a
-  /// slot of the window, or is encoded where the window has none for it. A state's keys all come before its values, so
-  /// keys that come after values begin another sequence.
+  /// Takes in the row of a loaded state's cell, for which ExactRows::keep was called before. The row goes to a slot of
+  /// the window; where the window has none for it, it is encoded. All keys of a state come before its values, so a key
+  /// that comes after a value begins another sequence.
   void take_row(Kind kind, int64_t cell, const uint16_t* row);
 
   void copy_stream(Kind kind, int from, int to);
@@ -162,9 +165,9 @@ private:
   Window window_;
   bool has_keys_ = false, has_values_ = false;  // of the batch in flight
   Window::Changes changes_;                     // between begin_commit and end_commit
-  Kind arrived_ = Kind::key;                    // the row that arrived last
-  std::vector<float> queries_;                  // of the batch before where cells wait to leave: [row][head][dim]
-  BatchQueries kept_queries_;                   // these
+  Kind arrived_ = Kind::key;                    // of the row that take_row got last
+  std::vector<float> queries_;  // of the last batch, while cells wait for settle to leave: [row][head][dim]
+  BatchQueries kept_queries_;   // a view of queries_
 };
 
 }  // namespace thimble

@@ -11,7 +11,7 @@ namespace {
 
 constexpr size_t kMostQueries = 64;
 
-// Sums that do not depend on how a compiler orders them: four, then their sum.
+// Adds in four sums of a fixed order, so that the result does not depend on how a compiler vectorizes the loop.
 float product(const float* a, const float* b, int n) {
   float sums[4] = {};
   int d = 0;
@@ -29,7 +29,7 @@ void multiply(const float* query, int group, int kv_head, int dim, std::span<con
   for (size_t first = 0; first < keys.size(); first += kBlockCells) {
     const int n = int(std::min<size_t>(kBlockCells, keys.size() - first));
     for (int i = 0; i < n; i++) rows[i] = reinterpret_cast<const uint8_t*>(keys[first + i] + size_t(kv_head) * dim);
-    kernels().load_rows(Kind::value, rows, n, dim, tile);  // row by row
+    kernels().load_rows(Kind::value, rows, n, dim, tile);  // as values: tile [cell][dim], not transposed
     for (int i = 0; i < n; i++) {
       for (int g = 0; g < group; g++) {
         out[g * keys.size() + first + i] = product(query + size_t(g) * dim, tile + size_t(i) * dim, dim);

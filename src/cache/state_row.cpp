@@ -82,7 +82,7 @@ void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const 
     for (int head = 0; head < side.shape().n_kv_heads; head++) {
       copy_cell_in(format, kind, row_vectors(row) + head * vector_bytes, side.block(head, cell), side.in_block(cell));
     }
-    if (kept) {  // what the codes stand for is all that is left of the row
+    if (kept) {  // the row itself was not saved, so the store gets what its codes decode to
       std::vector<float> decoded(side.row_size());
       side.decode_row(cell, decoded.data());
       std::transform(decoded.begin(), decoded.end(), kept, float_to_half);

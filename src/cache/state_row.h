@@ -10,28 +10,28 @@
 
 namespace thimble {
 
-/// Whether a coded cell fits its f16 row, tag included. Where it does not (tiny heads), keep the cache f16.
+/// Whether a coded cell, tag included, fits into its f16 row. Where it does not (tiny heads), the cache must stay f16.
 bool state_row_fits(const CacheShape& shape, const Format& format);
 
 /// What a saved row holds, for a side whose codes depend on `hash`. `refused`: codes made with other settings, or codes
 /// for a side that keeps none (`takes_codes` false).
 enum class RowKind : uint8_t { exact, coded, refused };
 RowKind row_kind(const uint8_t* row, uint64_t hash, bool takes_codes);
-/// The sentence on a row that is refused.
+/// What the error about a refused row says.
 extern const char* const kOtherSettings;
 
 /// Bytes that the codes and scales of all heads take in a coded row.
 size_t row_vectors_bytes(const CacheShape& shape, const Format& format);
-/// Where in a coded row they begin.
+/// Where the codes and scales of a coded row begin.
 const uint8_t* row_vectors(const uint8_t* row);
 /// Makes a coded row of `n` bytes of codes and scales: tag, hash, these bytes, zeros.
 void write_coded_row(const uint8_t* vectors, size_t n, uint64_t hash, uint8_t* row, size_t row_bytes);
 
-/// Writes a cell's row, row_size() * 2 bytes. `hash` names everything that the codes depend on.
+/// Writes the saved row of a cell to `row`, row_size() * 2 bytes. `hash` is that of all settings that codes depend on.
 void save_cell(const CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, uint8_t* row);
-/// Writes a saved row into the cache: codes into the cell's blocks, an exact row into the window as long as that has a
-/// slot for it (Window::place). Keys of a cell are loaded before its values. Throws std::runtime_error where the row
-/// holds codes of another hash, or the exact store is full.
+/// Writes a saved row into the cache: codes into the cell's blocks, an exact row into the window where that has a slot
+/// for it (Window::place). A cell's keys are loaded before its values. Throws std::runtime_error where the row holds
+/// codes of another hash.
 void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row);
 
 /// Makes a row that load_cell refuses, for a cell that could not be saved.

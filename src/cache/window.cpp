@@ -6,7 +6,7 @@
 namespace thimble {
 namespace {
 
-constexpr uint64_t kGone = 0;  // older than any sequence
+constexpr uint64_t kGone = 0;  // the number of sequences that are gone, below that of any other
 constexpr int64_t kCellsOfASequence = 1024;
 constexpr int kSequences = 4;  // at least so many have slots in a stream that may be shared
 
@@ -108,8 +108,8 @@ void Window::begin_batch(std::span<const int64_t> cells) {
   listed_ = true;
 }
 
-// Marks which of a sequence's exact cells stay: all if they are no more than `most`; else its `last` last ones and the
-// size_.pool that matter most of the others.
+// Marks which of a sequence's exact cells stay: all, if they are no more than `most`; else the `last` that were written
+// last and, of the others, the size_.pool that matter most.
 void Window::keep(Members& sequence, int last, int spare, int most, const Judge& judge) const {
   const int n = int(sequence.size());
   if (n <= most) {
@@ -119,10 +119,12 @@ void Window::keep(Members& sequence, int last, int spare, int most, const Judge&
   std::sort(sequence.begin(), sequence.end(), [](auto* a, auto* b) { return a->order < b->order; });
   int n_new = 0;
   for (const Candidate* c : sequence) n_new += c->row.in_flight;
-  // Few tokens are treated as if they had come one by one: cells would have left when the sequence had one too many,
-  // and the tokens behind that one would not have been there yet. `end` is the number of cells that it had then.
+  // A batch of few tokens is treated as if its tokens had come one by one: cells leave when the sequence has one cell
+  // too many, and the tokens behind that one do not count yet. `end` is the number of cells at that moment.
   const int end = n_new <= spare ? last + size_.pool + spare + 1 : n;
-  std::vector<int> judges;  // batch rows whose queries decide: all of a prompt, else the one too many, or the first
+  // Batch rows whose queries decide: of a prompt all; else the row that was one too many or, where that was in an
+  // earlier batch, the first of this batch.
+  std::vector<int> judges;
   for (const Candidate* c : sequence) {
     const bool is_one = judges.empty() && c->row.in_flight, decides = c == sequence[end - 1] && c->order > n_before_;
     if (n_new <= spare && decides) judges.clear();
@@ -146,7 +148,8 @@ void Window::keep(Members& sequence, int last, int spare, int most, const Judge&
   for (int i = 0; i < n_pool; i++) sequence[best[i].second]->keep = true;
 }
 
-// Where the sequences of one batch together keep more cells than there are slots, lets each keep fewer last cells.
+// Where the sequences of one batch together keep more cells than there are slots, halves the last cells that each keeps
+// until they fit.
 void Window::fit(std::vector<Candidate>& candidates, std::vector<Members>& sequences, const Judge& judge) const {
   const auto excess = [&] {
     std::vector<int> n(n_used_.size());
@@ -165,8 +168,8 @@ void Window::fit(std::vector<Candidate>& candidates, std::vector<Members>& seque
   }
 }
 
-// Empties slots until n more cells of the stream fit; if it has to empty any, then at least size_.spare. The cells are
-// of sequences with numbers below `seen_from`, which the last batch did not see.
+// Empties slots until n more cells of the stream fit; if it has to empty any, then at least size_.spare. Only sequences
+// with numbers below `seen_from` lose cells: the last batch did not see them.
 void Window::make_room(int64_t stream, int n, uint64_t seen_from) {
   int missing = n_used_[stream] + n - max_slots_per_stream_;
   if (missing <= 0) return;
@@ -178,7 +181,7 @@ void Window::make_room(int64_t stream, int n, uint64_t seen_from) {
   std::sort(unseen.begin(), unseen.end(), [](const Slot* a, const Slot* b) {
     return a->sequence != b->sequence ? a->sequence < b->sequence : a->order < b->order;
   });
-  // Three rounds, each by sequences: cells of sequences that are gone, cells behind the pool, the pool.
+  // In three rounds over the sequences leave: cells of sequences that are gone, other cells outside the pool, the pool.
   for (int round = 0; round < 3; round++) {
     for (auto at = unseen.begin(); at != unseen.end() && missing > 0;) {
       const auto end = std::find_if(at, unseen.end(), [=](const Slot* s) { return s->sequence != (*at)->sequence; });
@@ -276,7 +279,7 @@ std::vector<Window::Row> Window::settle(const Visible& visible, const Judge& jud
     std::erase_if(sequence, [](const Candidate* c) { return c->row.in_flight; });
     keep(sequence, size_.last, size_.spare, size_.total(), judge);
     for (const Candidate* c : sequence) {
-      // A cell that a later sequence sees as well is left to that one to decide about.
+      // Where several sequences see a cell, it has the number of one of them, and that one decides.
       if (!c->keep && c->sequence == sequence.front()->sequence) leaving.push_back(c->row);
     }
   }
@@ -308,7 +311,7 @@ Window::Changes Window::commit(const Visible& visible, const Judge& judge) {
       continue;
     }
     const bool is_seen = c.sequence >= seen_from, gone = !is_seen && overwritten_.count(c.sequence);
-    // Cells of a sequence that is gone leave when their slots are needed, not at once: the next conversation will write
+    // Cells of a sequence that is gone leave when their slots are needed, not at once: the next sequence will write
     // over most of them, and a cell that is written over need not be encoded.
     slots_[c.row.index].sequence = gone ? kGone : c.sequence;
     if (is_seen && !c.keep) empty(slots_[c.row.index]);

@@ -6,7 +6,7 @@ namespace thimble {
 
 std::vector<int> allot(const std::vector<SideCosts>& sides, const std::vector<double>& rates, double target) {
   std::vector<int> chosen(sides.size(), 0);
-  double left = 0;  // bits to spend on a cell
+  double left = 0;  // bits that a cell may still get, all sides together
   for (const SideCosts& side : sides) left += side.numbers * (target - rates[0]);
   for (;;) {
     double best_saving = 0;

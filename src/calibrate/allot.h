@@ -1,5 +1,5 @@
-// Uneven bits at an even average: a side (the keys or the values of one layer) that costs more when it is coded
-// coarsely gets more bits, at the expense of others.
+// Uneven bits at a given average: a side (the keys or the values of one layer) that costs more when it is coded
+// coarsely gets more bits, and others get fewer.
 #pragma once
 
 #include <vector>
@@ -8,13 +8,13 @@ namespace thimble {
 
 struct SideCosts {
   double numbers = 0;         // in one cell of the side
-  std::vector<double> costs;  // expected harm at each candidate rate
+  std::vector<double> costs;  // expected noise at each candidate rate (fit_profile says in which units)
 };
 
-/// The rate (its index) for each side, so that the average over all numbers is at most `target` bits and the sum of
-/// costs about the smallest: from the lowest rate on, always the step that saves most for a bit (as Shoham and Gersho,
-/// Efficient bit allocation for an arbitrary set of quantizers, 1988). `rates` ascend, the first is no more than the
-/// target.
+/// Returns the index of a rate for each side, such that the average over all numbers is at most `target` bits and the
+/// sum of costs is nearly the smallest. All sides begin at the lowest rate; each step raises the side whose cost falls
+/// most for each bit (after Shoham and Gersho, Efficient bit allocation for an arbitrary set of quantizers, 1988).
+/// `rates` ascend; the first must not be above the target.
 std::vector<int> allot(const std::vector<SideCosts>& sides, const std::vector<double>& rates, double target);
 
 }  // namespace thimble

@@ -16,7 +16,7 @@
 namespace thimble {
 namespace {
 
-/// Which cache tensor lies behind a view.
+/// The name of the cache tensor that `t` is or is a view of.
 std::optional<CacheName> cache_behind(const ggml_tensor* t) {
   while (t->view_src) t = t->view_src;
   return parse_cache_name(t->name);
@@ -52,7 +52,7 @@ std::vector<float> fetch(const ggml_tensor* t) {
   return out;
 }
 
-/// The rotation that made these keys, if one did: the ROPE node that they come from.
+/// The ROPE node that these keys come from, or null where they are not rotated.
 const ggml_tensor* rope_behind(const ggml_tensor* t) {
   for (int depth = 0; t && depth < 12; depth++, t = t->src[0]) {
     if (t->op == GGML_OP_ROPE) return t;
@@ -60,11 +60,11 @@ const ggml_tensor* rope_behind(const ggml_tensor* t) {
   return nullptr;
 }
 
-/// Angles as ggml computes them (ggml_rope_ext: base, linear and YaRN scaling, factors); its magnitude scaling is in
-/// the keys already and a further turn must not repeat it.
+/// Reads the angles of a ROPE node as ggml computes them (ggml_rope_ext: base, linear and YaRN scaling, factors).
+/// YaRN's magnitude scaling is left out: the keys have it already, and a further rotation must not repeat it.
 Rope rope_of(const ggml_tensor* node, RopeShape& shape) {
   int32_t ints[5];
-  float floats[6];  // base, scale, YaRN's mix, its magnitude, beta fast and slow
+  float floats[6];  // base, scale, and YaRN's mix, magnitude, beta fast, beta slow
   std::memcpy(ints, node->op_params, sizeof ints);
   std::memcpy(floats, node->op_params + 5, sizeof floats);
   const int n_dims = ints[1], mode = ints[2];
@@ -76,7 +76,7 @@ Rope rope_of(const ggml_tensor* node, RopeShape& shape) {
   ggml_rope_yarn_corr_dims(n_dims, ints[4], floats[0], floats[4], floats[5], ramp);
 
   Rope rope;
-  // Text positions advance all of M-RoPE's sections alike, so it pairs and turns as NeoX does.
+  // In a text, all sections of M-RoPE have the same position, so it rotates as NeoX's RoPE does.
   rope.neighbours = mode == GGML_ROPE_TYPE_NORMAL;
   for (int i = 0; i < n_dims / 2; i++) {
     const double full = std::pow(double(floats[0]), -2.0 * i / n_dims) / factors[i];
@@ -156,7 +156,7 @@ void Collector::stored(const ggml_tensor* node, int layer, Kind kind) {
 }
 
 void Collector::measure(const ggml_tensor* node, int layer, void (LayerStatistics::*add)(double)) {
-  // The last layer's may hold the last token only, which is enough.
+  // llama.cpp computes the last layer's output for the last token only, which is enough here.
   if (!layers_[layer] || node->type != GGML_TYPE_F32 || !ggml_is_contiguous(node)) return;
   const std::vector<float> x = fetch(node);
   for (int64_t t = 0; t < node->ne[1]; t++) {
@@ -171,7 +171,7 @@ void Collector::attended(const ggml_tensor* node, int layer) {
   const int n_tokens = int(q->ne[1]);
   const LayerShape shape = {int(k->ne[2]), int(q->ne[2]), int(k->ne[0]), int(v->ne[0])};
   const auto found = pending_.find(layer);
-  if (found == pending_.end()) return;  // a layer that reads another one's cache
+  if (found == pending_.end()) return;  // this layer reads another layer's cache
   Pending& pending = found->second;
   if (pending.keys.values.size() != size_t(n_tokens) * shape.n_kv_heads * shape.key_dim ||
       pending.values.values.size() != size_t(n_tokens) * shape.n_kv_heads * shape.value_dim) {
@@ -194,7 +194,7 @@ void Collector::attended(const ggml_tensor* node, int layer) {
   layers_[layer]->add(
       {first_position_, n_tokens, pending.keys.values.data(), pending.values.values.data(), queries.data()});
   if (last_) {
-    // The attention of the last 32 queries, over the cache as it lies there. Sequences start at cell 0.
+    // The attention weights of the last 32 queries over the cache's keys. Here a sequence starts at cell 0.
     const std::vector<float> keys = fetch(k);  // [n_kv_heads][n_cells][key_dim]
     const int n_cells = int(k->ne[1]), group = shape.n_heads / shape.n_kv_heads;
     for (int t = std::max(0, n_tokens - 32); t < n_tokens; t++) {

@@ -14,11 +14,11 @@ namespace thimble {
 
 class Collector {
 public:
-  /// `n_layers` of the model.
+  /// `n_layers`: the model's number of layers.
   Collector(int n_layers, const StatisticsOptions& options);
 
-  /// The tokens that the next graph computes: positions first_position.., one sequence, no more tokens than the
-  /// context's n_ubatch. `last` tells that the sequence ends with them: its last queries then count for the density.
+  /// To be called before each graph: its tokens have positions from first_position on, are of one sequence, and are no
+  /// more than the context's n_ubatch. `last`: the sequence ends with them, and its last queries count for the density.
   void begin(int first_position, bool last) {
     first_position_ = first_position;
     last_ = last;
@@ -27,10 +27,10 @@ public:
   /// For `cb_eval`, with the Collector as its user data.
   static bool callback(ggml_tensor* node, bool ask, void* collector);
 
-  /// Throws what went wrong inside the callback, which must not throw through llama.cpp.
+  /// Throws std::runtime_error with the first error of the callback, which must not throw through llama.cpp.
   void check() const;
 
-  /// Layers seen, as far as the model has them; the architecture is the caller's to fill in.
+  /// The shapes of the layers that were seen; the caller fills in the architecture.
   ModelShape shape() const;
   std::vector<LayerStatistics> take_layers();
 
@@ -39,7 +39,7 @@ private:
     std::vector<float> values;  // [n_tokens][row]
     int n_tokens = 0;
   };
-  struct Pending {  // of one layer, until its attention comes by
+  struct Pending {  // of one layer, until its attention node comes
     Rows keys, values;
     Rope rope;
     RopeShape rope_shape;

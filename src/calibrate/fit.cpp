@@ -21,10 +21,10 @@ namespace thimble {
 namespace {
 
 constexpr Eigen::Index kDistortionSamples = 512;
-// What a side may be given where bits are spent unevenly.
+// The rates that a side may get where bits are spent unevenly.
 constexpr double kCandidateRates[] = {1, 1.25, 1.5, 2, 3, 4};
 
-/// Codewords to int8, with the largest number of the subspace at 127.
+/// Appends a subspace's codewords as int8, scaled so that the largest number is 127.
 void append_codewords(const Centres& centres, Codebook& book) {
   float largest = 0;
   for (float v : centres.values) largest = std::max(largest, std::fabs(v));
@@ -100,7 +100,7 @@ LayerCodebooks assemble_codebooks(const std::vector<FittedHead>& heads, int rate
   return books;
 }
 
-/// work(0) .. work(n - 1), each once, by several threads. Throws what one of them threw.
+/// Calls work(0) to work(n - 1), each once, on several threads. Throws an exception that one of them threw.
 void for_each_in_threads(size_t n, int n_threads, const std::function<void(size_t)>& work,
                          const std::function<void(double)>& progress) {
   std::atomic<size_t> next = 0;
@@ -135,7 +135,7 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
   if (samples.rows() == 0) throw std::runtime_error("no samples to calibrate on: give a longer text");
   FittedHead head;
   head.transform = options.transform == "vecinfer" ? fit_vecinfer(samples, kind) : fit_klt(samples, metric);
-  // Codewords describe vectors normalized to a root mean square of 1, as encode_vector makes them.
+  // Codewords describe vectors normalized to a root mean square of 1, as encode_vector normalizes them.
   Matrix y = (samples.rowwise() - head.transform.mean) * head.transform.matrix;
   const float dim = float(y.cols());
   for (Eigen::Index i = 0; i < y.rows(); i++) {
@@ -166,7 +166,7 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
   if (uneven) rates.insert(std::begin(kCandidateRates), std::end(kCandidateRates));
   const std::vector<double> candidates(rates.begin(), rates.end());
 
-  // Every side's heads: [layer][kind][kv_head].
+  // One job for each KV head of a side; results in fitted[layer][kind][kv_head].
   struct Job {
     int layer, kv_head;
     Kind kind;
@@ -195,7 +195,7 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
   for_each_in_threads(
       jobs.size(), options.n_threads, [&](size_t i) { fit(jobs[i], options.seed * 7919 + i); }, progress);
 
-  // What coding a side costs at each rate, see the header; by budget.
+  // The costs of each side (fit.h has the formula), by budget.
   std::map<int, std::vector<SideCosts>> sides;
   const auto budget_of = [&](size_t layer) { return options.budgets.empty() ? 0 : options.budgets.at(layer); };
   for (size_t i = 0; i < shape.layers.size(); i++) {

@@ -1,4 +1,4 @@
-// From statistics to a profile.
+// Fits a profile to statistics.
 #pragma once
 
 #include <functional>
@@ -14,25 +14,26 @@ struct FitOptions {
   std::string transform = "klt";  // or "vecinfer"
   std::vector<double> bits = {4, 2, 1};
   bool uneven = true;  // spend a rate's bits where they help most (calibrate/allot.h); klt only
-  /// Which budget the bits of each layer come from; empty: all layers share one. A rate holds on average in every
-  /// budget, so layers that a configuration leaves f16 take no bits from those that it codes where they have another.
+  /// The budget that each layer's bits come from, [n_layers]; empty: all layers share one. A rate is the average of
+  /// every budget, so layers that a configuration leaves f16 take no bits from coded ones if they have another budget.
   std::vector<int> budgets;
   int iterations = 20;  // of k-means
   uint64_t seed = 1;
   int n_threads = 1;
 };
 
-/// One head's keys or values at all rates. `samples` are [n][head_dim]; `metric` as fit_klt takes it.
+/// One head's keys or values, fitted at all rates.
 struct FittedHead {
   FittedTransform transform;
   struct Rate {
     Format format;
-    std::vector<int16_t> order;
+    std::vector<int16_t> order;  // as deal_components returns it
     Codebook codebook;
     double distortion;  // mean e^T S e of an error e, in the units of the metric S
   };
-  std::vector<Rate> rates;  // as the formats given
+  std::vector<Rate> rates;  // one for each format, in their order
 };
+/// `samples` are [n][head_dim]; `metric` is that of fit_klt. Throws std::runtime_error where there are no samples.
 FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind kind, const std::vector<Format>& formats,
                     const FitOptions& options, uint64_t seed);
 
@@ -40,9 +41,9 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
 /// fitted by n_threads threads, each from its own seed, so the result does not depend on their number. `progress` is
 /// called with the share of heads done, by one thread at a time.
 ///
-/// Where bits are spent unevenly, a side's harm is what the noise of its codes adds to the layer's output, weighed by
-/// LayerStatistics::output_weight. With p the attention weights of a query over coded cells, and errors of cells
-/// independent of each other:
+/// Where bits are spent unevenly, a side's cost is the power of the noise that its codes add to the layer's output, times
+/// LayerStatistics::output_weight. With p the attention weights of a query over coded cells, e a value's error, o the
+/// output, and the errors of cells independent of each other:
 ///   values:  |Wo sum p e|^2 = sum p^2 * E|Wo e|^2
 ///   keys:    a score's error s moves the output by p s Wo (v - o), so sum p^2 * E[s^2] * E|Wo (v - mean v)|^2
 Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>& layers,

@@ -17,7 +17,7 @@ constexpr int kLanes = 16;  // points at a time
 using Floats = float __attribute__((vector_size(kLanes * 4)));
 using Ints = int32_t __attribute__((vector_size(kLanes * 4)));
 
-// The best of 128 centres for 16 points at a time. `weights` [128][width], `count` a multiple of 16.
+// Finds the best of 128 centres for each point, 16 points at a time. `weights` [128][width], `count` a multiple of 16.
 template <int width>
 [[gnu::always_inline]] inline void best_centres(const Points& points, size_t count, const float* weights,
                                                 const float* half_norms, uint8_t* nearest) {
@@ -39,7 +39,8 @@ template <int width>
   }
 }
 
-// Calibration's hot loop: one clone for each instruction set, which is chosen before ThreadSanitizer's runtime stands.
+// Calibration spends most of its time here, so the compiler makes a clone for each instruction set. Not under
+// ThreadSanitizer, whose runtime is not ready yet when the loader chooses a clone.
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
 #define THIMBLE_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
@@ -52,7 +53,7 @@ THIMBLE_CLONES void best_centres_of(const Points& points, size_t count, const fl
   if (points.width == 8) best_centres<8>(points, count, weights, half_norms, nearest);
 }
 
-/// Every `step`-th point, as many as make whole vectors.
+/// Takes every `step`-th point; their number is rounded down to a multiple of 16.
 Points every(const Points& points, size_t step) {
   Points few{points.width, points.count / step / kLanes * kLanes, {}};
   for (int j = 0; j < points.width; j++) {
@@ -61,7 +62,7 @@ Points every(const Points& points, size_t step) {
   return few;
 }
 
-/// Lloyd's iterations on `points`, from where `centres` are.
+/// Runs Lloyd's iterations on `points`, beginning with `centres`.
 void refine(const Points& points, int iterations, std::mt19937_64& random, Centres& centres) {
   std::vector<uint8_t> nearest(points.count);
   for (int iteration = 0; iteration < iterations; iteration++) {
@@ -77,7 +78,7 @@ void refine(const Points& points, int iterations, std::mt19937_64& random, Centr
       counts[c]++;
     }
     for (int c = 0; c < kCodewords; c++) {
-      // A centre that nobody is near to starts again at some point.
+      // A centre that no point is nearest to moves to a random point.
       const size_t stray = random() % points.count;
       for (int j = 0; j < points.width; j++) {
         centres.values[size_t(j) * kCodewords + c] =
@@ -104,7 +105,7 @@ void assign(const Points& points, const Centres& centres, uint8_t* nearest) {
 
 Centres kmeans(const Points& points, int iterations, uint64_t seed) {
   std::mt19937_64 random(seed);
-  // A few points find where the centres belong, all of them say exactly where.
+  // Most iterations run on a few points, which is fast; the last ones run on all, which is exact.
   const Points few = every(points, std::max<size_t>(1, points.count / kFewPoints)), all = every(points, 1);
   if (all.count == 0) throw std::runtime_error("too few samples to calibrate on: give a longer text");
   Centres centres{points.width, std::vector<float>(size_t(points.width) * kCodewords)};

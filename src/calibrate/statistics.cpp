@@ -9,10 +9,11 @@
 namespace thimble {
 namespace {
 
-// The first cells of a sequence stay exact in the cache (attention sinks, unlike all others), so they do not count.
+// The first cells of a sequence are attention sinks, whose keys are unlike all others. The cache keeps sinks exact
+// (cache/pool.h), so these cells are left out.
 constexpr int kSinks = 8;
-constexpr int kRecent = 128;  // nor do the last
-// Tokens that are turned to one random position together.
+constexpr int kRecent = 128;  // last cells, which stay exact too and are left out of concentration()
+// Tokens that are rotated to one random position together.
 constexpr int kStretch = 64;
 // TailorKV's alpha: the share of cells whose attention is compared with the rest.
 constexpr double kDominantShare = 0.05;

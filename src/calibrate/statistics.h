@@ -1,5 +1,5 @@
-// What one pass over text leaves behind for fitting: a bounded sample of keys and values of every KV head, the second
-// moments of the queries that meet the keys, and how broadly each layer attends.
+// The statistics of one pass over a text, which fitting needs: a bounded sample of keys and values of every KV head,
+// the second moments of the queries that attend to the keys, and how broadly each layer attends.
 #pragma once
 
 #include <Eigen/Core>
@@ -14,9 +14,9 @@
 namespace thimble {
 
 struct StatisticsOptions {
-  /// Positions that the statistics must hold for: vectors are turned to random positions below it.
+  /// The statistics must hold for positions below this one: vectors are rotated to random positions below it.
   int context = 8192;
-  /// Tokens that the pass will bring; with the next, it settles which of them are kept as samples.
+  /// Tokens of the whole pass. Every k-th is kept as a sample, such that there are at most max_samples.
   size_t n_tokens = 0;
   size_t max_samples = 32768;
   uint64_t seed = 1;
@@ -34,14 +34,14 @@ struct LayerActivations {
 
 class LayerStatistics {
 public:
-  /// `score_scale`: what the layer multiplies q.k by.
+  /// `score_scale`: the factor that the layer multiplies q.k by.
   LayerStatistics(const LayerShape& shape, Rope rope, float score_scale, const StatisticsOptions& options, int layer);
 
   void add(const LayerActivations& activations);
 
-  /// Takes the attention weights of one query over the cells before it, in order, not normalized.
+  /// Adds the attention weights of one query over all cells up to its own, in order, not normalized.
   void add_attention(int kv_head, std::vector<float> weights);
-  /// Takes |x|^2 of one token's residual stream behind the layer.
+  /// Adds |x|^2 of one token's residual stream behind the layer.
   void add_residual(double square) { residual_sum_ += square, n_residuals_++; }
   /// Takes |x|^2 of what the layer's attention puts out for one token, behind its output projection; and of the same
   /// behind a norm, where the model has one there.
@@ -49,12 +49,14 @@ public:
   void add_normalized(double square) { normalized_sum_ += square, n_normalized_++; }
 
   const LayerShape& shape() const { return shape_; }
+  /// The sampled keys or values of a KV head, [n_samples][head_dim].
   Matrix samples(Kind kind, int kv_head) const;
   /// E[q q^T] over the queries of the group, [key_dim][key_dim].
   Eigen::MatrixXd query_moment(int kv_head) const;
+  /// See Profile::density.
   float density() const;
-  /// Mean sum of squared attention weights over the cells that are coded: how far errors of single cells survive in the
-  /// sum over cells.
+  /// Mean over the queries of the sum of p^2 over coded cells, p the attention weights: the factor by which independent
+  /// errors of single cells come through in the weighted sum.
   double concentration(int kv_head) const;
   /// Mean |x|^2 of the residual stream, 1 where it was not seen.
   double residual() const { return n_residuals_ ? residual_sum_ / double(n_residuals_) : 1.0; }

@@ -10,7 +10,7 @@
 namespace thimble {
 namespace {
 
-// A metric that ignores a direction altogether has no inverse; this share of the mean eigenvalue is added to all.
+// A metric in which some direction costs nothing has no inverse, so this share of the mean eigenvalue is added to all.
 constexpr double kRidge = 1e-3;
 
 }  // namespace

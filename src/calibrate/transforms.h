@@ -1,4 +1,4 @@
-// The linear maps that make one head's keys or values easy to quantize, from samples of them.
+// Fits the linear maps that make one head's keys or values easy to quantize to samples of them.
 #pragma once
 
 #include <Eigen/Core>
@@ -16,30 +16,30 @@ struct FittedTransform {
   Matrix matrix;                    // A of y = (x - mean) A, [head_dim][head_dim]
   std::vector<double> variance;     // [head_dim], of the components of y
   double metric_scale = 1;          // y is measured in the metric over this: |y|^2 * metric_scale = e^T S e
-  bool ordered_by_variance = true;  // the components may be dealt out freely
+  bool ordered_by_variance = true;  // deal_components may reorder the components
 };
 
-/// Query-metric Karhunen-Loeve transform of `samples` [n][head_dim]. What a quantization error e costs is not |e|^2 but
-/// e^T S e, where S is
-///   keys:    E[q q^T] over the queries that meet them: the error of the score q.k, squared
-///   values:  the sum of Wo^T Wo over the heads that read them: the error of the layer's output, squared
-/// So vectors are mapped by S^(1/2), where the cost is the plain distance, and then turned to the principal axes of
-/// their covariance there: y = (x - mean) S^(1/2) U.
+/// Karhunen-Loeve transform (KLT) of `samples` [n][head_dim] in the metric S, `metric` [head_dim][head_dim]. A
+/// quantization error e costs not |e|^2 but e^T S e, where S is
+///   keys:    E[q q^T] over the queries that attend to them, so that the cost is the squared error of the score q.k
+///   values:  the sum of Wo^T Wo over the heads that read them: the squared error of the layer's output
+/// So vectors are mapped by S^(1/2), after which the cost is the squared distance, and then rotated to the principal
+/// axes U of their covariance: y = (x - mean) S^(1/2) U.
 FittedTransform fit_klt(const Matrix& samples, const Eigen::MatrixXd& metric);
 
-/// VecInfer's (arXiv 2510.06175, section 3): keys are divided by lambda = sqrt(max |x|) of each channel, then rotated
-/// by Hadamard's matrix; values are only rotated. No mean is taken off.
+/// VecInfer's transform (arXiv 2510.06175, section 3): each channel of the keys is divided by lambda = sqrt(max |x|),
+/// then keys are rotated by a Hadamard matrix; values are only rotated. No mean is subtracted.
 FittedTransform fit_vecinfer(const Matrix& samples, Kind kind);
 
-/// How the components of y are dealt out to subspaces: component d of the coded vector is column order[d].
+/// Deals the components of y out to subspaces. Returns `order`: component d of the coded vector is column order[d].
 ///
-/// At 8 bits a subspace, the bits that a component deserves follow from its variance by reverse water-filling (Cover
-/// and Thomas, Elements of Information Theory, 10.3.3). Components are dealt from the most varying on, each to the
-/// subspace that has the fewest bits so far and room, so that all end with about the same; wide subspaces of a mixed
-/// format then hold most of the components that hardly vary.
+/// A subspace has 8 bits. The bits that a component deserves follow from its variance by reverse water-filling (Cover
+/// and Thomas, Elements of Information Theory, 10.3.3). Components are dealt in order of falling variance, each to the
+/// subspace with room that has the fewest bits so far, so that all subspaces end with about the same; wide subspaces of
+/// a mixed format then hold most of the components that hardly vary.
 std::vector<int16_t> deal_components(const std::vector<double>& variance, const Format& format);
 
-/// Bits for each component, max(0, log2(variance / level) / 2), the level chosen so that they sum to `total`.
+/// Bits for each component, max(0, log2(variance / level) / 2), with the level for which they sum to `total`.
 std::vector<double> water_fill(const std::vector<double>& variance, double total);
 
 }  // namespace thimble

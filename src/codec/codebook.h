@@ -1,5 +1,5 @@
-// Sign-symmetric codebooks: every subspace has 128 codewords of int8 components and a float scale; with a code's sign
-// bit they make 256. Codewords describe vectors normalized to a root mean square of 1.
+// Sign-symmetric codebooks: every subspace has 128 codewords of int8 components and a float scale; a code's sign bit
+// negates one, so that a subspace has 256 points. Codewords describe vectors normalized to a root mean square of 1.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace thimble {
 struct Codebook {
   /// [head_dim][128]: row d holds component d of all 128 codewords of the subspace that d lies in.
   std::vector<int8_t> words;
-  /// [n_subspaces]: a codeword's real value is words * scale.
+  /// [n_subspaces]: what the components of a subspace's codewords are multiplied by.
   std::vector<float> scale;
 
   int8_t word(int component, int index) const { return words[size_t(component) * kCodewords + index]; }

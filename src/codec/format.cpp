@@ -24,7 +24,7 @@ Format make_format(int head_dim, double bits) {
     return format;
   }
   // Numbers that go to subspaces of width 2 and 4; the rest goes to width 8. What a width cannot cover evenly falls to
-  // the next narrower one, so an awkward head size costs a few bits more, never less.
+  // the next narrower one, so a head size that the widths do not divide costs a few bits more, never less.
   int in_width2 = 0, in_width4 = 0;
   if (bits == 4) {
     in_width2 = head_dim;

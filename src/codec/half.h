@@ -24,7 +24,7 @@ inline uint16_t float_to_half(float f) {
   const uint32_t magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN, quiet
   if (magnitude >= 0x477ff000) return sign | 0x7c00;  // rounds to infinity
-  if (magnitude < 0x38800000) {                       // subnormal or zero: let float addition do the rounding
+  if (magnitude < 0x38800000) {                       // subnormal or zero: float addition does the rounding
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return sign | uint16_t(std::bit_cast<uint32_t>(shifted) - 0x3f000000);
   }

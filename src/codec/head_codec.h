@@ -1,5 +1,5 @@
 // Everything needed to code the keys or the values of one KV head of one layer, and the specification of doing so:
-// `encode` and `decode` are the plain versions that every faster one must equal (codes bit for bit).
+// encode_vector and decode_vector are the plain versions that every faster one must equal (codes bit for bit).
 #pragma once
 
 #include <cstdint>
@@ -25,24 +25,25 @@ struct HeadCodec {
   void derive_tables();
 };
 
-/// No calibration: Hadamard rotation and the built-in codebook; or f16 as it is.
+/// A codec without calibration: a Hadamard rotation and the built-in codebook. With format.f16 it changes nothing.
 HeadCodec make_uncalibrated_codec(Kind kind, const Format& format);
 
-/// Codes of one transformed vector `y` [head_dim], into `codes` [n_subspaces]; returns its scale as f16.
+/// Writes the codes of one transformed vector `y` [head_dim] to `codes` [n_subspaces]; returns its scale as f16.
 ///
 /// y is normalized to a root mean square of 1, each subspace takes the codeword (of 256) nearest to it, the lowest
 /// index among equals; the scale is then the least-squares one, <y,c>/<c,c>. A vector of zeros gets scale 0, one that
 /// holds an infinity or a NaN gets scale NaN, which attention passes on as f16 would.
 uint16_t encode_vector(const HeadCodec& codec, const float* y, uint8_t* codes);
 
-/// The transformed vector that codes and scale stand for, into `y` [head_dim].
+/// Writes the transformed vector that codes and scale stand for to `y` [head_dim].
 void decode_vector(const HeadCodec& codec, const uint8_t* codes, uint16_t scale, float* y);
 
-// One cell of a block (layout in format.h). `y` is transformed, [head_dim].
+// The same for one cell, 0 to 63, of a block (layout in format.h). `y` [head_dim] is transformed.
 void encode_cell(const HeadCodec& codec, const float* y, uint8_t* block, int cell);
 void decode_cell(const HeadCodec& codec, const uint8_t* block, int cell, float* y);
 
-// Codes and scale of a cell, or its f16 numbers, as they are: `row` has format.vector_bytes() bytes.
+// Copy a cell between a block and `row`, format.vector_bytes() bytes: code[n_subspaces], then the f16 scale; or, with
+// format.f16, the cell's [head_dim] f16 numbers.
 void copy_cell_out(const Format& format, Kind kind, const uint8_t* block, int cell, uint8_t* row);
 void copy_cell_in(const Format& format, Kind kind, const uint8_t* row, uint8_t* block, int cell);
 

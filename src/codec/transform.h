@@ -1,7 +1,7 @@
-// The linear map that makes vectors easy to quantize, y = (x - mean) A, and its undoing on the other side of the
-// product. With B = A^-1:
-//   keys:    q.k = (q B^T).y + q.mean        so queries go through `query`, and q.mean is `query_bias`
-//   values:  sum p v = (sum p y) B + (sum p) mean    so outputs go through `output`, once per output vector
+// The linear map that makes vectors easy to quantize, y = (x - mean) A, and its inverse on the other side of the
+// product. calibrate/transforms.h fits A and mean. With B = A^-1:
+//   keys:    q.k = (q B^T).y + q.mean                `query` maps queries, and q.mean is `query_bias`
+//   values:  sum p v = (sum p y) B + (sum p) mean    `output` maps each output vector once
 #pragma once
 
 #include <vector>
@@ -30,13 +30,13 @@ public:
 
   int head_dim() const { return head_dim_; }
 
-  // All take and give n_rows rows of [head_dim]; input and output must not overlap.
+  // Each reads and writes n_rows rows of [head_dim]; input and output must not overlap.
   void forward(const float* x, float* y, int n_rows = 1, const TransformOps& ops = kPlainTransformOps) const;
   void query(const float* q, float* y, int n_rows = 1, const TransformOps& ops = kPlainTransformOps) const;
   /// `weights` [n_rows] are the sums of the attention weights behind y: 1, or less where learned sinks take a share.
   void output(const float* y, const float* weights, float* out, int n_rows, const TransformOps& ops) const;
   void output(const float* y, float weight, float* out) const { output(y, &weight, out, 1, kPlainTransformOps); }
-  /// x from y.
+  /// Computes x from y, both [head_dim].
   void inverse(const float* y, float* x) const { output(y, 1.0f, x); }
   float query_bias(const float* q) const;
 

@@ -65,24 +65,74 @@ struct WindowRows {
 struct NewRows {
   const float *keys = nullptr, *values = nullptr;  // as in EncodeArgs; null: none
   size_t key_token_stride = 0, key_head_stride = 0, value_token_stride = 0, value_head_stride = 0;
-  const int32_t* tokens = nullptr;                            // [n_streams][capacity], see WindowArgs
+  const int32_t* tokens = nullptr;                            // [n_streams][capacity], see LayerWindow
   uint16_t *window_keys = nullptr, *window_values = nullptr;  // the rows of AttendArgs::exact[0]
 };
 
 inline constexpr int kMaxWindowRows = 1024;  // of a stream
 
-/// What the window knows of a stream besides its rows; all zeros at first.
+/// What a window knows of a stream besides its rows; all zeros at first.
 struct WindowBooks {
   uint32_t n_batches, n_written, n_sequences;  // so far; sequences are numbered anew, upwards, in every batch
+  uint32_t n_before;                           // written before the last batch
   uint32_t seen_from;                          // the first number that the last batch gave to a sequence
-  uint32_t waits;  // whether cells wait for the next batch to leave, as the last one had several tokens of a sequence
-  uint32_t n_single;            // how many sequences had one token in the last batch
-  uint32_t single[kMaxTokens];  // their numbers
+  // Bit 0: whether cells wait for the next batch to leave, as the last one had several tokens of a sequence. Bit i + 1:
+  // whether all tokens of number i of these sequences are among its last.
+  uint32_t waits;
+  // Sequences that the last batch left with too many cells: how many, their numbers, and the bits of those whose cells
+  // leave at the beginning of the next batch whatever that shows. Number i is judged by kept query i.
+  uint32_t n_judged, judged[kMaxTokens], finishes;
 };
 
-/// Which cells the window holds, the same for all layers (encode/window_kernel.h). Before the first batch, window_cells
-/// and tokens hold -1, all else 0.
+/// The window of one layer (encode/window_kernel.h). Before the first batch, cells, tokens and judges hold -1, all else
+/// 0.
+struct LayerWindow {
+  int last = 0, pool = 0, spare = 0;  // WindowSize
+  int n_kv_heads = 0, group = 0, head_dim = 0;
+  WindowBooks* books = nullptr;  // [n_streams]
+  int32_t* cells = nullptr;      // [n_streams][capacity], for ExactRows; -1: unused
+  /// [n_streams][capacity], of each row: when it was written, counted in tokens, and the last sequence that saw it.
+  uint32_t *order = nullptr, *sequence = nullptr;
+  int32_t* tokens = nullptr;  // [n_streams][capacity]: the token whose row is to be written there, or -1
+  int32_t* judges =
+      nullptr;  // [n_streams][n_judges]: tokens, counted in their stream, whose queries are to be kept; -1
+  /// Cells that leave the window and are to be encoded from their rows, n_leaving[number of the batch % 2] of them.
+  int64_t* leaving_cells = nullptr;  // [n_streams * capacity]
+  int32_t* leaving_slots = nullptr;  // their rows in the stream's window
+  int* n_leaving = nullptr;          // [2]
+  uint32_t* hidden = nullptr;        // for AttendArgs; words of a stream: hidden_stream_stride
+  /// Of a batch that is decoded, [n_streams * kMaxTokens]; a prompt's are in WindowArgs.
+  int32_t* token_slots = nullptr;  // for WindowRows::slots
+  uint32_t* marks = nullptr;       // scratch of the kernel
+  const uint16_t* keys = nullptr;  // as in ExactRows
+  float* queries = nullptr;        // [n_streams][n_judges][n_heads][head_dim], kept; null: older cells matter more
+};
+
+inline constexpr int kJudgeTile = 128;  // cells that a thread block of judge_cells scores
+inline constexpr int kMaxJudgeJobs = 64;
+
+/// Cells of one sequence that a prompt leaves with too many: `n` entries from `first` on, in order of writing, of which
+/// the first `n_others` are to be scored by comparison with the next `n_recent`. Entry i is row i of the window, or
+/// token i - capacity of the batch. The entries [judges, judges + n_judges) are tokens whose queries decide.
+struct JudgeJob {
+  int first, n, n_others, n_recent, judges, n_judges;
+};
+/// The jobs of a stream; scores are numbers that compare as the scores do.
+struct JudgeList {
+  JudgeJob* jobs = nullptr;    // [n_streams][kMaxJudgeJobs]
+  int* n_jobs = nullptr;       // [n_streams]
+  int32_t* entries = nullptr;  // [n_streams][max_entries]
+  uint32_t* scores = nullptr;  // the same
+  int max_entries = 0;         // a multiple of kJudgeTile
+};
+
+/// A batch, for the windows of all layers or of one.
 struct WindowArgs {
+  /// What is to be done: all; or, for a prompt, what comes before judge_cells and what comes behind; or the end of the
+  /// batch before, without a batch.
+  enum Part { whole, begin, end, finish } part = whole;
+  const LayerWindow* layers = nullptr;  // [n_layers]
+  int n_layers = 1;
   int n_streams = 1, n_tokens = 0;
   const int64_t* cells = nullptr;  // [n_tokens], as in EncodeArgs
   int cells_per_stream = 0;
@@ -91,22 +141,30 @@ struct WindowArgs {
   const uint16_t* mask = nullptr;
   size_t mask_token_stride = 0, mask_stream_stride = 0;
   int mask_tokens = 1, mask_cells = 0;
-  int n_batch_streams = 1;            // streams that have tokens, equally many
-  int last = 0, pool = 0, spare = 0;  // WindowSize
-  int slots = 0, capacity = 0;        // rows of a stream, without and with those of tokens in flight, kMaxTokens more
-  WindowBooks* books = nullptr;       // [n_streams]
-  int32_t* window_cells = nullptr;    // [n_streams][capacity], for ExactRows; -1: unused
-  /// [n_streams][capacity], of each row: when it was written, counted in tokens, and the last sequence that saw it.
-  uint32_t *order = nullptr, *sequence = nullptr;
-  uint32_t* marks = nullptr;       // [n_tokens], scratch of the kernel
-  int32_t* token_slots = nullptr;  // [n_tokens], for WindowRows::slots
-  int32_t* tokens = nullptr;       // [n_streams][capacity]: the token whose row is to be written there, or -1
-  /// Cells that leave the window and are to be encoded from their rows, n_leaving[number of the batch % 2] of them.
-  int64_t* leaving_cells = nullptr;  // [n_streams * capacity]
-  int32_t* leaving_slots = nullptr;  // their rows in the stream's window
-  int* n_leaving = nullptr;          // [2]
-  uint32_t* hidden = nullptr;        // for AttendArgs; words of a stream: hidden_stream_stride
+  int n_batch_streams = 1;      // streams that have tokens, equally many
+  int slots = 0, capacity = 0;  // rows of a stream, without and with those of tokens in flight, kMaxTokens more
+  int n_judges = 0;
   size_t hidden_stream_stride = 0;
+  // Of a prompt, [n_tokens]: instead of the layer's.
+  int32_t* token_slots = nullptr;
+  uint32_t* marks = nullptr;
+  int32_t* kept_cells = nullptr;  // [n_streams][capacity]: what LayerWindow::cells are while the prompt is attended to
+  uint8_t* flags = nullptr;       // [n_streams][capacity], from `begin` to `end`
+  JudgeList judge;                // no jobs: older cells matter more
+};
+
+/// Scores the entries of a prompt's jobs in one layer (cache/pool.h), and keeps the queries of LayerWindow::judges.
+struct JudgeArgs {
+  const LayerWindow* layer = nullptr;
+  JudgeList list;
+  int n_streams = 1, n_kv_heads = 1, group = 1, head_dim = 128;
+  int capacity = 0, n_judges = 0;
+  const float* keys = nullptr;  // the batch's, as in EncodeArgs
+  size_t key_token_stride = 0, key_head_stride = 0;
+  const float* queries = nullptr;  // as in AttendArgs, of the batch's streams
+  size_t query_stream_stride = 0, query_token_stride = 0, query_head_stride = 0;
+  int first_stream = 0, n_batch_streams = 1;
+  int stream_tokens = 1;  // of each of these streams
 };
 
 /// Rows by cell, f16: [n_streams][n_kv_heads][n_cells][head_dim].
@@ -155,16 +213,13 @@ inline NewRows new_rows(const EncodeArgs& args, const int32_t* tokens) {
           args.window.values};
 }
 
-/// The cells that leave the window, of all layers at once. What is the same for all layers is here.
+/// The cells that leave the windows of layers.
 struct LeaveArgs {
-  const EncodeArgs* layers = nullptr;  // device memory, [n_layers]
-  int n_layers = 0, n_kv_heads = 1;    // the most that a layer has
-  int n_tokens = 0;                    // of the batch: says about how many thread blocks to launch
-  const int64_t* cells = nullptr;      // WindowArgs::leaving_cells
-  const int32_t* slots = nullptr;
-  const int* n_leaving = nullptr;
-  const WindowBooks* books = nullptr;
-  int tokens_per_block = 1;  // filled in by the launcher
+  const EncodeArgs* layers = nullptr;    // device memory, [n_layers]; those without a head size are left out
+  const LayerWindow* windows = nullptr;  // theirs
+  int n_layers = 0, n_kv_heads = 1;      // the most that a layer has
+  int n_tokens = 0;                      // of the batch: says about how many thread blocks to launch
+  int tokens_per_block = 1;              // filled in by the launcher
 };
 
 /// Cells to decode to f16 rows, for dense attention over many queries. The rows stay in the transformed domain, so
@@ -255,6 +310,11 @@ struct AttendArgs {
   // Filled by `attend` from its workspace.
   float* partials = nullptr;  // [n_streams][n_splits, then exact rows][n_kv_heads * row_groups][4 * head_dim + 8]
   int* arrived = nullptr;     // [n_streams][n_kv_heads * row_groups], zero between calls
+
+  // Queries that are to be kept for the window's judge (LayerWindow). None where n_judges is 0.
+  const int32_t* judges = nullptr;  // [n_streams][n_judges]
+  float* kept_queries = nullptr;    // [n_streams][n_judges][n_heads][head_dim]
+  int n_judges = 0;                 // at most 32
 };
 
 /// Splits each stream's cells into `n_splits` items, of which a thread block takes 2^batch_shift at once, and fills in

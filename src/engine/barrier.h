@@ -1,11 +1,12 @@
-// What the threads of a team wait at.
+// A barrier for the threads of a team.
 #pragma once
 
 #include <atomic>
 
 namespace thimble {
 
-/// Spins for a while, then sleeps: on a busy machine the thread that is waited for may not be running at all.
+/// A waiting thread spins for a while and then sleeps: on a busy machine the thread that it waits for may not be
+/// running.
 class Barrier {
 public:
   void wait(int n_threads) {
@@ -23,7 +24,7 @@ public:
     phase_.wait(phase, std::memory_order_acquire);
   }
 
-  /// Waits for nobody: true for the last of a team that comes here, after all the others did.
+  /// Does not wait. True for the thread of the team that calls this last, after all the others did.
   bool is_last(int n_threads) {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < n_threads) return false;
     arrived_.store(0, std::memory_order_relaxed);
@@ -31,7 +32,7 @@ public:
   }
 
 private:
-  static constexpr int kSpins = 1000000;  // about a millisecond: waking a sleeper costs more than most phases of an op
+  static constexpr int kSpins = 1000000;  // about a millisecond; most phases of a task are shorter than waking a thread
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> phase_{0};
 };

@@ -1,4 +1,4 @@
-// Where a cache's codecs come from: a profile of the model, or none and the uncalibrated codec.
+// Where a cache's codecs come from: the model's profile, or without one the uncalibrated codec.
 #pragma once
 
 #include <memory>
@@ -16,14 +16,15 @@ public:
   /// Reads the profile that the settings name. Throws std::runtime_error with a sentence where it cannot.
   explicit CodecSource(const Settings& settings);
 
-  /// Head size of a layer's keys or values, where a profile tells it.
+  /// Head size of a layer's keys or values, where there is a profile that has the layer.
   std::optional<int> head_dim(int layer, Kind kind) const;
-  /// Throws where the profile does not hold this layer, or holds other head sizes.
+  /// Throws std::runtime_error where the profile does not have this layer or rate, or has another head size.
   Format format(int layer, Kind kind, int head_dim) const;
+  /// One codec a KV head. Throws as `format` does, and where the profile has another number of KV heads.
   std::shared_ptr<const std::vector<HeadCodec>> codecs(int layer, Kind kind, int head_dim, int n_kv_heads) const;
-  /// Whether a layer attends to its dominant cells exactly (Settings::top, policy).
+  /// Whether a layer retrieves (Settings::top, Settings::policy).
   bool retrieves(int layer) const;
-  /// Names everything that saved codes depend on.
+  /// A hash of everything that codes depend on: the rates and the profile's bytes.
   uint64_t hash() const { return hash_; }
 
 private:

@@ -1,5 +1,5 @@
-// An engine keeps KV caches in one kind of memory and computes there: src/engine/cpu, src/engine/cuda. Another one is
-// another folder and a line in registry.cpp.
+// An engine keeps KV caches in one kind of memory and computes there: src/engine/cpu, src/engine/cuda. A new engine is
+// a new folder and a line in registry.cpp.
 #pragma once
 
 #include <memory>
@@ -10,7 +10,7 @@
 
 namespace thimble {
 
-/// The device that the engine works beside, as the program around it names it.
+/// The device that the engine works beside, as the host program (ggml, for the plugin) names it.
 struct HostDevice {
   std::string backend;  // "CPU", "CUDA"
   std::string id;       // the PCI address, where there is one
@@ -20,26 +20,26 @@ class Engine {
 public:
   virtual ~Engine() = default;
 
-  /// What computes: "AVX2", "CUDA".
+  /// The name of the kernels that compute, for messages: "avx2", "CUDA".
   virtual std::string kernels() const = 0;
-  /// Where an exact store lies.
+  /// Where an exact store lies, for messages: "RAM", a directory.
   virtual std::string store_place(const Settings& settings) const = 0;
 
-  /// Why these settings cannot be served, or nothing: before a cache is made.
+  /// Asked before a cache is made: a sentence that says why these settings cannot be served, or "".
   virtual std::string refusal(const Settings& settings) const = 0;
-  /// The same of a layer whose heads are known.
+  /// The same for a layer whose heads are known.
   virtual std::string refusal(const LayerPlan& plan) const = 0;
-  /// Whether a cache under these settings is better left to the program around.
+  /// Whether the host program should keep a cache of these settings itself, as f16.
   virtual bool leaves_f16(const Settings& settings) const = 0;
-  /// Bytes of memory of one side of a layer.
+  /// Bytes of memory that one side of a layer takes from the start.
   virtual size_t side_bytes(const LayerPlan& plan, Kind kind) const = 0;
 
-  /// Bytes that one side may take besides, as sequences come to share a stream.
+  /// Bytes that one side may take in addition when sequences share a stream.
   virtual size_t more_bytes(const LayerPlan&, Kind) const { return 0; }
 
-  /// `hash` names everything that saved codes depend on.
+  /// `hash` is that of everything that codes depend on (CachePlanner::hash).
   virtual std::unique_ptr<KvCache> make_cache(const Settings& settings, uint64_t hash) = 0;
-  /// A queue for the tasks of one backend; null where they run on threads of the host.
+  /// A queue for the tasks of one backend; null where tasks run on threads of the host.
   virtual std::unique_ptr<Queue> make_queue() { return nullptr; }
 };
 

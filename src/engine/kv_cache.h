@@ -1,11 +1,11 @@
-// The KV cache of one buffer, of all its layers, as an engine keeps it. It knows what is coded, what is exact and where
-// both lie; it knows nothing of graphs.
+// The KV cache of one buffer, with all its layers, as an engine keeps it. It knows which cells are coded, which are
+// exact and where both lie; it does not know graphs.
 //
 // Cells are numbered through all streams of a layer: cell c of stream s is s * cells_per_stream + c. A row is what the
 // model wrote of one cell: n_kv_heads * head_dim numbers.
 //
-// Functions throw std::runtime_error with a sentence that says what to change where they cannot do what is asked; the
-// cache is then as it was.
+// A function that cannot do what is asked throws std::runtime_error with a sentence that says what to change; the cache
+// is then as it was.
 #pragma once
 
 #include <cstdint>
@@ -14,14 +14,14 @@
 #include <string>
 #include <vector>
 
-#include "attention/attention.h"
+#include "attention/problem.h"
 #include "engine/lane.h"
 #include "engine/layer_plan.h"
 
 namespace thimble {
 
-/// What the tokens of a batch see: row r of the batch is token r % n_tokens of stream first_stream + r / n_tokens, and
-/// sees of its stream's first n_cells cells those whose mask is not -infinity.
+/// Which cells the tokens of a batch see. Row r of the batch is token r % n_tokens of stream first_stream + r /
+/// n_tokens; of its stream's first n_cells cells it sees those whose mask is not -infinity.
 struct BatchSight {
   const uint16_t* mask = nullptr;  // f16 [stream][token][cell], strides in elements; null: all
   size_t mask_token = 0, mask_stream = 0;
@@ -37,18 +37,18 @@ struct BatchSight {
   }
 };
 
-/// New keys or values of a layer. Pointers are to memory that the engine computes in.
+/// New keys or values of a layer. Pointers are to memory that the engine computes in (device memory on CUDA).
 struct WriteTask {
   int layer = 0;
   Kind kind = Kind::key;
   int64_t n_rows = 0;
   const void* rows = nullptr;  // f32, or f16; the numbers of a row are adjacent
   bool is_f16 = false;
-  size_t row_bytes = 0;  // from one row to the next
-  const void* cells = nullptr;
-  bool is_i64 = true;  // or int32_t
-  size_t cell_bytes = sizeof(int64_t);
-  BatchSight sight;  // of the first attention over this cache in the graph
+  size_t row_bytes = 0;                 // from one row to the next
+  const void* cells = nullptr;          // [n_rows]: the cell that each row goes to
+  bool is_i64 = true;                   // type of the numbers of cells: int64_t, or int32_t
+  size_t cell_bytes = sizeof(int64_t);  // from one number of a cell to the next
+  BatchSight sight;                     // of the first attention over this cache in the graph
 
   /// The cell of a row, where the host can read it.
   int64_t cell(int64_t row) const;
@@ -57,15 +57,15 @@ struct WriteTask {
 /// Attention of a batch over a layer.
 struct AttendTask {
   int layer = 0;
-  AttentionProblem problem;  // without `layer`, `top` and `drop_tail`, which the cache knows
+  AttentionProblem problem;
   int key_dim = 0;
-  bool has_sinks = false;  // problem.sinks, where it may still be null
-  bool ends_batch = true;  // the last attention over this layer in the graph
+  bool has_sinks = false;  // known before problem.sinks, which is null while `refusal` is asked
+  bool ends_batch = true;  // this is the last attention over the layer in the graph
 
   BatchSight sight() const;
 };
 
-/// Attention that the program around the engine does better: over f16 rows in memory of the engine's.
+/// Attention that the host program is to compute, because it does so faster, over f16 rows in memory of the engine's.
 struct DenseAttention {
   const float* q = nullptr;        // [n_streams][n_tokens][n_heads][dim]; null: the task's own queries
   const uint16_t* keys = nullptr;  // [n_streams][n_kv_heads][n_cells][dim]
@@ -74,13 +74,14 @@ struct DenseAttention {
   int n_kv_heads = 0;
 };
 
-/// Keys as f32, [cells][n_kv_heads][head_dim], and a number for each cell, in memory that the engine computes in.
+/// Keys as f32, [cells][n_kv_heads][head_dim], and each cell's shift in positions, [cells], in memory that the engine
+/// computes in.
 struct KeyRows {
   float* keys = nullptr;
   const int32_t* shifts = nullptr;
 };
 
-/// Rows of a saved state that a cache does not take: entries of what was to be written, and why.
+/// Rows of a saved state that a cache refuses: their indices among the rows that were to be written, and the reason.
 struct RefusedRows {
   std::vector<size_t> entries;
   std::string why;
@@ -90,38 +91,42 @@ class KvCache {
 public:
   virtual ~KvCache() = default;
 
-  /// A layer. `memory`, by Kind: Engine::side_bytes(plan, kind) bytes that outlive the cache.
+  /// Adds a layer. `memory`, by Kind, has Engine::side_bytes(plan, kind) bytes and must outlive the cache.
   virtual void add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) = 0;
 
-  /// Why a task of this form cannot be run, or nothing. Pointers may still be null.
+  /// A sentence that says why a task of this form cannot be run, or "". Pointers of the task may still be null.
   virtual std::string refusal(const WriteTask&) const { return {}; }
   virtual std::string refusal(const AttendTask&) const { return {}; }
 
-  /// Keys and values of a batch come in either order, and before the attention over them.
+  /// Writes one side of a batch. Keys and values come in either order, and before the attention over them.
   virtual void write(const Lane& lane, const WriteTask& task) = 0;
-  /// True where the attention is done. False where `dense` says what the caller is to do, and then end_dense.
+  /// Returns true where it has done the attention. Where it returns false, the caller computes *dense and then calls
+  /// end_dense.
   virtual bool attend(const Lane& lane, const AttendTask& task, DenseAttention* dense) = 0;
   virtual void end_dense(const Lane&, const AttendTask&) {}
-  /// Takes in what was written to a layer and not attended to yet: its rows are about to be overwritten.
+  /// Takes rows into the cache that were written to a layer and not attended to yet, before the host program overwrites
+  /// them.
   virtual void flush(const Lane&, int /*layer*/) {}
-  /// Forgets what was written and not taken in: its graph has failed.
+  /// Drops rows that were written and not taken into the cache, because their graph has failed.
   virtual void abandon() {}
+  /// A sentence for the user about something that happened since the last call, or "".
+  virtual std::string take_warning() { return {}; }
   /// Whether tasks of `n_layers` layers, as they were run last, can be recorded and replayed.
   virtual bool can_record(size_t /*n_layers*/) const { return false; }
 
-  /// The rows of `n` cells from `first` on, as save_cell (cache/state_row.h) writes them.
+  /// Writes the saved rows of `n` cells from `first` on to `rows`, as save_cell (cache/state_row.h) does.
   virtual void read_cells(int layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) = 0;
-  /// Loads rows as load_cell does; no cell comes twice. Keys of a cell come before its values.
+  /// Loads saved rows as load_cell does; no cell comes twice. Keys of a cell come before its values.
   virtual RefusedRows write_cells(int layer, Kind kind, std::span<const int64_t> cells, const uint8_t* rows) = 0;
 
-  /// Most cells of one read_keys.
+  /// The most cells that read_keys takes.
   virtual int64_t keys_at_once() const { return 256; }
-  /// The keys of cells, to be changed in place and put back by write_keys, which ends the shift of these cells: exact
-  /// rows stay exact, others are coded again. Nothing else is called in between.
+  /// A context shift of some cells: read_keys decodes their keys, the caller rotates them in place, and write_keys
+  /// writes them back. Exact rows stay exact, others are coded again. Nothing else is called in between.
   virtual KeyRows read_keys(int layer, std::span<const int64_t> cells, std::span<const int32_t> shifts) = 0;
   virtual void write_keys(int layer, std::span<const int64_t> cells) = 0;
 
-  /// One stream's cells to the same places of another. Keys before values.
+  /// Copies one stream's cells to the same cells of another. Keys are copied before values.
   virtual void copy_stream(int layer, Kind kind, int from, int to) = 0;
   virtual void clear() = 0;
 };

@@ -1,8 +1,8 @@
-// Where the work of a task on a cache is done: by a team of threads of the host, or on the queue of a device.
+// Where a task on a cache runs: on a team of threads of the host, or on the queue of a device.
 //
 // An engine that computes on the host gets a Team: every thread of it calls the same function of the cache with the
-// same task. An engine with a device of its own makes a Queue: one thread calls, what it calls for is done later, in
-// order.
+// same task. An engine with a device of its own makes a Queue: one thread calls, and the device runs the work later, in
+// the order of the calls.
 #pragma once
 
 #include <atomic>
@@ -15,12 +15,12 @@
 
 namespace thimble {
 
-/// The first failure of a graph. What follows it is not worth running.
+/// The first failure of a graph. Tasks behind it are not run.
 class Failure {
 public:
   explicit operator bool() const { return failed_.load(std::memory_order_acquire); }
   void set(const std::string& why);
-  /// The sentence; after all threads have ended.
+  /// The sentence. To be read when all threads have ended.
   const std::string& why() const { return why_; }
   void clear();
 
@@ -33,7 +33,7 @@ private:
 /// The threads that run one task together, as one of them sees it.
 class Team {
 public:
-  /// What they share, for as long as the task runs.
+  /// The threads' common state, which lives as long as the task runs.
   struct Shared {
     Barrier barrier;
     bool stopped = false;
@@ -45,22 +45,22 @@ public:
   int thread() const { return thread_; }
   int size() const { return n_threads_; }
 
-  /// Runs `f` on the first thread while the others wait for its end. False, on all threads, where it threw or the graph
-  /// has failed before: then all return.
+  /// Runs `f` on the first thread while the others wait for its end. Returns false on all threads where `f` threw or
+  /// the graph has failed before; the caller should then return.
   template <typename F>
   bool lead(F f) const {
     if (thread_ == 0) shared_->stopped = !attempt(f);
     wait();
     return !shared_->stopped;
   }
-  /// Runs all of a task on the first thread, which the others do not wait for.
+  /// Runs `f` on the first thread; the others do not wait for it.
   template <typename F>
   void leave_to_first(F f) const {
     if (thread_ == 0) attempt(f);
   }
   /// Waits for all threads.
   void wait() const { shared_->barrier.wait(n_threads_); }
-  /// Waits for none: true for the last thread to come here, after all the others did.
+  /// Does not wait. True for the thread that calls this last, after all the others did.
   bool is_last() const { return shared_->barrier.is_last(n_threads_); }
 
 private:
@@ -80,7 +80,7 @@ private:
   int thread_, n_threads_;
 };
 
-/// What a device does in order, beside the host. Its functions throw std::runtime_error where the device fails.
+/// Work that a device does in order, beside the host. The functions throw std::runtime_error where the device fails.
 class Queue {
 public:
   /// Work that was recorded once and can be done again.
@@ -94,27 +94,26 @@ public:
 
   /// Makes the device the calling thread's.
   virtual void make_current() = 0;
-  /// Waits for all that was called for.
+  /// Waits until all work of the queue is done.
   virtual void synchronize() = 0;
 
-  // The order between this queue and the one of the program around it, by two events of the device, so that the host
-  // waits for neither.
-  /// An event that the other side records.
+  // Two events of the device order this queue and the queue of the host program, so that no thread has to wait.
+  /// The event that the host program records on its queue.
   virtual void* theirs() = 0;
-  /// What is called for from now on is done after `theirs`.
+  /// Makes later work of this queue wait for `theirs`.
   virtual void await_theirs() = 0;
-  /// Records an event, which the other side awaits.
+  /// Records an event on this queue, which the host program's queue is to wait for.
   virtual void* record_ours() = 0;
 
-  /// What is called for from now on is recorded instead of done, on this queue and on those that await an event of it.
+  /// From now on, work of this queue, and of queues that wait for an event of it, is recorded and not done.
   virtual void begin_recording() = 0;
-  /// Null, with a sentence, where that could not be recorded.
+  /// Ends the recording. Null, with a sentence in *why, where the work could not be recorded.
   virtual std::unique_ptr<Recording> end_recording(std::string* why) = 0;
-  /// Grows when memory that recordings may use was moved: they are void then.
+  /// Grows when memory that recordings may use was moved; earlier recordings must not be replayed then.
   virtual uint64_t memory_version() const = 0;
 };
 
-/// One of the two.
+/// Either a team or a queue; the other is null.
 struct Lane {
   Team* team = nullptr;
   Queue* queue = nullptr;

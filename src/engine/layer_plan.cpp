@@ -1,6 +1,7 @@
 #include "engine/layer_plan.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <stdexcept>
 
 #include "cache/state_row.h"
@@ -9,18 +10,19 @@
 namespace thimble {
 namespace {
 
-// Where nothing tells the head size. Scales are one a head, so the memory of codes depends (a little) on it.
+// The head size where nothing tells it. Each head has a scale, so the memory of codes depends (a little) on it.
 constexpr int kAssumedHeadDim = 64;
 
 int assumed_head_dim(int64_t width) {
   return std::clamp(width % kAssumedHeadDim == 0 ? kAssumedHeadDim : int(width & -width), 2, kMaxHeadDim);
 }
 
-// A window's cache has as many cells as the window and a batch: it is left f16 or not whatever the batch's size, as far
-// as batches of 2048 tokens, for windows of 512 and 1024 and for those of 4096.
+// The cache of a sliding window has as many cells as the window and a batch. With this limit the size of a batch, up to
+// 2048 tokens, does not decide whether it is left f16: sliding windows of 512 and 1024 cells are, those of 4096 are
+// not.
 constexpr int64_t kLongWindow = 4096;
 
-// Where a cache takes more of f16's memory than this, its codes cost more than they save.
+// A cache that would take a larger share of f16's memory than this is left f16, as coding would save too little.
 constexpr double kWorthCoding = 0.75;
 
 std::string name_of(int layer) {
@@ -45,7 +47,7 @@ std::string CachePlanner::why_f16(const LayerGeometry& geometry) const {
     return "caches of at most small=" + std::to_string(settings_.small_cells) + " cells";
   }
   if (settings_.passthrough()) return {};
-  // Of f16's memory: codes, and the exact rows of as many sequences as a stream is made for.
+  // The share of f16's memory that codes and the exact rows of one sequence would take.
   const double exact_rows = std::min<int64_t>(cells, settings_.window.slots());
   const double share = (settings_.key_bits + settings_.value_bits) / 32 + exact_rows / double(cells);
   if (share > kWorthCoding) {
@@ -73,7 +75,7 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
     if (dim == 0) dim = source_->head_dim(geometry.layer, kind).value_or(assumed_head_dim(width));
     CacheShape shape = plan.shape;
     if (shape.n_kv_heads == 0) shape.n_kv_heads = int(width / dim);
-    LayerPlan side = plan;  // keys and values may have heads of other sizes, and of so many numbers in all
+    LayerPlan side = plan;  // where n_kv_heads is not known, keys and values may get different assumed numbers
     side.shape = shape;
     plan.format[int(kind)] = side.format[int(kind)] = source_->format(geometry.layer, kind, dim);
     if (geometry.n_kv_heads > 0 && !state_row_fits(shape, side.side(kind))) {
@@ -97,7 +99,14 @@ LayerCodecs CachePlanner::codecs(const LayerPlan& plan) const {
   return codecs;
 }
 
+std::string mebibytes(size_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f MiB", double(bytes) / (1 << 20));
+  return text;
+}
+
 void PlanTotals::add(const LayerPlan& plan) {
+  layers.insert(plan.layer);
   if (!plan.coded) {
     if (n_f16++ == 0) why_f16 = plan.why_f16;
     f16_bytes += plan.f16_bytes;

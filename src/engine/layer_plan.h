@@ -1,9 +1,10 @@
-// What becomes of each layer of a KV cache under the settings: computed here, once, and read by all who size, make or
-// report a cache.
+// How each layer of a KV cache is kept under the settings: whether it is coded, its formats, its bytes. Computed here,
+// once, and read by all code that sizes, makes or reports a cache.
 #pragma once
 
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,18 +31,18 @@ struct LayerGeometry {
 
 struct LayerPlan {
   int layer = 0;
-  bool coded = false;   // the engine keeps it (at 16 bits as f16 rows of its own)
-  std::string why_f16;  // where not: the rest but f16_bytes is empty then
+  bool coded = false;   // the engine keeps the layer (with bits=16 as f16 blocks)
+  std::string why_f16;  // why the layer is not coded; all that follows but f16_bytes is empty then
   CacheShape shape;
   Format format[2];                  // by Kind
-  bool has_codes[2] = {true, true};  // values of which only exact rows are read need none
+  bool has_codes[2] = {true, true};  // values have none with tail=drop, as only their exact rows are read
   WindowSize window;
   int top = 0;  // cells to retrieve; above 0, the layer has an exact store
   bool drop_tail = false;
-  size_t bytes[2] = {0, 0};  // of memory, by Kind
-  size_t more_bytes = 0;     // that the exact rows of further sequences may take besides
-  size_t store_bytes = 0;    // of the exact store, where there is one, at most
-  size_t f16_bytes = 0;      // that an f16 cache takes
+  size_t bytes[2] = {0, 0};  // of memory that a side takes from the start, by Kind
+  size_t more_bytes = 0;     // that the exact rows of further sequences may take in addition
+  size_t store_bytes = 0;    // that the exact store may take; 0 where there is none
+  size_t f16_bytes = 0;      // that an f16 cache would take
 
   const Format& side(Kind kind) const { return format[int(kind)]; }
 };
@@ -52,7 +53,7 @@ struct LayerCodecs {
   const std::vector<HeadCodec>& of(Kind kind) const { return *sides[int(kind)]; }
 };
 
-/// The settings of a cache, read once, and what follows from them for one engine.
+/// Plans the layers of a cache, from its settings and for one engine.
 class CachePlanner {
 public:
   /// Throws std::invalid_argument or std::runtime_error with a sentence where the settings are wrong, the profile
@@ -60,15 +61,15 @@ public:
   CachePlanner(const Engine& engine, const Settings& settings);
 
   const Settings& settings() const { return settings_; }
-  /// Names everything that saved codes depend on.
+  /// A hash of everything that codes depend on (CodecSource::hash).
   uint64_t hash() const { return source_->hash(); }
 
-  /// Why a layer of this many cells is left f16, or nothing where it is coded.
+  /// Why a layer is left f16, as half a sentence; "" where it is coded.
   std::string why_f16(const LayerGeometry& geometry) const;
   /// Throws std::runtime_error where the layer's heads are known and cannot be coded, or the profile is of another
   /// model.
   LayerPlan plan(const LayerGeometry& geometry) const;
-  /// Of a layer whose heads are known.
+  /// The codecs of a layer whose heads are known.
   LayerCodecs codecs(const LayerPlan& plan) const;
 
 private:
@@ -77,14 +78,18 @@ private:
   std::shared_ptr<const CodecSource> source_;
 };
 
-/// What all layers come to.
+/// "12.34 MiB"
+std::string mebibytes(size_t bytes);
+
+/// The sums of the plans of all layers.
 struct PlanTotals {
   int n_coded = 0, n_f16 = 0, n_retrieving = 0;
   size_t coded_bytes = 0;      // of the coded layers
-  size_t coded_f16_bytes = 0;  // that those would take as f16
+  size_t coded_f16_bytes = 0;  // that the coded layers would take as f16
   size_t f16_bytes = 0;        // of the layers left f16
   size_t more_bytes = 0, store_bytes = 0;
-  std::string why_f16;  // of the first layer left f16
+  std::string why_f16;   // of the first layer left f16
+  std::set<int> layers;  // all layers that were added, and those of other devices
 
   void add(const LayerPlan& plan);
 };

@@ -34,7 +34,7 @@ double parse_bits(const std::string& text) {
 constexpr std::initializer_list<const char*> kPolicies = {"auto", "all", "none"};
 constexpr std::initializer_list<const char*> kStores = {"auto", "ram", "file", "pinned"};
 
-// Which of some words a value is.
+// The index of a value among the words that are allowed.
 int choose(const std::string& key, const std::string& value, std::initializer_list<const char*> words) {
   std::string known;
   for (const char* const* word = words.begin(); word != words.end(); word++) {

@@ -1,26 +1,26 @@
-// What the environment variable THIMBLE_KV says, e.g. "bits=2,window=128".
+// The settings of a cache: the environment variable THIMBLE_KV, e.g. "bits=2,window=128".
 //
-//   - bits=4: bits a number: 16 (f16, nothing coded), 4, 3, 2, 1.5, 1.25 or 1; bits=K/V gives keys and values their
-//   own.
-//   - window=128: the last cells of each sequence, by order of writing, that are kept in full precision (and up to 16
-//     more, which are then coded together); with window=0 there is no pool unless pool= asks for one.
-//   - pool=40: other cells of each sequence that are kept in full precision because they matter most (cache/pool.h).
-//   - small=1024: what stays f16: caches of at most this many cells, all streams together; those of which exact rows
-//   and
-//     codes would take more than three quarters of f16's memory; sliding windows of at most 4096 cells. 0 codes all.
+//   - bits=4: bits a number: 16 (f16, nothing coded), 4, 3, 2, 1.5, 1.25 or 1; bits=K/V gives keys and values rates of
+//     their own.
+//   - window=128: the last cells of each sequence, by order of writing, that stay exact (and up to 16 more, which are
+//     then coded together); with window=0 there is no pool unless pool= asks for one.
+//   - pool=40: other cells of each sequence that stay exact because they matter most (cache/pool.h).
+//   - small=1024: caches of at most this many cells, all streams together, stay f16, and so do sliding windows of at
+//     most 4096 cells and caches of which exact rows and codes would take more than three quarters of f16's memory. 0
+//     codes all.
 //   - profile=PATH: calibration of the model; without it the uncalibrated codec is used. profile=auto takes
 //     <model>.thimble.gguf beside the model that the process was started with, if it is there.
-//   - device=NAME: ggml device to run on, by its name or its backend's; read when the plugin is loaded. Without it, the
-//   first CUDA device where there is one and the plugin is built for it, else the CPU.
+//   - device=NAME: ggml devices to run on, by their names or their backend's, with a + between them (CUDA0+CUDA1,
+//     CUDA); read when the plugin is loaded. Each gets a THIMBLE device. Without it, all CUDA devices where there are
+//     any and the plugin is built for them, else the CPU.
 //   - top=64: cells that each KV head attends to exactly when decoding, chosen at every step from an exact store of all
 //     cells; 0, the default, keeps no store.
 //   - store=auto: where the exact store is: RAM (store=ram) or a file (store=file) in the directory path=DIR for the
 //     CPU, pinned RAM (store=pinned) for a CUDA device; auto is the RAM that the device reads.
-//   - tail=quantized: what becomes of the cells that are neither retrieved nor in the window: attended to from their
-//     codes, or dropped (tail=drop; values then have no codes at all on the CPU).
-//   - policy=all: which layers retrieve: all that are coded, those that the profile calls sparse (auto; all where there
-//   is
-//     no profile), or none.
+//   - tail=quantized: cells that are neither retrieved nor in the window are attended to from their codes; with
+//     tail=drop they are not attended to, and values have no codes.
+//   - policy=all: which layers retrieve: all that are coded; auto, those that the profile calls sparse, or all where
+//     there is no profile; none.
 #pragma once
 
 #include <cstdint>
@@ -43,15 +43,15 @@ struct Settings {
   bool drop_tail = false;
   enum class Policy { automatic, all, none } policy = Policy::all;
 
-  /// Throws std::invalid_argument that names the key or value which is wrong. `where`: what the user typed it into,
-  /// which the sentence begins with.
+  /// Throws std::invalid_argument that names the key or value which is wrong. Its sentence begins with `where`, the
+  /// place that the user typed the text into.
   static Settings parse(const std::string& text, const std::string& where = "THIMBLE_KV");
   /// parse(THIMBLE_KV), or the defaults where it is not set.
   static Settings from_environment();
 
   bool passthrough() const { return key_bits == 16 && value_bits == 16; }
   std::string to_string() const;
-  /// Names the rates, which saved codes depend on (on the profile's content too: CodecSource::hash).
+  /// A hash of the rates. CodecSource::hash adds the profile.
   uint64_t hash() const;
 };
 

@@ -91,10 +91,10 @@ uint64_t visible(const IsaOps& ops, const uint16_t* mask, int n_cells) {
 
 void attend_tile(const IsaOps& ops, const Queries& queries, const Tile& tile, const Mask& mask, Softmax& softmax,
                  Scratch& scratch) {
-  constexpr int kRows = 48;  // their scores, the tile's keys and then its values stay in the first-level cache
+  constexpr int kRows = 48;  // so few that their scores and the tile's keys or values stay in the first-level cache
   float* scores = reinterpret_cast<float*>(scratch.room(kRows * kBlockCells * sizeof(float)));
   const uint64_t present = first_bits(tile.n_cells) & ~tile.hidden;
-  // Columns behind those of the cells keep what they had: `present` leaves them out.
+  // Columns behind the cells' own keep old scores, which `present` leaves out.
   const int n_columns = tile.n_cells > 32 ? kBlockCells : (tile.n_cells + 15) / 16 * 16;
   uint16_t room[kBlockCells];
   int token = -1;
@@ -153,7 +153,8 @@ void attend_decoded(const IsaOps& ops, const Queries& queries, const CodedCells&
     if (!seen) continue;
     decode_block(ops, *cells.keys, cells.k_block(b), k.data());
     decode_block(ops, *cells.values, cells.v_block(b), v.data());
-    // A cell that no token sees may never have been written: its bytes may be a NaN, and 0 times NaN is NaN.
+    // A cell that no token sees may never have been written. Its bytes may be a NaN, and a weight of 0 times NaN is
+    // NaN.
     for (uint64_t left = ~seen; left; left &= left - 1) {
       std::fill_n(&v[size_t(std::countr_zero(left)) * softmax.dim], softmax.dim, 0.0f);
     }

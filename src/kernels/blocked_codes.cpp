@@ -9,10 +9,10 @@ namespace thimble::blocked {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Finds the next blocks of which some query token sees a cell.
+// Up to kSuperblock blocks, of each of which some query token sees a cell. Masks are by token and block.
 struct Superblock {
   int n = 0;
-  int index[kSuperblock];
+  int index[kSuperblock];  // of the stream's blocks
   const uint8_t* k[kSuperblock];
   const uint8_t* v[kSuperblock];
   uint64_t visible[kMaxCodeTokens][kSuperblock];
@@ -20,6 +20,7 @@ struct Superblock {
   bool adds[kMaxCodeTokens];
 };
 
+// Reads superblock after superblock, and skips blocks of which no query token sees a cell.
 class BlockReader {
 public:
   BlockReader(const IsaOps& ops, const CodedCells& cells, const Mask& mask, int n_tokens)
@@ -58,6 +59,7 @@ private:
   uint16_t room_[kMaxCodeTokens][kBlockCells];  // of the last block's mask
 };
 
+// Cuts a value's components into groups; returns how many.
 int value_groups(const Format& f, ValueGroup* groups) {
   int n = 0, m = 0;
   for (int d = 0; d < f.head_dim;) {
@@ -66,7 +68,8 @@ int value_groups(const Format& f, ValueGroup* groups) {
     if (f.width(m) == 2) {
       m++;
       g.code_row2 = int16_t(m);
-      // Where the number of pairs is odd, the last one is a group by itself; wider subspaces fill whole groups then.
+      // Where the number of pairs is odd, the last pair is a group by itself, so that wider subspaces fill whole
+      // groups.
       if (m == f.n_width2) g.components = 2;
       m += g.components == 4;
     } else {
@@ -77,7 +80,7 @@ int value_groups(const Format& f, ValueGroup* groups) {
   return n;
 }
 
-// Makes the tables of all rows. steps[row] is what one unit of a table entry is worth.
+// Makes the score tables of all rows. A table entry of 1 is worth steps[row].
 void build_luts(const IsaOps& ops, const Queries& queries, const HeadCodec& keys, bool wide, float* room, uint8_t* luts,
                 size_t lut_bytes, float* steps) {
   uint8_t widths[kMaxHeadDim / 2];
@@ -97,8 +100,8 @@ void build_luts(const IsaOps& ops, const Queries& queries, const HeadCodec& keys
   }
 }
 
-// Formats of 3 and 4 bits have subspaces of two numbers. Their own error is so small that look-ups and weights of 8
-// bits would add to it.
+// Formats of 3 and 4 bits have subspaces of two numbers. Their coding error is so small that tables and weights of 8
+// bits would add to it noticeably.
 bool is_wide(const Format& format) {
   return format.n_width2 > 0;
 }
@@ -111,7 +114,7 @@ float* kept_scores(const CodedCells& cells, int row, int block) {
   return cells.scores.data + row * cells.scores.stride + size_t(block) * kBlockCells;
 }
 
-// Turns a row's q.k into scores, in place. `log_weight`, `max_log` and the result as of finish_scores.
+// Turns a row's q.k into scores, in place. `log_weight`, `max_log` and the result are those of finish_scores.
 float finish(const IsaOps& ops, const Queries& queries, int row, const Superblock& blocks, float* scores,
              const float* log_weight, float* max_log) {
   const int token = row / queries.group;
@@ -121,8 +124,8 @@ float finish(const IsaOps& ops, const Queries& queries, int row, const Superbloc
                                  queries.softcap, log_weight, max_log);
 }
 
-// A row's kept scores of a superblock, block after block: where they were kept if the blocks are adjacent there, else
-// copied to `room`.
+// Returns a row's kept scores of a superblock, block after block: where they are kept, if the blocks are adjacent
+// there, else copied to `room`.
 float* take_kept(const CodedCells& cells, int row, const Superblock& blocks, float* room) {
   float* first = kept_scores(cells, row, blocks.index[0]);
   if (blocks.index[blocks.n - 1] - blocks.index[0] == blocks.n - 1) return first;
@@ -210,7 +213,7 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
         float greatest;
         if (looks_up) {
           greatest = finish(ops, queries, row, *now, s, log_scales, &max_log);
-        } else {  // score_codes finished them; only cells that are hidden since then are to be left out
+        } else {  // score_codes made scores of them already; cells that were hidden since then become kUnseen here
           s = take_kept(cells, row, *now, s);
           greatest = ops.tiles.finish_scores(s, now->n, now->visible[token], nullptr, 0, 1, 0, log_scales, &max_log);
         }
@@ -219,7 +222,7 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
         }
         uint32_t row_used;
         if (greatest == kUnseen) {
-          ops.codes.code_weights(s, now->n, 0, scales, wide_values, i, weights, &row_used);  // all 0
+          ops.codes.code_weights(s, now->n, 0, scales, wide_values, i, weights, &row_used);  // makes all weights 0
           continue;
         }
         // Weights are exp2(score log2(e) - offset) * scale. The offset makes them as large as their bits allow without
@@ -236,7 +239,7 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
         }
         const float added = sum * factor[i], before = rows[row].sum * shrink[i];
         rows[row].sum = before + added;
-        if (!(added < 1e-7f * before)) used |= row_used;  // less would not change a float
+        if (!(added < 1e-7f * before)) used |= row_used;  // a smaller addend does not change a float
       }
       const bool last = chunk == chunks - 1;
       if (used || shrinks || last) {
@@ -266,7 +269,8 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   }
 }
 
-// Raises each of 64 best scores to another row's where that is greater, and copies the row's to `kept`, if not null.
+// Raises each of 64 best scores to a row's score where that is greater, and copies the row's scores to `kept`, if not
+// null.
 void raise(float* best, const float* scores, float* kept) {
   for (int i = 0; i < kBlockCells; i++) {
     const float score = scores[i] != scores[i] ? -kUnseen : scores[i];

@@ -15,10 +15,10 @@ struct IsaOps {
   const CodeOps& codes;
 };
 
-// Deals out a Scratch.
+// Hands out arrays, each at a multiple of 64 bytes, from one piece of memory; with null it only counts their bytes.
 class Carver {
 public:
-  explicit Carver(uint8_t* memory) : memory_(reinterpret_cast<uintptr_t>(memory)) {}  // null: only counts
+  explicit Carver(uint8_t* memory) : memory_(reinterpret_cast<uintptr_t>(memory)) {}
   template <typename T>
   T* take(size_t n) {
     T* p = reinterpret_cast<T*>(memory_ + used_);
@@ -38,10 +38,10 @@ inline uint64_t first_bits(int n) {
   return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
 }
 
-/// 64 numbers of a mask that ends after n of them.
+/// A mask of 64 numbers: `mask` itself where it has 64, else its n numbers and -inf behind them, in `room` [64].
 const uint16_t* padded(const uint16_t* mask, int n, uint16_t* room);
 void decode_block(const IsaOps& ops, const HeadCodec& codec, const uint8_t* block, float* tile);
-/// Block by block through tiles: f16 blocks, and more tokens than attend_codes takes.
+/// Attends block by block through decoded tiles: for f16 blocks, and for more tokens than attend_codes takes.
 void attend_decoded(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask,
                     Softmax& softmax, Scratch& scratch);
 

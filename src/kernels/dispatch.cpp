@@ -6,7 +6,7 @@
 namespace thimble {
 namespace {
 
-// __builtin_cpu_supports also asks whether the system keeps the registers.
+// __builtin_cpu_supports also asks whether the operating system saves the registers.
 #ifdef THIMBLE_AVX512
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -16,7 +16,7 @@ bool has_avx512() {
 #endif
 #ifdef THIMBLE_AVX2
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and f16c, as all that have avx2
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // every processor with avx2 has f16c
 }
 #endif
 

@@ -1,9 +1,9 @@
 // What one instruction set has to provide: the loops over cells, on plain pointers. Everything around them (blocks,
 // masks, skipping, the running softmax) is written once, in blocked.cpp, at the compiler's baseline.
 //
-// The units behind this table are compiled with flags of their own. They include this header, intrinsics and what lies
-// in an anonymous namespace (vector/), nothing else: an inline function of a shared header, compiled there and kept by
-// the linker, would run on machines without the instruction set.
+// The units that define these tables are compiled with flags of their own. They include this header, intrinsics and
+// code in an anonymous namespace (vector/), nothing else: the linker might keep their copy of a shared header's inline
+// function, which would then run on machines without the instruction set.
 #pragma once
 
 #include <cstddef>
@@ -13,8 +13,8 @@ namespace thimble {
 
 inline constexpr float kLog2e = 1.44269504f;
 inline constexpr float kUnseen = -__builtin_inff();        // score of a cell that a query row does not attend to
-inline constexpr int kLine = 64;                           // cells to a block, bytes to a row of codes
-inline constexpr int kSuperblock = 16;                     // blocks whose softmax and value sums are done in one go
+inline constexpr int kLine = 64;                           // cells of a block, bytes of a row of codes
+inline constexpr int kSuperblock = 16;                     // blocks that one step of the softmax is done for
 inline constexpr int kSuperblockCells = 64 * kSuperblock;  // also the stride between rows of scores and weights
 inline constexpr int kRowsAtOnce = 4;                      // query rows that share one pass over codes
 
@@ -38,8 +38,8 @@ struct MaskBits {
   bool adds;         // some visible cell has a mask that is not 0
 };
 
-/// What is added to weights before they are rounded: numbers between -1/2 and 1/2, in bit-reversed order, so that those
-/// of any stretch of cells are spread evenly.
+/// Dither that is added to weights before they are rounded: numbers between -1/2 and 1/2, in bit-reversed order, so
+/// that those of adjacent cells are spread evenly.
 struct Dither {
   alignas(64) float at[64];
   constexpr Dither() : at() {
@@ -56,23 +56,24 @@ inline constexpr Dither kDither;
 struct TileOps {
   // -- codec: bit-exact, a multiply and an add for every product, in index order --
 
-  /// The codes of `n_subspaces` subspaces of one width; arguments as in encode_vector.
+  /// Writes the codes of `n_subspaces` adjacent subspaces of one width to `codes`. `y` [n_subspaces * width] times
+  /// `inverse_rms` is what is coded; `words` and `half_norms` are those of HeadCodec, from the first subspace on.
   void (*nearest)(const float* y, float inverse_rms, const float* words, const float* half_norms, int width,
                   int n_subspaces, uint8_t* codes);
   /// out[r] = x[r] m, for rows of dim numbers and m [dim][dim].
   void (*times_matrix)(const float* x, int n_rows, const float* m, int dim, float* out);
-  /// Butterflies in blocks of `block` numbers, then all times `norm`.
+  /// Walsh-Hadamard butterflies in place, in blocks of `block` numbers, then all times `norm`.
   void (*hadamard)(float* x, int n, int block, float norm);
 
   // -- tiles --
 
-  /// A coded block as a tile: keys [dim][64], values [64][dim]. `code_row` and `scale` [dim]: the row of codes of each
-  /// component and its subspace's scale.
+  /// Decodes a block to a tile: keys [dim][64], values [64][dim]. `cell_scales`: the block's 64 f16 scales. `code_row`
+  /// and `scale` [dim]: the row of codes of each component and its subspace's scale.
   void (*decode_keys)(const uint8_t* block, const uint8_t* cell_scales, const int8_t* words, const uint8_t* code_row,
                       const float* scale, int dim, float* tile);
   void (*decode_values)(const uint8_t* block, const uint8_t* cell_scales, const int8_t* words, const uint8_t* code_row,
                         const float* scale, int dim, float* tile);
-  /// Up to 64 rows of f16 (at any address) as a tile; cells from n to 63 of a key tile become 0.
+  /// Loads up to 64 rows of f16 (at any address) into a tile; cells n to 63 of a key tile become 0.
   void (*load_keys)(const uint8_t* const* rows, int n, int dim, float* tile);
   void (*load_values)(const uint8_t* const* rows, int n, int dim, float* tile);
   /// c[rows][n] = a[rows][k] b[k][n]; where `add`, c += the product.
@@ -81,7 +82,7 @@ struct TileOps {
 
   // -- softmax --
 
-  /// What 64 numbers of an f16 mask say.
+  /// Reads 64 numbers of an f16 mask.
   MaskBits (*mask_bits)(const uint16_t* mask);
   /// Turns q.k of n_blocks * 64 cells into scores, in place: adds `bias`, applies the softcap, adds slope * mask
   /// (`masks` by block; null: nothing is added), and writes kUnseen where a cell's bit in `visible` (by block) is not
@@ -89,29 +90,29 @@ struct TileOps {
   /// will be multiplied by; *max_log then becomes the maximum of score * log2(e) + log_weight.
   float (*finish_scores)(float* scores, int n_blocks, const uint64_t* visible, const uint16_t* const* masks, float bias,
                          float slope, float softcap, const float* log_weight, float* max_log);
-  /// Scores become exp(score - max), in place; returns their sum.
+  /// Replaces scores by exp(score - max), in place; returns their sum.
   float (*exponentiate)(float* scores, int n_cells, float max);
 };
 
-/// Attention from codes, for up to kRowsAtOnce query rows at once. Each row's scores, and its weights, lie
-/// kSuperblockCells behind those of the row before.
+/// Attention from codes, for up to kRowsAtOnce query rows at once. Scores and weights of a row lie kSuperblockCells
+/// behind those of the row before.
 struct CodeOps {
   float weight_bits[2];  // log2 of the largest weight that code_weights takes: narrow, wide
 
   /// Bytes of the tables that build_luts makes for one query row.
   size_t (*lut_bytes)(int dim, int n_subspaces, bool wide);
-  /// Makes one query row's tables in `luts` (at a multiple of 64 bytes): for every subspace and codeword their product
-  /// with the query, as a whole number of steps of 8 bits or, where `wide`, of 16. Only look_up reads them, so each
+  /// Makes one query row's tables in `luts` (at a multiple of 64 bytes): for every subspace and codeword its product
+  /// with the query in whole steps, as a number of 8 bits or, where `wide`, of 16. Only look_up reads them, so each
   /// instruction set lays them out as it likes. `q` [dim] is the query times the subspaces' scales; `words` and `width`
   /// are the codebook's. `room` is scratch of n_subspaces * 129 floats. Returns the step.
   float (*build_luts)(const float* q, const int8_t* words, const uint8_t* width, int n_subspaces, bool wide,
                       float* room, uint8_t* luts);
-  /// Writes q.k to scores[row][cell]: a cell's scale times the row's step times the sum of what its codes find in the
-  /// row's tables. `luts` holds the rows' tables one after another.
+  /// Writes q.k to scores[row][cell]: the cell's scale times the row's step times the sum of the entries that its codes
+  /// select in the row's tables. `luts` holds the rows' tables one after another.
   void (*look_up)(const uint8_t* luts, const float* steps, int n_rows, int n_subspaces, bool wide,
                   const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores);
-  /// Reads the scales of n_blocks * 64 values, and bounds their log2 from above, by less than 0.1. A scale that is not
-  /// finite becomes 0, and the cell's bit in `bad` (by block) is set.
+  /// Reads the scales of n_blocks * 64 values, and writes upper bounds of their log2, at most 0.1 above. A scale that
+  /// is not finite becomes 0, and the cell's bit in `bad` (by block) is set.
   void (*value_scales)(const uint8_t* const* blocks, int n_blocks, int codes_bytes, float* scales, float* log_scales,
                        uint64_t* bad);
   /// Makes one row's weights, exp2(score * log2(e) - offset) * scale, as whole numbers. They are rounded with kDither,
@@ -128,7 +129,7 @@ struct CodeOps {
                      const float* shrink, const float* factor, const Prefetch& prefetch, float* sums);
 };
 
-// Those are defined whose units are in this build. Whether the machine can run them, dispatch.cpp finds out.
+// A build defines the tables of its instruction sets only. dispatch.cpp finds out which the machine can run.
 extern const TileOps kAvx512TileOps, kAvx2TileOps, kNeonTileOps;
 extern const CodeOps kAvx512CodeOps, kAvx2CodeOps, kNeonCodeOps;
 

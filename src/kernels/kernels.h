@@ -1,8 +1,9 @@
 // The inner loops of attention, one table of functions for each instruction set. scalar.cpp is the specification;
 // `kernels()` picks the fastest that the machine has, once.
 //
-// Scores are natural logits: score = softcap(scale * q.k) + slope * mask, and softmax is online: `Softmax` holds the
-// running maximum, the sum of exp(score - max) and the values weighted by it.
+// Scores are natural logits: score = softcap(scale * q.k) + slope * mask. The softmax is online (Milakov and
+// Gimelshein, arXiv 1805.02867): `Softmax` holds the running maximum, the sum of exp(score - max) and the values
+// weighted by it.
 #pragma once
 
 #include <cmath>
@@ -35,16 +36,17 @@ struct Queries {
   float softcap = 0;             // 0: none
 };
 
-/// Additive f16 mask: of token t and the i-th cell at hand, data[t * stride + i]; -inf: token t does not see the cell.
-/// Null data: all visible.
+/// Additive f16 mask: data[t * stride + i] for token t and cell i, counted from the first of the cells that a call is
+/// about; -inf: token t does not see the cell. Null data: all cells are visible.
 struct Mask {
   const uint16_t* data = nullptr;
   ptrdiff_t stride = 0;
   Mask at(ptrdiff_t cell) const { return {data ? data + cell : nullptr, stride}; }
 };
 
+/// The running softmax of each query row.
 struct Softmax {
-  int dim = 0;           // of a value
+  int dim = 0;           // head size of values
   float* max = nullptr;  // [n_rows], -inf at first
   float* sum = nullptr;  // [n_rows], 0 at first
   float* acc = nullptr;  // [n_rows][dim], 0 at first
@@ -65,17 +67,17 @@ struct RowScores {
   size_t stride = 0;
 };
 
-/// Coded blocks of one KV head and stream. One follows the other; or, with a table (a paged cache), the stream's block
-/// b is block table[b] of the head's in memory.
+/// Coded blocks of one KV head and stream. They lie one behind the other; with a table (a paged cache), the stream's
+/// block b is block table[b] of the head's memory.
 struct CodedCells {
   const HeadCodec* keys = nullptr;
   const HeadCodec* values = nullptr;
-  const uint8_t* k_blocks = nullptr;  // block 0 of the stream; with a table block 0 of all
+  const uint8_t* k_blocks = nullptr;  // block 0 of the stream; with a table, block 0 of the head's memory
   const uint8_t* v_blocks = nullptr;
   const uint64_t* hidden = nullptr;     // [n_blocks] as Tile::hidden, or null
   int first_block = 0, last_block = 0;  // attend to [first_block, last_block)
-  int n_cells = 0;                      // of the stream; the last block may be cut by it
-  RowScores scores = {};                // score_codes leaves them here, attend_codes takes them away
+  int n_cells = 0;                      // of the stream, to attend to; the last block may have more
+  RowScores scores = {};                // written by score_codes, read by attend_codes
   const int32_t* table = nullptr;       // [n_blocks], or null
   size_t k_stride = 0, v_stride = 0;    // bytes from one block of memory to the next; 0: the format's block_bytes()
 
@@ -91,7 +93,7 @@ struct CodedCells {
 /// Memory that kernels work in, kept from call to call; one to a thread.
 class Scratch {
 public:
-  /// At least `bytes`, aligned to a cache line. Contents are lost from call to call.
+  /// At least `bytes` of memory, aligned to 64 bytes. Its contents are lost at the next call.
   uint8_t* room(size_t bytes);
 
 private:
@@ -109,19 +111,19 @@ struct Kernels {
   const char* name;
   /// As encode_vector, bit for bit.
   uint16_t (*encode)(const HeadCodec& codec, const float* y, uint8_t* codes);
-  /// What transforms are made of, with the same bits on every machine.
+  /// The loops of transforms; they give the same bits on every machine.
   TransformOps transform;
-  /// A block as a tile's k or v, by the codec's kind.
+  /// Decodes a block to a tile's k or v, by the codec's kind.
   void (*decode_block)(const HeadCodec& codec, const uint8_t* block, float* tile);
-  /// Up to 64 rows of `dim` f16 numbers, at any address, as a tile's k or v. Cells of k beyond n become 0.
+  /// Loads up to 64 rows of `dim` f16 numbers, at any address, into a tile's k or v. Cells of k beyond n become 0.
   void (*load_rows)(Kind kind, const uint8_t* const* rows, int n, int dim, float* tile);
-  /// Which of up to 64 cells a mask leaves visible, a bit each.
+  /// Which of up to 64 cells a token's mask leaves visible: bit i for cell i.
   uint64_t (*visible)(const uint16_t* mask, int n_cells);
-  /// Dense attention: prefill, exact rows.
+  /// Adds a tile of numbers to the running softmax: for prefill and exact rows.
   void (*attend_tile)(const Queries&, const Tile&, const Mask&, Softmax&, Scratch&);
-  /// Attention straight from codes, for few query rows. The mask starts at the stream's cell 0. Where cells.scores has
-  /// data, score_codes wrote it for the same queries and mask, and attention takes these scores; cells.hidden may have
-  /// more cells by now than it had then.
+  /// Adds coded cells to the running softmax, for few query rows. The mask starts at the stream's cell 0. Where
+  /// cells.scores has data, score_codes wrote it for the same queries and mask, and attention uses these scores;
+  /// cells.hidden may hide more cells than it did then.
   void (*attend_codes)(const Queries&, const CodedCells&, const Mask&, Softmax&, Scratch&);
   /// Scores the cells of the blocks from their codes. Writes to best [cell of the stream, whole blocks] the greatest
   /// score that any query row gives a cell; -inf for cells that are hidden or that no row sees, +inf where a score is
@@ -133,9 +135,9 @@ struct Kernels {
 const Kernels& scalar_kernels();
 
 /// The fastest table for this machine, or the one that the environment variable THIMBLE_ISA names (scalar, avx2,
-/// avx512, neon). Throws std::runtime_error where THIMBLE_ISA names one that is not there.
+/// avx512, neon). Throws std::runtime_error where THIMBLE_ISA names one that this machine or build lacks.
 const Kernels& kernels();
-/// All that this machine can run, slowest first.
+/// All tables that this machine can run, slowest first.
 std::vector<const Kernels*> available_kernels();
 
 }  // namespace thimble

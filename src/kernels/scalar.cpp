@@ -56,7 +56,7 @@ float finish_score(const Queries& queries, int row, float dot, const Mask& mask,
   return score;
 }
 
-// Adds cells with these scores (kUnseen: not there) to the row's running softmax; `value(cell)` points to the value.
+// Adds cells with these scores (kUnseen: left out) to the row's running softmax; `value(cell)` points to the value.
 template <typename Value>
 void accumulate(int row, const float* scores, int n_cells, Value value, Softmax& softmax) {
   float greatest = kUnseen;
@@ -94,8 +94,8 @@ void attend_tile(const Queries& queries, const Tile& tile, const Mask& mask, Sof
   }
 }
 
-// One look-up table a row and subspace, lut[m][code] = q . codeword; a cell's score is its scale times the sum of the
-// look-ups of its codes (VecInfer, arXiv 2510.06175, section 4).
+// One score table for each row and subspace, lut[m][code] = q . codeword; q.k of a cell is its scale times the sum of
+// the entries of its codes (VecInfer, arXiv 2510.06175, section 4).
 class LookUp {
 public:
   LookUp(const Queries& queries, const HeadCodec& keys)
@@ -167,7 +167,7 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
 void score_codes(const Queries& queries, const CodedCells& cells, const Mask& mask, float* best_scores, Scratch&) {
   const Format& kf = cells.keys->format;
   const RowScores& kept = cells.scores;
-  const LookUp look_up(queries, *cells.keys);  // of nothing where keys are f16
+  const LookUp look_up(queries, *cells.keys);  // empty where keys are f16
   std::vector<float> tile(kf.f16 ? size_t(kBlockCells) * kf.head_dim : 0);
   for (int b = cells.first_block; b < cells.last_block; b++) {
     const uint8_t* k_block = cells.k_block(b);

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <cstddef>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "loader/versions.h"
@@ -14,7 +15,8 @@ std::string to_string(const GgmlVersion& v) {
   return std::to_string(v.major) + "." + std::to_string(v.minor) + "." + std::to_string(v.patch);
 }
 
-// A handle of the library or program that holds an address. One on its file alone would not reach a program's symbols.
+// A handle of the library or program that holds an address. For a program, dlopen of its file would not do: only
+// dlopen(nullptr) gives its symbols.
 void* handle_of(const void* address) {
   Dl_info info{};
   if (dladdr(address, &info) != 0 && info.dli_fname) {
@@ -28,7 +30,20 @@ Function function(const char* name) {
   return reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
 }
 
-// Every backend begins with the API version that it was compiled for, and a host registers only those of its own.
+// GGML_BACKEND_PATH names a single backend, which is the plugin. Where a program had set it to a backend of its own (as
+// Ollama does on a GPU), THIMBLE_BACKEND_PATH names that one. It is loaded here, before the plugin looks for devices.
+void load_other_backend() {
+  const char* path = std::getenv("THIMBLE_BACKEND_PATH");
+  if (!path || !*path) return;
+  const auto load = function<void* (*)(const char*)>("ggml_backend_load");
+  if (!load || !load(path)) {
+    throw std::runtime_error("THIMBLE_BACKEND_PATH=" + std::string(path) +
+                             " does not load as a backend of this program");
+  }
+}
+
+// ggml_backend_reg begins with the API version that the backend was compiled for, and a host registers only backends of
+// its own version.
 int api_of_registered_backend() {
   const auto count = function<size_t (*)()>("ggml_backend_reg_count");
   const auto get = function<const int* (*)(size_t)>("ggml_backend_reg_get");
@@ -45,7 +60,7 @@ int api_of_registered_backend() {
 
 Host::Host(const void* caller) {
   constexpr const char* kRegister = "ggml_backend_register";
-  // Its own, not the first of that name: two copies of ggml in a process would be mixed up.
+  // Looked up in the caller's own library, not in the first that has the name: a process may hold two copies of ggml.
   register_function_ = dlsym(handle_of(caller), kRegister);
   if (!register_function_) {
     throw std::runtime_error(
@@ -74,6 +89,7 @@ Host::Host(const void* caller) {
     throw std::runtime_error(known + ", but this program has ggml " + version_ + ": use a newer llama.cpp");
   }
   is_newer_ = *version > kNewestTriedGgml;
+  load_other_backend();
   api_version_ = api_of_registered_backend();
   for (int known_api : kApiVersions) {
     if (api_version_ == known_api) return;

@@ -1,6 +1,5 @@
-// libggml-thimble.so: what a program loads. It looks at its host and opens the build of the plugin for the host's
-// backend API version, which lies beside it, or refuses with one sentence. Nothing here is compiled with ggml's
-// headers.
+// libggml-thimble.so, the library that a program loads. It looks at its host and opens the build of the plugin for the
+// host's backend API version, which lies beside it, or refuses with one sentence. It includes no ggml header.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -16,8 +15,8 @@ namespace {
 
 using namespace thimble;
 
-// Not through ggml's log, which llama.cpp's programs write in a thread of its own: they end, for want of the device,
-// before it is written.
+// Writes to stderr and not to ggml's log, which llama.cpp's programs write in another thread: without the device they
+// end before it is written.
 void say(const std::string& sentence) {
   std::fprintf(stderr, "thimble: %s\n", sentence.c_str());
 }
@@ -39,7 +38,7 @@ const Build& open_build(const Host& host) {
     throw std::runtime_error(wanted + ", which is missing beside libggml-thimble.so (" + path.string() +
                              "): the folder was not copied whole; install Thimble again");
   }
-  // It is never closed: ggml keeps pointers into a backend for as long as the process lives.
+  // The library is never closed: ggml keeps pointers into a backend for as long as the process lives.
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
   if (!handle) {
     const char* why = dlerror();

@@ -12,16 +12,16 @@ struct GgmlVersion {
   auto operator<=>(const GgmlVersion&) const = default;
 };
 
-/// "0.25.3", with or without something behind it.
+/// Parses "0.25.3"; anything may follow the three numbers.
 inline std::optional<GgmlVersion> parse_version(const char* text) {
   GgmlVersion v;
   if (!text || std::sscanf(text, "%d.%d.%d", &v.major, &v.minor, &v.patch) != 3) return std::nullopt;
   return v;
 }
 
-/// Older ones are refused. Newer ones than the newest that was tried are taken where the self-check passes.
+/// Older versions than kOldestGgml are refused. Newer ones than kNewestTriedGgml are used where the self-check passes.
 constexpr GgmlVersion kOldestGgml{0, 15, 0}, kNewestTriedGgml{0, 26, 0};
-/// Backend API versions, a build each. ggml 0.25.3 came with either.
+/// Backend API versions, each with a build of the plugin. ggml 0.25.3 exists with either.
 constexpr int kApiVersions[] = {2, 3};
 
 }  // namespace thimble

@@ -32,7 +32,7 @@ void* buffer_base(ggml_backend_buffer_t buffer) {
 ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   KvBuffer& kv = context_of(buffer);
   if (tensor->view_src) {
-    // Views of caches stay ours; views of anything else have the inner buffer already, from their source.
+    // A view of a cache keeps this buffer. A view of another tensor got the inner buffer from its source already.
     return GGML_STATUS_SUCCESS;
   }
   if (const auto name = parse_cache_name(tensor->name)) {
@@ -50,7 +50,7 @@ ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor
     }
   }
   tensor->buffer = kv.inner();
-  // llama.cpp marks weight buffers as such after their tensors were handed to the inner buffer, which it cannot see.
+  // llama.cpp marks buffers of weights as such, but it marks only this buffer, so the inner one is marked here.
   const std::string_view name = tensor->name;
   if (tensor->op == GGML_OP_NONE && name.ends_with(".weight")) {
     ggml_backend_buffer_set_usage(kv.inner(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
@@ -58,7 +58,8 @@ ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor
   return kv.inner()->iface.init_tensor ? kv.inner()->iface.init_tensor(kv.inner(), tensor) : GGML_STATUS_SUCCESS;
 }
 
-// Tensors that a caller placed here without init_tensor (ggml's Meta device does) are the inner buffer's all the same.
+// The inner buffer for a tensor that is no coded cache, or null. A caller may have placed such a tensor here without
+// init_tensor (ggml's Meta device does so).
 ggml_backend_buffer_t inner_of_unmanaged(ggml_backend_buffer_t buffer, const ggml_tensor* tensor) {
   return KvBuffer::layer_of(tensor) ? nullptr : context_of(buffer).inner();
 }
@@ -140,7 +141,7 @@ size_t type_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor* tenso
       if (plan.coded) return plan.bytes[int(name->kind)];
     }
   } catch (const std::exception&) {
-    // Said by init_tensor, which can refuse; here the nominal size does.
+    // init_tensor will fail with the same error and report it; here the nominal size is good enough.
   }
   return ggml_backend_buft_get_alloc_size(inner_type(type), tensor);
 }

@@ -7,7 +7,7 @@ namespace thimble {
 
 class Device;
 
-/// Lives as long as the device.
+/// The buffer type of a device; `device` must outlive it.
 ggml_backend_buffer_type make_buffer_type(Device& device);
 bool is_kv_buffer_type(ggml_backend_buffer_type_t type);
 

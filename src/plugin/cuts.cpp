@@ -62,8 +62,8 @@ private:
     it->writes[int(kind)] = node;
   }
 
-  // Memory of a waiting write's rows may be given to nodes after its place in the graph. The attention over the very
-  // layer reads its rows first.
+  // ggml may give the memory of a waiting write's rows to nodes behind the write. Writes that `node` would overwrite
+  // are cut before it, unless `node` is the attention over their own layer, which reads the rows first.
   void flush_overwritten(const ggml_tensor* node, const ManagedLayer* attends) {
     for (size_t i = 0; i < pending_.size();) {
       bool overwritten = false;
@@ -98,7 +98,7 @@ private:
 
   std::vector<Step> steps_;
   std::vector<ggml_tensor*> inner_;
-  std::vector<Cut> pending_;  // writes that wait
+  std::vector<Cut> pending_;  // writes that wait for their attention
 };
 
 }  // namespace

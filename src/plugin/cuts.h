@@ -1,5 +1,5 @@
-// Where a graph is cut for a backend that runs our nodes apart from its own: once a layer. The writes of new keys and
-// values wait for the attention over them, so that all three nodes are one cut.
+// Where a graph is cut, so that the inner backend runs its nodes and a queue runs those of the cache: once a layer. The
+// writes of new keys and values wait for the attention over them, so that all three nodes are one cut.
 #pragma once
 
 #include <vector>
@@ -11,23 +11,24 @@
 
 namespace thimble {
 
-/// What is done between two stretches of the inner backend's nodes, to one layer.
+/// The nodes of one layer's cache that run between two stretches of the inner backend's nodes.
 struct Cut {
   KvBuffer* buffer = nullptr;
   ManagedLayer* layer = nullptr;
   const ggml_tensor* writes[2] = {nullptr, nullptr};  // SET_ROWS, by Kind
   const ggml_tensor* attend = nullptr;                // FLASH_ATTN_EXT
-  const ggml_tensor* shift = nullptr;                 // ROPE; then nothing else
+  const ggml_tensor* shift = nullptr;                 // ROPE; the others are null then
 };
 
-/// The inner backend's nodes, then a cut (layer null: none, at the graph's end).
+/// A stretch of the inner backend's nodes, and the cut behind it. At the graph's end there may be none: cut.layer is
+/// null then.
 struct Step {
   std::vector<ggml_tensor*> inner;
   Cut cut;
 };
 
-/// Binds layers that attention nodes show the shape of. Throws std::runtime_error with a sentence where a node is
-/// refused.
+/// Plans the cuts of a graph, and binds the layers of its attention nodes. Throws std::runtime_error with a sentence
+/// where a node is refused.
 std::vector<Step> plan_cuts(ggml_cgraph* graph);
 
 }  // namespace thimble

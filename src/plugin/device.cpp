@@ -65,7 +65,8 @@ void backend_synchronize(ggml_backend_t backend) {
   ggml_backend_synchronize(context_of(backend).inner);
 }
 
-// Around a backend that computes beside the host. Tensors that llama.cpp reads and writes so are the inner buffers'.
+// For an inner backend that computes beside the host. llama.cpp reads and writes only tensors of the inner buffers by
+// these functions.
 const ggml_backend_i kAsyncInterface = [] {
   ggml_backend_i i = kBackendInterface;
   i.set_tensor_async = backend_set_async;
@@ -94,7 +95,8 @@ enum ggml_backend_dev_type device_type(ggml_backend_dev_t) {
 }
 
 void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
-  ggml_backend_dev_get_props(device_of(device).inner(), props);  // its device_id too: the same hardware counts once
+  // With the inner device's device_id, so that llama.cpp counts the hardware once.
+  ggml_backend_dev_get_props(device_of(device).inner(), props);
   props->name = device_name(device);
   props->description = device_description(device);
   props->type = device_type(device);
@@ -136,9 +138,9 @@ ggml_backend_buffer_t device_from_host(ggml_backend_dev_t device, void* data, si
   return ggml_backend_dev_buffer_from_host_ptr(device_of(device).inner(), data, size, max_tensor_size);
 }
 
-// While it loads a model, llama.cpp offers each weight to our buffer type first, in an empty dummy buffer. Where the
-// inner device has a better home for it (the CPU's repacked types), we decline, and llama.cpp goes on to that type,
-// which our registry lists as an extra one (see plugin.cpp).
+// While it loads a model, llama.cpp asks whether an op runs on each weight in our buffer type first, with an empty
+// dummy buffer. Where the inner device has a faster buffer type for the weight (the CPU's repacked types), the answer
+// is no, and llama.cpp takes that type, which our registry lists as an extra one (plugin.cpp).
 bool has_better_home(ggml_backend_dev_t inner, const ggml_tensor* op) {
   ggml_tensor* weight = op->src[0];
   if ((op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) || !weight || weight->data || !weight->buffer ||
@@ -160,8 +162,9 @@ bool has_better_home(ggml_backend_dev_t inner, const ggml_tensor* op) {
   return better;
 }
 
-// Of a write to a cache that is not coded. Where the plan left it f16, that is said with all else of its context. Where
-// llama.cpp put it elsewhere, which its owner may not have meant, that is said once for each buffer.
+// Reports a write to a cache that is not coded. A cache that the plan leaves f16 is in the report on all caches of the
+// context. A cache that llama.cpp put on another device, which the user may not have meant, gets a warning, once for
+// each buffer.
 void report_uncoded(Device& device, const ggml_tensor* op) {
   if (op->op != GGML_OP_SET_ROWS) return;
   const ggml_tensor* cache = root_of(op);
@@ -187,11 +190,12 @@ bool device_supports_op(ggml_backend_dev_t handle, const ggml_tensor* op) {
     return !has_better_home(device.inner(), op) && ggml_backend_dev_supports_op(device.inner(), op);
   }
   if (kind == NodeKind::view) return true;
+  const KvBuffer* buffer = buffer_of_cache(op);
+  if (buffer && &buffer->device() != &device) return false;
   if (kind == NodeKind::attend) bind(op);
   if (kind != NodeKind::refused) why = refusal(op, kind);
-  // While the context is being made an exception reaches llama_init_from_model, which fails with our sentence.
-  // Later the graph fails instead. Saying "not supported" would make ggml abort: no other device can read codes.
-  const KvBuffer* buffer = buffer_of_cache(op);
+  // While the context is made an exception reaches llama_init_from_model, which fails with our sentence. Later the
+  // graph fails instead. The answer "not supported" would make ggml abort, since no other device can read codes.
   if (!why.empty() && buffer && !buffer->in_use()) throw std::runtime_error(why);
   return true;
 }

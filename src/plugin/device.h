@@ -1,9 +1,10 @@
-// THIMBLE0 and so on: ggml devices of type GPU that wrap an inner device each and code the KV cache. Being a "GPU", one
-// gets the layers and their caches by llama.cpp's own defaults.
+// THIMBLE0 and so on: ggml devices that each wrap an inner device and code the KV cache. Their type is GPU, so that
+// llama.cpp puts the layers and their caches there by its own defaults.
 #pragma once
 
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -28,17 +29,19 @@ public:
   const std::string& name() const { return name_; }
   const std::string& description() const { return description_; }
 
-  /// What becomes of caches under the settings that THIMBLE_KV holds now. Throws as CachePlanner's constructor.
+  /// The planner for the settings that THIMBLE_KV holds now. Throws as CachePlanner's constructor does.
   std::shared_ptr<const CachePlanner> planner();
 
-  // The buffers with cache tensors, coded or not, as long as they live.
+  // Register a buffer with cache tensors, coded or not, for as long as it lives.
   void add(KvBuffer& buffer);
   void remove(KvBuffer& buffer);
-  /// Whether a cache tensor is of a sliding window: llama.cpp keeps the layers that have one in a cache of their own,
-  /// made after that of the other layers and of no more cells than the window needs.
+  /// Whether a cache tensor is of a layer with a sliding window. llama.cpp keeps these layers in a cache of their own,
+  /// which it makes after that of the other layers and with no more cells than the sliding window needs.
   bool is_window(int layer, int64_t cells_per_stream);
-  /// Logs what becomes of the caches that it was not said of, once all their coded layers are bound.
+  /// Logs one line about the caches that were not reported yet, once all their coded layers are bound.
   void report_caches();
+  /// The layers that have a cache here.
+  std::set<int> layers();
 
 private:
   ggml_backend_dev_t inner_;
@@ -46,9 +49,9 @@ private:
   std::string name_, description_;
   ggml_backend_buffer_type buffer_type_;
   ggml_backend_device handle_;
-  // A cache's buffer asks once for each tensor: the last planner is kept.
+  // The last planner is kept, since a buffer asks for it once for each tensor.
   std::mutex mutex_;
-  std::string planned_;  // what it was made from
+  std::string planned_;  // THIMBLE_KV and the profile's time of writing that planner_ was made from
   std::shared_ptr<const CachePlanner> planner_;
   std::vector<KvBuffer*> buffers_;
 };
@@ -58,8 +61,9 @@ Device& device_of(ggml_backend_dev_t device);
 /// The inner backend of one of our backends.
 ggml_backend_t inner_backend(ggml_backend_t backend);
 
-/// The devices of the plugin, made once: around the device that THIMBLE_KV's `device` names, or the first that an
-/// engine serves and is no CPU, or the CPU. Throws std::runtime_error where there is no such device.
+/// Makes the devices of the plugin, once: one around each device that THIMBLE_KV's `device` names; without one, around
+/// each device of the first backend that has an engine and is no CPU, else around the CPU. Throws std::runtime_error
+/// where there is no such device.
 void make_devices(ggml_backend_reg_t registry);
 size_t device_count();
 Device& device_at(size_t index);

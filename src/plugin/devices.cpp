@@ -1,7 +1,8 @@
-// Which devices there are, and what each is.
+// Chooses and makes the devices of the plugin.
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
+#include <sstream>
 #include <stdexcept>
 #include <vector>
 
@@ -28,22 +29,35 @@ std::string environment() {
   return text ? text : "";
 }
 
-// The device that THIMBLE_KV names, by its own name or its backend's ("CUDA"). Without one: the first that is no CPU
-// and has an engine, or the CPU.
-ggml_backend_dev_t choose_inner(const std::string& name) {
+// The devices that THIMBLE_KV names, by their own names or their backend's ("CUDA"). Without a name: those of the first
+// backend that is no CPU and has an engine, or the CPU.
+std::vector<ggml_backend_dev_t> choose_inner(const std::string& names) {
+  std::vector<ggml_backend_dev_t> chosen;
+  const auto add_all_of = [&](ggml_backend_reg_t backend) {
+    for (size_t i = 0; i < ggml_backend_reg_dev_count(backend); i++) {
+      chosen.push_back(ggml_backend_reg_dev_get(backend, i));
+    }
+  };
   ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-  ggml_backend_dev_t inner = name.empty() ? nullptr : ggml_backend_dev_by_name(name.c_str());
-  for (size_t i = 0; !inner && i < ggml_backend_dev_count(); i++) {
+  for (size_t i = 0; names.empty() && chosen.empty() && i < ggml_backend_dev_count(); i++) {
     ggml_backend_dev_t device = ggml_backend_dev_get(i);
-    const bool named = name == ggml_backend_reg_name(ggml_backend_dev_backend_reg(device));
-    if (name.empty() ? device != cpu && make_engine(host_device(device)) : named) inner = device;
+    if (device != cpu && make_engine(host_device(device))) add_all_of(ggml_backend_dev_backend_reg(device));
   }
-  if (!inner && name.empty()) inner = cpu;
-  if (!inner) {
-    throw std::runtime_error("there is no ggml device '" + (name.empty() ? "CPU" : name) +
-                             "' to run on; see llama-server --list-devices");
+  if (names.empty() && chosen.empty() && cpu) chosen.push_back(cpu);
+  std::istringstream each(names);
+  for (std::string name; std::getline(each, name, '+');) {
+    const size_t before = chosen.size();
+    if (ggml_backend_dev_t device = ggml_backend_dev_by_name(name.c_str())) {
+      chosen.push_back(device);
+    } else if (ggml_backend_reg_t backend = ggml_backend_reg_by_name(name.c_str())) {
+      add_all_of(backend);
+    }
+    if (chosen.size() == before) {
+      throw std::runtime_error("there is no ggml device '" + name + "' to run on; see llama-server --list-devices");
+    }
   }
-  return inner;
+  if (chosen.empty()) throw std::runtime_error("there is no ggml device to run on; see llama-server --list-devices");
+  return chosen;
 }
 
 std::vector<std::unique_ptr<Device>>& devices() {
@@ -96,7 +110,8 @@ void Device::remove(KvBuffer& buffer) {
   std::erase(buffers_, &buffer);
 }
 
-// The cache of the other layers has more cells and leaves out this layer and some before its last.
+// It is, if there is another cache that has more cells, does not have this layer, and leaves out some layer before its
+// own last one.
 bool Device::is_window(int layer, int64_t cells_per_stream) {
   const std::lock_guard lock(mutex_);
   return std::any_of(buffers_.begin(), buffers_.end(), [&](const KvBuffer* buffer) {
@@ -107,8 +122,11 @@ bool Device::is_window(int layer, int64_t cells_per_stream) {
 }
 
 void Device::report_caches() {
-  const std::lock_guard lock(mutex_);
   PlanTotals totals;
+  for (const auto& other : devices()) {  // before this device is locked: another may report, too
+    if (other.get() != this) totals.layers.merge(other->layers());
+  }
+  const std::lock_guard lock(mutex_);
   const CachePlanner* planner = nullptr;
   for (const KvBuffer* buffer : buffers_) {
     if (!buffer->all_bound()) return;
@@ -118,15 +136,28 @@ void Device::report_caches() {
   }
   if (!planner) return;
   for (KvBuffer* buffer : buffers_) buffer->set_reported();
-  // As a warning: llama.cpp's programs do not show what libraries merely inform of.
-  GGML_LOG_WARN("thimble: %s\n", report(totals, planner->settings(), *engine_).c_str());
+  // As a warning, since llama.cpp's programs do not show a library's messages of level info.
+  GGML_LOG_WARN("thimble: %s%s\n", devices().size() > 1 ? (name_ + ": ").c_str() : "",
+                report(totals, planner->settings(), *engine_).c_str());
+}
+
+std::set<int> Device::layers() {
+  const std::lock_guard lock(mutex_);
+  std::set<int> layers;
+  for (const KvBuffer* buffer : buffers_) {
+    for (const auto& [layer, cache] : buffer->caches()) layers.insert(layer);
+  }
+  return layers;
 }
 
 void make_devices(ggml_backend_reg_t registry) {
   if (!devices().empty()) return;
-  ggml_backend_dev_t inner = choose_inner(Settings::parse(environment()).device);
-  devices().push_back(std::make_unique<Device>(registry, inner, "THIMBLE0"));
-  GGML_LOG_INFO("thimble: THIMBLE0 is %s\n", devices().back()->description().c_str());
+  std::vector<std::unique_ptr<Device>> made;
+  for (ggml_backend_dev_t inner : choose_inner(Settings::parse(environment()).device)) {
+    made.push_back(std::make_unique<Device>(registry, inner, "THIMBLE" + std::to_string(made.size())));
+    GGML_LOG_INFO("thimble: %s is %s\n", made.back()->name().c_str(), made.back()->description().c_str());
+  }
+  devices() = std::move(made);
 }
 
 size_t device_count() {

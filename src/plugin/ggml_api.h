@@ -1,14 +1,15 @@
-// Where ggml's versions differ, as far as src/plugin is concerned. It is compiled once for each backend API version,
-// with that version's headers, and each build runs in all versions of ggml that have that API (see self_check.h).
+// Where ggml's versions differ, as far as src/plugin is concerned. src/plugin is compiled once for each backend API
+// version, with that version's headers, and each build runs in all versions of ggml that have that API (self_check.h).
 //
 //   API 2 to API 3   ggml_backend_buffer_type_i got alloc_buffer_n and get_alloc_size_n. Left null, they default to
-//                    alloc_buffer and get_alloc_size, which is right for us. ggml_backend_i's graph_optimize got an
-//                    argument; we have none.
-//   within API 2     ops came in before CUSTOM, whose number so depends on the version (91 in 0.15, 95 from 0.20 on).
-//                    ggml_backend_dev_caps got mmap_support: what we use comes before it.
+//                    alloc_buffer and get_alloc_size, which is right for the plugin. ggml_backend_i's graph_optimize
+//                    got an argument; the plugin leaves that function null.
+//   within API 2     ops were inserted before CUSTOM, so its number depends on the version (91 in 0.15, 95 from 0.20
+//   on).
+//                    ggml_backend_dev_caps got mmap_support, behind all members that the plugin uses.
 //
-// Two rules keep it so small: tables of functions are filled by name, never by position; and of structs that the host
-// makes only members before the first difference are used.
+// Two rules keep this list short: tables of functions are filled by name, never by position; and of structs that the
+// host makes, only members before the first difference are used.
 #pragma once
 
 #include "ggml-backend-impl.h"
@@ -22,7 +23,8 @@ namespace thimble {
 /// The number of ggml's op CUSTOM in the host.
 ggml_op custom_op();
 
-/// A device's properties, from a host whose struct may have more members behind ours.
+/// A device's properties. The host's struct may have more members than the one in these headers, so there is room
+/// behind it.
 inline ggml_backend_dev_props props_of(ggml_backend_dev_t device) {
   struct {
     ggml_backend_dev_props known;

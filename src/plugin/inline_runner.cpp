@@ -52,7 +52,8 @@ void InlineRunner::replace(ggml_tensor** node, ggml_custom_op_t run, Op& op) {
 ggml_status InlineRunner::run_segment(ggml_cgraph* graph, int first, int last) {
   if (first == last) return GGML_STATUS_SUCCESS;
   ggml_cgraph view = ggml_graph_view(graph, first, last);
-  // A view shares no use counts with its graph, which the inner backend needs to fuse nodes; a whole graph stays whole.
+  // A view of a graph lacks its use counts, without which the inner backend fuses no nodes. So a whole graph is passed
+  // as it is.
   return ggml_backend_graph_compute(inner_, first == 0 && last == ggml_graph_n_nodes(graph) ? graph : &view);
 }
 
@@ -112,6 +113,13 @@ ggml_status InlineRunner::compute(ggml_cgraph* graph) {
     failure_.set(error.what());
   }
   for (auto& [at, node] : replaced_) *at = node;
+  const KvCache* asked = nullptr;
+  for (const Op& op : ops_) {
+    if (op.cache == asked) continue;
+    asked = op.cache;
+    const std::string warning = op.cache->take_warning();
+    if (!warning.empty()) GGML_LOG_WARN("thimble: %s\n", warning.c_str());
+  }
   if (failure_) throw std::runtime_error(failure_.why());
   return status;
 }

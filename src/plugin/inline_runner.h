@@ -1,4 +1,4 @@
-// Graphs over a cache whose engine computes on the threads of the inner backend.
+// Runs graphs over a cache whose engine computes on the threads of the inner backend.
 #pragma once
 
 #include <deque>
@@ -9,7 +9,7 @@
 
 namespace thimble {
 
-/// Cache nodes become custom ops of the inner backend's graph, on the same threads.
+/// Replaces cache nodes by custom ops of the inner backend's graph while it runs.
 class InlineRunner : public Runner {
 public:
   explicit InlineRunner(ggml_backend_t inner) : inner_(inner) {}

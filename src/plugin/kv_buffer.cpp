@@ -1,4 +1,4 @@
-// Which tensors a buffer codes, and what it binds their layers to; state.cpp has what is saved, loaded and copied.
+// Which tensors a buffer codes, and how it binds their layers. state.cpp saves, loads and copies cells.
 #include "plugin/kv_buffer.h"
 
 #include <algorithm>
@@ -81,10 +81,10 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
   device_.report_caches();
 }
 
-// The tensor's memory, or more where it is too small for the true head size.
+// The tensor's memory, or new memory where that is too small for the true head size.
 uint8_t* KvBuffer::memory_of(const ManagedLayer& layer, const LayerPlan& plan, Kind kind) {
   const ggml_tensor* tensor = layer.tensors[int(kind)];
-  const LayerPlan reserved = planner_->plan(caches_.at(layer.index));  // without heads, as it was allocated
+  const LayerPlan reserved = planner_->plan(caches_.at(layer.index));  // made without the heads, as the allocation was
   if (plan.bytes[int(kind)] <= reserved.bytes[int(kind)]) return static_cast<uint8_t*>(tensor->data);
   Buffer buffer(ggml_backend_buft_alloc_buffer(inner_->buft, plan.bytes[int(kind)]));
   if (!buffer) {

@@ -1,10 +1,10 @@
-// A buffer of a Thimble device. It wraps a buffer of the inner device: every tensor but the KV cache's is handed to
-// that, so that the inner backend sees tensors of its own; tensors named cache_k_l<i> and cache_v_l<i> get the memory
-// of their codes and are served by the engine's KvCache.
+// A buffer of a Thimble device. It wraps a buffer of the inner device. Tensors named cache_k_l<i> and cache_v_l<i> get
+// memory for their codes, and the engine's KvCache serves them; all other tensors are handed to the inner buffer, so
+// that the inner backend sees tensors of its own.
 //
 // A cache tensor does not say its head size, and llama.cpp allocates it before any graph exists. So memory is reserved
-// for what CachePlanner takes the head size to be, and a layer is bound to its true shape when the first attention node
-// over it is seen, which llama.cpp does while it makes the context.
+// for the head size that CachePlanner assumes, and a layer is bound to its true shape at the first attention node over
+// it, which llama.cpp shows while it makes the context.
 #pragma once
 
 #include <map>
@@ -27,7 +27,7 @@ namespace thimble {
 /// The tensor that owns the memory of a view, through all views.
 const ggml_tensor* root_of(const ggml_tensor* tensor);
 
-/// What one cache tensor shows of its layer.
+/// The part of a layer's geometry that one cache tensor shows.
 LayerGeometry geometry_of(Device& device, const ggml_tensor* tensor, const CacheName& name);
 
 /// One layer of a KV cache as llama.cpp allocated it.
@@ -45,19 +45,21 @@ public:
   KvBuffer(Device& device, ggml_backend_buffer_t inner) : device_(device), inner_(inner) {}
   ~KvBuffer();
 
+  Device& device() const { return device_; }
   ggml_backend_buffer_t inner() const { return inner_; }
   KvCache& cache() { return *cache_; }
 
   /// The layer behind a tensor or a view of it, or null where the tensor is not a managed cache.
   static ManagedLayer* layer_of(const ggml_tensor* tensor, Kind* kind = nullptr);
+  /// The buffer of a tensor or a view of it, or null where that is not a KvBuffer.
   static KvBuffer* of(const ggml_tensor* tensor);
 
-  /// Takes a cache tensor if its layer is coded. The first makes the cache, under the settings of that moment: throws
-  /// as CachePlanner's constructor.
+  /// Takes a cache tensor; false where its layer is left f16. The first tensor makes the cache, with the settings that
+  /// THIMBLE_KV has at that moment. Throws as CachePlanner's constructor does.
   bool add(ggml_tensor* tensor, const CacheName& name);
-  /// Binds a layer to its head sizes. Throws std::runtime_error with what the user should change.
+  /// Binds a layer to its head sizes. Throws std::runtime_error with a sentence that says what to change.
   void bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
-  /// By layer, those left f16 too.
+  /// The caches by layer, those left f16 included.
   const std::map<int, LayerGeometry>& caches() const { return caches_; }
   const CachePlanner& planner() const { return *planner_; }
   bool all_bound() const;
@@ -65,20 +67,21 @@ public:
   bool is_reported() const { return is_reported_; }
   void set_reported() { is_reported_ = true; }
 
-  /// Whether a graph has run on this cache. Until then what cannot be done is refused by an exception, which makes the
-  /// making of the context fail; later it must not be thrown any more.
+  /// Whether a graph has run on this cache. Before that, supports_op throws where a node is refused, so that llama.cpp
+  /// cannot make the context; afterwards it must not throw.
   bool in_use() const { return in_use_; }
   /// Called for each graph that uses the cache.
   void use();
 
   void clear(uint8_t value);
   void save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size);
-  /// Rows that the cache refuses are said in the log. Where llama.cpp reads a file, the load then fails by an
-  /// exception, on which it gives the sequence up. Elsewhere attention to their cells fails (RefusedCells): llama.cpp
-  /// loads states that are in memory in a destructor, which no exception may leave.
+  /// Loads saved rows. Rows that the cache refuses are reported in the log. Where llama.cpp reads a file, the load then
+  /// throws, and llama.cpp gives the sequence up. Where it loads a state from memory it does so in a destructor, which
+  /// no exception may leave; attention to the cells of such rows fails instead (RefusedCells).
   void load(const ggml_tensor* tensor, const uint8_t* data, size_t offset, size_t size);
   bool copy(const ggml_tensor* from, ggml_tensor* to);
-  /// Loads the rows that came one by one and wait to be loaded together. Before anything else is done with the cache.
+  /// Loads the rows that came one by one and wait to be loaded together. To be called before any other use of the
+  /// cache.
   void settle();
   /// Whether any cell holds a row that was refused.
   bool has_refused() const;
@@ -100,22 +103,22 @@ private:
 
   Device& device_;
   ggml_backend_buffer_t inner_;
-  std::vector<Buffer> more_;                     // where the reserved memory is too small (heads smaller than assumed)
+  std::vector<Buffer> more_;                     // memory of layers whose heads are smaller than assumed
   std::shared_ptr<const CachePlanner> planner_;  // null until there is a cache tensor
-  std::unique_ptr<KvCache> cache_;               // null until one is coded
+  std::unique_ptr<KvCache> cache_;               // null until there is a coded cache tensor
   std::map<int, ManagedLayer> layers_;
   std::unordered_map<const ggml_tensor*, CacheName> by_tensor_;
   std::map<int, LayerGeometry> caches_;
   bool is_reported_ = false;
   bool in_use_ = false;
-  // llama.cpp loads a sequence whose cells are not adjacent row by row.
+  // Rows that wait to be loaded together: llama.cpp loads a sequence row by row where its cells are not adjacent.
   struct Waiting {
     ManagedLayer* layer = nullptr;
     Kind kind = Kind::key;
     std::vector<int64_t> cells;
     std::vector<uint8_t> rows;
   } waiting_;
-  bool said_refusal_ = false;  // since the last graph
+  bool said_refusal_ = false;  // a refused row was reported since the last graph
   bool has_new_refusal_ = false;
   const uint8_t* last_data_ = nullptr;  // of the last load
 };

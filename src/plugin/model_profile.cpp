@@ -25,7 +25,7 @@ std::string model_of(const std::vector<std::string>& arguments) {
 
 std::string profile_beside_model(const std::string& model) {
   namespace fs = std::filesystem;
-  constexpr int kMostLinks = 40;  // as many as Linux follows
+  constexpr int kMostLinks = 40;  // the number of links that Linux follows
   std::error_code error;
   fs::path at = model;
   for (int i = 0; i < kMostLinks && !at.empty(); i++) {

@@ -1,4 +1,4 @@
-// profile=auto: the profile beside the model.
+// Finds the profile beside the model, for profile=auto.
 #pragma once
 
 #include <string>
@@ -10,7 +10,8 @@ namespace thimble {
 std::string model_of(const std::vector<std::string>& arguments);
 std::vector<std::string> arguments_of_this_process();
 
-/// <model>.thimble.gguf beside a model, or beside what its link leads to, and so on; else empty.
+/// The path of <model>.thimble.gguf beside a model or, where the model is a link, beside its target, and so on; empty
+/// where there is none.
 std::string profile_beside_model(const std::string& model);
 
 }  // namespace thimble

@@ -11,7 +11,7 @@ constexpr const char* kFlashAttentionOff =
     "flash attention is off, which a coded cache needs: start with --flash-attn on, or run a model that cannot have it "
     "without the THIMBLE device";
 
-// A sentence on why an attention node over coded caches cannot be served, or nothing.
+// Half a sentence that says why an attention node over coded caches cannot be served, or "".
 std::string attention_problem(const ggml_tensor* node) {
   const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
   Kind k_kind = Kind::value, v_kind = Kind::key;

@@ -1,4 +1,4 @@
-// How the nodes of a ggml graph that touch a coded cache are recognized and checked.
+// Recognizes and checks the nodes of a ggml graph that touch a coded cache:
 //
 //   SET_ROWS into a cache            a WriteTask
 //   FLASH_ATTN_EXT over caches       an AttendTask
@@ -16,20 +16,20 @@ namespace thimble {
 
 enum class NodeKind { other, write, attend, shift, view, refused };
 
-/// Whether an op only names memory.
+/// Whether an op computes nothing and only gives memory another shape or name.
 bool is_view_op(ggml_op op);
 
-/// What a node does to coded caches. For `refused`, `why` gets a sentence.
+/// What a node does to coded caches. Where it is `refused`, *why becomes a sentence.
 NodeKind classify(const ggml_tensor* node, std::string* why = nullptr);
 
-/// Tells the layer that an attention node reads its head sizes, if it does not know them yet (KvBuffer::bind).
+/// Binds the layer that an attention node reads to the head sizes that the node shows, if it is not bound yet.
 void bind(const ggml_tensor* node);
 
-/// What a node asks of the cache of its layer.
+/// The task for the cache that a node stands for. Where its tensors have no memory yet, the task's pointers are null.
 WriteTask write_task(const ggml_tensor* node);
 AttendTask attend_task(const ggml_tensor* node);
 
-/// Why the engine cannot run a node of this kind, or nothing.
+/// A sentence that says why the engine cannot run a node of this kind, or "".
 std::string refusal(const ggml_tensor* node, NodeKind kind);
 
 }  // namespace thimble

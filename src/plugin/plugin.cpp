@@ -1,7 +1,8 @@
-// What libggml-thimble.so opens (see loader/build.h), and the registry that ggml gets.
+// The library that libggml-thimble.so opens (loader/build.h), and the registry that it gives to ggml.
 #include <stdexcept>
 #include <string>
 
+#include "engine/settings.h"
 #include "loader/build.h"
 #include "plugin/device.h"
 #include "plugin/ggml_api.h"
@@ -21,8 +22,8 @@ ggml_backend_dev_t registry_device(ggml_backend_reg_t, size_t index) {
   return device_at(index).handle();
 }
 
-// Functions that llama.cpp asks a backend's registry for by name. They take our backend or device; the inner registry's
-// functions take the inner one.
+// Functions that llama.cpp asks a backend's registry for by name. They get a backend or device of ours and call the
+// inner registry's functions with the inner one.
 template <typename Function>
 Function inner_function(ggml_backend_dev_t inner, const char* name) {
   return reinterpret_cast<Function>(ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(inner), name));
@@ -53,12 +54,26 @@ ggml_backend_feature* get_features(ggml_backend_reg_t) {
   return f ? f(ggml_backend_dev_backend_reg(device_at(0).inner())) : nullptr;
 }
 
+// Returns what is wrong with a text for THIMBLE_KV, or null. The sentence lives until the next call. It is for programs
+// that do not show the plugin's log when they make a context (a Python module): they can ask before.
+const char* settings_error(const char* text) {
+  static thread_local std::string sentence;
+  try {
+    Settings::parse(text);
+    return nullptr;
+  } catch (const std::exception& error) {
+    sentence = error.what();
+    return sentence.c_str();
+  }
+}
+
 void* registry_function(ggml_backend_reg_t, const char* name) {
   const std::string wanted = name;
   if (wanted == "ggml_backend_set_n_threads") return reinterpret_cast<void*>(set_n_threads);
   if (wanted == "ggml_backend_set_abort_callback") return reinterpret_cast<void*>(set_abort_callback);
   if (wanted == "ggml_backend_dev_get_extra_bufts") return reinterpret_cast<void*>(get_extra_bufts);
   if (wanted == "ggml_backend_get_features") return reinterpret_cast<void*>(get_features);
+  if (wanted == "thimble_settings_error") return reinterpret_cast<void*>(settings_error);
   return nullptr;
 }
 

@@ -1,5 +1,6 @@
-// Cells of a layer whose rows a loaded state had and the cache refused. They are saved again as they came, and
-// attention that sees one of them fails: llama.cpp loads states where nothing can be refused any more.
+// Cells of a layer whose rows were in a loaded state and were refused by the cache. Their rows are kept and saved again
+// as they came, and attention that sees one of the cells fails. The load itself cannot always fail, since llama.cpp
+// loads states from memory in a destructor.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +18,12 @@ public:
   bool empty() const { return rows_[0].empty() && rows_[1].empty(); }
   void clear();
   void add(Kind kind, int64_t cell, std::span<const uint8_t> row);
-  /// Cells that were written or loaded anew.
+  /// Drops cells that were written or loaded anew.
   void erase(Kind kind, std::span<const int64_t> cells);
   void erase(const WriteTask& task);
   /// The row of a cell, or null.
   const std::vector<uint8_t>* find(Kind kind, int64_t cell) const;
-  /// `n` cells from `from` on become those from `to` on.
+  /// Copies the refused rows of cells [from, from + n) to cells [to, to + n), and drops what was there.
   void copy(Kind kind, int64_t from, int64_t to, int64_t n);
 
   /// Throws std::runtime_error where a batch sees one of the cells.

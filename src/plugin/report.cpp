@@ -1,15 +1,23 @@
 #include "plugin/report.h"
 
 #include <algorithm>
-#include <cstdio>
+#include <iterator>
+#include <set>
 
 namespace thimble {
 namespace {
 
-std::string mib(size_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f MiB", double(bytes) / (1 << 20));
-  return text;
+// Where a device does not get all layers (-ngl), llama.cpp puts the last ones there. Layers with a cache lie at regular
+// distances, so if the first of them here is farther from the model's beginning, others are on another device.
+std::string layers_elsewhere(const std::set<int>& layers) {
+  if (layers.size() < 2) return {};
+  int distance = 0;
+  for (auto at = std::next(layers.begin()); at != layers.end(); at++)
+    distance = std::max(distance, *at - *std::prev(at));
+  const int first = *layers.begin();
+  if (first < distance) return {};
+  return "; the layers before layer " + std::to_string(first) +
+         " are not on this device, and their cache is f16 there (-ngl 99 puts all layers here)";
 }
 
 }  // namespace
@@ -17,16 +25,17 @@ std::string mib(size_t bytes) {
 std::string report(const PlanTotals& totals, const Settings& settings, const Engine& engine) {
   const std::string f16 = totals.n_f16 == 0 ? ""
                                             : std::to_string(totals.n_f16) + " layers stay f16, " +
-                                                  mib(totals.f16_bytes) + ": " + totals.why_f16;
+                                                  mebibytes(totals.f16_bytes) + ": " + totals.why_f16;
   if (totals.n_coded == 0) return "KV cache not coded: " + f16 + "; " + settings.to_string();
-  std::string text = "KV cache of " + std::to_string(totals.n_coded) + " layers: " + mib(totals.coded_bytes) + ", " +
-                     mib(totals.coded_f16_bytes) + " as f16";
-  if (totals.more_bytes > 0) text += ", up to " + mib(totals.more_bytes) + " more as sequences come to share it";
+  std::string text = "KV cache of " + std::to_string(totals.n_coded) + " layers: " + mebibytes(totals.coded_bytes) +
+                     ", " + mebibytes(totals.coded_f16_bytes) + " as f16";
+  if (totals.more_bytes > 0) text += ", up to " + mebibytes(totals.more_bytes) + " more as sequences come to share it";
   if (!f16.empty()) text += "; " + f16;
+  text += layers_elsewhere(totals.layers);
   text += "; " + settings.to_string() + "; " + engine.kernels() + " kernels";
   if (totals.store_bytes > 0) {
-    text += "; exact store of " + std::to_string(totals.n_retrieving) + " layers: up to " + mib(totals.store_bytes) +
-            " in " + engine.store_place(settings);
+    text += "; exact store of " + std::to_string(totals.n_retrieving) + " layers: up to " +
+            mebibytes(totals.store_bytes) + " in " + engine.store_place(settings);
   }
   if (settings.profile.empty() && std::min(settings.key_bits, settings.value_bits) < 3) {
     text += "; no profile: so few bits cost quality without one (thimble calibrate)";

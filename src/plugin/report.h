@@ -1,4 +1,4 @@
-// The line that says what becomes of a cache.
+// The line that the plugin logs when a context is made.
 #pragma once
 
 #include <string>
@@ -7,7 +7,8 @@
 
 namespace thimble {
 
-/// Of all caches of a context: what is coded and what stays f16, in how much memory, and by which settings and kernels.
+/// Says of all caches of a context what is coded and what stays f16, in how much memory, with which settings and
+/// kernels.
 std::string report(const PlanTotals& totals, const Settings& settings, const Engine& engine);
 
 }  // namespace thimble

@@ -1,4 +1,4 @@
-// Running the graphs of an inner backend, with its cache nodes done by an engine (nodes.h says which these are).
+// Runs graphs: an engine runs the nodes that touch a coded cache (nodes.h), the inner backend runs all others.
 #pragma once
 
 #include <memory>
@@ -15,8 +15,8 @@ public:
   virtual ggml_status compute(ggml_cgraph* graph) = 0;
 };
 
-/// For a backend of the device that a Device wraps: beside its work where the engine has a queue, else within it.
-/// Throws std::runtime_error where the device fails.
+/// Makes the runner for an inner backend of `device`: a StreamRunner where the engine has a queue, else an
+/// InlineRunner. Throws std::runtime_error where the device fails.
 std::unique_ptr<Runner> make_runner(Device& device, ggml_backend_t inner);
 
 }  // namespace thimble

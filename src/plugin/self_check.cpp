@@ -16,9 +16,9 @@ void expect(bool holds, const char* what) {
   if (!holds) throw std::runtime_error(what);
 }
 
-// ---- what the host makes: tensors and graphs, read with our offsets
+// ---- structs that the host makes: tensors and graphs, read with the offsets of our headers
 
-// A ggml context in memory of ours, so that we see where its objects lie.
+// A ggml context in memory of ours, so that the addresses of its objects are known.
 class Context {
 public:
   Context() : context_(ggml_init({memory_.size(), memory_.data(), /*no_alloc=*/true}), ggml_free) {
@@ -119,16 +119,16 @@ void check_ops() {
   expect(graph->n_nodes == 1 && ggml_graph_n_nodes(graph) == 1 && graph->nodes == ggml_graph_nodes(graph) &&
              graph->nodes[0] == attend && graph->size == 8 && graph->n_leafs == 4,
          "ggml_cgraph");
-  // The host lays the array of nodes right behind the struct.
+  // The host puts the array of nodes right behind the struct.
   expect(reinterpret_cast<const char*>(graph->nodes) - reinterpret_cast<const char*>(graph) == sizeof(ggml_cgraph),
          "the size of ggml_cgraph");
   expect((attend->flags & GGML_TENSOR_FLAG_COMPUTE) != 0, "the flag COMPUTE");
 }
 
-// ---- what we make: tables of functions, and the structs around them
+// ---- structs that the plugin makes: tables of functions, and the structs around them
 
-// Stands for one of ggml's structs. Word i is the address of a function that notes i; so whatever a public function of
-// the host calls or returns tells where in the struct it looked.
+// Stands for one of ggml's structs. Word i is the address of a function that notes i. When a public function of the
+// host is called on it, the function that it calls or the word that it returns tells which offset the host read.
 class Dummy {
 public:
   Dummy() : Dummy(std::make_integer_sequence<int, kWords>()) {}
@@ -151,7 +151,7 @@ private:
   template <int... I>
   explicit Dummy(std::integer_sequence<int, I...>) : words_{reinterpret_cast<uintptr_t>(note<I>)...} {}
 
-  // Called as any of ggml's functions: whatever the arguments are, they are left alone.
+  // The host calls this as one of ggml's functions; its arguments are ignored.
   template <int I>
   static uintptr_t note() {
     called = I * sizeof(uintptr_t);

@@ -9,7 +9,7 @@
 namespace thimble {
 namespace {
 
-// A tensor of the inner backend's over memory that is the engine's. `row`: bytes from one head to the next.
+// A tensor for the inner backend in memory of the engine's. `row`: bytes from one head to the next.
 ggml_tensor stand_in(ggml_backend_buffer_t buffer, ggml_type type, void* data, std::array<int64_t, 3> ne, size_t row) {
   ggml_tensor tensor{};
   tensor.type = type;

@@ -1,5 +1,5 @@
-// Context shift: keys of cells whose position moves are read from the cache, rotated by the inner backend's own ROPE
-// and written back, as many at a time as the cache allows.
+// Context shift: the keys of cells whose position changes are read from the cache, rotated by the inner backend's ROPE
+// and written back, in pieces of at most KvCache::keys_at_once() cells.
 #pragma once
 
 #include <functional>

@@ -1,5 +1,5 @@
-// A buffer's cells as llama.cpp saves, loads, copies and clears them: whole rows of stream views, whose offsets count
-// nominal f16 bytes.
+// Saves, loads, copies and clears a buffer's cells for llama.cpp, which reads and writes whole rows of views of a
+// stream. Offsets and sizes are those of a plain f16 cache.
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
@@ -40,7 +40,7 @@ void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, siz
   try {
     cache_->read_cells(rows.layer->index, rows.kind, rows.first, rows.count, data);
   } catch (const std::runtime_error& error) {
-    // llama.cpp saves in a destructor, out of which no exception gets: no cache will load such rows.
+    // llama.cpp saves in a destructor, which no exception may leave. So the rows become such that no cache loads them.
     GGML_LOG_ERROR("thimble: %s\n", error.what());
     for (int64_t i = 0; i < rows.count; i++) write_refused_row(data + i * row_bytes, row_bytes);
   }
@@ -60,11 +60,11 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
   std::vector<int64_t> cells(rows.count);
   std::iota(cells.begin(), cells.end(), rows.first);
   const bool others = rows.layer != waiting_.layer || rows.kind != waiting_.kind;
-  const bool again =  // the same cells anew
+  const bool again =  // some of these cells wait already
       std::find_first_of(cells.begin(), cells.end(), waiting_.cells.begin(), waiting_.cells.end()) != cells.end();
   if (others || again || rows.count >= kFewRows || waiting_.rows.size() > kManyBytes) settle();
-  // llama.cpp reads a file's tensors into one buffer, one after the other: `data` then comes again. Those of a state in
-  // memory lie one behind the other.
+  // llama.cpp reads the tensors of a file into one buffer, so `data` is the same address again. Those of a state in
+  // memory have different addresses; there an exception must not be thrown.
   if (std::exchange(has_new_refusal_, false) && comes_again) throw std::runtime_error(kOtherSettings);
   if (rows.count >= kFewRows) return load_rows(*rows.layer, rows.kind, cells, data);
   waiting_.layer = rows.layer;
@@ -110,7 +110,7 @@ bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
   try {
     cache_->copy_stream(layer->index, kind, int(source.first / source.count), int(target.first / target.count));
   } catch (const std::runtime_error&) {
-    return false;  // the exact store is full, which `load` says and lives with
+    return false;  // the exact store is full; the caller then goes through `load`, which reports it and goes on
   }
   layer->refused.copy(kind, source.first, target.first, source.count);
   return true;

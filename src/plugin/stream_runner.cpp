@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "kernels/kernels.h"
 #include "plugin/nodes.h"
 #include "plugin/shift.h"
 
@@ -38,8 +39,9 @@ uint64_t hash_of(const ggml_cgraph* graph) {
   return hash;
 }
 
-// A decode step over all layers of one cache. The inner backend may wait on the host for a MUL_MAT_ID, which cannot be
-// recorded, and attention that it does itself is of prompts, whose graphs do not come again.
+// True for a decode step over all layers of one cache. A graph with MUL_MAT_ID cannot be recorded, as the inner backend
+// may make the host wait for it. Prompts, whose attention the inner backend does itself, are not worth recording, as
+// their graphs do not come again.
 bool worth_recording(const std::vector<Step>& steps) {
   std::set<const ManagedLayer*> written;
   KvBuffer* buffer = nullptr;
@@ -52,11 +54,11 @@ bool worth_recording(const std::vector<Step>& steps) {
     buffer = cut.buffer;
     if (cut.writes[0] && cut.writes[1]) written.insert(cut.layer);
   }
-  // Whether a refused cell is seen can be told of one batch at a time only.
+  // While there are refused cells, each batch must be checked for seeing one, so it cannot be replayed.
   return buffer && !buffer->has_refused() && buffer->cache().can_record(written.size());
 }
 
-// Refuses what the engine cannot run, before anything of the graph has run.
+// Throws where the engine cannot run a node. Called before any node of the graph runs.
 void check_cut(const Cut& cut) {
   for (const auto& [node, kind] : {std::pair{cut.shift, NodeKind::shift},
                                    {cut.attend, NodeKind::attend},
@@ -67,7 +69,7 @@ void check_cut(const Cut& cut) {
   }
 }
 
-// What the tokens of the batch see: llama.cpp makes one mask for all layers of a cache.
+// Which cells the tokens of the batch see. llama.cpp makes one mask for all layers of a cache, so any attention tells.
 BatchSight sight_of_batch(const std::vector<Step>& steps, const KvBuffer* buffer) {
   for (const auto& [inner, cut] : steps) {
     if (cut.layer && cut.attend && cut.buffer == buffer) return attend_task(cut.attend).sight();
@@ -81,7 +83,7 @@ StreamRunner::~StreamRunner() {
   try {
     queue_->synchronize();
   } catch (const std::exception&) {
-    // The device has failed, which was said.
+    // The device has failed before, and that was reported.
   }
 }
 
@@ -123,7 +125,7 @@ StreamRunner::Seen& StreamRunner::find(const ggml_cgraph* graph) {
   return *it;
 }
 
-// What recordings worked in may have been moved since.
+// Drops recordings if memory that they use was moved.
 void StreamRunner::drop_stale_recordings() {
   if (std::exchange(memory_version_, queue_->memory_version()) == queue_->memory_version()) return;
   for (Seen& seen : seen_) seen.recording.reset();
@@ -216,8 +218,8 @@ void StreamRunner::run(const std::vector<Step>& steps, ggml_cgraph* graph) {
   }
 }
 
-// The inner backend captures graphs of its own when their nodes come again, and tells graphs apart by their first node.
-// While we record it must not: then the first is one that never comes again.
+// The inner backend captures CUDA graphs of its own when nodes come again, and tells graphs apart by their first node.
+// It must not while this runner records, so the first node is then a marker that never comes again.
 void StreamRunner::run_inner(std::vector<ggml_tensor*> nodes, const ggml_cgraph* graph) {
   go_to_inner();
   if (recording_) {
@@ -266,7 +268,7 @@ void StreamRunner::run_cut(const std::vector<Step>& steps, const Cut& cut) {
   cache.end_dense(lane, task);
 }
 
-// The inner backend's flash attention over rows that the engine has decoded.
+// Runs the inner backend's flash attention over f16 rows that the engine has prepared.
 void StreamRunner::attend_dense(const Cut& cut, const AttendTask& task, const DenseAttention& dense) {
   const AttentionProblem& p = task.problem;
   const int64_t dim = dense.dim;
@@ -296,8 +298,8 @@ void StreamRunner::attend_dense(const Cut& cut, const AttendTask& task, const De
   run_inner({&node}, &whole);
 }
 
-// While cells of the layer hold rows that were refused: those that are written now are good again, and attention that
-// would see others of them fails. Only then does the host wait for cells and mask.
+// Handles refused cells of the layer: drops those that are written now, and throws where the attention would see one of
+// the others. Only where there are refused cells does the host wait for the cells and the mask.
 void StreamRunner::mind_refused(const Cut& cut) {
   ManagedLayer& layer = *cut.layer;
   if (layer.refused.empty()) return;

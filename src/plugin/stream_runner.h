@@ -1,11 +1,11 @@
-// Graphs over a cache whose engine has a queue of its own, beside the stream of the inner backend.
+// Runs graphs over a cache whose engine has a queue of its own, beside the stream of the inner backend.
 //
-// Both are ordered by events, never by waiting on the host: a ggml_backend_event's context is an event of the device,
-// so that the inner backend records and awaits events of ours.
+// Events order the queue and the stream, so the host never waits. The context of a ggml_backend_event is an event of
+// the device, so the inner backend can record and await events of the queue.
 //
-// A graph that comes a second time is recorded whole. Recording begins on our queue; as the inner backend awaits an
-// event of it, its stream joins, and what it launches becomes part of the one recording that later tokens replay: the
-// cuts then cost nothing.
+// A graph that comes a second time is recorded whole (captured, on CUDA). Recording begins on the queue. When the inner
+// backend awaits an event of the queue, its stream joins the recording, and its launches become part of it. Later
+// tokens replay the recording, in which the cuts cost nothing.
 #pragma once
 
 #include <map>
@@ -24,19 +24,19 @@ public:
   ggml_status compute(ggml_cgraph* graph) override;
 
 private:
-  // A graph that was run lately, by what its nodes are; `uid` is ggml's own number for it, where it has one.
+  // One of the last graphs that were run. `hash` is of its nodes; `uid` is ggml's own number for it, or 0.
   struct Seen {
     uint64_t uid = 0, hash = 0, last_use = 0;
     bool was_run = false;
     std::unique_ptr<Queue::Recording> recording;
-    KvBuffer* buffer = nullptr;  // that the recording works on
+    KvBuffer* buffer = nullptr;  // the recording's buffer
   };
   Seen& find(const ggml_cgraph* graph);
   void drop_stale_recordings();
   void replay(const Seen& seen);
   void record(const std::vector<Step>& steps, ggml_cgraph* graph, Seen& seen);
 
-  // Whose stream has the latest work; going over to the other makes it wait for that.
+  // Makes the next work go to the queue, or to the inner backend's stream, and wait for the other's earlier work.
   void go_to_ours();
   void go_to_inner();
 

@@ -9,7 +9,7 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "numbers are copied as they lie in the file");
 
 constexpr char kMagic[] = {'G', 'G', 'U', 'F'};
-constexpr uint32_t kVersion = 3;  // written; 2 differs in nothing that is read here
+constexpr uint32_t kVersion = 3;  // of written files; version 2 is the same in all that is read here
 constexpr uint32_t kMaxDimensions = 4;
 constexpr size_t kAlignment = 32;
 
@@ -40,7 +40,7 @@ size_t bytes_of(Type type) {
   }
 }
 
-/// Takes a file apart from front to back, never past its end.
+/// Reads a file from front to back. Throws instead of reading past its end.
 class Cursor {
 public:
   Cursor(const uint8_t* data, size_t size) : data_(data), size_(size) {}
@@ -73,7 +73,7 @@ private:
   size_t at_ = 0;
 };
 
-/// Leaves the cursor behind `count` values of a type.
+/// Moves the cursor past `count` values of a type; returns where they begin.
 const uint8_t* take_values(Cursor& in, Type type, uint64_t count) {
   if (const size_t bytes = bytes_of(type)) return in.take(count, bytes);
   if (type != Type::string) wrong("a key has an unknown type");
@@ -122,7 +122,7 @@ Reader::Reader(const uint8_t* data, size_t size) {
   const size_t alignment = values_.contains("general.alignment") ? value<uint32_t>("general.alignment") : kAlignment;
   if (!std::has_single_bit(alignment)) wrong("its alignment is no power of two");
   const size_t start = (in.at() + alignment - 1) & ~(alignment - 1);
-  if (start <= size) data_ = {data + start, size - start};  // else there is nothing but keys
+  if (start <= size) data_ = {data + start, size - start};  // else the file has keys alone
 }
 
 const Reader::Value& Reader::find(const std::string& key, Type type) const {
@@ -150,7 +150,7 @@ const uint8_t* Reader::find_tensor(const std::string& name, TensorType type, siz
 }
 
 std::string Reader::text(const std::string& key) const {
-  const uint8_t* at = find(key, Type::string).data;  // that its length is good was seen when the file was taken apart
+  const uint8_t* at = find(key, Type::string).data;  // the constructor has checked its length
   uint64_t length;
   std::memcpy(&length, at, sizeof length);
   return {reinterpret_cast<const char*>(at + sizeof length), size_t(length)};

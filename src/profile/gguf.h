@@ -1,10 +1,10 @@
-// GGUF files, read and written: typed values by key, and tensors by name. As much of the format as profiles need, so
-// that the core depends on no other library.
+// Reads and writes GGUF files: typed values by key, and tensors by name. Only the part of the format that profiles
+// need, so that the core depends on no other library.
 //
 // A file, little-endian: "GGUF", u32 version (2 or 3), i64 number of tensors, i64 number of keys, then
 //   keys     string key, u32 type, value; an array is u32 type of its elements, u64 count, elements
 //   tensors  string name, u32 number of dimensions, i64 dimensions (the fastest first), u32 type, u64 offset
-//   data     from the next multiple of general.alignment (32 unless said) on; tensors at their offsets from there
+//   data     from the next multiple of general.alignment on (32 where that key is missing); offsets count from there
 // A string is u64 length and its bytes.
 #pragma once
 
@@ -20,10 +20,10 @@
 
 namespace thimble::gguf {
 
-// Values' types, by the format's own numbers.
+// Types of values, by the format's own numbers.
 enum class Type : uint32_t { u8, i8, u16, i16, u32, i32, f32, boolean, string, array, u64, i64, f64 };
 
-// Those of tensors' types that profiles use.
+// Types of tensors, as far as profiles use them.
 enum class TensorType : uint32_t { f32 = 0, i8 = 24, i16 = 25 };
 
 template <typename T>
@@ -40,9 +40,9 @@ constexpr TensorType tensor_type_of() {
   if constexpr (std::is_same_v<T, int16_t>) return TensorType::i16;
 }
 
-/// A file in memory. Every length and offset is checked against the memory's size before it is used; what is asked for
-/// must be there and have the type and count that are asked for. All throw std::runtime_error with half a sentence that
-/// says what is wrong ("x is missing").
+/// A file in memory. Every length and offset is checked against the memory's size before it is used. A value or tensor
+/// that is asked for must be there and have the type and count that are asked for. All functions throw
+/// std::runtime_error with half a sentence that says what is wrong ("x is missing").
 class Reader {
 public:
   /// `data` must outlive the reader.
@@ -93,7 +93,7 @@ private:
   std::span<const uint8_t> data_;  // of the tensors
 };
 
-/// Collects keys and tensors and gives the file's bytes, keys and tensors in the order in which they came.
+/// Makes a file's bytes, with keys and tensors in the order in which they were given.
 class Writer {
 public:
   void text(std::string_view key, std::string_view value);
@@ -109,7 +109,7 @@ public:
     append(keys_, uint64_t{values.size()});
     append(keys_, values.data(), values.size() * sizeof(T));
   }
-  /// A tensor of `rows` rows.
+  /// Adds a tensor of `rows` rows.
   template <typename T>
   void tensor(std::string_view name, const std::vector<T>& values, size_t rows) {
     begin_tensor(name, values.size() / rows, rows, tensor_type_of<T>());

@@ -1,9 +1,9 @@
-// The profile of a model: what calibration learned about its keys and values, one codec for every layer, KV head and
-// bit rate. Kept in one GGUF file beside the model, `<model>.thimble.gguf`:
+// The profile of a model: what calibration learned about its keys and values, one codec for every layer, KV head, kind
+// and rate. It is one GGUF file beside the model, `<model>.thimble.gguf`:
 //
 //   metadata  thimble.version            u32     1
 //             thimble.transform          string  "klt" or "vecinfer"
-//             thimble.source             string  what it was calibrated on, for people
+//             thimble.source             string  the text that it was calibrated on, for people to read
 //             thimble.architecture       string  ) the fingerprint of the model, see ModelShape
 //             thimble.heads              i32[n_layers][4]: KV heads, query heads, head size of keys, of values
 //             thimble.rope.mode, .n_dims i32     )
@@ -33,31 +33,31 @@ inline constexpr int kMaxRates = 16;  // that a profile may hold
 struct LayerShape {
   int n_kv_heads = 0;  // 0: the layer keeps no keys and values
   int n_heads = 0;
-  int key_dim = 0;  // head size of keys, and of values
-  int value_dim = 0;
+  int key_dim = 0;    // head size of keys
+  int value_dim = 0;  // head size of values
 
   bool operator==(const LayerShape&) const = default;
   int dim(Kind kind) const { return kind == Kind::key ? key_dim : value_dim; }
 };
 
-/// How a model turns its keys by their position; all zero where it does not.
+/// How a model rotates its keys by their position; all zero where it does not.
 struct RopeShape {
-  int mode = 0;    // as ggml's: 0 pairs neighbours, 2 pairs halves
-  int n_dims = 0;  // leading components that turn
+  int mode = 0;    // ggml's: 0 pairs neighbours, 2 pairs halves
+  int n_dims = 0;  // leading components that are rotated
   float freq_base = 0;
   float freq_scale = 0;
 
   bool operator==(const RopeShape&) const = default;
 };
 
-/// What must agree between a profile and the model it is used with.
+/// The numbers in which a profile and the model that it is used with must agree.
 struct ModelShape {
   std::string architecture;
   std::vector<LayerShape> layers;
   RopeShape rope;
 };
 
-/// The codecs of one layer's keys or values at one bit rate, all KV heads.
+/// The codebooks of one layer's keys or values at one rate, all KV heads.
 struct LayerCodebooks {
   Format format;
   std::vector<int16_t> order;  // [n_kv_heads][head_dim]
@@ -69,14 +69,14 @@ struct LayerCodebooks {
 struct LayerProfile {
   std::vector<float> mean;                   // [n_kv_heads][head_dim]
   std::vector<float> matrix;                 // [n_kv_heads][head_dim][head_dim]
-  std::map<double, LayerCodebooks> by_bits;  // every rate of Profile::bits
+  std::map<double, LayerCodebooks> by_bits;  // for every rate of Profile::bits
 };
 
 struct Profile {
   ModelShape shape;
   std::string transform;
   std::string source;
-  std::vector<double> bits;  // rates held, highest first
+  std::vector<double> bits;  // the rates that the profile holds, highest first
   /// [n_layers]: share of attention outside the strongest 5 % of cells, for the last 32 queries of a prompt
   /// (TailorKV, arXiv 2505.19586, section 3). Above 0.2 a layer attends broadly: it is quantization-friendly.
   std::vector<float> density;
@@ -85,15 +85,15 @@ struct Profile {
   const LayerProfile& layer(int index, Kind kind) const { return (kind == Kind::key ? keys : values).at(index); }
   bool quantization_friendly(int index) const { return density.at(index) > 0.2f; }
 
-  /// The format of a layer's keys or values. `bits` is the average that the whole cache costs: a profile may spend more
-  /// on one layer than on another. Throws std::runtime_error where the profile does not hold this layer or rate.
+  /// The format of a layer's keys or values. `bits` is the average of the whole cache: a profile may spend more on one
+  /// layer than on another. Throws std::runtime_error where the profile does not hold this layer or rate.
   Format format(int layer, Kind kind, double bits) const;
 
-  /// The codec, prepared. Throws as `format` does, and where the matrix has no inverse.
+  /// The codec of a KV head, its tables derived. Throws as `format` does, and where the matrix has no inverse.
   HeadCodec codec(int layer, int kv_head, Kind kind, double bits) const;
 
-  /// Throws std::runtime_error where the profile was made for another model. What `model` leaves empty or 0 is not
-  /// compared; layers are compared as far as `model` lists them.
+  /// Throws std::runtime_error where the profile was made for another model. Members that are empty or 0 in `model` are
+  /// not compared, nor are layers that it does not list.
   void check_fits(const ModelShape& model) const;
 };
 
@@ -105,7 +105,7 @@ Profile read_profile(const std::string& path);
 /// The same from memory.
 Profile read_profile(const uint8_t* data, size_t size);
 
-/// Throws std::runtime_error where the file cannot be written or the profile does not hold together.
+/// Throws std::runtime_error where the file cannot be written or the profile does not describe every layer.
 void write_profile(const Profile& profile, const std::string& path);
 
 }  // namespace thimble

@@ -1,4 +1,5 @@
-// The profile's file: reading trusts nothing, writing goes through a temporary file so that a reader never sees half.
+// Reads and writes a profile's file. Reading checks everything; writing goes through a temporary file, so that a reader
+// never sees half a file.
 #include <unistd.h>
 
 #include <cmath>
@@ -15,12 +16,12 @@ namespace thimble {
 namespace {
 
 constexpr uint32_t kVersion = 1;
-// More than any model has; what is larger is damage.
+// More than any model has; a larger number means that the file is damaged.
 constexpr int kMaxLayers = 1024;
 constexpr int kMaxHeads = 1024;
 
 [[noreturn]] void damaged(const std::string& what) {
-  throw std::runtime_error(what);  // which read_profile makes a sentence of
+  throw std::runtime_error(what);  // read_profile makes a sentence of it
 }
 
 std::string rate_name(double bits) {
@@ -33,7 +34,7 @@ std::string tensor_name(int layer, Kind kind, const std::string& part) {
   return "l" + std::to_string(layer) + (kind == Kind::key ? ".k." : ".v.") + part;
 }
 
-/// What the file says, numbers checked for being finite.
+/// Reads the file's values; throws where a float is not finite.
 class Reader {
 public:
   Reader(const uint8_t* data, size_t size) : in_(data, size) {}
@@ -242,7 +243,7 @@ void write_profile(const Profile& profile, const std::string& path) {
   write_keys(profile, out);
   for (size_t i = 0; i < n_layers; i++) write_layer(profile, int(i), out);
   const std::vector<uint8_t> bytes = out.file();
-  // Named for this process: two that calibrate one model at once each put a whole file in place.
+  // The name has the process's id, so that two processes that calibrate one model at once do not write into one file.
   const std::string temporary = path + "." + std::to_string(getpid()) + ".part";
   std::ofstream file(temporary, std::ios::binary);
   file.write(reinterpret_cast<const char*>(bytes.data()), std::streamsize(bytes.size()));

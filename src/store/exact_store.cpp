@@ -16,10 +16,14 @@ namespace {
 
 constexpr size_t kChunkBytes = size_t{1} << 20;
 
+bool is_lack_of_room(int error) {
+  return error == ENOSPC || error == EDQUOT || error == EFBIG;
+}
+
 [[noreturn]] void fail(const std::string& directory, int error) {
   const std::string where = directory.empty() ? "exact store in RAM" : "exact store in " + directory;
   std::string what = where + ": " + std::strerror(error);
-  if (error == ENOSPC || error == EDQUOT || error == EFBIG) {
+  if (is_lack_of_room(error)) {
     what = where +
            ": the disk (or the file size that is allowed) is full; free some room there, choose another "
            "directory (path=), a smaller context, or store=ram";
@@ -65,7 +69,7 @@ ExactStore::ExactStore(int64_t n_rows, size_t row_size, int file, std::string di
     fail(directory_, error);
   }
   data_ = static_cast<uint16_t*>(data);
-  // Single rows are fetched from all over the file, so reading ahead around them would read what nobody needs.
+  // Single rows are read from all over the file, so read-ahead around them would read rows that nobody needs.
   if (file_ >= 0) madvise(data, total_bytes(), MADV_RANDOM);
 }
 
@@ -74,8 +78,10 @@ ExactStore::~ExactStore() {
   if (file_ >= 0) close(file_);
 }
 
-std::unique_ptr<ExactStore> ExactStore::ram(int64_t n_rows, size_t row_size) {
-  return std::unique_ptr<ExactStore>(new ExactStore(n_rows, row_size, -1, {}));
+std::unique_ptr<ExactStore> ExactStore::ram(int64_t n_rows, size_t row_size, size_t most_bytes) {
+  std::unique_ptr<ExactStore> store(new ExactStore(n_rows, row_size, -1, {}));
+  store->most_bytes_ = most_bytes;
+  return store;
 }
 
 std::unique_ptr<ExactStore> ExactStore::file(const std::string& directory, int64_t n_rows, size_t row_size) {
@@ -93,19 +99,28 @@ std::unique_ptr<ExactStore> ExactStore::file(const std::string& directory, int64
   return std::unique_ptr<ExactStore>(new ExactStore(n_rows, row_size, file, directory));
 }
 
-void ExactStore::reserve(int64_t row) {
+bool ExactStore::reserve(int64_t row) {
   const int64_t chunk = row / rows_per_chunk_;
   char& reserved = reserved_[size_t(chunk)];
-  if (reserved) return;
+  if (reserved) return true;
+  if (most_bytes_ < total_bytes() && reserved_bytes() + chunk_bytes() > most_bytes_) {
+    is_full_ = true;
+    return false;
+  }
   if (file_ >= 0) {
     const size_t begin = size_t(chunk) * chunk_bytes(), end = std::min(begin + chunk_bytes(), total_bytes());
     int error;
     do {
       error = posix_fallocate(file_, off_t(begin), off_t(end - begin));
     } while (error == EINTR);
+    if (is_lack_of_room(error)) {
+      is_full_ = true;
+      return false;
+    }
     if (error != 0) fail(directory_, error);
   }
   reserved = 1;
+  return true;
 }
 
 void ExactStore::will_need(std::span<const int64_t> rows, size_t first, size_t n) const {
@@ -121,8 +136,8 @@ void ExactStore::will_need(std::span<const int64_t> rows, size_t first, size_t n
     }
     return;
   }
-  // Mostly, all pages are in memory, and a madvise for such a page takes longer than reading its row. One mincore over
-  // all of them, which tells which are not, takes less time than those calls, unless the rows lie far apart.
+  // Mostly, all pages are in memory, and a madvise for such a page takes longer than reading its row. One mincore tells
+  // which pages are missing, and takes less time than those calls unless the rows lie far apart.
   constexpr size_t kPagesToARow = 16;
   const size_t page = page_size(), first_page = begin_of(rows.front()) / page;
   const size_t n_pages = (begin_of(rows.back()) + bytes - 1) / page + 1 - first_page;
@@ -132,7 +147,7 @@ void ExactStore::will_need(std::span<const int64_t> rows, size_t first, size_t n
     if (mincore(data + first_page * page, n_pages * page, in_memory.data()) != 0) in_memory.clear();
   }
   size_t i = first_page;
-  for (int64_t row : rows) {  // several may lie in one page
+  for (int64_t row : rows) {  // several rows may lie in one page
     const size_t last = (begin_of(row) + bytes - 1) / page;
     for (i = std::max(i, begin_of(row) / page); i <= last; i++) {
       if (in_memory.empty() || !(in_memory[i - first_page] & 1)) madvise(data + i * page, page, MADV_WILLNEED);
@@ -143,20 +158,19 @@ void ExactStore::will_need(std::span<const int64_t> rows, size_t first, size_t n
 void ExactStore::copy(int64_t from, int64_t to, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     const uint16_t* source = row(from + i);
-    if (!source) continue;
-    reserve(to + i);
-    std::copy_n(source, row_size_, row(to + i));
+    if (source && reserve(to + i)) std::copy_n(source, row_size_, row(to + i));
   }
 }
 
 void ExactStore::clear() {
   std::fill(reserved_.begin(), reserved_.end(), 0);
+  is_full_ = false;
   if (file_ < 0) {
     madvise(data_, total_bytes(), MADV_DONTNEED);
     return;
   }
 #ifdef FALLOC_FL_PUNCH_HOLE
-  // Where a file system cannot punch holes, the blocks stay taken, for rows to come.
+  // Where the file system cannot punch holes, the file keeps its blocks for later rows.
   (void)!fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, off_t(total_bytes()));
 #endif
 }

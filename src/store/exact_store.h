@@ -12,23 +12,27 @@
 
 namespace thimble {
 
-/// Addresses for `n_rows` rows are taken at once, memory in chunks, when a row of a chunk is first reserved. Several
-/// threads may read rows, and write to rows that were reserved, at once. No other call may run beside them that changes
-/// the store.
+/// The store maps addresses for all of its `n_rows` rows when it is made, and takes memory in chunks of up to 1 MiB,
+/// when a row of a chunk is first reserved. Several threads may at once read rows and write to rows that were reserved;
+/// a call that changes the store must run alone.
 class ExactStore {
 public:
-  /// In anonymous memory. Throws std::runtime_error where the system does not give the addresses.
-  static std::unique_ptr<ExactStore> ram(int64_t n_rows, size_t row_size);
-  /// In a file in `directory`, which has no name there any more when this returns, so that nothing is left behind
-  /// however the process ends. Throws std::runtime_error with a sentence where it cannot be made.
+  /// A store in anonymous memory that takes at most `most_bytes` of it. A row has `row_size` numbers. Throws
+  /// std::runtime_error where the system does not give the addresses.
+  static std::unique_ptr<ExactStore> ram(int64_t n_rows, size_t row_size, size_t most_bytes = SIZE_MAX);
+  /// A store in a file in `directory`. The file has no name any more when this returns, so that nothing is left behind
+  /// however the process ends. Throws std::runtime_error with a sentence where the file cannot be made.
   static std::unique_ptr<ExactStore> file(const std::string& directory, int64_t n_rows, size_t row_size);
   ~ExactStore();
   ExactStore(const ExactStore&) = delete;
   ExactStore& operator=(const ExactStore&) = delete;
 
-  /// Makes sure that a row can be written. Throws std::runtime_error where the disk is full; writing to a mapped page
-  /// that the disk has no block for would end the process instead (SIGBUS).
-  void reserve(int64_t row);
+  /// Takes room for a row, so that it can be written; false where there is none (is_full is then true). Without room, a
+  /// write to the mapped page would end the process (SIGBUS). Throws std::runtime_error on any other error of the
+  /// system.
+  bool reserve(int64_t row);
+  /// Whether there was no room for a row since the store was last cleared.
+  bool is_full() const { return is_full_; }
   /// A row, [row_size] numbers, or null where it was never reserved.
   uint16_t* row(int64_t row) const {
     return reserved_[size_t(row / rows_per_chunk_)] ? data_ + size_t(row) * row_size_ : nullptr;
@@ -37,11 +41,11 @@ public:
   /// were reserved. Starts reading from the disk what is not in memory, and prefetches what is into the processor's
   /// cache.
   void will_need(std::span<const int64_t> rows, size_t first, size_t n) const;
-  /// How many rows were announced so far.
+  /// How many rows were announced so far (will_need).
   int64_t n_asked() const { return n_asked_.load(std::memory_order_relaxed); }
-  /// Copies rows [from, from + n) to [to, to + n), which do not overlap. Throws as `reserve`.
+  /// Copies rows [from, from + n) to [to, to + n), which do not overlap, as far as there is room.
   void copy(int64_t from, int64_t to, int64_t n);
-  /// Forgets all rows and gives their room back.
+  /// Drops all rows and gives their room back.
   void clear();
 
   /// Bytes of RAM or disk that are taken.
@@ -57,9 +61,11 @@ private:
   size_t row_size_;
   int64_t rows_per_chunk_;
   int file_;  // -1: RAM
+  size_t most_bytes_ = SIZE_MAX;
   std::string directory_;
   uint16_t* data_ = nullptr;
   std::vector<char> reserved_;  // by chunk
+  bool is_full_ = false;
   mutable std::atomic<int64_t> n_asked_{0};
 };
 

@@ -1,5 +1,5 @@
-// thimble_attend: against the core's attention over a layer of its own, against attention in double over what the codes
-// stand for, and contiguous against paged memory.
+// thimble_attend is held to the core's attention over a CacheLayer, and to attention in double over the decoded cells;
+// paged memory is held to contiguous memory.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -12,21 +12,12 @@
 namespace thimble::test {
 namespace {
 
-thimble_codec_args codec(int kind, int dim, int n_heads, double bits) {
-  auto args = args_of<thimble_codec_args>();
-  args.kind = kind;
-  args.head_dim = dim;
-  args.n_heads = n_heads;
-  args.bits = bits;
-  return args;
-}
-
 struct Shape {
   int k_dim = 64, v_dim = 64, n_heads = 2;
   double k_bits = 2, v_bits = 2;
 };
 
-/// A coded cache: contiguous in blocks, or in pages in no order among others.
+/// A coded cache: in contiguous blocks, or in pages that lie in no order among other pages.
 Cache cache_of(const Shape& shape, const std::vector<int64_t>& n_cells, Layout layout, bool paged,
                thimble_context* context) {
   Cache cache;
@@ -44,8 +35,10 @@ Cache cache_of(const Shape& shape, const std::vector<int64_t>& n_cells, Layout l
       }
     }
   }
-  cache.keys = std::make_unique<Side>(codec(THIMBLE_KEY, shape.k_dim, shape.n_heads, shape.k_bits), n + 5, layout);
-  cache.values = std::make_unique<Side>(codec(THIMBLE_VALUE, shape.v_dim, shape.n_heads, shape.v_bits), n + 5, layout);
+  cache.keys =
+      std::make_unique<Side>(plain_codec(THIMBLE_KEY, shape.k_dim, shape.n_heads, shape.k_bits), n + 5, layout);
+  cache.values =
+      std::make_unique<Side>(plain_codec(THIMBLE_VALUE, shape.v_dim, shape.n_heads, shape.v_bits), n + 5, layout);
   cache.encode(context);
   return cache;
 }
@@ -67,7 +60,7 @@ std::vector<uint16_t> mask_of(const Cache& cache, const Queries& x, size_t strid
   return mask;
 }
 
-/// What the core computes for one sequence whose blocks lie in a CacheLayer's own memory.
+/// The core's result for one sequence whose blocks lie in a CacheLayer's own memory.
 std::vector<float> by_the_core(const Shape& shape, const Cache& cache, int sequence, const Queries& x,
                                const thimble_attend_args& args) {
   std::vector<std::vector<uint8_t>> memory;
@@ -88,7 +81,6 @@ std::vector<float> by_the_core(const Shape& shape, const Cache& cache, int seque
   const int64_t first = x.first_tokens[sequence];
   std::vector<float> out(size_t(x.first_tokens[sequence + 1] - first) * x.n_heads * cache.values->dim, NAN);
   AttentionProblem p;
-  p.layer = &layer;
   p.n_heads = x.n_heads;
   p.n_tokens = int(x.first_tokens[sequence + 1] - first);
   p.n_cells = cache.n_cells[sequence];
@@ -106,7 +98,7 @@ std::vector<float> by_the_core(const Shape& shape, const Cache& cache, int seque
   p.max_bias = args.max_bias;
   p.sinks = args.sinks;
   Attention attention;
-  attention.prepare(p, 1, kernels());
+  attention.prepare(layer, p, {}, 1, kernels());
   attention.attend(0);
   return out;
 }
@@ -322,7 +314,7 @@ TEST(ApiAttend, ExactCellsStandInForTheirCodes) {
   }
 }
 
-// A context's memory is used again: what another call left there does not matter.
+// Calls reuse a context's memory; data that an earlier call left there does not change a result.
 TEST(ApiAttend, CallsDoNotDependOnTheOnesBefore) {
   const auto context = context_of(2), fresh = context_of(2);
   const Cache large = cache_of({128, 128, 2, 4, 4}, {700, 300, 200}, Layout::heads, false, context.get());
@@ -352,7 +344,7 @@ TEST(ApiAttend, RefusesWhatIsWrong) {
   const auto context = context_of(1);
   const Cache cache = cache_of({}, {70, 64}, Layout::pages, true, context.get());
   Queries x = queries_of(cache, 2, {1, 2});
-  const auto other_heads = codec_of(codec(THIMBLE_VALUE, 64, 1, 2));
+  const auto other_heads = codec_of(plain_codec(THIMBLE_VALUE, 64, 1, 2));
   std::vector<int64_t> bad_cells{70, 0}, bad_tokens{0, 2, 1}, negative_tokens{-1, 0, 1};
   std::vector<int32_t> table = cache.table;
   const std::vector<uint16_t> numbers(1000);

@@ -1,4 +1,4 @@
-// The C API's calls: what they give, and that whatever is wrong with a call is a status and a sentence.
+// The C API's calls: their results, and that every wrong call gives a status and a sentence.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -20,15 +20,6 @@ Handle<thimble_profile> shipped_profile() {
   thimble_profile* profile = nullptr;
   EXPECT_TRUE(ok(thimble_profile_open(kProfile.c_str(), &profile)));
   return Handle<thimble_profile>(profile);
-}
-
-thimble_codec_args plain_codec(int kind = THIMBLE_KEY, int dim = 64, int n_heads = 2, double bits = 2) {
-  auto args = args_of<thimble_codec_args>();
-  args.kind = kind;
-  args.head_dim = dim;
-  args.n_heads = n_heads;
-  args.bits = bits;
-  return args;
 }
 
 TEST(Api, VersionIsTheProjects) {
@@ -78,7 +69,7 @@ TEST(Api, StructuresOfAnotherVersion) {
   auto args = plain_codec();
   args.struct_size = 0;
   EXPECT_TRUE(invalid(thimble_codec_create(&args, &codec), "set it to sizeof(thimble_codec_args)"));
-  // One that is longer: what lies behind is nothing this version knows.
+  // A longer structure: members behind those of this version must be 0.
   struct {
     thimble_codec_args args;
     double later;
@@ -287,7 +278,7 @@ TEST_P(ApiCells, CodesAreTheCodecsOwn) {
         Side side(plain_codec(kind, dim, n_heads, bits), 4, GetParam());
         const HeadCodec codec =
             make_uncalibrated_codec(kind == THIMBLE_KEY ? Kind::key : Kind::value, make_format(dim, bits));
-        // Slots of several blocks in no order, one row left out.
+        // Cells of several blocks in no order; one row is left out.
         const std::vector<int64_t> cells{200, 0, 63, 64, 255, -1, 7, 130};
         const auto x = gaussian(cells.size() * side.row_size(), 4);
         std::vector<uint8_t> expected = side.memory;

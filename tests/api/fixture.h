@@ -7,11 +7,11 @@
 #include <cstdint>
 #include <memory>
 #include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "codec/half.h"
+#include "support/random.h"
 #include "thimble/thimble.h"
 
 namespace thimble::test {
@@ -24,13 +24,13 @@ struct Free {
 template <typename T>
 using Handle = std::unique_ptr<T, Free>;
 
-/// The call succeeded; else its sentence is printed.
+/// Passes where the call succeeded; else shows the call's sentence.
 inline testing::AssertionResult ok(thimble_status status) {
   if (status == THIMBLE_OK) return testing::AssertionSuccess();
   return testing::AssertionFailure() << thimble_status_name(status) << ": " << thimble_last_error();
 }
 
-/// The call failed with this status, and the sentence holds `part`.
+/// Passes where the call failed with this status and a sentence that contains `part`.
 inline testing::AssertionResult fails(thimble_status status, thimble_status wanted, const std::string& part) {
   const std::string sentence = thimble_last_error();
   if (status == wanted && sentence.find(part) != std::string::npos) return testing::AssertionSuccess();
@@ -64,12 +64,13 @@ inline Handle<thimble_codec> codec_of(thimble_codec_args args) {
   return Handle<thimble_codec>(codec);
 }
 
-inline std::vector<float> gaussian(size_t n, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> x(n);
-  for (float& v : x) v = normal(random);
-  return x;
+inline thimble_codec_args plain_codec(int kind = THIMBLE_KEY, int dim = 64, int n_heads = 2, double bits = 2) {
+  auto args = args_of<thimble_codec_args>();
+  args.kind = kind;
+  args.head_dim = dim;
+  args.n_heads = n_heads;
+  args.bits = bits;
+  return args;
 }
 
 inline std::vector<uint16_t> halves(const std::vector<float>& x) {
@@ -103,30 +104,28 @@ struct Side {
 
   size_t row_size() const { return size_t(n_heads) * dim; }
   thimble_encode_args encode_args(const std::vector<float>& rows, const std::vector<int64_t>& cells) const {
-    auto args = args_of<thimble_encode_args>();
-    args.codec = codec.get();
-    args.blocks = blocks;
-    args.n_rows = int64_t(cells.size());
-    args.cells = cells.data();
-    args.rows = rows.data();
-    args.row_stride = row_size();
-    args.type = THIMBLE_F32;
-    return args;
+    return rows_args<thimble_encode_args>(rows.data(), cells);
   }
   thimble_decode_args decode_args(std::vector<float>& rows, const std::vector<int64_t>& cells) const {
-    auto args = args_of<thimble_decode_args>();
+    return rows_args<thimble_decode_args>(rows.data(), cells);
+  }
+
+private:
+  template <typename Args, typename Rows>
+  Args rows_args(Rows* rows, const std::vector<int64_t>& cells) const {
+    auto args = args_of<Args>();
     args.codec = codec.get();
     args.blocks = blocks;
     args.n_rows = int64_t(cells.size());
     args.cells = cells.data();
-    args.rows = rows.data();
+    args.rows = rows;
     args.row_stride = row_size();
     args.type = THIMBLE_F32;
     return args;
   }
 };
 
-/// Sequences over a key and a value side.
+/// Several sequences in the blocks of one key side and one value side.
 struct Cache {
   int n_sequences = 1;
   int blocks_per_sequence = 1;

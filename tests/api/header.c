@@ -1,4 +1,4 @@
-/* Compiles where thimble.h is C99 and needs no other header; the first members are where callers set them blindly. */
+/* Compiles only if thimble.h is C99 and needs no other header, and if struct_size is the first member of structures. */
 #include "thimble/thimble.h"
 
 #define FIRST(type) typedef char type##_begins_with_its_size[offsetof(type, struct_size) == 0 ? 1 : -1]

@@ -1,4 +1,4 @@
-// Attention over a cache layer against attention computed densely in double, from the very rows the cache stands for.
+// Attention over a cache layer is held to dense attention in double over the rows that the cache stands for.
 #include "attention/attention.h"
 
 #include <gtest/gtest.h>
@@ -30,6 +30,7 @@ struct Case {
   bool dense_transform = false;
   int top = 0;  // cells to retrieve; above 0 with an exact store
   bool in_file = false;
+  size_t store_bytes = SIZE_MAX;  // for keys, and for values: a store may be full
   bool drop_tail = false;
 };
 
@@ -49,8 +50,8 @@ HeadCodec codec_for(const Case& c, Kind kind, unsigned seed) {
   return codec;
 }
 
-// The cells that each stream and KV head retrieves by the kernel's own scores (a kernel may tell near equal ones apart
-// differently): the `top` greatest, the lower cell among equals.
+// The cells that each stream and KV head retrieves: those of the `top` greatest scores, the lower cell of equal ones.
+// By the kernel's own scores, since kernels may order nearly equal scores differently.
 std::vector<std::set<int>> retrieved(const Case& c, const Kernels& kernels, const CacheLayer& layer,
                                      const AttentionProblem& p) {
   std::vector<std::set<int>> chosen;
@@ -95,7 +96,7 @@ std::vector<std::set<int>> retrieved(const Case& c, const Kernels& kernels, cons
   return chosen;
 }
 
-// The dense computation's loops, not sanitized: they would be most of what these tests do.
+// The loops of the dense computation. They are not sanitized, since with sanitizers they would take most of the time.
 [[gnu::noinline, gnu::no_sanitize("address", "undefined")]] double product(const float* a, const float* b, int n) {
   double sums[4] = {};
   for (int d = 0; d < n; d++) sums[d % 4] += double(a[d]) * b[d];
@@ -128,7 +129,7 @@ Filled fill(const Case& c, unsigned seed) {
       const std::string directory = std::filesystem::temp_directory_path();
       return CacheSide(shape, codecs, 0, memory.back().data(),
                        c.in_file ? ExactStore::file(directory, shape.n_cells(), row_size)
-                                 : ExactStore::ram(shape.n_cells(), row_size));
+                                 : ExactStore::ram(shape.n_cells(), row_size, c.store_bytes));
     }
     memory.emplace_back(CacheSide::memory_bytes(shape, codecs->front().format, n_slots));
     return CacheSide(shape, codecs, n_slots, memory.back().data());
@@ -172,21 +173,22 @@ Filled fill(const Case& c, unsigned seed) {
 
 // Coding is slow, most of all in an emulator, and most cases of a test attend to the same cells.
 const CacheLayer& filled_layer(const Case& c, unsigned seed) {
-  static std::map<std::tuple<int, int, int, int, int, int, int, double, int, int, bool, bool, unsigned>, Filled> all;
+  static std::map<std::tuple<int, int, int, int, int, int, int, double, int, int, bool, bool, size_t, unsigned>, Filled>
+      all;
   auto& filled = all[{c.k_dim, c.v_dim, c.n_kv_heads, c.n_tokens, c.n_streams, c.cells, c.n_cells, c.bits,
-                      c.window.pool, c.window.last, c.dense_transform, c.top > 0, seed}];
+                      c.window.pool, c.window.last, c.dense_transform, c.top > 0, c.store_bytes, seed}];
   if (!filled.layer) filled = fill(c, seed);
   return *filled.layer;
 }
 
-// A case as attention gets it.
+// The arguments that attention gets for a case.
 struct Inputs {
   std::vector<float> q, out, sinks;
   std::vector<uint16_t> mask;
   AttentionProblem p;
 };
 
-Inputs inputs_of(const Case& c, const CacheLayer& layer, unsigned seed) {
+Inputs inputs_of(const Case& c, unsigned seed) {
   Inputs inputs;
   auto& [q, out, sinks, mask, p] = inputs;
   std::mt19937 random(seed + 1000);
@@ -212,7 +214,6 @@ Inputs inputs_of(const Case& c, const CacheLayer& layer, unsigned seed) {
       }
     }
   }
-  p.layer = &layer;
   p.n_heads = n_heads;
   p.n_tokens = c.n_tokens;
   p.n_streams = c.n_streams;
@@ -233,13 +234,12 @@ Inputs inputs_of(const Case& c, const CacheLayer& layer, unsigned seed) {
   p.max_bias = c.max_bias;
   p.softcap = c.softcap;
   p.sinks = c.sinks ? sinks.data() : nullptr;
-  p.top = c.top;
-  p.drop_tail = c.drop_tail;
   return inputs;
 }
 
-void retrieve_and_attend(Attention& attention, const AttentionProblem& p, int threads, const Kernels& kernels) {
-  attention.prepare(p, threads, kernels);
+void retrieve_and_attend(Attention& attention, const Case& c, const CacheLayer& layer, const AttentionProblem& p,
+                         int threads, const Kernels& kernels) {
+  attention.prepare(layer, p, {c.top, c.drop_tail}, threads, kernels);
   const auto all = [&](auto work) {
     std::vector<std::thread> team;
     for (int i = 0; i < threads; i++) team.emplace_back([&, i] { (attention.*work)(i); });
@@ -252,11 +252,11 @@ void retrieve_and_attend(Attention& attention, const AttentionProblem& p, int th
 // Runs a case and returns the normalized squared error against the dense computation.
 double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
   const CacheLayer& layer = filled_layer(c, seed);
-  const Inputs inputs = inputs_of(c, layer, seed);
+  const Inputs inputs = inputs_of(c, seed);
   const auto& [q, out, sinks, mask, p] = inputs;
   const int n_heads = c.n_kv_heads * c.group;
   Attention attention;
-  retrieve_and_attend(attention, p, c.threads, kernels);
+  retrieve_and_attend(attention, c, layer, p, c.threads, kernels);
   const bool from_store = c.top > 0 && c.n_tokens > kMaxCodeTokens;
   std::vector<std::set<int>> chosen;
   if (attention.retrieves()) chosen = retrieved(c, kernels, layer, p);
@@ -278,6 +278,7 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
       }
       for (int h = 0; h < c.n_kv_heads && c.top > 0; h++) {
         if (!from_store && !chosen[s * c.n_kv_heads + h].count(i)) continue;
+        if (!layer.exact_row(Kind::key, cell) || !layer.exact_row(Kind::value, cell)) continue;  // the store is full
         const int k0 = h * c.k_dim, v0 = h * c.v_dim;
         for (int d = k0; d < k0 + c.k_dim; d++) k_row[d] = half_to_float(layer.exact_row(Kind::key, cell)[d]);
         for (int d = v0; d < v0 + c.v_dim; d++) v_row[d] = half_to_float(layer.exact_row(Kind::value, cell)[d]);
@@ -351,8 +352,8 @@ TEST_P(AttentionOn, AwkwardNumbersOfCells) {
   }
 }
 
-// Groups, tokens and threads, each with each; but prompts, of which one case costs as much as twenty tokens, with three
-// groups, and with other threads for each.
+// All combinations of groups, tokens and threads. Prompts, whose cases take twenty times as long, have three groups
+// only, each with another number of threads.
 template <typename Run>
 void for_groups_tokens_and_threads(const std::vector<int>& groups, const Run& run) {
   const auto run_case = [&](int group, int n_tokens, int threads) {
@@ -459,6 +460,30 @@ TEST_P(AttentionOn, RetrievalByGroupsTokensStreamsAndThreads) {
   });
 }
 
+// A store with room for 512 of 1200 cells. Other cells are read from their codes, whether they are chosen or part of a
+// prompt, except the last ones, whose rows are in RAM while they are in the window.
+TEST_P(AttentionOn, RetrievalFromAFullStore) {
+  for (int n_tokens : {1, 3, 20}) {
+    Case c;
+    c.n_kv_heads = 8;
+    c.group = 1;
+    c.k_dim = c.v_dim = 256;
+    c.cells = c.n_cells = 1200;
+    c.n_tokens = n_tokens;
+    c.threads = 2;
+    c.top = 100;
+    c.store_bytes = size_t{2} << 20;
+    SCOPED_TRACE(testing::Message() << n_tokens << " tokens");
+    const Filled filled = fill(c, 1);
+    const CacheLayer& layer = *filled.layer;
+    int n_rows = 0, n_last = 0;
+    for (int cell = 0; cell < c.cells; cell++) n_rows += layer.exact_row(Kind::key, cell) != nullptr;
+    for (int cell = 512; cell < c.cells; cell++) n_last += layer.window().find(cell) >= 0;
+    EXPECT_EQ(n_rows, 512 + n_last + n_tokens);
+    expect(c);
+  }
+}
+
 TEST_P(AttentionOn, RetrievalWithoutAWindowOrWithF16Keys) {
   Case c;
   c.top = 30;
@@ -482,7 +507,7 @@ TEST_P(AttentionOn, RetrievalOfHeadsThatThreadsShare) {
   }
 }
 
-// What a head reads is on its way while the next head's cells are still to be scored.
+// The rows of one head are asked for before the next head's cells are scored.
 TEST_P(AttentionOn, RowsOfOneHeadAreAskedForBeforeTheNextIsScored) {
   Case c;
   c.top = 8;
@@ -490,7 +515,7 @@ TEST_P(AttentionOn, RowsOfOneHeadAreAskedForBeforeTheNextIsScored) {
   c.cells = c.n_cells = 1000;
   c.n_kv_heads = 3;
   const Filled filled = fill(c, 1);
-  const Inputs inputs = inputs_of(c, *filled.layer, 1);
+  const Inputs inputs = inputs_of(c, 1);
   static const Kernels* real;
   static const CacheLayer* layer;
   static std::vector<int64_t> asked;  // rows, before each call
@@ -506,14 +531,14 @@ TEST_P(AttentionOn, RowsOfOneHeadAreAskedForBeforeTheNextIsScored) {
     real->score_codes(queries, cells, mask, scores, scratch);
   };
   Attention attention;
-  retrieve_and_attend(attention, inputs.p, 1, watched);
+  retrieve_and_attend(attention, c, *filled.layer, inputs.p, 1, watched);
   ASSERT_EQ(asked.size(), 3u);
   EXPECT_EQ(asked[0], 0);
   EXPECT_GT(asked[1], 0);
   EXPECT_GT(asked[2], asked[1]);
 }
 
-// Cells are scored once for one token: attention takes the scores that they were chosen by. The results are the same.
+// For one token, cells are scored once: attention uses the scores by which cells were chosen, with the same results.
 TEST_P(AttentionOn, OneTokensCellsAreScoredOnce) {
   static const Kernels* real;
   static bool takes;
@@ -544,9 +569,9 @@ TEST_P(AttentionOn, OneTokensCellsAreScoredOnce) {
       for (bool take : {false, true}) {
         takes = take;
         n_kept = n_looked_up = 0;
-        Inputs inputs = inputs_of(c, layer, 1);
+        Inputs inputs = inputs_of(c, 1);
         Attention attention;
-        retrieve_and_attend(attention, inputs.p, c.threads, watched);
+        retrieve_and_attend(attention, c, layer, inputs.p, c.threads, watched);
         results[take] = inputs.out;
         EXPECT_EQ(n_kept > 0, n_tokens == 1 && !drop_tail);
         EXPECT_EQ(n_looked_up > 0, n_tokens > 1 && !drop_tail);

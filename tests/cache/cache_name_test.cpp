@@ -1,4 +1,4 @@
-// Which names are those of cache tensors.
+// The names of cache tensors.
 #include "cache/cache_name.h"
 
 #include <gtest/gtest.h>

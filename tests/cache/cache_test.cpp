@@ -12,14 +12,15 @@ namespace {
 
 struct TestLayer {
   explicit TestLayer(double bits, int n_streams = 1, int64_t cells = 100, WindowSize window = {6, 2, 0},
-                     bool with_store = false) {
+                     bool with_store = false, size_t store_bytes = SIZE_MAX) {
     const CacheShape shape{2, cells, n_streams};
     const int n_slots = window.total() * n_streams;
     const auto make = [&](Kind kind, std::vector<uint8_t>& memory) {
       const Format format = make_format(64, bits);
       auto codecs = std::make_shared<std::vector<HeadCodec>>(2, make_uncalibrated_codec(kind, format));
       memory.resize(CacheSide::memory_bytes(shape, format, with_store ? 0 : n_slots));
-      if (with_store) return CacheSide(shape, codecs, 0, memory.data(), ExactStore::ram(shape.n_cells(), 128));
+      if (with_store)
+        return CacheSide(shape, codecs, 0, memory.data(), ExactStore::ram(shape.n_cells(), 128, store_bytes));
       return CacheSide(shape, codecs, n_slots, memory.data());
     };
     CacheSide k = make(Kind::key, k_memory), v = make(Kind::value, v_memory);
@@ -121,7 +122,7 @@ TEST(Streams, CopyTakesCodesAndWindow) {
   EXPECT_EQ(a.save(100, 60), before);
 }
 
-// What `fill` wrote, as a state.
+// The state of the cells that `fill` wrote.
 std::vector<uint8_t> written(int n, unsigned seed = 1) {
   TestLayer plain(16);
   plain.fill(n, 0, seed);
@@ -200,7 +201,30 @@ TEST(Store, OverwrittenAndClearedCells) {
   EXPECT_EQ(a.save(0, 10), written(10, 3));
 }
 
-// A batch that was never attended to keeps its codes: its rows are gone with the next one.
+// Cells that a full store has no room for are exact while they are in the window; then they are coded, and are saved
+// and loaded as codes.
+TEST(Store, AFullOneLeavesCellsTheirCodes) {
+  TestLayer full(2, 1, 100, {6, 2, 0}, true, 0), plain(2, 1, 100, {6, 2, 0});
+  full.fill(50);
+  plain.fill(50);
+  EXPECT_TRUE(full.layer->keys().store()->is_full());
+  EXPECT_EQ(full.layer->keys().store()->reserved_bytes(), 0u);
+  int n_exact = 0;
+  for (int cell = 0; cell < 50; cell++) {
+    const bool in_window = full.layer->window().find(cell) >= 0;
+    EXPECT_EQ(full.layer->exact_row(Kind::value, cell) != nullptr, in_window) << cell;
+    n_exact += in_window;
+  }
+  EXPECT_EQ(n_exact, 8);
+  EXPECT_EQ(full.save(0, 50), plain.save(0, 50));
+
+  TestLayer loaded(2, 1, 100, {6, 2, 0}, true, 0);
+  loaded.load(full.save(0, 50), 0, 50);
+  EXPECT_EQ(loaded.save(0, 50), plain.save(0, 50));
+  loaded.layer->clear();
+  EXPECT_FALSE(loaded.layer->keys().store()->is_full());
+}
+
 TEST(Layer, ABatchThatNothingAttendedToIsCoded) {
   TestLayer a(2), b(2);
   a.fill(20);

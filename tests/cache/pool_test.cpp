@@ -1,4 +1,4 @@
-// Which cells matter most: scores, and what becomes of a cache by them.
+// Which cells matter most: their scores, and which cells of a cache stay exact because of them.
 #include "cache/pool.h"
 
 #include <gtest/gtest.h>

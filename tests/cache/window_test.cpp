@@ -1,4 +1,4 @@
-// The window's books: which cells stay exact, for one and for several sequences.
+// The window: which cells stay exact, for one and for several sequences.
 #include "cache/window.h"
 
 #include <gtest/gtest.h>
@@ -147,7 +147,7 @@ TEST(Window, CellsOfRemovedSequencesGiveWay) {
   }
 }
 
-// A new conversation in the place of the last: what it writes over is not coded first.
+// A new sequence in the cells of the one before: cells that it writes over are not coded first.
 TEST(Window, WhatIsWrittenOverNeverLeaves) {
   Window window(kSize, kSize.total(), 1000);
   const auto write = [&](int64_t cell) {
@@ -159,7 +159,8 @@ TEST(Window, WhatIsWrittenOverNeverLeaves) {
   EXPECT_EQ(write(kSize.total()), 1u);
 }
 
-// What a removed sequence has left goes before an idle one's window, once another takes over its cells.
+// When another sequence writes into a removed one's cells, the removed one's other cells leave before an idle
+// sequence's.
 TEST(Window, LeftoversOfRemovedSequencesGoFirst) {
   Sequences s(kSize, 2 * kSize.total(), 1000);
   for (int n = 0; n < 30; n++) s.decode({0});
@@ -171,7 +172,7 @@ TEST(Window, LeftoversOfRemovedSequencesGoFirst) {
   }
 }
 
-// A sequence whose middle is removed while others write there lives on, as soon as it is seen again.
+// A sequence whose middle was removed and overwritten by others counts as a sequence again when a batch sees it.
 TEST(Window, ASequenceThatGaveCellsAwayKeepsItsWindow) {
   Sequences s(kSize, 2 * kSize.total(), 1000);
   for (int n = 0; n < 30; n++) s.decode({0});
@@ -183,7 +184,7 @@ TEST(Window, ASequenceThatGaveCellsAwayKeepsItsWindow) {
   for (int p : {0, 1, 2, 3, 22, 23, 28, 29, 30, 35}) EXPECT_TRUE(window.count(p)) << p;
 }
 
-// Cells' numbers mean nothing: the last are those written last, wherever they lie.
+// The numbers of cells say nothing: the last cells are those that were written last, wherever they lie.
 TEST(Window, OrderOfWritingDecides) {
   const std::vector<int64_t> cells = {90, 3, 91, 2, 50, 1, 99, 0, 60, 4, 30, 31, 7, 6, 5, 80, 20, 10, 98, 40, 41};
   for (bool loaded : {false, true}) {
@@ -223,8 +224,8 @@ TEST(Window, TheJudgeSaysWhatMattersMost) {
   }
 }
 
-// What a token finds exact is what it would have found had all before it come one by one, drafts that were taken back
-// left out.
+// After batches of several tokens, drafts among them, a token sees the same cells exactly as if all tokens that stayed
+// had come one by one.
 TEST(Window, AfterSeveralTokensAtOnceWhatStaysIsAsOneByOne) {
   constexpr WindowSize kSpare{10, 4, 5};
   for (int wrong : {0, 1, 3}) {
@@ -240,7 +241,7 @@ TEST(Window, AfterSeveralTokensAtOnceWhatStaysIsAsOneByOne) {
         together.decode(std::vector<int>(batch, 0), judge);
         for (int i = 0; i < batch - wrong; i++) alone.decode({0}, judge);
         together.take_back(0, wrong);
-        // The next token tells.
+        // Compares at the next token, which makes cells leave.
         Sequences next = together, next_alone = alone;
         const std::set<int> exact = next.exact_of_next(0, judge), exact_alone = next_alone.exact_of_next(0, judge);
         EXPECT_EQ(exact, exact_alone) << n << " + " << batch << " - " << wrong;
@@ -249,7 +250,7 @@ TEST(Window, AfterSeveralTokensAtOnceWhatStaysIsAsOneByOne) {
   }
 }
 
-// An idle sequence gives up its last cells before those that matter most, and those only where there is no room else.
+// An idle sequence gives up its last cells first, and its pool only where that does not make enough room.
 TEST(Window, IdleSequencesKeepThePool) {
   Sequences s(kSize, 2 * kSize.total(), 1000);
   for (int n = 0; n < 30; n++) s.decode({0});
@@ -329,7 +330,8 @@ TEST(Window, RewrittenCellsAreForgotten) {
   EXPECT_EQ(s.window.find(3), -1);
 }
 
-// What a removed sequence left in its stream goes before the window of a stream that has been idle for longer.
+// A stream that needs slots takes those of its own removed sequences, not those of a stream that has been idle for
+// longer.
 TEST(Window, StreamsRecycleTheirOwnSlots) {
   Window window({4, 1, 0}, 10, 100, 2);
   const auto write = [&](int64_t first, int n) {
@@ -347,7 +349,7 @@ TEST(Window, StreamsRecycleTheirOwnSlots) {
   for (int64_t cell : {100, 101, 102, 103, 104}) EXPECT_GE(window.find(cell), 0) << cell;
 }
 
-// 64 chats of a thousand tokens in one unified cache, taking turns: each has what it would have alone.
+// 64 chats of a thousand tokens take turns in one unified cache: each has the same exact cells as alone.
 TEST(Window, ManyIdleSequencesKeepAllTheirs) {
   const WindowSize size;
   constexpr int64_t kCells = 65536;

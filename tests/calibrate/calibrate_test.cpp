@@ -1,5 +1,5 @@
-// Calibration: k-means up to sign, transforms, RoPE's turns, allotment, and what it is all for: attention from coded
-// keys, on synthetic keys with the outliers that break plain rotation.
+// Calibration: k-means up to sign, transforms, RoPE's rotations, allotment; and attention from coded keys, for
+// synthetic keys with outliers that a plain Hadamard rotation codes badly.
 #include <gtest/gtest.h>
 
 #include <Eigen/QR>
@@ -165,7 +165,7 @@ Head synthetic_head(bool outliers, unsigned seed, int group = 1) {
   return head;
 }
 
-/// Mean KL divergence of the attention over all keys from what their codes give.
+/// Mean KL divergence between attention over all keys and attention over their codes.
 double attention_divergence(const Head& head, const HeadCodec& codec) {
   const Eigen::Index n = head.keys.rows(), dim = head.keys.cols();
   Matrix decoded(n, dim);
@@ -259,7 +259,7 @@ TEST(Fit, DoesNotDependOnThreads) {
     EXPECT_EQ(one.keys[0].by_bits.at(bits).words, three.keys[0].by_bits.at(bits).words);
     EXPECT_EQ(one.values[0].by_bits.at(bits).words, three.values[0].by_bits.at(bits).words);
   }
-  // The even average holds.
+  // The average rate is the target.
   EXPECT_LE(one.format(0, Kind::key, 2).bits() + one.format(0, Kind::value, 2).bits(), 4.0);
   EXPECT_NO_THROW(one.codec(0, 1, Kind::value, 2));
 }

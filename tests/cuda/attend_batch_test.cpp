@@ -1,4 +1,4 @@
-// Decode attention of many streams, emulated: thread blocks that take several at once.
+// Decode attention of many streams, emulated: thread blocks take several items at once.
 #define THIMBLE_SIMT_HOST
 #include <gtest/gtest.h>
 

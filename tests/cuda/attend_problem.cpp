@@ -1,4 +1,4 @@
-// Problems of decode attention, and the codec's specification of their results, in double.
+// Makes problems of decode attention and computes their results by the codec's specification, in double.
 #define THIMBLE_SIMT_HOST
 #include <gtest/gtest.h>
 

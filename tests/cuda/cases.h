@@ -12,7 +12,7 @@ struct AttendCase {
   float softcap = 0;
   int n_exact = 0;  // exact rows of a stream
   int n_fresh = 0;  // of these: new, not in the window yet
-  // What the launcher chooses on a device, and emulated tests set.
+  // Set by emulated tests; on a device the launcher chooses these.
   int n_splits = 1, blocks_x = 1, batch_shift = 0;
   bool nothing_coded = false;  // emulated only: all coded cells are hidden
 };
@@ -70,7 +70,7 @@ inline constexpr AttendCase kAttendCases[] = {
      .sinks = true,
      .softcap = 2},
     {.name = "exact rows", .n_exact = 20},
-    // More splits than blocks of coded cells: some have exact rows alone.
+    // More splits than blocks of coded cells, so that some splits have exact rows alone.
     {.name = "more splits than blocks", .n_cells = 128, .mask = true, .n_exact = 80, .n_splits = 5, .blocks_x = 5},
     {.name = "exact rows of streams that are split",
      .n_streams = 2,

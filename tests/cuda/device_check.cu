@@ -18,6 +18,7 @@
 #include "cuda/encode/encode.h"
 #include "cuda/retrieve/retrieve.h"
 #include "fixture.h"
+#include "judge_pair.h"
 
 using namespace thimble;
 using namespace thimble::cuda;
@@ -211,6 +212,15 @@ void run(const DeviceInfo& device, const Case& c) {
     window_keys.upload();
     window_values.upload();
   }
+  // Every other stream's last token is one whose queries are kept.
+  Array<int32_t> judges(std::vector<int32_t>(size_t(c.n_streams) * 2, -1));
+  Array<float> kept(size_t(c.n_streams) * 2 * n_heads * d);
+  for (int stream = 0; stream < c.n_streams; stream += 2) judges.host[stream * 2 + 1] = c.n_tokens - 1;
+  if (c.n_window > 0) {
+    a.judges = judges.upload();
+    a.kept_queries = kept.upload();
+    a.n_judges = 2;
+  }
   a.output = output.device();
   require(cudaMemset(output.device(), 0xff, output.host.size() * 4));
   Array<uint8_t> workspace(attend_workspace_bytes(device, a));
@@ -301,6 +311,15 @@ void run(const DeviceInfo& device, const Case& c) {
   report(c, "attention, relative error", error < tolerance(c.key_width, c.value_width), error);
   const std::vector<float> first = output.host;
   if (!accept(c, attend(device, a, workspace.device(), workspace.host.size(), nullptr), "attend")) return;
+  if (c.n_window > 0) {
+    kept.download();
+    wrong = 0;
+    for (size_t i = 0, size = size_t(n_heads) * d; i < kept.host.size(); i++) {
+      const size_t stream = i / size / 2, at = (stream * c.n_tokens + c.n_tokens - 1) * size + i % size;
+      wrong += kept.host[i] != (i / size % 2 == 1 && stream % 2 == 0 ? raw.host[at] : 0.0f);
+    }
+    report(c, "numbers of queries kept wrongly", wrong == 0, wrong);
+  }
   report(c, "differs when run again", std::memcmp(first.data(), output.download().data(), first.size() * 4) == 0, 0);
 
   if (c.n_window > 0) {
@@ -364,18 +383,20 @@ void run(const DeviceInfo& device, const Case& c) {
     leave.n_layers = 1;
     leave.n_kv_heads = c.n_kv_heads;
     leave.n_tokens = n_all;
-    leave.cells = cells_d.device();
     std::vector<int64_t> leaving = cells;
     for (int i = 0; i < n_all; i++) {
       if (slots[i] < 0) leaving[i] = -1;
     }
     Array<int64_t> leaving_d(leaving);
-    leave.cells = leaving_d.device();
-    leave.slots = slots_d.device();
     Array<int> n_leaving(std::vector<int>{n_all, 0});
-    Array<WindowBooks> books(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, {}}});
-    leave.n_leaving = n_leaving.device();
-    leave.books = books.device();
+    Array<WindowBooks> books(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, 0, {}, 0}});
+    LayerWindow window;
+    window.leaving_cells = leaving_d.device();
+    window.leaving_slots = slots_d.device();
+    window.n_leaving = n_leaving.device();
+    window.books = books.device();
+    Array<LayerWindow> windows(std::vector<LayerWindow>{window});
+    leave.windows = windows.device();
     if (!accept(c, code_leaving(device, leave, d, nullptr), "leaving")) return;
     coded.download();
     wrong = 0;
@@ -460,6 +481,52 @@ void run(const DeviceInfo& device, const Case& c) {
   require(cudaFreeHost(store));
 }
 
+/// Memory that the host and the device both use, in the host.
+template <typename T>
+struct Mapped {
+  using value_type = T;
+  Mapped() = default;
+  template <typename U>
+  Mapped(const Mapped<U>&) {}
+  T* allocate(size_t n) {
+    void* p = nullptr;
+    require(cudaHostAlloc(&p, n * sizeof(T), cudaHostAllocMapped));
+    return static_cast<T*>(p);
+  }
+  void deallocate(T* p, size_t) { (void)cudaFreeHost(p); }
+  bool operator==(const Mapped&) const { return true; }
+};
+
+/// What runs the windows' scripts on the device.
+struct Card {
+  template <typename T>
+  using Vector = std::vector<T, Mapped<T>>;
+  static inline DeviceInfo device;
+  static void done(const Status& status) { require(status.ok() ? cudaDeviceSynchronize() : cudaErrorInvalidValue); }
+  static void update_window(const WindowArgs& a) { done(cuda::update_window(device, a, nullptr)); }
+  static void judge_cells(const JudgeArgs& a) { done(cuda::judge_cells(device, a, nullptr)); }
+};
+
+void report(const char* script, const ScriptResult& result) {
+  const bool good = result.failed < 0 && result.n_unlike_oldest > 5;
+  std::printf("%s exact cells of %s: first other batch %d, unlike the oldest %d\n", good ? "ok  " : "FAIL", script,
+              result.failed, result.n_unlike_oldest);
+  if (!good) failures++;
+}
+
+/// The same cells are exact as on the CPU.
+void run_windows(const DeviceInfo& device) {
+  Card::device = device;
+  report("tokens one by one", token_by_token<Card>({16, 5, 8}));
+  report("tokens one by one, which leave one by one", token_by_token<Card>({16, 5, 0}));
+  report("prompts", prompts<Card>({16, 5, 8}));
+  report("short prompts", prompts<Card>({16, 5, 12}));
+  report("drafts", drafts<Card>());
+  report("chats", chats<Card>());
+  report("streams", streams<Card>());
+  report("batches that were finished", finished<Card>());
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -478,6 +545,7 @@ int main(int argc, char** argv) {
               device.multiprocessors, device.shared_bytes);
   DeviceInfo small = device;  // takes the kernels for smaller devices
   small.capability = 89;
+  run_windows(device);
   for (const FormatCase& f : kFormatCases) {
     if (quick && (f.head_dim == 256 || f.key_width != f.value_width)) continue;
     run(device, {.head_dim = f.head_dim, .key_width = f.key_width, .value_width = f.value_width});

@@ -35,17 +35,17 @@ std::vector<float> emulate_attend(AttendArgs a, int blocks_x) {
   return output;
 }
 
-/// A kernel, as a value: what does not depend on its shape need not be compiled for each. To compile one takes seconds,
-/// so each is compiled in one file only: large tables in attend_test.cpp, small ones in attend_small_test.cpp, batches
-/// in attend_batch_test.cpp.
+/// A kernel as a value, so that code that does not depend on its shape is compiled once. A kernel takes seconds to
+/// compile, so each is compiled in one file only: large tables in attend_test.cpp, small ones in attend_small_test.cpp,
+/// batches in attend_batch_test.cpp.
 struct EmulatedAttend {
   FormatCase format;
   int slots;  // items that a thread block takes at once, at most
   std::vector<float> (*run)(AttendArgs a, int blocks_x);
 };
 
-/// Whether this build has the kernel: all but those of sanitizers do, which take a minute for ten of them and have one
-/// of each kind.
+/// Whether this build has the kernel. Builds with sanitizers, in which ten kernels take a minute to compile, have one
+/// of each kind; others have all.
 template <typename S>
 constexpr bool is_compiled() {
 #ifdef THIMBLE_FEW_KERNELS
@@ -60,10 +60,10 @@ constexpr bool is_compiled() {
 template <typename S>
 inline constexpr EmulatedAttend kEmulated{{S::kHeadDim, S::kKeyWidth, S::kValueWidth}, S::kSlots, emulate_attend<S>};
 
-/// The relative error of a case's output, by the codec's specification in double (attend_problem.cpp).
+/// The relative error of a case's output, compared with the codec's specification in double (attend_problem.cpp).
 double error_of(const EmulatedAttend& kernel, const AttendCase& c);
-/// What the kernel adds to the error of outputs, over what the codec does, of normal keys and values. `outliers`: one
-/// component of each query is six times as large.
+/// The error that the kernel's arithmetic adds to outputs, divided by the codec's own error, for normally distributed
+/// keys and values. `outliers`: one component of each query is six times as large.
 double share_of_codecs_error(const EmulatedAttend& kernel, bool outliers);
 
 /// The same for one shape; 0 where this build does not have the kernel.
@@ -73,7 +73,7 @@ double error_of(const AttendCase& c) {
   return 0;
 }
 
-/// `error_of` relative to what the format may add.
+/// `error_of` divided by the error that the format's arithmetic may add.
 template <typename S>
 double share_of_tolerance(const AttendCase& c) {
   return error_of<S>(c) / tolerance(S::kKeyWidth, S::kValueWidth);

@@ -115,12 +115,16 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
   leave.n_layers = 2;
   leave.n_kv_heads = kHeads + 1;  // another layer's
   leave.n_tokens = n_tokens;
-  leave.cells = displaced.data();
-  leave.slots = slots.data();
-  const int n_leaving[2] = {n_tokens, 0};
-  const WindowBooks books{1, 0, 0, 0, 0, 0, {}};
-  leave.n_leaving = n_leaving;
-  leave.books = &books;
+  int n_leaving[2] = {n_tokens, 0};
+  WindowBooks books{};
+  books.n_batches = 1;
+  LayerWindow window;
+  window.leaving_cells = displaced.data();
+  window.leaving_slots = slots.data();
+  window.n_leaving = n_leaving;
+  window.books = &books;
+  const std::vector<LayerWindow> windows{{}, window};
+  leave.windows = windows.data();
   leave.tokens_per_block = tokens_per_block;
   simt::Machine::launch({blocks, 2 * 2 * leave.n_kv_heads}, Kernel::kThreads, Kernel::kSharedBytes,
                         [&] { Kernel::run_leaving(leave); });
@@ -229,7 +233,8 @@ TEST(CudaEncode, EqualsTheCodecBitForBit) {
   check<256>(2, 1, false, 2, 1);
 }
 
-// The scripts that every implementation is held to. This one has no judge, and no states are loaded.
+// The scripts that every implementation is held to: those without a judge (judge_test.cpp), in which no states are
+// loaded.
 TEST(CudaWindow, Vectors) {
   int n_scripts = 0, n_checked = 0;
   for (const WindowScript& script : read_window_scripts(THIMBLE_TEST_DATA "/window_vectors.txt")) {
@@ -267,8 +272,7 @@ TEST(CudaWindow, Vectors) {
         EXPECT_EQ(window.tokens[row], int(i));
       }
       std::multiset<int64_t> left, expected;
-      const int n_left = window.n_leaving[(window.books[0].n_batches - 1) & 1];
-      for (int i = 0; i < n_left; i++) left.insert(window.leaving_cells[i]);
+      for (int i = 0; i < window.n_left(); i++) left.insert(window.leaving_cells[i]);
       for (int64_t cell : before) {
         const bool stays = std::count(exact.begin(), exact.end(), cell) > 0;
         const bool again = std::count(cells.begin(), cells.end(), cell) > 0;

@@ -1,5 +1,5 @@
-// Shared by the tests of the CUDA kernels' source under emulation: random codecs and caches in both layouts, and
-// attention as the specification has it, in double.
+// Shared by the tests of the CUDA kernels' source under emulation: random codecs, caches in both layouts, and the
+// specification of attention in double.
 #pragma once
 
 #include <algorithm>
@@ -46,7 +46,7 @@ inline HeadCodec random_codec(Kind kind, int head_dim, double bits, bool dense, 
   return codec;
 }
 
-/// One head's cells, coded: as the kernels read them and as numbers, both transformed.
+/// One head's cells, coded: the blocks that the kernels read, and the transformed numbers that they stand for.
 struct CodedHead {
   std::vector<uint8_t> blocks;  // CUDA order
   std::vector<float> decoded;   // [cells][head_dim]
@@ -79,7 +79,7 @@ inline double relative_error(const std::vector<float>& x, const std::vector<doub
   return std::sqrt(error / size);  // NaN wherever x has one
 }
 
-/// The sizes of a case, which has them by these names.
+/// The sizes of a case, from its members of these names.
 template <typename Case>
 AttendArgs attend_args(const Case& c, int head_dim) {
   AttendArgs a;
@@ -93,14 +93,15 @@ AttendArgs attend_args(const Case& c, int head_dim) {
   return a;
 }
 
-/// The relative error that a format's arithmetic may add: less than a tenth of what the codec itself costs (see
-/// CudaAttend.ArithmeticErrorIsATenthOfTheCodecs), and no more than on the CPU. Pairs of numbers have f16 score tables
-/// and 16-bit weights, others 8 bits of either.
+/// The relative error that a format's arithmetic may add: less than a tenth of the codec's own error (see
+/// CudaAttend.ArithmeticErrorIsATenthOfTheCodecs), and no more than on the CPU. Subspaces of two numbers have f16 score
+/// tables and 16-bit weights, wider ones 8 bits for both.
 inline constexpr double tolerance(int key_width, int value_width) {
   return key_width != 2 ? 0.03162 : value_width != 2 ? 0.015 : 1.5e-3;
 }
 
-/// The cells of the k greatest scores, in order of cells; of equals the first, and none of -infinity.
+/// The cells of the k greatest scores, in order of cells. Of equal scores the lower cells are taken; cells of score
+/// -infinity are not.
 inline std::vector<int32_t> greatest(const std::vector<float>& scores, int k) {
   std::vector<int32_t> order;
   for (size_t i = 0; i < scores.size(); i++) {

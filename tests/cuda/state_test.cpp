@@ -121,7 +121,7 @@ struct Layer {
     args.value_codec = tables[1].view();
     for (int k = 0; k < 2; k++) {
       const size_t block = format[k].block_bytes(), stream = block * size_t(shape.blocks_per_stream());
-      (k == 0 ? args.key_cache : args.value_cache) = {blocks[k].data(), stream, stream * s.n_streams, block};
+      (k == 0 ? args.key_cache : args.value_cache) = CacheView{blocks[k].data(), stream, stream * s.n_streams, block};
     }
     args.window = {window[0].data(), window[1].data(), nullptr, kCapacity};
     if (s.with_store) args.store = {store[0].data(), store[1].data(), 0, s.n_streams, int(s.cells)};
@@ -169,7 +169,7 @@ struct Layer {
     return rows;
   }
   CellState::Refused load(Kind kind, std::vector<int64_t> cells, const Rows& rows, uint64_t hash = kHash) {
-    return state().load({&args, 1}, 0, kind, device_window, cells, hash, rows.data());
+    return state().load(args, kind, device_window, cells, hash, rows.data());
   }
   CellState state() { return CellState(kernels, 50 * row_bytes()); }  // in several copies
 
@@ -298,44 +298,32 @@ TEST(CudaState, RefusesRowsOfOtherSettingsAndWritesNothingOfThem) {
   EXPECT_TRUE(std::all_of(blocks.begin(), blocks.end(), [](uint8_t byte) { return byte == 0; }));
 }
 
-// A loaded sequence takes the rows of another, whose cells are coded of the rows as they were, in all layers.
+// A loaded sequence takes the rows of another, whose cells are coded of the rows as they were.
 TEST(CudaState, CellsThatLeaveForOthersAreCoded) {
   const Setting setting{64, 4, 2};
-  Layer a(setting, 5), b(setting, 6);
-  std::vector<EncodeArgs> layers{a.args, b.args};
-  HostWindow window = a.device_window;
+  Layer layer(setting);
   const auto load = [&](int64_t first, int n, int64_t from) {
-    for (size_t i = 0; i < 2; i++) {
-      Layer& layer = i == 0 ? a : b;
-      for (Kind kind : {Kind::key, Kind::value}) {
-        layer.state().load(layers, i, kind, window, range(first, n), kHash, layer.save_cpu(kind, from, n).data());
-      }
-    }
-    a.device_window = b.device_window = window;
+    for (Kind kind : {Kind::key, Kind::value}) layer.load(kind, range(first, n), layer.save_cpu(kind, from, n));
   };
-  for (Layer* layer : {&a, &b}) {
-    layer->fill(40, 0);
-    layer->fill(9, 1);
-  }
+  layer.fill(40, 0);
+  layer.fill(9, 1);
   load(0, 40, 0);
   load(100, 9, 192);  // as exact rows: 9 for a ring of 8, which the first sequence had
-  for (Layer* layer : {&a, &b}) {
-    for (Kind kind : {Kind::key, Kind::value}) {
-      const CacheSide& side = layer->cpu->side(kind);
-      const Rows saved = layer->save(kind, 0, 40);
-      for (int64_t cell = 40 - kWindow.last; cell < 40; cell++) {
-        ASSERT_EQ(window.slot_of(cell), -1);
-        side.encode_row(layer->cpu->exact_row(kind, cell), cell);
-        Rows vectors(row_vectors_bytes(side.shape(), side.format())), row(layer->row_bytes());
-        for (int head = 0; head < setting.n_heads; head++) {
-          copy_cell_out(side.format(), kind, side.block(head, cell), side.in_block(cell),
-                        vectors.data() + head * size_t(side.format().vector_bytes()));
-        }
-        write_coded_row(vectors.data(), vectors.size(), kHash, row.data(), row.size());
-        EXPECT_TRUE(std::equal(row.begin(), row.end(), &saved[cell * row.size()])) << cell;
+  for (Kind kind : {Kind::key, Kind::value}) {
+    const CacheSide& side = layer.cpu->side(kind);
+    const Rows saved = layer.save(kind, 0, 40);
+    for (int64_t cell = 40 - kWindow.last; cell < 40; cell++) {
+      ASSERT_EQ(layer.device_window.slot_of(cell), -1);
+      side.encode_row(layer.cpu->exact_row(kind, cell), cell);
+      Rows vectors(row_vectors_bytes(side.shape(), side.format())), row(layer.row_bytes());
+      for (int head = 0; head < setting.n_heads; head++) {
+        copy_cell_out(side.format(), kind, side.block(head, cell), side.in_block(cell),
+                      vectors.data() + head * size_t(side.format().vector_bytes()));
       }
-      EXPECT_TRUE(layer->save(kind, 101, 8) == layer->save_cpu(kind, 193, 8));
+      write_coded_row(vectors.data(), vectors.size(), kHash, row.data(), row.size());
+      EXPECT_TRUE(std::equal(row.begin(), row.end(), &saved[cell * row.size()])) << cell;
     }
+    EXPECT_TRUE(layer.save(kind, 101, 8) == layer.save_cpu(kind, 193, 8));
   }
 }
 
@@ -360,7 +348,7 @@ TEST(CudaState, KeysToRotate) {
         side.decode_row(cells[i], expected.data());
       }
       ASSERT_TRUE(std::equal(expected.begin(), expected.end(), keys + i * size)) << setting.head_dim << " " << cells[i];
-      // As CpuGraph::shift does it, here with a rotation by half a turn.
+      // The steps of CpuCache::write_keys, with a rotation by half a turn.
       std::vector<uint16_t> row(size);
       for (size_t d = 0; d < size; d++) row[d] = float_to_half(keys[i * size + d] = -expected[d]);
       if (exact) std::copy(row.begin(), row.end(), exact);

@@ -43,6 +43,24 @@ public:
     layer_.value_cache = view_[1];
     layer_.cells_per_stream = kCells;
     layer_.window = {rows_[0].data(), rows_[1].data(), nullptr, kCapacity};
+    window_.last = kLast;
+    window_.pool = kPool;
+    window_.spare = kSpare;
+    window_.n_kv_heads = kHeads;
+    window_.group = kGroup;
+    window_.head_dim = kDim;
+    window_.books = &books_;
+    window_.cells = cells_.data();
+    window_.order = order_.data();
+    window_.sequence = sequence_.data();
+    window_.tokens = tokens_.data();
+    window_.judges = judges_.data();
+    window_.leaving_cells = leaving_cells_.data();
+    window_.leaving_slots = leaving_slots_.data();
+    window_.n_leaving = n_leaving_;
+    window_.hidden = hidden_.data();
+    window_.keys = rows_[0].data();
+    window_.queries = queries_.data();
   }
 
   /// Writes a batch, attends if it is small enough to be decoded, and returns attention's error.
@@ -60,39 +78,26 @@ public:
     std::vector<uint32_t> marks(n);
     std::vector<uint16_t> mask(n * kCells);
     for (int i = 0; i < n * kCells; i++) mask[i] = i % kCells <= cells[i / kCells] ? 0 : 0xfc00;
+    window_.token_slots = slots.data();
+    window_.marks = marks.data();
     WindowArgs w;
+    w.layers = &window_;
     w.n_tokens = w.mask_tokens = n;
     w.cells = cells.data();
     w.cells_per_stream = w.mask_cells = kCells;
     w.mask = mask.data();
     w.mask_token_stride = kCells;
-    w.last = kLast;
-    w.pool = kPool;
-    w.spare = kSpare;
     w.slots = kSlots;
     w.capacity = kCapacity;
-    w.books = &books_;
-    w.window_cells = window_.data();
-    w.order = order_.data();
-    w.sequence = sequence_.data();
-    w.marks = marks.data();
-    w.token_slots = slots.data();
-    w.tokens = tokens_.data();
-    w.leaving_cells = leaving_cells_.data();
-    w.leaving_slots = leaving_slots_.data();
-    w.n_leaving = n_leaving_;
-    w.hidden = hidden_.data();
+    w.n_judges = kMaxTokens;
     w.hidden_stream_stride = hidden_.size();
     simt::Machine::launch({1, 1}, WindowKernel::kThreads, WindowKernel::kSharedBytes, [&] { WindowKernel::run(w); });
     LeaveArgs leave;
     leave.layers = &layer_;
+    leave.windows = &window_;
     leave.n_layers = 1;
     leave.n_kv_heads = kHeads;
     leave.n_tokens = n;
-    leave.cells = leaving_cells_.data();
-    leave.slots = leaving_slots_.data();
-    leave.n_leaving = n_leaving_;
-    leave.books = &books_;
     leave.tokens_per_block = 4;
     simt::Machine::launch({2, 2 * kHeads}, Encode::kThreads, Encode::kSharedBytes, [&] { Encode::run_leaving(leave); });
     if (n > kMaxTokens) {
@@ -111,6 +116,7 @@ public:
   }
 
   int last() const { return last_; }
+  int n_kept() const { return n_kept_; }
 
 private:
   double attend(const std::vector<int64_t>& cells, const std::vector<float>& keys, const std::vector<float>& values) {
@@ -135,7 +141,10 @@ private:
     a.mask = mask.data();
     a.mask_token_stride = kCells;
     a.hidden = hidden_.data();
-    a.exact[0] = {rows_[0].data(), rows_[1].data(), window_.data(), kCapacity, false};
+    a.exact[0] = {rows_[0].data(), rows_[1].data(), cells_.data(), kCapacity, false};
+    a.judges = judges_.data();
+    a.kept_queries = queries_.data();
+    a.n_judges = kMaxTokens;
     a.fresh.keys = keys.data();
     a.fresh.values = values.data();
     a.fresh.key_token_stride = a.fresh.value_token_stride = kHeads * kDim;
@@ -145,6 +154,12 @@ private:
     a.fresh.window_values = rows_[1].data();
     deal_out(a, 1, 0);
     const std::vector<float> output = emulate_attend<Shape>(a, 1);
+    for (int j = 0; j < kMaxTokens; j++) {
+      if (judges_[j] < 0) continue;
+      n_kept_++;
+      const size_t size = n_heads * kDim;
+      EXPECT_TRUE(std::equal(&queries[judges_[j] * size], &queries[judges_[j] * size] + size, &queries_[j * size]));
+    }
 
     std::vector<double> expected;
     std::vector<float> transformed(kDim), k(kDim), v(kDim), mean(kDim), out(kDim);
@@ -195,9 +210,12 @@ private:
   std::vector<int64_t> leaving_cells_ = std::vector<int64_t>(kCapacity);
   std::vector<int32_t> leaving_slots_ = std::vector<int32_t>(kCapacity);
   int n_leaving_[2] = {0, 0};
-  std::vector<int32_t> window_ = std::vector<int32_t>(kCapacity, -1), tokens_ = window_;
+  std::vector<int32_t> cells_ = std::vector<int32_t>(kCapacity, -1), tokens_ = cells_;
+  std::vector<int32_t> judges_ = std::vector<int32_t>(kMaxTokens, -1);
+  std::vector<float> queries_ = std::vector<float>(kMaxTokens * kHeads * kGroup * kDim);
+  LayerWindow window_;
   std::vector<uint32_t> hidden_ = std::vector<uint32_t>(kCells / 32);
-  int last_ = 0;
+  int last_ = 0, n_kept_ = 0;
 };
 
 constexpr double kTolerance = tolerance(4, 4);
@@ -218,6 +236,7 @@ TEST(CudaStep, DecodesTokenByToken) {
     for (int step = 0; step < 6; step++) EXPECT_LT(layer.run(next(1 + step % 3)), kTolerance) << step;
     EXPECT_LT(layer.run({layer.last() - 1, layer.last(), layer.last() + 1}), kTolerance);  // the first one anew
     EXPECT_LT(layer.run(next(1)), kTolerance);
+    EXPECT_GT(layer.n_kept(), 3);
   }
 }
 

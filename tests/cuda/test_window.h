@@ -1,60 +1,85 @@
-// The window's kernel under emulation, with the memory that it works on.
+// A layer's window and the memory that its kernels work on, under emulation or, in device_check.cu, on a device.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
 #include "cache/window.h"
-#include "cuda/encode/window_kernel.h"
 #include "cuda/state/host_window.h"
+#include "cuda/types.h"
+#ifdef THIMBLE_SIMT_HOST
+#include "cuda/encode/judge.h"
+#include "cuda/encode/window_kernel.h"
+#endif
 
 namespace thimble::cuda {
 
-/// A cache's window on the device and what it needs of a batch.
-struct TestWindow {
-  TestWindow(WindowSize size, int slots, int cells, int n_streams)
-      : slots(slots), n_cells(cells), n_streams(n_streams) {
+/// A layer's window and what it needs of a batch. `Device` runs kernels on the memory of its Vectors.
+template <typename Device>
+struct WindowOn {
+  template <typename T>
+  using Vector = typename Device::template Vector<T>;
+
+  WindowOn(WindowSize size, int slots, int cells, int n_streams) : slots(slots), n_cells(cells), n_streams(n_streams) {
+    w.last = size.last;
+    w.pool = size.pool;
+    w.spare = size.spare;
     a.n_streams = n_streams;
     a.cells_per_stream = a.mask_cells = cells;
-    a.last = size.last;
-    a.pool = size.pool;
-    a.spare = size.spare;
     a.slots = slots;
     a.capacity = slots + kMaxTokens;
+    a.n_judges = n_streams == 1 ? kMaxTokens : 1;
     const size_t rows = size_t(n_streams) * a.capacity;
     books.resize(n_streams);
     window.resize(rows, -1);
     tokens = window;
+    judges.resize(n_streams * a.n_judges, -1);
     order.resize(rows);
     sequence.resize(rows);
     leaving_cells.resize(rows);
     leaving_slots.resize(rows);
     hidden.resize(n_streams * cells / 32);
-    a.books = books.data();
-    a.window_cells = window.data();
-    a.tokens = tokens.data();
-    a.order = order.data();
-    a.sequence = sequence.data();
-    a.leaving_cells = leaving_cells.data();
-    a.leaving_slots = leaving_slots.data();
-    a.n_leaving = n_leaving;
-    a.hidden = hidden.data();
+    w.books = books.data();
+    w.cells = window.data();
+    w.tokens = tokens.data();
+    w.judges = judges.data();
+    w.order = order.data();
+    w.sequence = sequence.data();
+    w.leaving_cells = leaving_cells.data();
+    w.leaving_slots = leaving_slots.data();
+    w.n_leaving = n_leaving.data();
+    w.hidden = hidden.data();
     a.hidden_stream_stride = cells / 32;
   }
-  TestWindow(const TestWindow&) = delete;  // the arguments point into it
+  WindowOn(const WindowOn&) = delete;  // the arguments point into it
   /// `mask` [tokens][cells of a stream].
-  void update(const std::vector<int64_t>& cells, const std::vector<uint16_t>& mask) {
+  void update(const Vector<int64_t>& cells, const Vector<uint16_t>& mask) {
+    begin(cells, mask);
+    run();
+  }
+  /// The end of the last batch, without another.
+  void finish() {
+    a.part = WindowArgs::finish;
+    a.n_tokens = 0;
+    run();
+    a.part = WindowArgs::whole;
+  }
+  void begin(const Vector<int64_t>& cells, const Vector<uint16_t>& mask) {
     marks.assign(cells.size(), 99);
     token_slots.assign(cells.size(), 99);
     a.n_tokens = a.mask_tokens = int(cells.size());
     a.cells = cells.data();
     a.mask = mask.data();
     a.mask_token_stride = n_cells;
-    a.marks = marks.data();
-    a.token_slots = token_slots.data();
-    simt::Machine::launch({1, n_streams}, WindowKernel::kThreads, WindowKernel::kSharedBytes,
-                          [&] { WindowKernel::run(a); });
+    w.marks = marks.data();
+    w.token_slots = token_slots.data();
   }
+  void run() {
+    layer[0] = w;
+    a.layers = layer.data();
+    Device::update_window(a);
+  }
+  int n_left() const { return n_leaving[(books[0].n_batches - 1) & 1]; }
   std::vector<int64_t> exact() const {
     std::vector<int64_t> cells;
     for (size_t row = 0; row < window.size(); row++) {
@@ -69,15 +94,15 @@ struct TestWindow {
     HostWindow host;
     host.n_streams = n_streams;
     host.cells_per_stream = n_cells;
-    host.last = a.last;
-    host.pool = a.pool;
-    host.spare = a.spare;
+    host.last = w.last;
+    host.pool = w.pool;
+    host.spare = w.spare;
     host.slots = slots;
     host.capacity = a.capacity;
-    host.books = books;
-    host.cells = window;
-    host.order = order;
-    host.sequence = sequence;
+    host.books.assign(books.begin(), books.end());
+    host.cells.assign(window.begin(), window.end());
+    host.order.assign(order.begin(), order.end());
+    host.sequence.assign(sequence.begin(), sequence.end());
     host.list_hidden(a.hidden_stream_stride);
     return host;
   }
@@ -90,12 +115,30 @@ struct TestWindow {
   }
 
   int slots, n_cells, n_streams;
+  LayerWindow w;
   WindowArgs a;
-  std::vector<WindowBooks> books;
-  std::vector<int32_t> window, tokens, leaving_slots, token_slots;
-  std::vector<uint32_t> order, sequence, marks, hidden;
-  std::vector<int64_t> leaving_cells;
-  int n_leaving[2] = {0, 0};
+  Vector<LayerWindow> layer = Vector<LayerWindow>(1);
+  Vector<WindowBooks> books;
+  Vector<int32_t> window, tokens, judges, leaving_slots, token_slots;
+  Vector<uint32_t> order, sequence, marks, hidden;
+  Vector<int64_t> leaving_cells;
+  Vector<int> n_leaving = Vector<int>(2);
 };
+
+#ifdef THIMBLE_SIMT_HOST
+struct Emulation {
+  template <typename T>
+  using Vector = std::vector<T>;
+  static void update_window(const WindowArgs& a) {
+    simt::Machine::launch({a.n_layers, a.n_streams}, WindowKernel::kThreads, WindowKernel::kSharedBytes,
+                          [&] { WindowKernel::run(a); });
+  }
+  static void judge_cells(const JudgeArgs& a) {
+    simt::Machine::launch({a.list.max_entries / kJudgeTile, a.n_kv_heads, a.n_streams}, JudgeKernel::kThreads,
+                          JudgeKernel::kSharedBytes, [&] { JudgeKernel::run(a); });
+  }
+};
+using TestWindow = WindowOn<Emulation>;
+#endif
 
 }  // namespace thimble::cuda

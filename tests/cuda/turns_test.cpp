@@ -1,6 +1,6 @@
 // Chats that take turns in one cache, as llama-server's do: each is saved and cleared when another begins, and comes
 // back into other cells. Which of a chat's cells are exact, and what each holds, must be as if it had never been away.
-// Rows and codes are numbers here that say of which token they are.
+// The numbers in rows and codes here name the token that they are of.
 #define THIMBLE_SIMT_HOST
 #include <gtest/gtest.h>
 
@@ -54,8 +54,7 @@ public:
       }
     }
     window_.update(cells, mask);
-    const int n_left = window_.n_leaving[(window_.books[0].n_batches - 1) & 1];
-    for (int i = 0; i < n_left; i++) codes_[window_.leaving_cells[i]] = rows_[window_.leaving_slots[i]];
+    code_leaving();
     for (int i = 0; i < n; i++) {
       if (n > kMaxTokens) codes_[cells[i]] = 1000 * chat + first + i;
       if (window_.token_slots[i] >= 0) rows_[window_.token_slots[i]] = 1000 * chat + first + i;
@@ -63,10 +62,8 @@ public:
   }
 
   State save(int chat) {
-    HostWindow host = window_.read();
-    const auto changes = host.finish();
-    for (size_t i = 0; i < changes.leaving.size(); i++) codes_[changes.leaving[i]] = rows_[changes.leaving_slots[i]];
-    window_.write(host);
+    finish();
+    const HostWindow host = window_.read();
     State state;
     for (size_t cell = 0; cell < owner_.size();) {
       const size_t first = cell;
@@ -89,9 +86,10 @@ public:
     const std::vector<int64_t> cells = free_cells(int(state.tokens.size()));
     std::vector<uint8_t> rows;
     for (int token : state.tokens) append_row(rows, token);
+    finish();
     HostWindow host = window_.read();
-    const auto changes = host.place(cells, state.exact, orders_.find(state.exact, rows.data(), kRowBytes));
-    for (size_t i = 0; i < changes.leaving.size(); i++) codes_[changes.leaving[i]] = rows_[changes.leaving_slots[i]];
+    const auto leaving = host.place(cells, state.exact, orders_.find(state.exact, rows.data(), kRowBytes));
+    for (size_t i = 0; i < leaving.cells.size(); i++) codes_[leaving.cells[i]] = rows_[leaving.slots[i]];
     for (size_t i = 0; i < cells.size(); i++) {
       set(cells[i], chat, state.positions[i]);
       const int slot = host.slot_of(cells[i]);
@@ -103,9 +101,9 @@ public:
 
   /// The positions of a chat's exact cells, in order, with the last batch behind it. All of its cells hold what was
   /// written of them.
-  std::vector<int> exact(int chat) const {
-    HostWindow finished = window_.read();
-    finished.finish();
+  std::vector<int> exact(int chat) {
+    finish();
+    const HostWindow finished = window_.read();
     std::vector<int> positions;
     for (size_t cell = 0; cell < owner_.size(); cell++) {
       if (owner_[cell] != chat) continue;
@@ -117,6 +115,13 @@ public:
   }
 
 private:
+  void finish() {
+    window_.finish();
+    code_leaving();
+  }
+  void code_leaving() {
+    for (int i = 0; i < window_.n_left(); i++) codes_[window_.leaving_cells[i]] = rows_[window_.leaving_slots[i]];
+  }
   void set(int64_t cell, int chat, int position) {
     owner_[cell] = chat;
     position_[cell] = position;

@@ -1,5 +1,6 @@
-// libFuzzer harness of the GGUF reader by itself: whatever the bytes, and whatever is asked for, it answers or throws
-// std::runtime_error. Built with -DTHIMBLE_FUZZ=ON and clang; run as `gguf_fuzz tests/fuzz/corpus -max_total_time=600`.
+// libFuzzer harness of the GGUF reader alone: whatever the bytes and whatever value is asked for, the reader returns it
+// or throws std::runtime_error. Built with -DTHIMBLE_FUZZ=ON and clang; run as
+// `gguf_fuzz tests/fuzz/corpus -max_total_time=600`.
 #include <stdexcept>
 
 #include "profile/gguf.h"

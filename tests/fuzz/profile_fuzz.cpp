@@ -1,4 +1,5 @@
-// libFuzzer harness of the profile reader: whatever the bytes, it reads a profile or throws std::runtime_error.
+// libFuzzer harness of the profile reader: whatever the bytes, the reader returns a profile or throws
+// std::runtime_error.
 // Built with -DTHIMBLE_FUZZ=ON and clang; run as `profile_fuzz tests/fuzz/corpus -max_total_time=600`.
 #include <stdexcept>
 

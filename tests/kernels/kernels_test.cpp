@@ -1,4 +1,4 @@
-// Every instruction set against the scalar specification: codes and tiles bit for bit, attention to a stated error.
+// Every instruction set is held to the scalar specification: codes and tiles bit for bit, attention to a stated error.
 #include "kernels/kernels.h"
 
 #include <gtest/gtest.h>
@@ -147,7 +147,7 @@ TEST_P(KernelsOn, VisibleReadsNoFurtherThanTheMask) {
   }
 }
 
-// Queries, coded cells and a mask, with something of everything that attention knows.
+// Queries, coded cells and a mask that use every option of attention.
 struct Problem {
   int dim = 64, group = 3, n_tokens = 1, n_cells = 200;
   double bits = 2;
@@ -291,9 +291,7 @@ TEST_P(KernelsOn, AttentionFromCodesEqualsTheSpecification) {
   }
   for (int group = 1; group <= 16; group++) {
     for (int n_tokens : {1, 2, 5, 8, 9}) {
-      Problem p;
-      p.group = group;
-      p.n_tokens = n_tokens;
+      Problem p{.group = group, .n_tokens = n_tokens};
       expect_equal(p);
     }
   }
@@ -301,11 +299,7 @@ TEST_P(KernelsOn, AttentionFromCodesEqualsTheSpecification) {
     for (bool slope : {false, true}) {
       for (bool bias : {false, true}) {
         for (double bits : {3.0, 2.0}) {
-          Problem p;
-          p.softcap = softcap;
-          p.slope = slope;
-          p.bias = bias;
-          p.bits = bits;
+          Problem p{.bits = bits, .softcap = softcap, .bias = bias, .slope = slope};
           p.n_tokens = 2;
           p.n_cells = 1500;
           expect_equal(p);
@@ -315,7 +309,7 @@ TEST_P(KernelsOn, AttentionFromCodesEqualsTheSpecification) {
   }
 }
 
-// Scores of all cells against the specification's, and the specification's against attention from those very codes.
+// Scores of all cells are held to the specification's, and those to attention from the same codes.
 TEST_P(KernelsOn, ScoresFromCodes) {
   const auto scores_of = [](const Kernels& kernels, const Problem& p, int first, int last) {
     std::vector<float> scores(size_t(p.n_blocks()) * kBlockCells, 1234.0f);
@@ -362,8 +356,8 @@ TEST_P(KernelsOn, ScoresFromCodes) {
   for (float score : scores_of(k(), p, 0, p.n_blocks())) EXPECT_TRUE(std::isinf(score));
 }
 
-// Attention that takes the scores which cells were chosen by is, to the bit, attention that looks them up, though more
-// cells are hidden by then and parts are cut elsewhere.
+// Attention from kept scores gives the same bits as attention that looks keys up, though more cells are hidden by then
+// and parts are cut elsewhere.
 TEST_P(KernelsOn, KeptScoresEqualThoseLookedUp) {
   const auto expect_equal = [&](Problem p) {
     const size_t stride = size_t(p.n_blocks()) * kBlockCells + 3;
@@ -392,12 +386,7 @@ TEST_P(KernelsOn, KeptScoresEqualThoseLookedUp) {
     for (int n_cells : {1, 63, 65, 130, 1500, 2200}) {
       for (int group : {1, 3, 5}) {
         for (int n_tokens : {1, 3}) {
-          Problem p;
-          p.bits = bits;
-          p.n_cells = n_cells;
-          p.group = group;
-          p.n_tokens = n_tokens;
-          p.hide = group != 5;
+          Problem p{.group = group, .n_tokens = n_tokens, .n_cells = n_cells, .bits = bits, .hide = group != 5};
           p.fill();
           expect_equal(p);
         }
@@ -431,7 +420,7 @@ TEST_P(KernelsOn, HugeAndTinyLogits) {
       EXPECT_NEAR(result.max[row], expected.max[row], std::fabs(expected.max[row]) * 0.02 + 0.05 * std::min(size, 1.0f))
           << size;
     }
-    // Scores are off by a share of their size; where that is more than a few, softmax picks other winners.
+    // The error of scores is a share of their size; where it is more than a few units, softmax prefers other cells.
     if (size <= 1) {
       EXPECT_LT(nmse(p, result, expected), codes_bound(p)) << size;
     }
@@ -610,8 +599,8 @@ TEST_P(KernelsOn, DenseTilesStayClearOfDenormals) {
 }
 #endif
 
-// What a kernel adds by its arithmetic has to drown in what the codec costs: less than a tenth of it, for scores (read
-// off as the maximum over one visible cell) and for outputs.
+// The error of a kernel's arithmetic must be less than a tenth of the codec's own error, for scores (taken as the
+// maximum over one visible cell) and for outputs.
 TEST_P(KernelsOn, ArithmeticErrorIsATenthOfTheCodecs) {
   for (int dim : {64, 128}) {
     for (double bits : kRates) {

@@ -1,5 +1,5 @@
-// Preloaded into a program, makes its ggml look like another one. DOCTORED says what is changed:
-//   version=<text>   what ggml_version says
+// Preloaded into a program, makes its ggml look like another one. The variable DOCTORED names the change:
+//   version=<text>   the text that ggml_version returns
 //   overhead         tensors look larger than they are
 //   ops              two ops have changed their names
 //   api=<number>     the backend API version of the first registered backend

@@ -32,7 +32,7 @@ TEST(SelfCheck, PassesInTheGgmlOfItsHeaders) {
   EXPECT_EQ(custom_op(), GGML_OP_CUSTOM);
 }
 
-// What the loader says to stderr, and whether it loads.
+// The loader's lines on stderr, and whether it loads.
 struct Load {
   explicit Load(const fs::path& path) {
     testing::internal::CaptureStderr();
@@ -62,6 +62,15 @@ TEST(Loader, RefusesWhatIsNoBuild) {
   const Load load(fs::path(folder.path()) / kStub.filename());
   EXPECT_FALSE(load.loaded);
   EXPECT_NE(load.said.find("install Thimble again"), std::string::npos) << load.said;
+}
+
+TEST(Loader, RefusesWithoutTheOtherBackendThatWasAskedFor) {
+  setenv("THIMBLE_BACKEND_PATH", "/nowhere/libggml-other.so", 1);
+  const Load load(kStub);
+  unsetenv("THIMBLE_BACKEND_PATH");
+  EXPECT_FALSE(load.loaded);
+  EXPECT_NE(load.said.find("THIMBLE_BACKEND_PATH=/nowhere/libggml-other.so does not load"), std::string::npos)
+      << load.said;
 }
 
 TEST(Loader, OpensTheBuildOfItsHostsApi) {

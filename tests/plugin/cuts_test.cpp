@@ -1,4 +1,4 @@
-// Where graphs are cut for a backend that runs our nodes apart from its own. Runs nothing: the cache is in RAM.
+// Where graphs are cut for an engine with a queue. Runs no graph: the cache is in RAM.
 #include "plugin/cuts.h"
 
 #include <ggml-alloc.h>
@@ -101,7 +101,7 @@ TEST_F(CutsTest, OneCutALayer) {
   EXPECT_EQ(inner, 5u);  // all scales, each once
 }
 
-// A waiting write's rows may be given away: then it must not wait.
+// Where another node gets the memory of a waiting write's rows, the write must be cut before that node.
 TEST_F(CutsTest, RowsThatAreOverwrittenAreWrittenBefore) {
   ggml_tensor* keys = add(ggml_scale(context_.get(), input_, 2));
   write('k', 0, keys);

@@ -1,4 +1,4 @@
-// Contexts beside one another, and contexts that cannot be made.
+// Several contexts in one process, and contexts that cannot be made.
 #include <cmath>
 #include <cstdlib>
 #include <thread>
@@ -123,7 +123,7 @@ TEST_F(PluginContexts, SaysWhatStaysF16) {
       small.find("thimble: KV cache not coded: 30 layers stay f16, 22.50 MiB: caches of at most small=1024 cells"),
       std::string::npos)
       << small;
-  // Four streams of 1024 cells are worth it, eight of 256 are not.
+  // Four streams of 1024 cells are coded, eight of 256 stay f16.
   EXPECT_NE(told_of_cache("bits=2", 4096, 4).find("thimble: KV cache of 30 layers: "), std::string::npos);
   EXPECT_NE(told_of_cache("bits=4", 2048, 8).find("of 256 cells a stream so many are exact"), std::string::npos);
   EXPECT_NE(told_of_cache("bits=4,small=0", 2048, 8).find("thimble: KV cache of 30 layers: "), std::string::npos);
@@ -134,7 +134,7 @@ TEST_F(PluginContexts, SaysWhatAMissingProfileCosts) {
   EXPECT_EQ(told_of_cache("bits=4", 2048, 1).find("no profile"), std::string::npos);
 }
 
-// Not a reason to refuse, but to be told of.
+// A cache on another device is not refused, but a warning names it.
 TEST_F(PluginContexts, CachesLeftElsewhereAreNamed) {
   llama_context_params params = context_params(Options{}.with_bits(4));
   for (bool offload : {true, false}) {

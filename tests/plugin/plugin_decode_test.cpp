@@ -1,4 +1,4 @@
-// What llama.cpp does with a cache while it decodes, on THIMBLE0 against the plain CPU.
+// The operations of llama.cpp on a cache while it decodes; THIMBLE0 is held to the plain CPU.
 #include "support/plugin_session.h"
 
 namespace thimble::test {

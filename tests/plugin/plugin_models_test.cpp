@@ -44,7 +44,7 @@ Case heads(uint32_t size, uint32_t n_heads = 2, uint32_t n_kv_heads = 2) {
             {"attention.head_count_kv", n_kv_heads}}}};
 }
 
-// Layers in turns have a sliding window, which stays f16.
+// Every other layer has a sliding window, whose cache stays f16.
 Case different_sizes(uint32_t keys, uint32_t values) {
   return {"Keys" + std::to_string(keys) + "Values" + std::to_string(values),
           {"mimo2", with(kExperts, {{"attention.key_length", keys},

@@ -1,4 +1,4 @@
-// Retrieval as a program on libllama meets it: closer to f16 than the codes alone, exact prefill, exact states.
+// Retrieval in a program on libllama: logits nearer to f16's than with codes alone, exact prefill, exact states.
 #include "support/plugin_session.h"
 #include "support/temporary_folder.h"
 
@@ -64,7 +64,7 @@ TEST_F(PluginRetrieval, ThreadsAndPolicyChangeNothingOrEverything) {
   EXPECT_TRUE(run(with("top=32,policy=none"), decode_some) == run(with(""), decode_some));
 }
 
-// The exact rows move and turn with the cells.
+// Exact rows are copied and rotated with their cells.
 TEST_F(PluginRetrieval, AfterAContextShift) {
   const auto shift = [](Session& s) {
     s.feed(text(0, 300), 0, 1);

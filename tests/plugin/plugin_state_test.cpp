@@ -1,5 +1,5 @@
-// States of a coded cache: saved, loaded elsewhere and saved again they are the same bytes, and decoding goes on with
-// the very same logits.
+// States of a coded cache: a state that is saved, loaded elsewhere and saved again has the same bytes, and decoding
+// goes on with the same logits.
 #include <algorithm>
 #include <tuple>
 
@@ -91,7 +91,7 @@ TEST_P(PluginState, OfReusedCellsGoesOnBitForBit) {
   }
 }
 
-// Behind several tokens at once, cells wait for the next one to leave, by queries that a state does not hold.
+// After a batch of several tokens, cells wait for the next batch to leave, by queries that a state does not hold.
 TEST_P(PluginState, WhileCellsWaitToLeaveIsClose) {
   Session original(options()), restored(options());
   original.feed(text(0, 100), 0, 1);
@@ -160,7 +160,7 @@ INSTANTIATE_TEST_SUITE_P(, PluginState, testing::Values(16.0, 4.0, 2.0),
 
 using PluginStateRefused = PluginTest;
 
-// What is said where the next token of a sequence cannot be decoded.
+// The log where the next token of a sequence cannot be decoded.
 std::string error_of(Session& session, int sequence = 0) {
   try {
     session.feed(text(80, 1), sequence);

@@ -1,4 +1,4 @@
-// An engine that refuses (plain_engine.cpp): a sentence each time, and the process goes on.
+// An engine that refuses (plain_engine.cpp): the plugin gives its sentence each time, and the process goes on.
 #include <cstdlib>
 
 #include "support/plugin_session.h"

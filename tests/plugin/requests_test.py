@@ -27,7 +27,7 @@ for i in range(N_REQUESTS):
 
 def answer(s, request):
     prompt, n_predict = request
-    return s.post("/completion", {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False})
+    return s.request("/completion", {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False})
 
 
 with Server(server, plugin, model, "bits=2,window=16,pool=4,top=16,small=0", "-np", "2") as s:

@@ -30,7 +30,7 @@ def ask_restored(s, i):
 
 
 def restore(s, i):
-    s.post(f"/slots/{i % 2}?action=restore", {"filename": f"question-{i}"})
+    s.request(f"/slots/{i % 2}?action=restore", {"filename": f"question-{i}"})
 
 
 with tempfile.TemporaryDirectory() as states, start("-np", "2", "--slot-save-path", states) as s:
@@ -44,8 +44,8 @@ with tempfile.TemporaryDirectory() as states, start("-np", "2", "--slot-save-pat
     # Prompts that each were read alone leave only the decoding to be done together, and then all answers are the same.
     for i, question in enumerate(questions):
         s.ask(question, slot=i % 2, n_tokens=1, cached=True)
-        s.post(f"/slots/{i % 2}?action=save", {"filename": f"question-{i}"})
-        s.post(f"/slots/{i % 2}?action=erase", {})
+        s.request(f"/slots/{i % 2}?action=save", {"filename": f"question-{i}"})
+        s.request(f"/slots/{i % 2}?action=erase", {})
     alone = []
     for i in range(len(questions)):
         restore(s, i)
@@ -58,12 +58,12 @@ with tempfile.TemporaryDirectory() as states, start("-np", "2", "--slot-save-pat
     check(together == alone, f"all the same from restored slots, two at a time: {together}")
 
     prompt = {"prompt": alice[:1500], "n_predict": 16, "temperature": 0, "id_slot": 0, "cache_prompt": True}
-    first = s.post("/completion", prompt)
-    saved = s.post("/slots/0?action=save", {"filename": "alice"})
-    s.post("/slots/0?action=erase", {})
-    restored = s.post("/slots/0?action=restore", {"filename": "alice"})
+    first = s.request("/completion", prompt)
+    saved = s.request("/slots/0?action=save", {"filename": "alice"})
+    s.request("/slots/0?action=erase", {})
+    restored = s.request("/slots/0?action=restore", {"filename": "alice"})
     check(restored["n_restored"] == saved["n_saved"] > 300, f"slot of {saved['n_saved']} tokens saved and restored")
-    second = s.post("/completion", prompt)
+    second = s.request("/completion", prompt)
     check(second["content"] == first["content"], "the restored slot goes on alike")
     check(second["timings"]["prompt_n"] < 10, "without reading its prompt again")
     size = re.search(r"THIMBLE0 KV buffer size = *([0-9.]+) MiB", s.text())
@@ -72,9 +72,9 @@ with tempfile.TemporaryDirectory() as states, start("-np", "2", "--slot-save-pat
 
 with start("-np", "1") as s:
     prompt = {"prompt": alice[:1500], "n_predict": 32, "temperature": 0, "cache_prompt": False}
-    plain = s.post("/completion", prompt)
+    plain = s.request("/completion", prompt)
 with start("-np", "1", "--spec-type", "draft-simple", "-md", draft, "-devd", "THIMBLE0", "-ngld", "99") as s:
-    drafted = s.post("/completion", prompt)
+    drafted = s.request("/completion", prompt)
     check(drafted["content"] == plain["content"], f"the same with a draft model: {drafted['content']!r}")
     accepted = drafted["timings"].get("draft_n_accepted", 0)
     check(accepted > 8, f"{accepted} of {drafted['timings'].get('draft_n')} drafted tokens accepted")

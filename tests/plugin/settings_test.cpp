@@ -1,4 +1,4 @@
-// THIMBLE_KV: what it accepts, and that whatever is wrong with it is named.
+// THIMBLE_KV: the texts that it accepts, and that an error names the key or value that is wrong.
 #include "engine/settings.h"
 
 #include <gtest/gtest.h>

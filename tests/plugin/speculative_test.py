@@ -32,7 +32,7 @@ def start(*arguments):
 
 
 def complete(s, prompt):
-    answer = s.post("/completion", {"prompt": prompt, "n_predict": 64, "temperature": 0, "cache_prompt": False,
+    answer = s.request("/completion", {"prompt": prompt, "n_predict": 64, "temperature": 0, "cache_prompt": False,
                                     "ignore_eos": True, "n_probs": 2, "return_tokens": True})
     return answer["tokens"], answer["completion_probabilities"], answer["timings"]
 

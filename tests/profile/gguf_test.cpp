@@ -1,4 +1,4 @@
-// GGUF files: what is written is read back, what is not there or does not fit is refused.
+// GGUF files: the reader returns what the writer wrote, and refuses values that are missing or of another type.
 #include "profile/gguf.h"
 
 #include <gtest/gtest.h>

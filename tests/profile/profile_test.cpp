@@ -1,4 +1,4 @@
-// The profile's file: what is written is read back, and nothing damaged gets in.
+// The profile's file: the reader returns the profile that was written, and refuses damaged files.
 #include "profile/profile.h"
 
 #include <gtest/gtest.h>
@@ -182,7 +182,7 @@ TEST(ProfileFile, RefusesAbsurdNumbers) {
   refused([](Profile& p) { p.keys[0].by_bits.at(2).format.n_width8 += 1; });
 }
 
-// Files that were written by ggml's own writer: what is read of them and written again has the same bytes.
+// Files that ggml's own writer has written have the same bytes when they are read and written again.
 TEST(ProfileFile, IsWrittenAsGgmlWritesIt) {
   for (const char* name :
        {"/profiles/SmolLM2-135M-Instruct.Q4_1.thimble.gguf", "/tests/fuzz/corpus/tiny.thimble.gguf"}) {

@@ -1,7 +1,7 @@
 // outlier_model <from.gguf> <to.gguf>: the same llama model with a bias on its keys that gives three channels of every
-// KV head a constant offset, 20, 50 and 100 times what keys vary by, as Qwen's keys have them. The channels are among
-// those that RoPE hardly turns within some thousand tokens, so attention, and the model, stay nearly what they were: an
-// offset that all keys share drops out of the softmax.
+// KV head a constant offset of 20, 50 and 100 times the keys' standard deviation, as Qwen's keys have. The channels are
+// among those that RoPE hardly rotates within some thousand tokens. So attention, and with it the model, hardly
+// changes: an offset that all keys share drops out of the softmax.
 #include <ggml.h>
 #include <gguf.h>
 

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <regex>
 #include <sstream>
 #include <stdexcept>
@@ -24,6 +25,12 @@ const char* model_path() {
   return path && *path ? path : nullptr;
 }
 
+// How many devices of the plugin a model's layers are spread over, all around the CPU.
+int n_devices() {
+  const char* text = std::getenv("THIMBLE_TEST_DEVICES");
+  return text && *text ? std::atoi(text) : 1;
+}
+
 // Once a process: the log, the CPU (part of ggml, or a library beside it), the plugin.
 ggml_backend_dev_t thimble_device() {
   static ggml_backend_dev_t device = [] {
@@ -38,6 +45,9 @@ ggml_backend_dev_t thimble_device() {
     }
     const char* other = std::getenv("THIMBLE_TEST_PLUGIN");
     const std::string plugin = other ? other : THIMBLE_PLUGIN_PATH;
+    std::string device = "device=CPU";
+    for (int i = 1; i < n_devices(); i++) device += "+CPU";
+    if (n_devices() > 1) setenv("THIMBLE_KV", device.c_str(), 1);
     if (!ggml_backend_load(plugin.c_str())) throw std::runtime_error("cannot load " + plugin);
     llama_backend_init();
     return ggml_backend_dev_by_name("THIMBLE0");
@@ -89,9 +99,16 @@ std::string take_log() {
 // Loads on the device that coded caches are on, or on the plain CPU. The plugin is there in either case.
 template <typename Load>
 std::shared_ptr<llama_model> load_on(bool coded, bool mmap, const Load& load) {
-  ggml_backend_dev_t device = thimble_device(), devices[] = {coded ? device : nullptr, nullptr};
+  ggml_backend_dev_t first = thimble_device();
+  std::vector<ggml_backend_dev_t> devices;
+  if (coded) devices.push_back(first);
+  for (int i = 1; coded && i < n_devices(); i++) {
+    devices.push_back(ggml_backend_dev_by_name(("THIMBLE" + std::to_string(i)).c_str()));
+    if (!devices.back()) throw std::runtime_error("the plugin has too few devices");
+  }
+  devices.push_back(nullptr);
   llama_model_params params = llama_model_default_params();
-  params.devices = devices;
+  params.devices = devices.data();
   params.n_gpu_layers = coded ? 99 : 0;
   params.load_mode = mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
   return load(params);
@@ -153,9 +170,15 @@ Session::Session(const Options& options) : options_(options) {
   context_.reset(llama_init_from_model(model_.get(), params), llama_free);
   log_ = take_log();
   if (!context_) throw std::runtime_error("no context with " + options.kv() + "\n" + log_);
-  std::smatch found;
-  if (std::regex_search(log_, found, std::regex("THIMBLE0 KV buffer size = *([0-9.]+) MiB"))) {
-    cache_mib_ = std::stod(found[1]);
+  const std::regex size("THIMBLE([0-9]) KV buffer size = *([0-9.]+) MiB");
+  std::vector<double> mib(size_t(n_devices()), 0.0);
+  for (auto found = std::sregex_iterator(log_.begin(), log_.end(), size); found != std::sregex_iterator(); ++found) {
+    double& first = mib.at(std::stoul((*found)[1]));
+    if (first == 0) first = std::stod((*found)[2]);
+  }
+  cache_mib_ = std::accumulate(mib.begin(), mib.end(), 0.0);
+  if (options.coded() && !options.model && std::count(mib.begin(), mib.end(), 0.0) > 0) {
+    throw std::runtime_error("a device has no layers\n" + log_);
   }
   if (!options.model) check_size();
 }

@@ -1,5 +1,5 @@
-// llama.cpp contexts over the small real model, on the plain CPU or on THIMBLE0, that do the same things so that their
-// logits can be compared.
+// llama.cpp contexts over the small real model, on the plain CPU or on THIMBLE0. Tests run the same steps in both and
+// compare the logits.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -17,17 +17,17 @@
 
 namespace thimble::test {
 
-/// What a context is made with.
+/// The settings of a context.
 struct Options {
   double bits = 0;  // of the coded cache; 0: plain CPU, no Thimble
-  int last = 16;    // the exact window, small so that codes matter
+  int last = 16;    // window=, small so that most cells are coded
   int pool = 4;
   std::string retrieval;  // more of THIMBLE_KV, such as "top=64"
   uint32_t n_ctx = 1024;
   uint32_t n_ubatch = 64;
   uint32_t n_seq = 1;
   bool unified = true;
-  int n_threads = 1;  // ggml's threads spin: more of them than idle cores crawl
+  int n_threads = 1;  // ggml's threads spin, so more of them than there are idle cores are very slow
   bool mmap = true;
   std::shared_ptr<const TinyModel> model;  // instead of the real one
   int small_cells = 0;
@@ -45,14 +45,13 @@ std::shared_ptr<llama_model> load_model(bool coded, bool mmap = true);
 /// Tokens [first, first + n) of an English text of about 800.
 std::vector<llama_token> text(int first, int n);
 
-/// Those of some rates that are to be tested: all, or the one that THIMBLE_TEST_BITS names, for an engine that has no
-/// others.
+/// The rates to test, of those given: all, or the one that THIMBLE_TEST_BITS names, for an engine that has no others.
 std::vector<double> rates(std::initializer_list<double> bits);
 
-/// What llama.cpp and the plugin have logged since the last call.
+/// The log of llama.cpp and the plugin since the last call.
 std::string take_log();
 
-/// Context parameters of options, and THIMBLE_KV set for it.
+/// The context parameters of options; sets THIMBLE_KV too.
 llama_context_params context_params(const Options& options);
 
 using Logits = std::vector<float>;
@@ -60,8 +59,8 @@ using Tokens = std::vector<llama_token>;
 
 class Session {
 public:
-  /// Throws where the context cannot be made, or where the cache of the real model is not the size that coding it must
-  /// give.
+  /// Throws where the context cannot be made, or where the real model's cache has not the size that a coded one must
+  /// have.
   explicit Session(const Options& options);
 
   llama_context* context() const { return context_.get(); }
@@ -70,7 +69,7 @@ public:
   const Options& options() const { return options_; }
   /// The KV buffers on THIMBLE0 as llama.cpp reported them.
   double cache_mib() const { return cache_mib_; }
-  /// What was logged while the context was made.
+  /// The log from while the context was made.
   const std::string& log() const { return log_; }
 
   /// Decodes tokens at the end of a sequence in one batch, and records the logits of the last `n_logits` of them.
@@ -90,7 +89,7 @@ private:
   std::string log_;
 };
 
-/// How far `b` is from `a`, logit rows of the same tokens.
+/// How far the logit rows `b` are from `a`, those of the same tokens.
 struct Difference {
   double nmse = 0;
   double mean_kl = 0, max_kl = 0;  // of the distributions, in nats
@@ -104,7 +103,7 @@ using Scenario = std::function<void(Session&)>;
 /// (mean KL divergence at most `kl_bound` nats; measured: 0.003 to 0.009).
 void expect_like_plain(const Options& options, const Scenario& scenario, double kl_bound = 0.02);
 
-/// Tests of this suite skip where there is no model.
+/// A test suite whose tests are skipped where there is no model.
 class PluginTest : public testing::Test {
 protected:
   void SetUp() override;

@@ -1,4 +1,4 @@
-// A folder of a test's own, gone with it: tests run side by side, so none may name a file that another can.
+// A folder of a test's own, removed at its end. Tests run side by side, so their files must have different names.
 #pragma once
 
 #include <cstdlib>

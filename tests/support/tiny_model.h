@@ -1,4 +1,4 @@
-// Models of a few layers with random weights, made from metadata: every kind of cache that an architecture can bring.
+// Makes models of a few layers with random weights from metadata, for all kinds of caches that architectures have.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ using Metadata = std::map<std::string, std::variant<uint32_t, float, std::vector
 
 struct TinyModel {
   std::string architecture;
-  Metadata metadata;  // without the architecture's prefix; what is not said here is as in base_metadata
+  Metadata metadata;  // keys without the architecture's prefix; keys that are missing are those of base_metadata
 };
 
 constexpr int kTinyVocabulary = 128;
@@ -24,7 +24,7 @@ constexpr int kTinyVocabulary = 128;
 /// Two layers of four heads of 64.
 Metadata base_metadata();
 
-/// Throws where llama.cpp refuses.
+/// Throws where llama.cpp refuses the model.
 std::shared_ptr<llama_model> make_model(const TinyModel& tiny, const llama_model_params& params);
 
 /// A file with a low-rank adapter of the real model's keys and values, of `rank` random directions a layer.

@@ -1,5 +1,5 @@
-// The scripts of tests/data/window_vectors.txt, which every implementation of the window is held to; window_vectors.py
-// says what a line means, and makes them.
+// Reads the scripts of tests/data/window_vectors.txt, which every implementation of the window is held to.
+// window_vectors.py makes them and says what a line means.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct WindowScript {
   struct Step {
     enum { write, arrive, remove } what = write;
     std::vector<Token> tokens;             // of a batch, or rows that arrive
-    std::vector<int64_t> exact;            // in order: while the batch is attended to
+    std::vector<int64_t> exact;            // cells that are exact while the batch is attended to, ascending
     int sequence = 0, first = 0, end = 0;  // positions that are removed
   };
   std::string name;
@@ -33,10 +33,10 @@ struct WindowScript {
   std::vector<Step> steps;
 };
 
-/// Who wrote which cell: what llama.cpp knows, and tells by masks.
+/// Which sequence and position each cell belongs to, which llama.cpp knows and shows in masks.
 class WindowOwners {
 public:
-  /// The cells that a step writes or that arrive by it, none where it removes.
+  /// The cells that a step writes, or whose rows arrive in it; none where the step removes.
   std::vector<int64_t> take(const WindowScript::Step& step) {
     std::vector<int64_t> cells;
     if (step.what == WindowScript::Step::remove) remove(step);

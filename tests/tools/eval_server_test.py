@@ -28,13 +28,13 @@ def of_server(cache):
     device = ["--device", "none"] if cache == "f16" else []
     with Server(server, plugin, model, kv, "-c", str(context), "--ctx-checkpoints", "0", *device) as s:
         with open(text) as f:
-            tokens = s.post("/tokenize", {"content": f.read(), "add_special": True})["tokens"][:context + 1]
+            tokens = s.request("/tokenize", {"content": f.read(), "add_special": True})["tokens"][:context + 1]
         check(len(tokens) == context + 1, f"{cache}: the text is long enough")
         read = context - n_decode
         found = []
         # The prompt first, then a token at a time; the server leaves the last cell for an answer.
         for end in range(read, context):
-            answer = s.post("/completion", {"prompt": tokens[:end], "n_predict": 1, "temperature": 0, "n_probs": n_probs,
+            answer = s.request("/completion", {"prompt": tokens[:end], "n_predict": 1, "temperature": 0, "n_probs": n_probs,
                                             "id_slot": 0, "cache_prompt": True})
             if end == read:
                 check(answer["timings"]["prompt_n"] == read, f"{cache}: {read} tokens read")

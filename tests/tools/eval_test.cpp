@@ -1,5 +1,5 @@
-// The pieces of `thimble eval` that need no model: names of caches and their bytes, scores and rows, hidden keys, and
-// the emulation of TailorKV on one attention.
+// The parts of `thimble eval` that need no model: names of caches and their bytes, scores and rows, hidden keys, and
+// the emulation of TailorKV for one attention node.
 #include <ggml-backend.h>
 #include <ggml-cpp.h>
 #include <gtest/gtest.h>
@@ -199,7 +199,7 @@ protected:
     buffer_.reset(ggml_backend_alloc_ctx_tensors(context_.get(), backend_.get()));
   }
 
-  /// Fills the cache but for what the last token writes, and attends, exactly.
+  /// Fills the cache except the last token's cells, and attends exactly.
   void fill(int layer) {
     std::mt19937 random(3);
     std::normal_distribution<float> normal;

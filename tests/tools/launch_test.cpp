@@ -1,4 +1,4 @@
-// THIMBLE_KV as `thimble run` and `thimble serve` make it.
+// The THIMBLE_KV that `thimble run` and `thimble serve` make.
 #include <gtest/gtest.h>
 
 #include <functional>

@@ -101,7 +101,8 @@ CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const Cac
       double of_head = double(ggml_row_size(cache.type, dim)) * n_cells;
       if (cache.method == Method::tailorkv) {
         const bool retrieves = profile && !profile->quantization_friendly(int(i));
-        // Quantized: a bit each, least and greatest of every 64 as f16. Retrieving: the sketch, and what was fetched.
+        // A quantized layer has a bit a number, and the least and greatest of every 64 as f16. A retrieving layer has
+        // the sketch and the rows that were fetched.
         of_head =
             2.0 * dim * n_window + (!retrieves          ? dim / 8.0 * 1.5 * n_cells
                                     : kind == Kind::key ? 2.0 * sketch_channels(dim) * n_cells + 2.0 * dim * cache.top

@@ -1,5 +1,5 @@
-// `thimble eval`: what a cache costs in quality, where it counts: the context is read in batches, what follows is
-// decoded token by token, and every cache is compared with f16 on the same tokens.
+// `thimble eval`: what a cache costs in quality. The context is read in batches, the tokens behind it are decoded one
+// by one, and every cache is compared with f16 on the same tokens.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>

@@ -1,6 +1,7 @@
-// A coded cache emulated inside the f16 cache of a plain llama.cpp context, by its eval callback: what the cells would
-// hold once coded is written over them, and attention may be computed anew. Slow and no smaller than f16; it is for
-// checking figures and for comparing recipes. One sequence, written in order, in memory that the CPU reaches.
+// Emulates a coded cache inside the f16 cache of a plain llama.cpp context, in the context's eval callback: it encodes
+// cells, writes the decoded numbers over them, and may compute attention anew. It is slow and no smaller than f16; it
+// serves to check figures and to compare methods. It takes one sequence, written in order, in memory that the CPU
+// reads.
 #pragma once
 
 #include <string>
@@ -18,18 +19,18 @@ public:
   /// For `cb_eval`, with the EmulatedCache as its user data.
   static bool callback(ggml_tensor* node, bool ask, void* cache);
 
-  /// Tells that the cache was cleared.
+  /// To be called when the cache is cleared.
   virtual void clear() = 0;
-  /// Throws what went wrong inside the callback, which must not throw through llama.cpp.
+  /// Throws the first error of the callback, which must not throw through llama.cpp.
   void check() const;
 
 protected:
-  /// Rows were written to a layer's keys or values, at `first_written` and behind it: `cache` is all of the side,
-  /// [n_cells] rows of f16.
+  /// Called when cells first_written to first_written + n_written - 1 of a layer's keys or values were written. `cache`
+  /// has all cells of the side, [n_cells] rows of f16.
   virtual void stored(const ggml_tensor* cache, int layer, Kind kind, int first_written, int n_written) = 0;
-  /// A layer attended; `attention` is the node, its output may be written over.
+  /// Called when a layer has attended; `attention` is the node, whose output may be overwritten.
   virtual void attended(ggml_tensor* attention, int layer) = 0;
-  /// Whether to be told of a layer's attention.
+  /// Whether `attended` is to be called for a layer.
   virtual bool attends(int layer) const = 0;
 
 private:

@@ -17,7 +17,7 @@ const char* const kNouns[] = {"anchor", "apple",  "bridge", "candle", "castle", 
                               "garden", "hammer", "island", "jacket", "kettle", "ladder", "magnet", "mirror",
                               "needle", "ocean",  "parrot", "pencil", "rabbit", "saddle", "temple", "violin"};
 
-// The standard library's distributions and shuffle differ between implementations; this does not.
+// The standard library's distributions and shuffle differ between implementations; these give the same everywhere.
 size_t below(size_t n, std::mt19937_64& random) {
   return random() % n;
 }
@@ -82,7 +82,7 @@ Haystack make_haystack(const std::vector<std::string>& paragraphs, const std::ve
   }
   if (left < 0) throw std::runtime_error("the context has no room for so many keys");
 
-  // Paragraphs as long as they fit; the needles go in where their share of the text is behind them.
+  // Adds paragraphs while they fit, and a needle when the share of the text before it has reached its depth.
   std::vector<std::pair<std::string, int>> chosen;
   int n_text = 0;
   for (size_t i = 0;; i++) {

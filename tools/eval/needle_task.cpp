@@ -12,10 +12,10 @@ namespace {
 
 using json = nlohmann::json;
 
-/// A question with its answers as tokens.
+/// A question and its possible answers, as tokens.
 struct TokenQuestion {
-  std::vector<llama_token> asked;                 // up to where the answers part
-  std::vector<std::vector<llama_token>> answers;  // the right one first; as many tokens each
+  std::vector<llama_token> asked;                 // the question, and the tokens that all answers begin with
+  std::vector<std::vector<llama_token>> answers;  // the right one first; all of the same number of tokens
 };
 
 TokenQuestion tokenize_question(const llama_model* model, const Needle& needle) {
@@ -40,8 +40,8 @@ struct Score {
   int n = 0;
 };
 
-/// Asks for one needle behind `n_haystack` tokens, decoding question and answer one by one. Scores each of the answer's
-/// tokens by its probability among those that the ten numbers have there.
+/// Asks for one needle behind `n_haystack` tokens, and decodes the tokens of question and answer one by one. Scores
+/// each token of the answer by its probability among the tokens that the ten numbers have at its place.
 void ask(Session& session, const TokenQuestion& q, int n_haystack, Score& score) {
   int at = n_haystack;
   std::vector<float> log_p;
@@ -87,7 +87,7 @@ json summarize(const std::vector<Score>& scores, const std::vector<double>& dept
 }  // namespace
 
 json measure_needle(const NeedleTask& task, const SessionOptions& options, const std::vector<EvalCache>& caches) {
-  constexpr int kRoom = 64;  // tokens of a question and its answer, fewer than the window's last cells
+  constexpr int kRoom = 64;  // for a question and its answer, in tokens; less than the window's last cells
   if (options.last < kRoom) throw std::runtime_error("questions are taken back: --last must be 64 or more");
   const std::vector<std::string> paragraphs = paragraphs_of(task.text.empty() ? "" : read_text(task.text));
   const CacheLayout layout = read_layout(options.model, options.context);

@@ -1,6 +1,6 @@
-// The codec's specification run inside a model: every cell behind the exact ones is replaced by what its codes stand
-// for, in the layers that the plugin would code. Without the plugin, its kernels or its memory layout, so their figures
-// can be held to it; and without its pool: the first cells stay exact instead of those that matter most, and cells are
+// Runs the codec's specification inside a model: in the layers that the plugin would code, every cell that is not exact
+// is replaced by what its codes decode to. It does not use the plugin, its kernels or its memory layout, so it can
+// check their figures. It has no pool: the first cells stay exact instead of those that matter most, and cells are
 // coded one by one.
 #pragma once
 
@@ -34,7 +34,7 @@ private:
   double bits_[2];
   int first_, last_;
   std::vector<bool> layers_;
-  std::map<Side, int> coded_;  // cells below are coded
+  std::map<Side, int> coded_;  // cells below this number are coded
   std::map<Side, std::vector<HeadCodec>> codecs_;
 };
 

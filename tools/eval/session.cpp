@@ -12,8 +12,8 @@
 namespace thimble {
 namespace {
 
-// Layers that a coded cache would code. Emulated caches take a cell's number for its position, which cells of sliding
-// windows, being used again, do not have.
+// The layers that an emulated cache codes: for TailorKV all, else those that the plugin would code. Throws where one of
+// them has a sliding window, which uses cells again: emulated caches take a cell's number for its position.
 std::vector<bool> emulated_layers(const SessionOptions& options, const EvalCache& cache, const CacheLayout& layout) {
   std::vector<bool> coded(layout.layers.size(), cache.method == Method::tailorkv);
   if (cache.method != Method::tailorkv) {

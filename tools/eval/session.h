@@ -1,5 +1,5 @@
-// A context on a model with the cache to measure, however that comes about: llama.cpp's own types on a device, coded
-// caches by the plugin or emulated.
+// A context on a model with the cache to measure: one of llama.cpp's own types on a device, or a coded cache, by the
+// plugin or emulated.
 #pragma once
 
 #include <functional>
@@ -25,16 +25,17 @@ struct CalibratedProfile {
 struct SessionOptions {
   std::string model, device = "CPU";
   CalibratedProfile ours, vecinfer;
-  int first = 8;                             // cells that emulated caches keep exact besides the last
-  int last = Settings().window.last;         // cells that stay exact
-  int pool = Settings().window.pool;         // where the plugin keeps those that matter most
-  int small_cells = Settings().small_cells;  // what stays f16 (engine/settings.h)
-  ContextShape context;                      // n_cells: the task's
+  int first = 8;                             // first cells that emulated caches keep exact; they have no pool
+  int last = Settings().window.last;         // window= of THIMBLE_KV
+  int pool = Settings().window.pool;         // pool= of THIMBLE_KV
+  int small_cells = Settings().small_cells;  // small= of THIMBLE_KV
+  ContextShape context;                      // the task sets n_cells
   int n_threads = 1;
   std::string policy = "all";  // layers that retrieve
   bool reference = false;      // emulate coded caches
 
-  /// THIMBLE_KV for a coded cache of ours or VecInfer's. For an emulated one: the plan that it keeps to.
+  /// THIMBLE_KV for a coded cache of Thimble's or VecInfer's. An emulated cache codes the layers that a plan of these
+  /// settings codes.
   std::string settings(const EvalCache& cache) const;
   const CalibratedProfile& profile_of(const EvalCache& cache) const {
     return cache.method == Method::vecinfer ? vecinfer : ours;
@@ -43,14 +44,15 @@ struct SessionOptions {
 
 class Session {
 public:
-  /// On the model as `thimble run` and `thimble serve` load it. `only_layer`: the one layer that is coded, -1 for all;
-  /// emulated caches only. Throws std::runtime_error.
+  /// Loads the model as `thimble run` and `thimble serve` do, and makes the context. `only_layer`: the one layer that
+  /// is coded, for emulated caches only; -1: all. Throws std::runtime_error.
   Session(const SessionOptions& options, const EvalCache& cache, const CacheLayout& layout, int only_layer = -1);
 
   void clear();
-  /// Forgets what lies at position `n` and behind. No more than the window's last cells may be forgotten.
+  /// Removes the tokens from position `n` on, at most as many as the window has last cells.
   void rewind(int n);
-  /// Runs tokens at positions from `first` on, in batches; returns the log-probabilities of what follows the last.
+  /// Runs tokens at positions from `first` on, in batches; returns the log-probabilities, [vocabulary], of the token
+  /// behind the last.
   /// `progress` is called with the number of tokens that were run.
   std::vector<float> decode(const llama_token* tokens, int n, int first,
                             const std::function<void(int)>& progress = nullptr);

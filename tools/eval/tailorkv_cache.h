@@ -1,12 +1,13 @@
-// TailorKV as published (arXiv 2505.19586), emulated, to be compared with. The layers that the profile calls
-// quantization-friendly are coded with one bit: the keys of 64 cells channel by channel, values cell by cell in groups
-// of 64 numbers, each number the nearer of its group's least and greatest. The others stay exact: a decoded token
-// attends to the window and to the `top` cells of greatest estimated score, where scores are estimated from a quarter
-// of the channels, those of greatest |q| max|k|; all else is dropped. Prompts are read exactly.
+// Emulates TailorKV as published (arXiv 2505.19586), for comparison. The layers that the profile calls
+// quantization-friendly are coded with one bit: keys in groups of 64 cells of one channel, values in groups of 64
+// numbers of one cell; each number becomes the least or the greatest of its group, whichever is nearer. The other
+// layers stay exact: a decoded token attends to the window and to the `top` cells of greatest estimated score. Scores
+// are estimated from a quarter of the channels, those of greatest |q| max|k|; all other cells are dropped. Prompts are
+// read exactly.
 //
-// What the paper leaves to an implementation, and we chose: the share of channels, and that a KV head's channels and
-// cells are chosen for its query heads together (the greatest estimate of the group counts), as ours are. The sketch
-// keeps f16, which is to its advantage.
+// Two choices are ours, as the paper leaves them open: the share of channels, and that a KV head's channels and cells
+// are chosen for all query heads of its group together (the greatest estimate counts), as in Thimble. The sketch, the
+// channels that are kept of each key, is f16, which favours TailorKV.
 #pragma once
 
 #include <map>
@@ -27,16 +28,17 @@ public:
 
 private:
   struct Side {
-    int coded = 0;                // cells below are coded
-    int n_cells = 0;              // written
-    int n_written = 0;            // by the last batch
-    std::vector<float> greatest;  // of keys: max |k| of every channel of a row
+    int coded = 0;                // cells below this number are coded
+    int n_cells = 0;              // cells that were written
+    int n_written = 0;            // cells that the last batch wrote
+    std::vector<float> greatest;  // for keys: max |k| of every channel of a row
   };
 
   void stored(const ggml_tensor* cache, int layer, Kind kind, int first_written, int n_written) override;
   void attended(ggml_tensor* attention, int layer) override;
   bool attends(int layer) const override { return !profile_.quantization_friendly(layer); }
-  /// The cells outside the window that a KV head attends to; `queries` [group][key_dim], the head's keys by cell.
+  /// Chooses the cells outside the window that a KV head attends to. `queries` [group][key_dim]; the keys are the
+  /// head's, by cell.
   std::vector<int> retrieve(const std::vector<const float*>& queries, const char* keys, size_t stride,
                             const float* greatest, int dim, int end) const;
 

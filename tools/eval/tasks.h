@@ -9,17 +9,17 @@
 
 namespace thimble {
 
-/// Decoding a text, teacher-forced, against f16 on the same tokens (eval/text_score.h).
+/// Decodes a text, teacher-forced, and compares with f16 on the same tokens (eval/text_score.h).
 struct TextTask {
   std::string text;
   int context = 8192, n_decode = 512, n_chunks = 1;
   std::string exact_run;  // file of f16's log-probabilities, written where it is missing; empty: none
-  bool by_layer = false;  // and the mean KL with one layer coded and the others exact, for each layer
+  bool by_layer = false;  // also measure the mean KL with one layer coded and the others exact, for each layer
 };
-/// `options.context.n_cells` is the task's.
+/// Sets options.context.n_cells to task.context.
 nlohmann::json measure_text(const TextTask& task, const SessionOptions& options, const std::vector<EvalCache>& caches);
 
-/// Finding keys hidden in a long text (eval/needle.h).
+/// Asks for keys that are hidden in a long text (eval/needle.h).
 struct NeedleTask {
   std::string text;  // the haystack; empty: the sentences that RULER repeats
   int context = 8192, n_samples = 1;
@@ -30,7 +30,7 @@ struct NeedleTask {
 nlohmann::json measure_needle(const NeedleTask& task, const SessionOptions& options,
                               const std::vector<EvalCache>& caches);
 
-/// What every row begins with: kv, method, bits_per_value, kv_bytes, store_bytes.
+/// The members that every row begins with: kv, method, bits_per_value, kv_bytes, store_bytes.
 nlohmann::json cache_row(const EvalCache& cache, const SessionOptions& options, const CacheLayout& layout);
 
 }  // namespace thimble

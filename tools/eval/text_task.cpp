@@ -43,7 +43,7 @@ int next_token(const TextTask& task, const std::vector<int32_t>& tokens, size_t 
   return tokens[chunk * task.context + task.context - task.n_decode + i + 1];
 }
 
-/// The tokens of all chunks, and one more. Before anything is run: throws where the text has too few.
+/// The tokens of all chunks, and the one behind them. Throws std::runtime_error where the text has too few.
 std::vector<int32_t> tokens_of(const TextTask& task, const SessionOptions& options) {
   std::vector<int32_t> tokens = tokenize(load_vocabulary(options.model).get(), read_text(task.text));
   const size_t n = size_t(task.context) * task.n_chunks + 1;
@@ -71,7 +71,7 @@ ExactRun run_exactly(const TextTask& task, const SessionOptions& options, const 
   return exact;
 }
 
-/// Mean KL with one layer coded at a time.
+/// The mean KL with only one layer coded, for each layer.
 json divergence_by_layer(const TextTask& task, const SessionOptions& options, const EvalCache& cache,
                          const CacheLayout& layout, const ExactRun& exact) {
   json by_layer = json::array();
@@ -101,7 +101,7 @@ void print_row(const json& row) {
 
 json cache_row(const EvalCache& cache, const SessionOptions& options, const CacheLayout& layout) {
   CacheBytes bytes;
-  double bits = 0;  // of a number that is coded: what was fetched and exact rows do not count
+  double bits = 0;  // of a coded number; exact and fetched rows do not count
   if (cache.coded && cache.method != Method::tailorkv) {
     const Settings settings = Settings::parse(options.settings(cache));
     bytes = planned_bytes(settings, layout);

@@ -85,6 +85,23 @@ struct AttendExact {
     }
   }
 
+  /// Keeps the queries of the tokens that will decide which cells leave the window, of this KV head. Like the new rows,
+  /// thread blocks of other query rows write the same numbers.
+  SIMT static void keep_queries(const AttendArgs& a, int stream) {
+    const int lane = simt::thread() % 32, n = a.group * D;
+    const int mine = lane < a.n_judges ? a.judges[stream * a.n_judges + lane] : -1;
+    SIMT_NO_UNROLL
+    for (uint32_t found = simt::ballot(mine >= 0); found != 0; found &= found - 1) {
+      const int j = simt::popcount((found & (0 - found)) - 1), token = simt::shuffle(mine, j);
+      const float* from = a.queries + stream * a.query_stream_stride + token * a.query_token_stride;
+      float* to = a.kept_queries + ((size_t(stream) * a.n_judges + j) * a.n_kv_heads + simt::block_y()) * n;
+      SIMT_NO_UNROLL
+      for (int i = simt::thread(); i < n; i += S::kThreads) {
+        to[i] = from[(simt::block_y() * a.group + i / D) * a.query_head_stride + i % D];
+      }
+    }
+  }
+
   /// Makes A of the first product from the queries in shared memory, which are as the model wrote them.
   SIMT static void split_queries(const AttendArgs& a, int n_slots) {
     const float unit = a.scale * kLog2e;

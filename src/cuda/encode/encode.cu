@@ -3,6 +3,7 @@
 #include "cuda/encode/decode_kernel.h"
 #include "cuda/encode/encode.h"
 #include "cuda/encode/encode_kernel.h"
+#include "cuda/encode/judge.h"
 #include "cuda/encode/transform_kernel.h"
 #include "cuda/encode/window_kernel.h"
 #include "cuda/formats.h"
@@ -39,6 +40,10 @@ Status launch_transform(const DeviceInfo& device, const TransformArgs& args, dim
 
 __global__ void __launch_bounds__(WindowKernel::kThreads) window_kernel(const __grid_constant__ WindowArgs a) {
   WindowKernel::run(a);
+}
+
+__global__ void __launch_bounds__(JudgeKernel::kThreads) judge_kernel(const __grid_constant__ JudgeArgs a) {
+  JudgeKernel::run(a);
 }
 
 template <int HeadDim>
@@ -100,9 +105,7 @@ Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream) {
 
 Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream) {
   if (args.n_layers < 1 || args.n_kv_heads < 1 || args.n_tokens < 0) return Status::invalid("a count is out of range");
-  if (!args.layers || !args.cells || !args.slots || !args.n_leaving || !args.books) {
-    return Status::invalid("an array is missing");
-  }
+  if (!args.layers || !args.windows) return Status::invalid("layers are missing");
   if (args.n_tokens == 0) return {};
   // Layers and heads are enough to fill a device. How many cells leave only the device knows: blocks take them in turn.
   args.tokens_per_block = 8;
@@ -120,19 +123,31 @@ Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cuda
 }
 
 Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream) {
-  if (args.n_streams < 1 || args.n_tokens < 0 || args.cells_per_stream < 1 || args.last < 0 || args.pool < 0 ||
-      args.spare < 0 || args.slots < 0 || args.capacity < args.slots || args.capacity > kMaxWindowRows ||
-      args.mask_tokens < 1 || args.n_batch_streams < 1) {
+  if (args.n_layers < 1 || args.n_streams < 1 || args.n_tokens < 0 || args.cells_per_stream < 1 || args.slots < 0 ||
+      args.capacity < args.slots || args.capacity > kMaxWindowRows || args.mask_tokens < 1 ||
+      args.n_batch_streams < 1 || args.n_judges < 0) {
     return Status::invalid("a count is out of range");
   }
-  if (args.n_tokens == 0) return {};
-  if (!args.cells || !args.books || !args.window_cells || !args.order || !args.sequence || !args.marks ||
-      !args.token_slots || !args.tokens || !args.leaving_cells || !args.leaving_slots || !args.n_leaving ||
-      !args.hidden) {
+  const bool has_batch = args.part != WindowArgs::finish, is_part = has_batch && args.part != WindowArgs::whole;
+  if (has_batch && args.n_tokens == 0) return {};
+  if (!args.layers || (has_batch && !args.cells) || (is_part && !args.flags)) {
     return Status::invalid("an array is missing");
   }
-  return launch(device, window_kernel, args, dim3(1, args.n_streams), WindowKernel::kThreads,
+  return launch(device, window_kernel, args, dim3(args.n_layers, args.n_streams), WindowKernel::kThreads,
                 WindowKernel::kSharedBytes, stream);
+}
+
+Status judge_cells(const DeviceInfo& device, const JudgeArgs& args, cudaStream_t stream) {
+  if (args.n_streams < 1 || args.n_kv_heads < 1 || args.group < 1 || args.stream_tokens < 1 || args.head_dim < 8 ||
+      args.head_dim > JudgeKernel::kMaxDim || args.head_dim % 8 != 0 || args.list.max_entries % kJudgeTile != 0) {
+    return Status::invalid("a count is out of range");
+  }
+  if (!args.layer || !args.list.jobs || !args.list.n_jobs || !args.list.entries || !args.list.scores || !args.keys ||
+      !args.queries) {
+    return Status::invalid("an array is missing");
+  }
+  const dim3 grid(args.list.max_entries / kJudgeTile, args.n_kv_heads, args.n_streams);
+  return launch(device, judge_kernel, args, grid, JudgeKernel::kThreads, JudgeKernel::kSharedBytes, stream);
 }
 
 Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream) {

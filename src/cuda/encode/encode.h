@@ -12,14 +12,17 @@ namespace thimble::cuda {
 /// encode_vector does, and writes their exact rows into the window. No two tokens of a call may go to the same cell.
 Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream);
 
-/// Enqueues one kernel that encodes the cells which left the window in update_window, of all layers of a head size. To
+/// Enqueues one kernel that takes new tokens' cells into the windows of layers and decides which cells leave them. To
+/// be called once a batch and layer, before `encode`, and followed by code_leaving. A cell that is written again gives
+/// up its old row.
+Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream);
+
+/// Enqueues one kernel between the two of a prompt (WindowArgs::begin and end), which scores the cells that may leave.
+Status judge_cells(const DeviceInfo& device, const JudgeArgs& args, cudaStream_t stream);
+
+/// Enqueues one kernel that encodes the cells which left the windows in update_window, of all layers of a head size. To
 /// be called before their rows are overwritten.
 Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream);
-
-/// Enqueues one kernel that takes new tokens' cells into the window and decides which cells leave it. To be called once
-/// a batch, before `encode` of any layer, and followed by code_leaving. A cell that is written again gives up its old
-/// row.
-Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream);
 
 /// Enqueues one kernel that decodes all cells to f16 rows.
 Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream);

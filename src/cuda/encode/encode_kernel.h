@@ -255,12 +255,13 @@ struct EncodeKernel {
     const int part = simt::block_y() % 2, head = simt::block_y() / 2 % a.n_kv_heads;
     EncodeArgs layer = a.layers[simt::block_y() / 2 / a.n_kv_heads];
     if (layer.head_dim != D || head >= layer.n_kv_heads) return;
-    layer.cells = a.cells;
-    layer.window.slots = a.slots;
+    const LayerWindow& window = a.windows[simt::block_y() / 2 / a.n_kv_heads];
+    layer.cells = window.leaving_cells;
+    layer.window.slots = window.leaving_slots;
     layer.from_window = true;
     layer.tokens_per_block = a.tokens_per_block;
     simt::wait_for_previous_grid();
-    layer.n_tokens = a.n_leaving[(a.books->n_batches - 1) & 1];
+    layer.n_tokens = window.n_leaving[(window.books->n_batches - 1) & 1];
     for (int first = simt::block_x() * a.tokens_per_block; first < layer.n_tokens;
          first += simt::blocks_x() * a.tokens_per_block) {
       if (part == 0) encode<Kind::key>(layer, head, first);

@@ -1,11 +1,13 @@
-// Bookkeeping of the window: the kernel's body. It follows the rule of cache/window.h without a judge, so that a
-// sequence's last and its oldest cells stay. A thread block serves one stream.
+// Bookkeeping of the windows: the kernel's body. It follows the rule of cache/window.h, judged by content (judge.h). A
+// thread block serves one stream of one layer; layers differ in what they keep.
 //
-// The host commits a batch when it has been attended to. Here, one launch at the beginning of a batch does what the
-// host's `commit` of the batch before and its `begin_batch` and `settle` of this one do. Batches of more than
-// kMaxTokens tokens, whose tokens are encoded at once, are committed in the same launch.
+// The host commits a batch when it has been attended to. Here, one launch at the beginning of a batch does for all
+// layers what the host's `commit` of the batch before and its `begin_batch` and `settle` of this one do. Attention has
+// kept the queries that decide for it. Batches of more than kMaxTokens tokens, whose tokens are encoded at once, are
+// committed when a layer attends to them, by two launches with judge_cells in between.
 #pragma once
 
+#include "cuda/encode/judge.h"
 #include "cuda/simt/simt.h"
 #include "cuda/types.h"
 
@@ -15,7 +17,7 @@ struct WindowKernel {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr uint32_t kGone = 0;  // older than any sequence
 
-  enum : uint8_t { kMember = 1, kKeep = 2, kSeen = 4, kRewritten = 8 };
+  enum : uint8_t { kKeep = 1, kSeen = 2, kRewritten = 4, kTurnShift = 4 };
   enum : uint32_t {
     kTokenMember = 1,
     kTokenKeep = 2,
@@ -24,23 +26,26 @@ struct WindowKernel {
   };  // then the sequence's number
 
   struct Shared {
-    int32_t cell[kMaxWindowRows];  // as in WindowArgs
+    int32_t cell[kMaxWindowRows];  // as in LayerWindow
     uint32_t order[kMaxWindowRows], sequence[kMaxWindowRows];
-    int rank[kMaxWindowRows];
-    uint16_t unused[kMaxWindowRows];
+    uint32_t score[kMaxWindowRows];  // of sorted rows, as they matter; or marks
+    uint16_t list[kMaxWindowRows], sorted[kMaxWindowRows];
     uint8_t flags[kMaxWindowRows];
-    int greatest[kWarps], count, n_old, n_new, n_unused, n_arriving;
+    int of_warp[kWarps], count, n_jobs, n_entries;
   };
   static constexpr size_t kSharedBytes = sizeof(Shared);
 
-  /// A stream's share of the books.
+  /// A layer's stream.
   struct Stream {
     const WindowArgs& a;
+    const LayerWindow& w;
     Shared& s;
     int index;
-    int *n_leaving, first_token, end_token;  // tokens of the batch that may be of this stream
+    int* n_leaving;
+    int32_t* token_slots;
+    uint32_t* marks;
 
-    SIMT int total() const { return a.last + a.pool + a.spare; }
+    SIMT int total() const { return w.last + w.pool + w.spare; }
     /// The stream's cell that token i goes to, or -1.
     SIMT int cell_of(int i) const {
       const int64_t cell = a.cells[i] - int64_t(index) * a.cells_per_stream;
@@ -53,18 +58,23 @@ struct WindowKernel {
           a.mask + token / a.mask_tokens * a.mask_stream_stride + token % a.mask_tokens * a.mask_token_stride;
       return row[cell] != 0xfc00;  // -infinity
     }
-    SIMT bool is(int row, uint8_t flags) const { return s.cell[row] >= 0 && (s.flags[row] & flags) == flags; }
+    SIMT uint32_t* hidden(int cell) const { return w.hidden + index * a.hidden_stream_stride + cell / 32; }
     SIMT void drop(int row) const {
       const int cell = s.cell[row];
-      simt::atomic_and(a.hidden + index * a.hidden_stream_stride + cell / 32, ~(1u << cell % 32));
+      simt::atomic_and(hidden(cell), ~(1u << cell % 32));
       s.cell[row] = -1;
     }
     /// Takes a row's cell out of the window and lists it for code_leaving, which encodes it.
     SIMT void leave(int row) const {
       const int at = simt::atomic_add(n_leaving, 1);
-      a.leaving_cells[at] = int64_t(index) * a.cells_per_stream + s.cell[row];
-      a.leaving_slots[at] = row;
+      w.leaving_cells[at] = int64_t(index) * a.cells_per_stream + s.cell[row];
+      w.leaving_slots[at] = row;
       drop(row);
+    }
+    /// Kept queries of number i of the sequences that are judged, or null.
+    SIMT const float* queries(int i) const {
+      if (!w.queries || i < 0 || i >= a.n_judges) return nullptr;
+      return w.queries + (size_t(index) * a.n_judges + i) * w.n_kv_heads * w.group * w.head_dim;
     }
   };
 
@@ -72,35 +82,91 @@ struct WindowKernel {
   SIMT static void for_rows(const WindowArgs& a, F f) {
     for (int row = simt::thread(); row < a.capacity; row += kThreads) f(row);
   }
-  /// Counts the rows that f is true of. It is also a barrier.
-  template <typename F>
-  SIMT static int count_rows(const Stream& stream, F f) {
-    if (simt::thread() == 0) stream.s.count = 0;
-    simt::sync();
-    for_rows(stream.a, [&](int row) {
-      if (f(row)) simt::atomic_add(&stream.s.count, 1);
-    });
-    simt::sync();
-    const int n = stream.s.count;
-    simt::sync();
+  /// Calls f(i, k) for those of n numbers i that `is` is true of, k of them being before. Returns how many there are.
+  /// All threads call it; it ends with a barrier.
+  template <typename Is, typename F>
+  SIMT static int in_order(Shared& s, int n, Is is, F f) {
+    const int warp = simt::thread() / 32, lane = simt::thread() % 32;
+    int before = 0;
+    for (int first = 0; first < n; first += kThreads) {
+      const int i = first + simt::thread();
+      const bool mine = i < n && is(i);
+      const uint32_t lanes = simt::ballot(mine);
+      if (lane == 0) s.of_warp[warp] = simt::popcount(lanes);
+      simt::sync();
+      int k = before + simt::popcount(lanes & ((1u << lane) - 1));
+      for (int other = 0; other < kWarps; other++) {
+        if (other < warp) k += s.of_warp[other];
+        before += s.of_warp[other];
+      }
+      if (mine) f(i, k);
+      simt::sync();
+    }
+    return before;
+  }
+  template <typename Is>
+  SIMT static int count_rows(const Stream& stream, Is is) {
+    int n = 0;
+    for (int first = 0; first < stream.a.capacity; first += kThreads) {
+      const int row = first + simt::thread();
+      n += simt::count_in_block(row < stream.a.capacity && is(row));
+    }
     return n;
   }
 
-  /// Sorts the rows that f is true of by order of writing, and makes number `first` to number `end` - 1 leave.
-  template <typename F>
-  SIMT static void leave_ranks(const Stream& stream, int first, int end, F f) {
-    const Shared& s = stream.s;
-    for_rows(stream.a, [&](int row) {
+  /// Lists the rows that `is` is true of in Shared::list, and returns how many there are.
+  template <typename Is>
+  SIMT static int list_rows(const Stream& stream, Is is) {
+    Shared& s = stream.s;
+    return in_order(s, stream.a.capacity, is, [&](int row, int k) { s.list[k] = uint16_t(row); });
+  }
+  /// Shared::list by order of writing, in Shared::sorted.
+  SIMT static void sort_rows(const Stream& stream, int n) {
+    Shared& s = stream.s;
+    for (int i = simt::thread(); i < n; i += kThreads) {
+      const uint32_t order = s.order[s.list[i]];
       int rank = 0;
-      for (int other = 0; f(row) && other < stream.a.capacity; other++) {
-        rank += f(other) && s.order[other] < s.order[row];
-      }
-      stream.s.rank[row] = f(row) && rank >= first && rank < end;
-    });
+      for (int other = 0; other < n; other++) rank += s.order[s.list[other]] < order;
+      s.sorted[rank] = s.list[i];
+    }
     simt::sync();
-    for_rows(stream.a, [&](int row) {
-      if (stream.s.rank[row]) stream.leave(row);
-    });
+  }
+
+  /// Of sorted rows, scores the first `n_others` by comparison with the `n_recent` behind them.
+  SIMT static void judge(const Stream& stream, int n_others, int n_recent, const float* queries) {
+    const LayerWindow& w = stream.w;
+    Shared& s = stream.s;
+    for (int i = simt::thread(); i < n_others; i += kThreads) s.score[i] = Judge::kNoScore;
+    simt::sync();
+    const int warp = simt::thread() / 32, lane = simt::thread() % 32;
+    for (int head = warp; head < w.n_kv_heads * w.group; head += kWarps) {
+      const float* query = queries + size_t(head) * w.head_dim;
+      const uint16_t* keys =
+          w.keys + (size_t(stream.index) * w.n_kv_heads + head / w.group) * stream.a.capacity * w.head_dim;
+      const auto key = [&](int i) { return Judge::Key{keys + size_t(s.sorted[i]) * w.head_dim, nullptr}; };
+      const Judge::Spread spread = Judge::spread(query, w.head_dim, n_recent, [&](int i) { return key(n_others + i); });
+      for (int i = lane; i < n_others; i += 32) {
+        Judge::score(Judge::product(query, key(i), w.head_dim), spread, &s.score[i]);
+      }
+    }
+    simt::sync();
+  }
+
+  /// Makes those of a sequence's sorted rows leave that are neither among the last nor in the pool, as if the sequence
+  /// had `end` rows. Without queries, older rows matter more.
+  SIMT static void trim(const Stream& stream, int end, const float* queries) {
+    const int n_others = end - stream.w.last, pool = stream.w.pool;
+    const uint32_t* scores = stream.s.score;
+    if (n_others <= pool) return;
+    Judge::Choice choice{};
+    const bool judged = queries && pool > 0;
+    if (judged) {
+      judge(stream, n_others, stream.w.last, queries);
+      choice = Judge::choose<kThreads>(scores, n_others, pool);
+    }
+    for (int i = simt::thread(); i < n_others; i += kThreads) {
+      if (judged ? !choice.has(scores, i) : i >= pool) stream.leave(stream.s.sorted[i]);
+    }
     simt::sync();
   }
 
@@ -109,229 +175,334 @@ struct WindowKernel {
   SIMT static void make_room(const Stream& stream, int n, uint32_t seen_from) {
     Shared& s = stream.s;
     const auto may_go = [&](int row) { return s.cell[row] >= 0 && s.sequence[row] < seen_from; };
-    for_rows(stream.a, [&](int row) {
+    const int n_rows = list_rows(stream, may_go);
+    for (int i = simt::thread(); i < n_rows; i += kThreads) {
+      const int row = s.list[i];
       int in_sequence = 0;
-      for (int other = 0; may_go(row) && other < stream.a.capacity; other++) {
-        in_sequence += may_go(other) && s.sequence[other] == s.sequence[row] && s.order[other] < s.order[row];
+      for (int k = 0; k < n_rows; k++) {
+        const int other = s.list[k];
+        in_sequence += s.sequence[other] == s.sequence[row] && s.order[other] < s.order[row];
       }
-      s.flags[row] = uint8_t((s.flags[row] & 15) | (s.sequence[row] == kGone       ? 0
-                                                    : in_sequence >= stream.a.pool ? 16
-                                                                                   : 32));  // its turn
-    });
+      const int turn = s.sequence[row] == kGone ? 0 : in_sequence >= stream.w.pool ? 1 : 2;
+      s.flags[row] = uint8_t((s.flags[row] & ((1 << kTurnShift) - 1)) | turn << kTurnShift);
+    }
     simt::sync();
-    for_rows(stream.a, [&](int row) {
+    for (int i = simt::thread(); i < n_rows; i += kThreads) {
+      const int row = s.list[i], turn = s.flags[row] >> kTurnShift;
       int rank = 0;
-      for (int other = 0; may_go(row) && other < stream.a.capacity; other++) {
-        if (!may_go(other)) continue;
-        const int turn = s.flags[row] >> 4, others = s.flags[other] >> 4;
-        const bool before = others != turn                         ? others < turn
-                            : s.sequence[other] != s.sequence[row] ? s.sequence[other] < s.sequence[row]
-                                                                   : s.order[other] < s.order[row];
-        rank += before;
+      for (int k = 0; k < n_rows; k++) {
+        const int other = s.list[k], others = s.flags[other] >> kTurnShift;
+        rank += others != turn                         ? others < turn
+                : s.sequence[other] != s.sequence[row] ? s.sequence[other] < s.sequence[row]
+                                                       : s.order[other] < s.order[row];
       }
-      s.rank[row] = may_go(row) && rank < n;
-    });
+      s.score[row] = rank < n;
+    }
     simt::sync();
-    for_rows(stream.a, [&](int row) {
-      if (s.rank[row]) stream.leave(row);
-    });
+    for (int i = simt::thread(); i < n_rows; i += kThreads) {
+      if (s.score[s.list[i]]) stream.leave(s.list[i]);
+    }
     simt::sync();
   }
 
-  /// Ends the batch before: makes rows leave of sequences that had one token in it and have too many rows now, then,
-  /// where the stream still has more rows than slots, of sequences that the batch did not see.
-  SIMT static void finish(const Stream& stream, WindowBooks& books) {
+  /// Ends the batch before: makes rows leave of sequences that have too many rows since, then, where the stream still
+  /// has more rows than slots, of sequences that the batch did not see.
+  SIMT static void finish_batch(const Stream& stream, WindowBooks& books) {
     const WindowArgs& a = stream.a;
-    for (int i = 0; i < int(books.n_single); i++) {
-      const auto member = [&](int row) { return stream.s.cell[row] >= 0 && stream.s.sequence[row] == books.single[i]; };
-      const int n = count_rows(stream, member);
-      if (n > stream.total()) leave_ranks(stream, a.pool, stream.total() + 1 - a.last, member);
+    for (int i = 0; i < int(books.n_judged); i++) {
+      if (!(books.finishes >> i & 1)) continue;
+      const int n = list_rows(
+          stream, [&](int row) { return stream.s.cell[row] >= 0 && stream.s.sequence[row] == books.judged[i]; });
+      if (n <= stream.total()) continue;
+      sort_rows(stream, n);
+      trim(stream, books.waits >> (i + 1) & 1 ? n : stream.total() + 1, stream.queries(i));
     }
+    books.finishes = 0;
     const int excess = count_rows(stream, [&](int row) { return stream.s.cell[row] >= 0; }) - a.slots;
-    if (excess > 0) make_room(stream, excess > a.spare ? excess : a.spare, books.seen_from);
+    if (excess > 0) make_room(stream, excess > stream.w.spare ? excess : stream.w.spare, books.seen_from);
   }
 
   /// The last token that belongs to no sequence yet, or -1.
   SIMT static int next_head(const Stream& stream) {
     int mine = 0;
-    for (int i = stream.first_token + simt::thread(); i < stream.end_token; i += kThreads) {
-      if (stream.cell_of(i) >= 0 && !(stream.a.marks[i] & kTokenClaimed)) mine = i + 1;
+    for (int i = simt::thread(); i < stream.a.n_tokens; i += kThreads) {
+      if (stream.cell_of(i) >= 0 && !(stream.marks[i] & kTokenClaimed)) mine = i + 1;
     }
     const uint32_t of_warp = simt::max_of_warp(uint32_t(mine));
-    if (simt::thread() % 32 == 0) stream.s.greatest[simt::thread() / 32] = int(of_warp);
+    if (simt::thread() % 32 == 0) stream.s.of_warp[simt::thread() / 32] = int(of_warp);
     simt::sync();
     int head = 0;
-    for (int warp = 0; warp < kWarps; warp++) head = stream.s.greatest[warp] > head ? stream.s.greatest[warp] : head;
+    for (int warp = 0; warp < kWarps; warp++) head = stream.s.of_warp[warp] > head ? stream.s.of_warp[warp] : head;
     simt::sync();
     return head - 1;
   }
 
-  /// Gives all exact rows of one sequence of the batch its number, and marks those that stay, its tokens' too.
-  SIMT static void take_sequence(const Stream& stream, WindowBooks& books, int head, bool waits, bool commits) {
-    const WindowArgs& a = stream.a;
+  /// Room for the job of a sequence of n entries, or -1.
+  SIMT static int add_job(const Stream& stream, const JudgeJob& job) {
+    const JudgeList& list = stream.a.judge;
     Shared& s = stream.s;
-    const uint32_t number = ++books.n_sequences;
-    if (simt::thread() == 0) s.n_old = s.n_new = 0;
+    if (!list.jobs || !stream.w.queries || stream.w.pool == 0) return -1;
+    const int first = s.n_entries, n = (job.n + kJudgeTile - 1) / kJudgeTile * kJudgeTile, at = s.n_jobs;
     simt::sync();
-    for_rows(a, [&](int row) {
-      const bool member = s.cell[row] >= 0 && stream.sees(head, s.cell[row]);
-      s.flags[row] = uint8_t((s.flags[row] & ~kMember) | (member ? kMember | kSeen : 0));
-      if (member) s.sequence[row] = number;
-    });
-    for (int i = stream.first_token + simt::thread(); i < stream.end_token; i += kThreads) {
-      const bool member = stream.cell_of(i) >= 0 && stream.sees(head, stream.cell_of(i));
-      const uint32_t kept = a.marks[i] & (kTokenKeep | kTokenClaimed);
-      a.marks[i] = member ? kept | kTokenMember | kTokenClaimed | number << kTokenShift : a.marks[i] & ~kTokenMember;
-      if (member) simt::atomic_add(&s.n_new, 1);
+    if (at == kMaxJudgeJobs || first + n > list.max_entries) return -1;
+    if (simt::thread() == 0) {
+      JudgeJob& to = list.jobs[size_t(stream.index) * kMaxJudgeJobs + at];
+      to = job;
+      to.first = first;
+      s.n_jobs = at + 1;
+      s.n_entries = first + n;
     }
     simt::sync();
-    const auto member = [&](int row) { return stream.is(row, kMember); };
-    int n_old = count_rows(stream, member);
-    const int n_new = s.n_new, total = stream.total();
-    if (waits && n_old > total) {
-      leave_ranks(stream, a.pool, total + 1 - a.last, member);
-      n_old = count_rows(stream, member);
-    }
-    const int n = n_old + n_new;
-    const bool few = n_new > 1 && n_new <= a.spare;
-    if (few && n > total) books.waits = 1;
-    if (!commits && n_new == 1 && books.n_single < kMaxTokens) {
-      if (simt::thread() == 0) books.single[books.n_single] = number;
-      books.n_single++;
-    }
-    const bool all = !commits || n <= (few ? total + a.spare : total);
-    const int end = n_new <= a.spare ? total + 1 : n;
-    for_rows(a, [&](int row) {
-      if (!member(row)) return;
-      int rank = 0;
-      for (int other = 0; !all && other < a.capacity; other++) rank += member(other) && s.order[other] < s.order[row];
-      if (all || rank < a.pool || rank >= end - a.last) s.flags[row] |= kKeep;
-    });
-    for (int i = stream.first_token + simt::thread(); i < stream.end_token; i += kThreads) {
-      if (!(a.marks[i] & kTokenMember)) continue;
-      int rank = n_old;
-      for (int other = stream.first_token; !all && other < i; other++) rank += a.marks[other] & kTokenMember ? 1 : 0;
-      if (all || rank < a.pool || rank >= end - a.last) a.marks[i] |= kTokenKeep;
-    }
-    simt::sync();
+    return first;
   }
 
-  /// Gives unused rows to the tokens that stay, in order. One warp calls it.
+  /// Gives all exact rows of one sequence of the batch its number, and marks those that stay, its tokens' too; those
+  /// that are to be judged first become a job. `before`: the books as the batch before left them.
+  SIMT static void take_sequence(const Stream& stream, WindowBooks& books, const WindowBooks& before, int head,
+                                 bool commits) {
+    const WindowArgs& a = stream.a;
+    const LayerWindow& w = stream.w;
+    Shared& s = stream.s;
+    const uint32_t number = ++books.n_sequences;
+    const int total = stream.total();
+    const auto is_seen = [&](int row) { return s.cell[row] >= 0 && stream.sees(head, s.cell[row]); };
+    int n_old = list_rows(stream, is_seen);
+    if ((before.waits & 1) && n_old > total) {
+      sort_rows(stream, n_old);
+      const int row = s.sorted[total];  // the one too many
+      int judge = -1;
+      for (int i = 0; i < int(before.n_judged); i++) {
+        if (before.judged[i] == s.sequence[row] && s.order[row] > before.n_before) judge = i;
+      }
+      trim(stream, total + 1, stream.queries(judge));
+      n_old = list_rows(stream, is_seen);
+    }
+    for (int i = simt::thread(); i < n_old; i += kThreads) {
+      s.sequence[s.list[i]] = number;
+      s.flags[s.list[i]] |= kSeen;
+    }
+    const auto is_member = [&](int i) {
+      const int cell = stream.cell_of(i);
+      const bool member = cell >= 0 && stream.sees(head, cell);
+      const uint32_t kept = stream.marks[i] & (kTokenKeep | kTokenClaimed);
+      if (cell >= 0) {
+        stream.marks[i] = member ? kept | kTokenMember | kTokenClaimed | number << kTokenShift
+                                 : stream.marks[i] & ~uint32_t(kTokenMember);
+      }
+      return member;
+    };
+    const int n_new = in_order(s, a.n_tokens, is_member, [](int, int) {}), n = n_old + n_new;
+
+    const bool few = n_new > 1 && n_new <= w.spare;
+    const bool all = !commits || n <= (few ? total + w.spare : total);
+    int decides = -1;  // which of the new tokens, where attention is to keep its queries
+    if (few && n > total) {
+      books.waits |= 1;
+      if (n_old <= total) decides = total - n_old;
+    }
+    if (!commits && !few && n > total) decides = n_new - 1;
+    const int judge = int(books.n_judged);
+    if (decides >= 0 && all && judge < kMaxTokens) {
+      if (simt::thread() == 0) books.judged[judge] = number;
+      if (!few) books.finishes |= 1u << judge;
+      if (n_new > w.spare) books.waits |= 2u << judge;  // all its tokens count
+      books.n_judged++;
+    } else {
+      decides = -1;
+    }
+    // Few tokens are treated as if they had come one by one.
+    const int end = n_new <= w.spare || n_new == 1 ? total + 1 : n, n_others = end - w.last;
+    int first = -1;
+    if (!all) {
+      const bool is_prompt = n_new > w.spare;
+      const int one = end - 1 >= n_old ? end - 1 : n_old;
+      first = add_job(stream, {0, n, n_others, w.last, is_prompt ? n_old : one, is_prompt ? n_new : 1});
+      sort_rows(stream, n_old);
+    }
+    const auto stays = [&](int rank) { return all || rank >= n_others || (first < 0 && rank < w.pool); };
+    const auto note = [&](int rank, int entry) {
+      if (first < 0) return;
+      const size_t at = size_t(stream.index) * a.judge.max_entries + first + rank;
+      a.judge.entries[at] = entry;
+      a.judge.scores[at] = Judge::kNoScore;
+    };
+    for (int i = simt::thread(); i < n_old; i += kThreads) {
+      const int row = all ? s.list[i] : s.sorted[i];
+      if (stays(i)) s.flags[row] |= kKeep;
+      note(i, row);
+    }
+    in_order(
+        s, a.n_tokens, [&](int i) { return stream.cell_of(i) >= 0 && (stream.marks[i] & kTokenMember); },
+        [&](int i, int k) {
+          if (stays(n_old + k)) stream.marks[i] |= kTokenKeep;
+          note(n_old + k, a.capacity + i);
+          if (k == decides && judge < a.n_judges) w.judges[stream.index * a.n_judges + judge] = i % a.mask_tokens;
+        });
+  }
+
+  /// Gives unused rows to the tokens that stay, in order.
   SIMT static void assign(const Stream& stream, uint32_t written) {
     const WindowArgs& a = stream.a;
     Shared& s = stream.s;
-    const int lane = simt::thread() % 32;
-    int n_unused = 0, n_tokens = 0;
-    for (int first = 0; first < a.capacity; first += 32) {
-      const bool unused = first + lane < a.capacity && s.cell[first + lane] < 0;
-      const uint32_t lanes = simt::ballot(unused);
-      if (unused) s.unused[n_unused + simt::popcount(lanes & ((1u << lane) - 1))] = uint16_t(first + lane);
-      n_unused += simt::popcount(lanes);
-    }
-    simt::sync_warp();
-    for (int first = stream.first_token; first < stream.end_token; first += 32) {
-      const int i = first + lane, cell = i < stream.end_token ? stream.cell_of(i) : -1;
-      const bool stays = cell >= 0 && (a.marks[i] & kTokenKeep);
-      const uint32_t lanes = simt::ballot(stays);
-      const int at = n_tokens + simt::popcount(lanes & ((1u << lane) - 1));
-      n_tokens += simt::popcount(lanes);
-      if (cell < 0) continue;
-      a.token_slots[i] = stays && at < n_unused ? s.unused[at] : -1;
-      if (a.token_slots[i] < 0) continue;
-      s.cell[a.token_slots[i]] = cell;
-      s.order[a.token_slots[i]] = written + 1 + uint32_t(i);
-      s.sequence[a.token_slots[i]] = a.marks[i] >> kTokenShift;
-      a.tokens[size_t(stream.index) * a.capacity + a.token_slots[i]] = i;
-      simt::atomic_or(a.hidden + stream.index * a.hidden_stream_stride + cell / 32, 1u << cell % 32);
-    }
+    const int n_unused = list_rows(stream, [&](int row) { return s.cell[row] < 0; });
+    const auto stays = [&](int i) {
+      if (stream.cell_of(i) < 0) return false;
+      stream.token_slots[i] = -1;
+      return (stream.marks[i] & kTokenKeep) != 0;
+    };
+    in_order(s, a.n_tokens, stays, [&](int i, int k) {
+      if (k >= n_unused) return;
+      const int row = s.list[k], cell = stream.cell_of(i);
+      stream.token_slots[i] = row;
+      s.cell[row] = cell;
+      s.order[row] = written + 1 + uint32_t(i);
+      s.sequence[row] = stream.marks[i] >> kTokenShift;
+      stream.w.tokens[size_t(stream.index) * a.capacity + row] = i;
+      simt::atomic_or(stream.hidden(cell), 1u << cell % 32);
+    });
   }
 
   SIMT static void run(const WindowArgs& a) {
     simt::launch_dependents();
+    const LayerWindow w = a.layers[simt::block_x()];
     simt::wait_for_previous_grid();
     Shared& s = *reinterpret_cast<Shared*>(simt::shared());
     const int index = simt::block_y();
-    int32_t* cells = a.window_cells + size_t(index) * a.capacity;
-    uint32_t *order = a.order + size_t(index) * a.capacity, *sequence = a.sequence + size_t(index) * a.capacity;
-    WindowBooks books = a.books[index];
+    const size_t first = size_t(index) * a.capacity;
+    WindowBooks books = w.books[index];
+    const bool begins = a.part != WindowArgs::end;
     for_rows(a, [&](int row) {
-      s.cell[row] = cells[row];
-      s.order[row] = order[row];
-      s.sequence[row] = sequence[row];
-      s.flags[row] = 0;
-      a.tokens[size_t(index) * a.capacity + row] = -1;
+      s.cell[row] = w.cells[first + row];
+      s.order[row] = w.order[first + row];
+      s.sequence[row] = w.sequence[first + row];
+      s.flags[row] = begins ? 0 : a.flags[first + row];
+      if (begins) w.tokens[first + row] = -1;
     });
-    const int parity = int(books.n_batches++ & 1);
-    if (simt::thread() == 0 && index == 0) a.n_leaving[1 - parity] = 0;  // of the next batch
-    // In streams of their own, a stream's tokens are adjacent.
-    const Stream stream{a, s, index, a.n_leaving + parity, 0, a.n_tokens};
+    if (begins) {
+      for (int i = simt::thread(); i < a.n_judges; i += kThreads) w.judges[index * a.n_judges + i] = -1;
+      books.n_batches++;
+    }
+    const int parity = int((books.n_batches - 1) & 1);
+    if (begins && simt::thread() == 0 && index == 0) w.n_leaving[1 - parity] = 0;  // of the next batch
+    const Stream stream{a,
+                        w,
+                        s,
+                        index,
+                        w.n_leaving + parity,
+                        a.token_slots ? a.token_slots : w.token_slots,
+                        a.marks ? a.marks : w.marks};
     bool any = false;
     for (int i = simt::thread(); i < a.n_tokens; i += kThreads) any = any || stream.cell_of(i) >= 0;
     any = simt::any_in_block(any);
-    if (any) {
-      update(stream, books);
-      for_rows(a, [&](int row) {
-        cells[row] = s.cell[row];
-        order[row] = s.order[row];
-        sequence[row] = s.sequence[row];
-      });
-    }
-    if (simt::thread() == 0) a.books[index] = books;
-  }
-
-  SIMT static void update(const Stream& stream, WindowBooks& books) {
-    const WindowArgs& a = stream.a;
-    Shared& s = stream.s;
-    finish(stream, books);
-
-    for_rows(a, [&](int row) {
-      bool again = false;
-      for (int i = 0; i < a.n_tokens; i++) again = again || (s.cell[row] >= 0 && stream.cell_of(i) == s.cell[row]);
-      if (!again) return;
-      s.flags[row] |= kRewritten;
-      stream.drop(row);
-    });
-    for (int i = simt::thread(); i < a.n_tokens; i += kThreads) {
-      if (stream.cell_of(i) >= 0) a.marks[i] = 0;
+    if (a.part == WindowArgs::finish) finish_batch(stream, books);
+    if (any && begins) begin(stream, books);
+    // Cells wait for the next batch, not for one behind it.
+    if (!any && begins && a.part != WindowArgs::finish) books.waits &= ~1u;
+    if (a.kept_cells && begins) for_rows(a, [&](int row) { a.kept_cells[first + row] = s.cell[row]; });
+    if (a.part == WindowArgs::begin) {
+      for_rows(a, [&](int row) { a.flags[first + row] = s.flags[row]; });
+      if (!any && a.judge.n_jobs && simt::thread() == 0) a.judge.n_jobs[index] = 0;
+    } else if (any) {
+      end(stream, books);
     }
     simt::sync();
-    const bool waits = books.waits != 0, commits = a.n_tokens > kMaxTokens * a.n_batch_streams;
-    books.waits = books.n_single = 0;
+    if (any || a.part == WindowArgs::finish) {
+      for_rows(a, [&](int row) {
+        w.cells[first + row] = s.cell[row];
+        w.order[first + row] = s.order[row];
+        w.sequence[first + row] = s.sequence[row];
+      });
+    }
+    if (simt::thread() == 0) w.books[index] = books;
+  }
+
+  SIMT static bool commits(const WindowArgs& a) { return a.n_tokens > kMaxTokens * a.n_batch_streams; }
+
+  /// The end of the batch before, and which rows of this batch's sequences stay as far as need not be judged.
+  SIMT static void begin(const Stream& stream, WindowBooks& books) {
+    const WindowArgs& a = stream.a;
+    Shared& s = stream.s;
+    finish_batch(stream, books);
+    for (int i = simt::thread(); i < a.n_tokens; i += kThreads) {
+      const int cell = stream.cell_of(i);
+      if (cell < 0) continue;
+      stream.marks[i] = 0;
+      if (!(*stream.hidden(cell) >> cell % 32 & 1)) continue;
+      for (int row = 0; row < a.capacity; row++) {
+        if (s.cell[row] == cell) s.flags[row] |= kRewritten;
+      }
+    }
+    simt::sync();
+    for_rows(a, [&](int row) {
+      if (s.flags[row] & kRewritten) stream.drop(row);
+    });
+    if (simt::thread() == 0) s.n_jobs = s.n_entries = 0;
+    simt::sync();
+    const WindowBooks before = books;
+    books.waits = books.n_judged = books.finishes = 0;
     books.seen_from = books.n_sequences + 1;
     for (int head = next_head(stream); head >= 0; head = next_head(stream)) {
-      take_sequence(stream, books, head, waits, commits);
+      take_sequence(stream, books, before, head, commits(a));
     }
+    if (a.judge.n_jobs && simt::thread() == 0) a.judge.n_jobs[stream.index] = s.n_jobs;
+  }
+
+  /// Marks what the jobs' scores choose.
+  SIMT static void choose(const Stream& stream) {
+    const JudgeList& list = stream.a.judge;
+    for (int i = 0; i < list.n_jobs[stream.index]; i++) {
+      const JudgeJob job = list.jobs[size_t(stream.index) * kMaxJudgeJobs + i];
+      const size_t first = size_t(stream.index) * list.max_entries + job.first;
+      const Judge::Choice choice = Judge::choose<kThreads>(list.scores + first, job.n_others, stream.w.pool);
+      for (int k = simt::thread(); k < job.n_others; k += kThreads) {
+        if (!choice.has(list.scores + first, k)) continue;
+        const int entry = list.entries[first + k];
+        if (entry < stream.a.capacity) {
+          stream.s.flags[entry] |= kKeep;
+        } else {
+          stream.marks[entry - stream.a.capacity] |= kTokenKeep;
+        }
+      }
+      simt::sync();
+    }
+  }
+
+  /// Rows leave, and tokens get rows.
+  SIMT static void end(const Stream& stream, WindowBooks& books) {
+    const WindowArgs& a = stream.a;
+    Shared& s = stream.s;
+    simt::sync();
+    if (a.part == WindowArgs::end && a.judge.n_jobs) choose(stream);
+    const bool any_rewritten = count_rows(stream, [&](int row) { return (s.flags[row] & kRewritten) != 0; }) > 0;
     for_rows(a, [&](int row) {
-      if (stream.is(row, kSeen)) {
+      s.score[row] = 0;
+      if (s.cell[row] < 0) return;
+      if (s.flags[row] & kSeen) {
         if (!(s.flags[row] & kKeep)) stream.leave(row);
         return;
       }
-      bool gone = false;
-      for (int other = 0; s.cell[row] >= 0 && other < a.capacity; other++) {
-        gone = gone || ((s.flags[other] & kRewritten) && s.sequence[other] == s.sequence[row]);
+      for (int other = 0; any_rewritten && other < a.capacity; other++) {
+        if ((s.flags[other] & kRewritten) && s.sequence[other] == s.sequence[row]) s.score[row] = 1;
       }
-      s.rank[row] = gone;
     });
     simt::sync();
     for_rows(a, [&](int row) {
-      if (s.cell[row] >= 0 && !(s.flags[row] & kSeen) && s.rank[row]) s.sequence[row] = kGone;
+      if (s.score[row]) s.sequence[row] = kGone;
     });
-    if (simt::thread() == 0) s.n_arriving = 0;
-    simt::sync();
-    for (int i = simt::thread(); i < a.n_tokens; i += kThreads) {
-      if (stream.cell_of(i) >= 0 && (a.marks[i] & kTokenKeep)) simt::atomic_add(&s.n_arriving, 1);
-    }
+    const int n_arriving = in_order(
+        s, a.n_tokens, [&](int i) { return stream.cell_of(i) >= 0 && (stream.marks[i] & kTokenKeep); },
+        [](int, int) {});
     const int n_used = count_rows(stream, [&](int row) { return s.cell[row] >= 0; });
-    const int n_wanted = n_used + s.n_arriving;
-    if (commits && n_wanted > a.slots) {
-      make_room(stream, n_wanted - a.slots > a.spare ? n_wanted - a.slots : a.spare, books.seen_from);
+    const int excess = n_used + n_arriving - a.slots;
+    if (commits(a) && excess > 0) {
+      make_room(stream, excess > stream.w.spare ? excess : stream.w.spare, books.seen_from);
     }
     // Where that was not enough, rows of sequences that the batch sees leave, too.
     const int n_left = count_rows(stream, [&](int row) { return s.cell[row] >= 0; });
-    if (n_left + s.n_arriving > a.capacity) make_room(stream, n_left + s.n_arriving - a.capacity, UINT32_MAX);
-    if (simt::thread() < 32) assign(stream, books.n_written);
+    if (n_left + n_arriving > a.capacity) make_room(stream, n_left + n_arriving - a.capacity, UINT32_MAX);
+    assign(stream, books.n_written);
+    books.n_before = books.n_written;
     books.n_written += uint32_t(a.n_tokens);
-    simt::sync();
   }
 };
 

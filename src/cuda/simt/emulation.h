@@ -92,16 +92,17 @@ public:
     if (block_arrived_ == threads) {
       block_arrived_ = 0;
       block_round_++;
-      any_result_ = std::exchange(any_, false);
+      count_result_ = std::exchange(count_, 0);
       progress_++;
     }
     while (block_round_ == round) yield();
   }
 
-  bool any(bool x) {
-    any_ = any_ || x;
+  /// Of how many threads of the block x holds.
+  int count(bool x) {
+    count_ += x;
     sync();
-    return any_result_;
+    return count_result_;
   }
 
   /// Shows `n` words to the warp and waits until all 32 lanes have. Returns the warp's first slot and which half holds
@@ -183,7 +184,7 @@ private:
   std::vector<uint8_t> memory_;
   ucontext_t scheduler_;
   int block_arrived_ = 0, block_round_ = 0;
-  bool any_ = false, any_result_ = false;
+  int count_ = 0, count_result_ = 0;
   long progress_ = 0;
 };
 
@@ -228,7 +229,10 @@ inline void sync() {
   Machine::current()->sync();
 }
 inline bool any_in_block(bool x) {
-  return Machine::current()->any(x);
+  return Machine::current()->count(x) > 0;
+}
+inline int count_in_block(bool x) {
+  return Machine::current()->count(x);
 }
 
 template <typename T>
@@ -245,6 +249,13 @@ T shuffle(T x, int lane) {
 template <typename T>
 T shuffle_xor(T x, int mask) {
   return shuffle(x, (thread() & 31) ^ mask);
+}
+inline double shuffle_xor(double x, int mask) {
+  const uint64_t bits = std::bit_cast<uint64_t>(x);
+  const uint32_t words[2] = {uint32_t(bits), uint32_t(bits >> 32)};
+  const auto [slots, half] = Machine::current()->exchange(words, 2);
+  const auto& other = slots[(thread() & 31) ^ mask].word[half];
+  return std::bit_cast<double>(uint64_t(other[1]) << 32 | other[0]);
 }
 inline uint32_t ballot(bool x) {
   const uint32_t word = x;
@@ -280,6 +291,9 @@ inline void atomic_or(uint32_t* p, uint32_t x) {
 }
 inline void atomic_and(uint32_t* p, uint32_t x) {
   *p &= x;
+}
+inline void atomic_max(uint32_t* p, uint32_t x) {
+  *p = std::max(*p, x);
 }
 inline void launch_dependents() {}
 inline void wait_for_previous_grid() {}

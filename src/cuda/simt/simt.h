@@ -80,6 +80,10 @@ SIMT void sync_warp() {
 SIMT bool any_in_block(bool x) {
   return __syncthreads_or(x);
 }
+/// Of how many threads of the block x holds. All threads call it; it is a barrier.
+SIMT int count_in_block(bool x) {
+  return __syncthreads_count(x);
+}
 SIMT bool any(bool x) {
   return __any_sync(~0u, x);
 }
@@ -119,6 +123,9 @@ SIMT void atomic_or(uint32_t* p, uint32_t x) {
 }
 SIMT void atomic_and(uint32_t* p, uint32_t x) {
   atomicAnd(p, x);
+}
+SIMT void atomic_max(uint32_t* p, uint32_t x) {
+  atomicMax(p, x);
 }
 
 // Programmatic dependent launch: launch_dependents() lets the next grid of the stream start before this one has ended;

@@ -66,14 +66,6 @@ const int32_t* CellState::upload(std::span<const int32_t> slots) {
   return static_cast<const int32_t*>(to);
 }
 
-bool CellState::finish(std::span<const EncodeArgs> layers, HostWindow& window) {
-  const HostWindow::Changes changes = window.finish();
-  if (!changes.any()) return false;
-  kernels_.begin();
-  change_window(layers, changes);
-  return true;
-}
-
 // ---- saving
 
 void CellState::save(const EncodeArgs& layer, Kind kind, const HostWindow& window, int64_t first, int64_t n,
@@ -141,10 +133,10 @@ void CellState::save_stored(const EncodeArgs& layer, Kind kind, int64_t first, i
 
 // ---- loading
 
-CellState::Refused CellState::load(std::span<const EncodeArgs> layers, size_t index, Kind kind, HostWindow& window,
+CellState::Refused CellState::load(const EncodeArgs& layer, Kind kind, HostWindow& window,
                                    std::span<const int64_t> cells, uint64_t hash, const uint8_t* rows,
                                    std::span<const uint32_t> orders) {
-  const CellArgs side = side_of(layers[index], kind);
+  const CellArgs side = side_of(layer, kind);
   const size_t bytes = row_bytes(side), n = cells.size();
   std::vector<RowKind> kinds(n);
   in_parallel(n, bytes, [&](size_t begin, size_t end) {
@@ -159,46 +151,23 @@ CellState::Refused CellState::load(std::span<const EncodeArgs> layers, size_t in
   if (kind == Kind::key) {
     std::vector<bool> is_exact(n);
     for (size_t i : exact) is_exact[i] = true;
-    if (const auto changes = window.place(cells, is_exact, orders); changes.any()) change_window(layers, changes);
+    code_leaving(layer, window.place(cells, is_exact, orders));
   }
   const std::vector<int32_t> slots = window.slots_of(cells);
   load_codes(side, cells, slots, coded, rows);
-  load_exact(layers[index], side, cells, slots, exact, rows);
+  load_exact(layer, side, cells, slots, exact, rows);
   kernels_.wait();
   return refused;
 }
 
-// Of all layers: those whose state is still to come get their rows then, the others need them now.
-void CellState::change_window(std::span<const EncodeArgs> layers, const HostWindow::Changes& changes) {
-  if (!changes.leaving.empty()) {
-    const int64_t* cells = upload(changes.leaving);
-    const int32_t* slots = upload(changes.leaving_slots);
-    for (const EncodeArgs& layer : layers) {
-      if (layer.store.keys) continue;  // its cells were coded as they came
-      EncodeArgs p = layer;
-      p.from_window = true;
-      p.n_tokens = int(changes.leaving.size());
-      p.cells = cells;
-      p.window.slots = slots;
-      kernels_.encode(p);
-    }
-    kernels_.wait();
-  }
-  if (changes.entering.empty()) return;
-  const int64_t* cells = upload(changes.entering);
-  const int32_t* slots = upload(changes.entering_slots);
-  for (const EncodeArgs& layer : layers) {
-    for (Kind kind : {Kind::key, Kind::value}) {
-      CellArgs side = side_of(layer, kind);
-      side.n = int(changes.entering.size());
-      side.cells = cells;
-      side.halves = static_cast<uint16_t*>(kernels_.device_memory(Scratch::halves, side.n * row_bytes(side)));
-      kernels_.read_rows(side);
-      side.slots = slots;
-      side.store = nullptr;
-      kernels_.put_rows(side);
-    }
-  }
+void CellState::code_leaving(const EncodeArgs& layer, const HostWindow::Leaving& leaving) {
+  if (leaving.cells.empty() || layer.store.keys) return;  // with a store, cells were coded as they came
+  EncodeArgs p = layer;
+  p.from_window = true;
+  p.n_tokens = int(leaving.cells.size());
+  p.cells = upload(leaving.cells);
+  p.window.slots = upload(leaving.slots);
+  kernels_.encode(p);
   kernels_.wait();
 }
 

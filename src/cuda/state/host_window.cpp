@@ -38,15 +38,15 @@ void HostWindow::set(int stream, int slot, int32_t cell) {
   held = cell;
 }
 
-void HostWindow::leave(int stream, int slot, Changes& changes) {
+void HostWindow::leave(int stream, int slot, Leaving& leaving) {
   const int32_t held = cells[size_t(stream) * capacity + slot];
-  changes.leaving.push_back(int64_t(stream) * cells_per_stream + held);
-  changes.leaving_slots.push_back(slot);
+  leaving.cells.push_back(int64_t(stream) * cells_per_stream + held);
+  leaving.slots.push_back(slot);
   set(stream, slot, -1);
 }
 
 // As WindowKernel::make_room: what is gone goes first, then by sequences what is behind the pool, then the pool.
-void HostWindow::make_room(int stream, int n, const std::vector<bool>& stays, Changes& changes) {
+void HostWindow::make_room(int stream, int n, const std::vector<bool>& stays, Leaving& leaving) {
   const size_t first = size_t(stream) * capacity;
   struct Turn {
     int turn;
@@ -67,37 +67,17 @@ void HostWindow::make_room(int stream, int n, const std::vector<bool>& stays, Ch
   std::sort(turns.begin(), turns.end(), [](const Turn& a, const Turn& b) {
     return std::tie(a.turn, a.sequence, a.order) < std::tie(b.turn, b.sequence, b.order);
   });
-  for (int i = 0; i < std::min(n, int(turns.size())); i++) leave(stream, turns[i].slot, changes);
+  for (int i = 0; i < std::min(n, int(turns.size())); i++) leave(stream, turns[i].slot, leaving);
 }
 
-HostWindow::Changes HostWindow::finish() {
-  Changes changes;
-  for (int stream = 0; stream < n_streams; stream++) {
-    const size_t first = size_t(stream) * capacity;
-    const auto by_order = [&](int a, int b) { return order[first + a] < order[first + b]; };
-    WindowBooks& of_stream = books[stream];
-    for (uint32_t i = 0; i < of_stream.n_single; i++) {
-      std::vector<int> members;
-      for (int slot = 0; slot < capacity; slot++) {
-        if (cells[first + slot] >= 0 && sequence[first + slot] == of_stream.single[i]) members.push_back(slot);
-      }
-      if (int(members.size()) <= last + pool + spare) continue;
-      std::sort(members.begin(), members.end(), by_order);
-      for (int rank = pool; rank < pool + spare + 1; rank++) leave(stream, members[rank], changes);
-    }
-    of_stream.n_single = 0;
-  }
-  return changes;
-}
-
-HostWindow::Changes HostWindow::place(std::span<const int64_t> arriving, const std::vector<bool>& exact,
+HostWindow::Leaving HostWindow::place(std::span<const int64_t> arriving, const std::vector<bool>& exact,
                                       std::span<const uint32_t> orders) {
-  Changes changes;
+  Leaving leaving;
   std::vector<std::vector<size_t>> members(n_streams);
   for (size_t i = 0; i < arriving.size(); i++) {
     const int stream = int(arriving[i] / cells_per_stream), slot = slot_of(arriving[i]);
     if (exact[i]) members[stream].push_back(i);
-    if (!exact[i] && slot >= 0) leave(stream, slot, changes);
+    if (!exact[i] && slot >= 0) leave(stream, slot, leaving);
   }
   for (int stream = 0; stream < n_streams; stream++) {
     auto& sequence_cells = members[stream];
@@ -119,21 +99,19 @@ HostWindow::Changes HostWindow::place(std::span<const int64_t> arriving, const s
     }
     if (sequence_cells.empty()) continue;
     const auto used = capacity - std::count(cells.begin() + first, cells.begin() + first + capacity, -1);
-    make_room(stream, int(used) + int(entering.size()) - slots, stays, changes);
+    make_room(stream, int(used) + int(entering.size()) - slots, stays, leaving);
     const uint32_t number = ++books[stream].n_sequences;
     for (size_t i : sequence_cells) {
       int slot = slot_of(arriving[i]);
       if (slot < 0) {
         slot = int(std::find(cells.begin() + first, cells.begin() + first + capacity, -1) - (cells.begin() + first));
         set(stream, slot, int32_t(arriving[i] % cells_per_stream));
-        changes.entering.push_back(arriving[i]);
-        changes.entering_slots.push_back(slot);
       }
       order[first + slot] = ++books[stream].n_written;
       sequence[first + slot] = number;
     }
   }
-  return changes;
+  return leaving;
 }
 
 }  // namespace thimble::cuda

@@ -1,5 +1,5 @@
-// The window (WindowArgs in types.h) on the host, where the cells of a loaded state are dealt their rows: the rule of
-// Window::place. The one place that decides which loaded cells stay exact.
+// A layer's window (LayerWindow in types.h) on the host, where the cells of a loaded state are dealt their rows: the
+// rule of Window::place. The one place that decides which loaded cells stay exact.
 #pragma once
 
 #include <cstdint>
@@ -27,26 +27,20 @@ struct HostWindow {
   int slot_of(int64_t cell) const;
   std::vector<int32_t> slots_of(std::span<const int64_t> of) const;
 
-  /// Cells whose rows are to be coded, and cells that have rows now and had none. The former come first: a row may be
-  /// left and entered.
-  struct Changes {
-    std::vector<int64_t> leaving, entering;
-    std::vector<int32_t> leaving_slots, entering_slots;
-    bool any() const { return !leaving.empty() || !entering.empty(); }
+  /// Cells whose rows are to be coded. A row may be left and entered.
+  struct Leaving {
+    std::vector<int64_t> cells;
+    std::vector<int32_t> slots;
   };
-  /// The end of the last batch, which the device leaves to the beginning of the next: what its single tokens made too
-  /// much leaves (WindowKernel::finish). A state has it behind it.
-  Changes finish();
   /// Deals out rows to cells of a sequence that arrive; `exact` says of each whether its row came, else it leaves. The
-  /// sequence's order is that of `orders`, where there are any (SavedOrders), else that of arrival. What the sequence
-  /// keeps is kept in all layers: the next one, whose cells and orders are the same, changes nothing.
-  Changes place(std::span<const int64_t> arriving, const std::vector<bool>& exact,
+  /// sequence's order is that of `orders`, where there are any (SavedOrders), else that of arrival.
+  Leaving place(std::span<const int64_t> arriving, const std::vector<bool>& exact,
                 std::span<const uint32_t> orders = {});
 
 private:
   void set(int stream, int slot, int32_t cell);
-  void leave(int stream, int slot, Changes& changes);
-  void make_room(int stream, int n, const std::vector<bool>& stays, Changes& changes);
+  void leave(int stream, int slot, Leaving& leaving);
+  void make_room(int stream, int n, const std::vector<bool>& stays, Leaving& leaving);
 };
 
 }  // namespace thimble::cuda

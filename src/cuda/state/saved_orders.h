@@ -1,7 +1,7 @@
 // The order in which a state's exact cells were written. Rows do not say it, and the cells' numbers do not either: a
-// sequence's newest cells may have the least ones. The window keeps a sequence's oldest cells, so that a state which
-// comes back in another order would lose the first token, on which attention rests. States that come back to the cache
-// that saved them (a server's prompt cache, its slots) have the order that they had; others have that of their cells.
+// sequence's newest cells may have the least ones, and the window keeps a sequence's last cells. States that come back
+// to the cache that saved them (a server's prompt cache, its slots) have the order that they had; others have that of
+// their cells.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ namespace thimble::cuda {
 
 class SavedOrders {
 public:
-  /// Keys of one layer, the same one always, of cells first .. first + n - 1 are saved: `rows` of `row_bytes` each.
-  /// Ranges of cells that follow one another are one state, until `end`.
+  /// Keys of a layer, of cells first .. first + n - 1, are saved: `rows` of `row_bytes` each. Ranges of cells that
+  /// follow one another are one layer's state, until `end`.
   void save(const HostWindow& window, int64_t first, int64_t n, const uint8_t* rows, size_t row_bytes);
   void end();
 
@@ -25,7 +25,7 @@ public:
   /// this state was not saved here, or too many were since.
   std::vector<uint32_t> find(const std::vector<bool>& exact, const uint8_t* rows, size_t row_bytes) const;
 
-  static constexpr size_t kMostStates = 1024;
+  static constexpr size_t kMostStates = 8192;  // of layers
 
 private:
   std::unordered_map<uint64_t, std::vector<uint32_t>> orders_;  // of exact rows, by a hash of all of these

@@ -11,8 +11,8 @@
 namespace thimble {
 namespace {
 
-// A state of exact rows does not say which cells were not coded yet, and what matters most is retrieved: with an exact
-// store the window is the last cells alone.
+// With an exact store the window is the last cells alone. It needs no pool, since the cells that matter most are
+// retrieved, and has no spare cells, since a saved state, all exact rows then, would not tell which cells were coded.
 WindowSize window_size(const LayerPlan& plan) {
   WindowSize size = plan.window;
   if (plan.top > 0) size.spare = size.pool = 0;
@@ -48,15 +48,14 @@ void CpuCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8
   Layer layer;
   layer.cache = std::make_unique<CacheLayer>(side(Kind::key), side(Kind::value),
                                              Window(size, max_slots(plan), plan.shape.cells_per_stream, n_streams));
-  layer.top = plan.top;
-  layer.drop_tail = plan.drop_tail;
+  layer.retrieval = {plan.top, plan.drop_tail};
   layers_[plan.layer] = std::move(layer);
 }
 
 void CpuCache::write(const Lane& lane, const WriteTask& task) {
   Layer& layer = layers_.at(task.layer);
   const Team& team = *lane.team;
-  if (task.n_rows <= kMaxCodeTokens) {  // to wait for one another would take longer than to store so few rows
+  if (task.n_rows <= kMaxCodeTokens) {  // the threads would wait for one another longer than it takes to copy the rows
     team.leave_to_first([&] {
       begin_write(layer, task);
       write_rows(layer, task, 0, 1);
@@ -98,7 +97,7 @@ bool CpuCache::attend(const Lane& lane, const AttendTask& task, DenseAttention*)
   }
   attention_.attend(team.thread());
   if (!task.ends_batch) return true;
-  team.wait();  // what leaves the window is coded into blocks that are being read
+  team.wait();  // cells that leave the window are coded into blocks that other threads are still reading
   layer.cache->code_leaving(team.thread(), team.size());
   if (team.is_last()) layer.cache->end_commit();
   return true;
@@ -106,15 +105,12 @@ bool CpuCache::attend(const Lane& lane, const AttendTask& task, DenseAttention*)
 
 void CpuCache::begin_attend(Layer& layer, const AttendTask& task, int n_threads) {
   CacheLayer& cache = *layer.cache;
-  AttentionProblem problem = task.problem;
-  problem.layer = &cache;
-  problem.top = layer.top;
-  problem.drop_tail = layer.drop_tail;
+  const AttentionProblem& problem = task.problem;
   const BatchSight sight = task.sight();
   const int64_t per_stream = cache.keys().shape().cells_per_stream;
   const bool rows_match = int64_t(cache.window().batch().size()) == int64_t(problem.n_tokens) * problem.n_streams;
   if (rows_match) cache.settle([&](int row, int64_t cell) { return sight.sees(row, cell, per_stream); });
-  attention_.prepare(problem, n_threads, kernels());
+  attention_.prepare(cache, problem, layer.retrieval, n_threads, kernels());
   if (!task.ends_batch) return;
   const BatchQueries queries{problem.q,       problem.n_heads, task.key_dim,    problem.n_tokens,
                              problem.q_token, problem.q_head,  problem.q_stream};
@@ -178,6 +174,20 @@ void CpuCache::copy_stream(int layer, Kind kind, int from, int to) {
 
 void CpuCache::clear() {
   for (auto& [index, layer] : layers_) layer.cache->clear();
+}
+
+std::string CpuCache::take_warning() {
+  if (told_of_full_store_) return {};
+  for (const auto& [index, layer] : layers_) {
+    const ExactStore *keys = layer.cache->keys().store(), *values = layer.cache->values().store();
+    if (!keys || (!keys->is_full() && !values->is_full())) continue;
+    told_of_full_store_ = true;
+    return "the disk of the exact store, " + settings_.path +
+           ", is full: cells that find no room there are read from " +
+           (settings_.drop_tail ? "their codes while they are the last ones, and not after" : "their codes") +
+           ". Free some room, choose another directory (path=) or a smaller context";
+  }
+  return {};
 }
 
 }  // namespace thimble

@@ -14,9 +14,9 @@ class CpuCache : public KvCache {
 public:
   CpuCache(const Settings& settings, uint64_t hash) : settings_(settings), hash_(hash) {}
 
-  /// Exact rows of a layer that lie in its memory; with an exact store they lie there instead.
+  /// How many exact rows the layer's memory has room for: 0 with an exact store, which holds all rows.
   static int n_slots(const LayerPlan& plan);
-  /// Exact rows that the layer's window may come to hold; those beyond n_slots take memory when they are needed.
+  /// How many exact rows the layer's window may hold; memory for those beyond n_slots is allocated when it is needed.
   static int max_slots(const LayerPlan& plan);
 
   void add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) override;
@@ -28,13 +28,13 @@ public:
   void write_keys(int layer, std::span<const int64_t> cells) override;
   void copy_stream(int layer, Kind kind, int from, int to) override;
   void clear() override;
+  std::string take_warning() override;
 
 private:
   struct Layer {
     std::unique_ptr<CacheLayer> cache;
-    int top = 0;
-    bool drop_tail = false;
-    std::vector<int64_t> cells[2];  // by Kind: of the write that is under way
+    Retrieval retrieval;
+    std::vector<int64_t> cells[2];  // by Kind: the cells that the current write writes to
   };
   CacheLayer& cache_of(int layer) { return *layers_.at(layer).cache; }
   void begin_write(Layer& layer, const WriteTask& task);
@@ -45,6 +45,7 @@ private:
   uint64_t hash_;
   std::map<int, Layer> layers_;
   Attention attention_;  // one task runs at a time
+  bool told_of_full_store_ = false;
   std::vector<float> keys_;
   std::vector<int32_t> shifts_;
 };

@@ -1,4 +1,4 @@
-// The engine of the CPU: caches in RAM, tasks by teams of threads.
+// The engine of the CPU: it keeps caches in RAM and runs tasks on teams of threads.
 #pragma once
 
 #include "engine/engine.h"

@@ -18,7 +18,16 @@ bool is_prefill(const AttendTask& task) {
 }
 
 cuda::BatchMask mask_of(const BatchSight& sight) {
-  return {sight.mask, sight.mask_token, sight.mask_stream, int(sight.n_tokens), sight.n_streams, int(sight.n_cells)};
+  return {sight.mask,      sight.mask_token,   sight.mask_stream, int(sight.n_tokens),
+          sight.n_streams, sight.first_stream, int(sight.n_cells)};
+}
+
+// With an exact store, what matters most is retrieved, and cells are coded as they come: the window is the last ones
+// alone, as on the CPU.
+WindowSize window_size(const LayerPlan& plan) {
+  WindowSize size = plan.window;
+  if (plan.top > 0) size.spare = size.pool = 0;
+  return size;
 }
 
 }  // namespace
@@ -26,16 +35,19 @@ cuda::BatchMask mask_of(const BatchSight& sight) {
 void CudaCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) {
   const std::string where = "layer " + std::to_string(plan.layer) + " on a CUDA device: ";
   require(cudaSetDevice(device_.ordinal), "CUDA device");
+  const CacheShape& shape = plan.shape;
   if (layers_.empty()) {
-    require(window_.init(plan.shape, window_size_), "memory of the window");
-  } else if (plan.shape.cells_per_stream != window_.cells_per_stream() || plan.shape.n_streams != window_.n_streams()) {
+    const int rows = cuda::DeviceWindow::rows_of_stream(plan.window, shape.cells_per_stream, shape.n_streams);
+    require(scratch_.init(shape, rows), "memory of the window");
+  } else if (shape.cells_per_stream != scratch_.shape().cells_per_stream ||
+             shape.n_streams != scratch_.shape().n_streams) {
     throw std::runtime_error(where + "layers of one cache must have the same cells");
   }
   auto layer = std::make_unique<Layer>();
   layer->top = plan.top;
   layer->drop_tail = plan.drop_tail;
-  require(layer->device.init(plan.shape, codecs.of(Kind::key), codecs.of(Kind::value), window_.capacity(), memory,
-                             plan.has_codes[int(Kind::value)]),
+  require(layer->device.init(shape, codecs.of(Kind::key), codecs.of(Kind::value), window_size(plan),
+                             scratch_.capacity(), memory, plan.has_codes[int(Kind::value)]),
           where.c_str());
   if (const cuda::Status status = plan.top > 0 ? layer->device.add_store() : cuda::Status(); !status.ok()) {
     throw std::runtime_error(where + "no pinned RAM for its exact store (" + status.message +
@@ -72,8 +84,8 @@ void CudaCache::write(const Lane& lane, const WriteTask& task) {
 void CudaCache::flush(const Lane& lane, int index) {
   Layer& of = layer(index);
   if (!of.waits[0] && !of.waits[1]) return;
-  cudaStream_t stream = queue_of(lane).stream();
-  require(cuda::encode(device_, take_writes(of, stream), stream), "encoding");
+  CudaQueue& queue = queue_of(lane);
+  require(cuda::encode(device_, take_writes(queue, of, nullptr), queue.stream()), "encoding");
 }
 
 void CudaCache::abandon() {
@@ -83,7 +95,8 @@ void CudaCache::abandon() {
 bool CudaCache::attend(const Lane& lane, const AttendTask& task, DenseAttention* dense) {
   CudaQueue& queue = queue_of(lane);
   Layer& of = layer(task.layer);
-  cuda::EncodeArgs written = take_writes(of, queue.stream());
+  keep_queries(of, task.problem.n_heads);
+  cuda::EncodeArgs written = take_writes(queue, of, &task);
   if (is_prefill(task)) {
     prefill(queue, of, task, written, dense);
     return false;
@@ -92,54 +105,136 @@ bool CudaCache::attend(const Lane& lane, const AttendTask& task, DenseAttention*
   return true;
 }
 
-// Takes a batch's tokens into the window, and codes the cells that leave it, of all layers.
-void CudaCache::begin_batch(const WriteTask& task, cudaStream_t stream) {
-  std::set<int> head_dims;
-  cuda::LeaveArgs leave;
+// How many query heads a layer has is known when it is attended to.
+void CudaCache::keep_queries(Layer& layer, int n_heads) {
+  bool changed = false;
+  require(layer.device.window().keep_queries(n_heads, &changed), "memory of the window");
+  if (!changed || n_tables_ != layers_.size()) return;
+  cuda::LayerWindow* windows = window_tables_.back().as<cuda::LayerWindow>();
+  require(cudaMemcpy(windows + layer.index, &layer.device.window().view(), sizeof(*windows), cudaMemcpyHostToDevice),
+          "the layers");
+}
+
+void CudaCache::make_tables() {
+  if (std::exchange(n_tables_, layers_.size()) == layers_.size()) return;
   std::vector<cuda::EncodeArgs> layers;
+  std::vector<cuda::LayerWindow> windows;
   for (const auto& [index, layer] : layers_) {
-    const cuda::DeviceLayer& device = layer->device;
-    if (device.has_store()) continue;  // its tokens are coded as they come
-    layers.push_back(device.encode_args(window_));
-    leave.n_kv_heads = std::max(leave.n_kv_heads, device.shape().n_kv_heads);
-    head_dims.insert(device.head_dim());
+    layer->index = layers.size();
+    windows.push_back(layer->device.window().view());
+    layers.push_back(layer->device.encode_args());
+    if (layer->device.has_store()) layers.back().head_dim = 0;  // its tokens are coded as they come
   }
-  const size_t bytes = layers.size() * sizeof(layers[0]);
-  if (std::exchange(n_leaving_, layers.size()) != layers.size()) {
-    require(leaving_.emplace_back().reserve(bytes), "memory for the layers");
-    require(cudaMemcpy(leaving_.back().as<void>(), layers.data(), bytes, cudaMemcpyHostToDevice), "the layers");
-  }
-  const int64_t* cells = static_cast<const int64_t*>(task.cells);
-  const int n_tokens = int(task.n_rows);
-  require(cuda::update_window(device_, window_.begin_batch(cells, n_tokens, mask_of(task.sight)), stream),
-          "the window");
-  if (layers.empty()) return;
-  leave.layers = leaving_.back().as<cuda::EncodeArgs>();
-  leave.n_layers = int(layers.size());
+  const auto upload = [](cuda::DeviceMemory& memory, const auto& table) {
+    const size_t bytes = table.size() * sizeof(table[0]);
+    require(memory.reserve(bytes), "memory for the layers");
+    require(cudaMemcpy(memory.as<void>(), table.data(), bytes, cudaMemcpyHostToDevice), "the layers");
+  };
+  upload(tables_.emplace_back(), layers);
+  upload(window_tables_.emplace_back(), windows);
+}
+
+// Of `n` layers from number `first` on.
+cuda::LeaveArgs CudaCache::leaving(size_t first, size_t n, int n_tokens) const {
+  cuda::LeaveArgs leave;
+  leave.layers = tables_.back().as<cuda::EncodeArgs>() + first;
+  leave.windows = window_tables_.back().as<cuda::LayerWindow>() + first;
+  leave.n_layers = int(n);
   leave.n_tokens = n_tokens;
-  window_.fill(leave);
+  for (const auto& [index, layer] : layers_) {
+    if (layer->index < first || layer->index >= first + n) continue;
+    leave.n_kv_heads = std::max(leave.n_kv_heads, layer->device.shape().n_kv_heads);
+  }
+  return leave;
+}
+
+void CudaCache::code_leaving(const cuda::LeaveArgs& leave, cudaStream_t stream) {
+  const size_t first = size_t(leave.layers - tables_.back().as<cuda::EncodeArgs>());
+  std::set<int> head_dims;
+  for (const auto& [index, layer] : layers_) {
+    const bool is_one = layer->index >= first && layer->index < first + leave.n_layers;
+    if (is_one && !layer->device.has_store()) head_dims.insert(layer->device.head_dim());
+  }
   for (int head_dim : head_dims) require(cuda::code_leaving(device_, leave, head_dim, stream), "encoding");
 }
 
-// What there is to encode; the window takes in the cells before the first layer's.
-cuda::EncodeArgs CudaCache::take_writes(Layer& layer, cudaStream_t stream) {
-  cuda::DeviceLayer& device = layer.device;
-  cuda::EncodeArgs p = device.encode_args(window_);
+// Takes the tokens of a batch that is decoded into the windows of all layers, and codes the cells that leave them.
+void CudaCache::update_windows(const WriteTask& task, cudaStream_t stream) {
+  cuda::WindowArgs args =
+      scratch_.batch(static_cast<const int64_t*>(task.cells), int(task.n_rows), mask_of(task.sight));
+  args.layers = window_tables_.back().as<cuda::LayerWindow>();
+  args.n_layers = int(layers_.size());
+  require(cuda::update_window(device_, args, stream), "the window");
+  code_leaving(leaving(0, layers_.size(), args.n_tokens), stream);
+  for (auto& [index, layer] : layers_) layer->window_batch = batch_;
+}
+
+// The same of a prompt in one layer, whose queries decide at once what matters most.
+void CudaCache::update_window(CudaQueue& queue, Layer& layer, const WriteTask& task, const cuda::EncodeArgs& p,
+                              const AttendTask* attend) {
+  const cuda::BatchMask mask = mask_of(task.sight);
+  const cudaStream_t stream = queue.stream();
+  cuda::WindowArgs args = scratch_.batch(static_cast<const int64_t*>(task.cells), int(task.n_rows), mask);
+  args.layers = window_tables_.back().as<cuda::LayerWindow>() + layer.index;
+  scratch_.add_prompt(&args);
+  layer.window_batch = batch_;
+  if (attend && p.keys && layer.device.window().is_judged()) {
+    const AttentionProblem& problem = attend->problem;
+    char* memory = queue.room<char>(queue.judge, scratch_.judge_bytes(mask.n_tokens));
+    args.judge = scratch_.judge_list(mask.n_tokens, memory);
+    args.part = cuda::WindowArgs::begin;
+    require(cuda::update_window(device_, args, stream), "the window");
+    cuda::JudgeArgs judge;
+    judge.layer = args.layers;
+    judge.list = args.judge;
+    judge.n_streams = args.n_streams;
+    judge.n_kv_heads = p.n_kv_heads;
+    judge.group = problem.n_heads / p.n_kv_heads;
+    judge.head_dim = p.head_dim;
+    judge.capacity = args.capacity;
+    judge.n_judges = args.n_judges;
+    judge.keys = p.keys;
+    judge.key_token_stride = p.key_token_stride;
+    judge.key_head_stride = p.key_head_stride;
+    judge.queries = problem.q;
+    judge.query_stream_stride = problem.q_stream;
+    judge.query_token_stride = problem.q_token;
+    judge.query_head_stride = problem.q_head;
+    judge.first_stream = mask.first_stream;
+    judge.n_batch_streams = mask.n_streams;
+    judge.stream_tokens = mask.n_tokens;
+    require(cuda::judge_cells(device_, judge, stream), "the window");
+    args.part = cuda::WindowArgs::end;
+  }
+  require(cuda::update_window(device_, args, stream), "the window");
+  code_leaving(leaving(layer.index, 1, args.n_tokens), stream);
+}
+
+// What there is to encode; the window takes in the cells before.
+cuda::EncodeArgs CudaCache::take_writes(CudaQueue& queue, Layer& layer, const AttendTask* attend) {
+  cuda::EncodeArgs p = layer.device.encode_args();
+  const WriteTask* last = nullptr;
   for (Kind kind : {Kind::key, Kind::value}) {
     if (!std::exchange(layer.waits[int(kind)], false)) continue;
     const WriteTask& write = layer.writes[int(kind)];
+    last = &write;
     p.n_tokens = int(write.n_rows);
     p.cells = static_cast<const int64_t*>(write.cells);
     (kind == Kind::key ? p.keys : p.values) = static_cast<const float*>(write.rows);
     (kind == Kind::key ? p.key_token_stride : p.value_token_stride) = write.row_bytes / sizeof(float);
     (kind == Kind::key ? p.key_head_stride : p.value_head_stride) = p.head_dim;
-    uint64_t& batch = device.batch[int(kind)];
-    if (batch == window_.batch()) {  // the first of this batch to be written
-      if (p.n_tokens > cuda::kMaxTokens) require(window_.keep_cells(stream), "the window");
-      begin_batch(write, stream);
-    }
-    batch = window_.batch();
+    uint64_t& batch = layer.batch[int(kind)];
+    if (batch == batch_) batch_++;  // the first of this batch to be written
+    batch = batch_;
   }
+  if (!last || p.n_tokens == 0) return p;
+  make_tables();
+  const bool is_prompt = p.n_tokens > cuda::kMaxTokens * last->sight.n_streams;
+  if (layer.window_batch != batch_) {
+    if (is_prompt) update_window(queue, layer, *last, p, attend);
+    if (!is_prompt) update_windows(*last, queue.stream());
+  }
+  if (is_prompt) p.window.slots = scratch_.token_slots();
   return p;
 }
 
@@ -172,17 +267,23 @@ void CudaCache::attend_codes(CudaQueue& queue, Layer& layer, const AttendTask& t
   a.softcap = problem.softcap;
   a.slopes = slopes(queue, problem.max_bias, problem.n_heads);
   a.sinks = problem.sinks;
-  a.exact[0] = device.window_rows(window_, stream);
+  const cuda::DeviceWindow& window = device.window();
+  a.exact[0] = device.window_rows(stream);
+  if (window.is_judged()) {
+    a.n_judges = window.n_judges();
+    a.judges = window.judges(stream);
+    a.kept_queries = window.queries(stream);
+  }
   if (p.keys && p.values && !device.has_store()) {
-    a.fresh = cuda::new_rows(p, window_.tokens(stream));
+    a.fresh = cuda::new_rows(p, window.tokens(stream));
     const size_t rows = size_t(stream) * p.n_kv_heads * p.window.capacity * p.head_dim;
     a.fresh.window_keys += rows;
     a.fresh.window_values += rows;
   } else {
     require(cuda::encode(device_, p, queue.stream()), "encoding");
   }
-  a.hidden = window_.hidden(stream);
-  a.hidden_stream_stride = window_.hidden_stride();
+  a.hidden = window.hidden(stream);
+  a.hidden_stream_stride = window.hidden_stride();
   a.output = problem.out;
   if (layer.top > 0) return retrieve(queue, layer, stream, a);
   const size_t bytes = cuda::attend_workspace_bytes(device_, a);
@@ -235,10 +336,10 @@ void CudaCache::decode(const Layer& layer, const cuda::DenseRows& rows, bool bef
     require(cuda::decode_cells(device_, d, stream), "decoding");
   }
   // The window's cells need not be coded. While new tokens' rows are not written, it holds those of before.
-  cuda::EncodeArgs exact = layer.device.encode_args(window_);
+  cuda::EncodeArgs exact = layer.device.encode_args();
   exact.from_window = true;
-  exact.window_cells = before_batch ? window_.kept_cells() : window_.cells(0);
-  exact.n_tokens = window_.n_streams() * exact.window.capacity;
+  exact.window_cells = before_batch ? scratch_.kept_cells() : layer.device.window().cells(0);
+  exact.n_tokens = layer.device.shape().n_streams * exact.window.capacity;
   exact.dense = rows;
   require(cuda::encode(device_, exact, stream), "rows of the window");
 }

@@ -18,8 +18,7 @@ namespace thimble {
 
 class CudaCache : public KvCache {
 public:
-  CudaCache(const cuda::DeviceInfo& device, const Settings& settings, uint64_t hash)
-      : device_(device), window_size_(settings.window), hash_(hash) {}
+  CudaCache(const cuda::DeviceInfo& device, const Settings&, uint64_t hash) : device_(device), hash_(hash) {}
 
   void add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) override;
   std::string refusal(const WriteTask& task) const override;
@@ -45,12 +44,21 @@ private:
     cuda::DeviceLayer device;
     int top = 0;
     bool drop_tail = false;
+    size_t index = 0;                // in the tables
     bool waits[2] = {false, false};  // by Kind: rows that were written and not taken in
     WriteTask writes[2];
+    uint64_t batch[2] = {0, 0};  // by Kind: the batch that was written last,
+    uint64_t window_batch = 0;   // and taken into the window
   };
   Layer& layer(int index) { return *layers_.at(index); }
-  void begin_batch(const WriteTask& task, cudaStream_t stream);
-  cuda::EncodeArgs take_writes(Layer& layer, cudaStream_t stream);
+  void keep_queries(Layer& layer, int n_heads);
+  void make_tables();
+  cuda::LeaveArgs leaving(size_t first, size_t n, int n_tokens) const;
+  void code_leaving(const cuda::LeaveArgs& leave, cudaStream_t stream);
+  void update_windows(const WriteTask& task, cudaStream_t stream);
+  void update_window(CudaQueue& queue, Layer& layer, const WriteTask& task, const cuda::EncodeArgs& written,
+                     const AttendTask* attend);
+  cuda::EncodeArgs take_writes(CudaQueue& queue, Layer& layer, const AttendTask* attend);
   void attend_codes(CudaQueue& queue, Layer& layer, const AttendTask& task, const cuda::EncodeArgs& written);
   void retrieve(CudaQueue& queue, Layer& layer, int first_stream, const cuda::AttendArgs& attend);
   void prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, cuda::EncodeArgs& written,
@@ -59,24 +67,21 @@ private:
   void decode(const Layer& layer, const cuda::DenseRows& rows, bool before_batch, cudaStream_t stream);
   const float* slopes(CudaQueue& queue, float max_bias, int n_heads);
   cuda::CellState state();
-  std::vector<cuda::EncodeArgs> all_layers() const;
-  cuda::HostWindow host_window();
-  std::span<const uint32_t> orders_of(int layer, std::span<const int64_t> cells, const uint8_t* rows);
+  cuda::HostWindow host_window(const Layer& layer);
 
   cuda::DeviceInfo device_;
-  WindowSize window_size_;
   uint64_t hash_;
-  cuda::DeviceWindow window_;
+  uint64_t batch_ = 0;  // batches taken in
+  cuda::WindowScratch scratch_;
   std::map<int, std::unique_ptr<Layer>> layers_;
-  // The layers as code_leaving wants them. Recordings may go on reading older tables than the last.
-  std::vector<cuda::DeviceMemory> leaving_;
-  size_t n_leaving_ = 0;
+  // The layers and their windows as kernels want them. Recordings may go on reading older tables than the last.
+  std::vector<cuda::DeviceMemory> tables_, window_tables_;
+  size_t n_tables_ = 0;
   std::map<std::pair<float, int>, cuda::DeviceMemory> slopes_;
   cuda::DeviceMemory shifts_;
   std::unique_ptr<cuda::StateKernels> state_kernels_;  // once a state is saved or loaded
-  cuda::SavedOrders saved_orders_;                     // of the first layer's keys
-  std::vector<int64_t> arrived_;                       // the cells of which these were loaded last,
-  std::vector<uint32_t> arrived_orders_;               // and their orders, which are all layers'
+  cuda::SavedOrders saved_orders_;
+  int saved_layer_ = -1;  // whose keys it was given last
 };
 
 }  // namespace thimble

@@ -13,54 +13,52 @@ cuda::CellState CudaCache::state() {
   return cuda::CellState(*state_kernels_);
 }
 
-std::vector<cuda::EncodeArgs> CudaCache::all_layers() const {
-  std::vector<cuda::EncodeArgs> all;
-  for (const auto& [index, each] : layers_) all.push_back(each->device.encode_args(window_));
-  return all;
-}
-
-// The window, with the last batch behind it.
-cuda::HostWindow CudaCache::host_window() {
+// A layer's window, with the last batch behind it in all layers.
+cuda::HostWindow CudaCache::host_window(const Layer& of) {
   cuda::HostWindow window;
-  require(window_.read(&window), "the window");
-  if (state().finish(all_layers(), window)) require(window_.write(window), "the window");
+  require(of.device.window().read(&window), "the window");
+  const auto waits = [](const cuda::WindowBooks& books) { return books.finishes != 0; };
+  if (n_tables_ == 0 || std::none_of(window.books.begin(), window.books.end(), waits)) return window;
+  cuda::WindowArgs args = scratch_.finish();
+  args.layers = window_tables_.back().as<cuda::LayerWindow>();
+  args.n_layers = int(n_tables_);
+  require(cuda::update_window(device_, args, nullptr), "the window");
+  code_leaving(leaving(0, n_tables_, cuda::kMaxTokens * args.n_streams), nullptr);
+  require(of.device.window().read(&window), "the window");
   return window;
 }
 
 void CudaCache::read_cells(int index, Kind kind, int64_t first, int64_t n, uint8_t* rows) {
+  const Layer& of = layer(index);
   cuda::CellState cells = state();
-  const cuda::HostWindow window = host_window();
-  const cuda::EncodeArgs args = layer(index).device.encode_args(window_);
+  const cuda::HostWindow window = host_window(of);
+  const cuda::EncodeArgs args = of.device.encode_args();
   cells.save(args, kind, window, first, n, hash_, rows);
-  if (kind == Kind::value || index != layers_.begin()->first) return saved_orders_.end();
-  if (!args.store.keys) saved_orders_.save(window, first, n, rows, layer(index).device.row_bytes());
+  if (kind == Kind::value || index != saved_layer_) saved_orders_.end();
+  if (kind == Kind::value || args.store.keys) return;
+  saved_layer_ = index;
+  saved_orders_.save(window, first, n, rows, of.device.row_bytes());
 }
 
-// llama.cpp loads all keys, layer by layer, before the values.
-std::span<const uint32_t> CudaCache::orders_of(int index, std::span<const int64_t> cells, const uint8_t* rows) {
-  if (index == layers_.begin()->first) {
-    const cuda::DeviceLayer& device = layer(index).device;
-    const size_t bytes = device.row_bytes();
+RefusedRows CudaCache::write_cells(int index, Kind kind, std::span<const int64_t> cells, const uint8_t* rows) {
+  Layer& of = layer(index);
+  cuda::CellState to = state();
+  cuda::HostWindow window = host_window(of);
+  const cuda::EncodeArgs args = of.device.encode_args();
+  saved_orders_.end();
+  std::vector<uint32_t> orders;
+  if (kind == Kind::key && !args.store.keys) {
+    const size_t bytes = of.device.row_bytes();
     std::vector<bool> exact;
     for (size_t i = 0; i < cells.size(); i++) {
       exact.push_back(row_kind(rows + i * bytes, hash_, /*codes=*/true) == RowKind::exact);
     }
-    arrived_.assign(cells.begin(), cells.end());
-    arrived_orders_ = device.has_store() ? std::vector<uint32_t>() : saved_orders_.find(exact, rows, bytes);
+    orders = saved_orders_.find(exact, rows, bytes);
   }
-  return std::ranges::equal(cells, arrived_) ? arrived_orders_ : std::span<const uint32_t>();
-}
-
-RefusedRows CudaCache::write_cells(int index, Kind kind, std::span<const int64_t> cells, const uint8_t* rows) {
-  const size_t at = size_t(std::distance(layers_.begin(), layers_.find(index)));
-  cuda::CellState to = state();
-  cuda::HostWindow window = host_window();
   RefusedRows refused;
-  saved_orders_.end();
-  const auto orders = kind == Kind::key ? orders_of(index, cells, rows) : std::span<const uint32_t>();
-  refused.entries = to.load(all_layers(), at, kind, window, cells, hash_, rows, orders);
+  refused.entries = to.load(args, kind, window, cells, hash_, rows, orders);
   if (!refused.entries.empty()) refused.why = kOtherSettings;
-  if (kind == Kind::key) require(window_.write(window), "the window");
+  if (kind == Kind::key) require(of.device.window().write(window), "the window");
   return refused;
 }
 
@@ -68,25 +66,24 @@ KeyRows CudaCache::read_keys(int index, std::span<const int64_t> cells, std::spa
   cuda::CellState state = this->state();
   require(shifts_.reserve(shifts.size_bytes()), "positions");
   require(cudaMemcpy(shifts_.as<int32_t>(), shifts.data(), shifts.size_bytes(), cudaMemcpyHostToDevice), "positions");
-  return {state.read_keys(layer(index).device.encode_args(window_), host_window(), cells), shifts_.as<int32_t>()};
+  const Layer& of = layer(index);
+  return {state.read_keys(of.device.encode_args(), host_window(of), cells), shifts_.as<int32_t>()};
 }
 
 void CudaCache::write_keys(int index, std::span<const int64_t> cells) {
   cuda::CellState state = this->state();
-  state.write_keys(layer(index).device.encode_args(window_), host_window(), cells);
+  const Layer& of = layer(index);
+  state.write_keys(of.device.encode_args(), host_window(of), cells);
 }
 
 void CudaCache::copy_stream(int index, Kind kind, int from, int to) {
   require(cudaDeviceSynchronize(), "copying a sequence");
   require(layer(index).device.copy_stream(kind, from, to), "copying a sequence");
-  require(window_.copy_stream(from, to), "copying a sequence");
   require(cudaDeviceSynchronize(), "copying a sequence");
 }
 
 void CudaCache::clear() {
-  if (layers_.empty()) return;
-  require(window_.clear(), "the window");
-  for (auto& [index, layer] : layers_) require(layer->device.clear(), "the exact store");
+  for (auto& [index, layer] : layers_) require(layer->device.clear(), "the window");
 }
 
 }  // namespace thimble

@@ -68,7 +68,7 @@ public:
   size_t side_bytes(const LayerPlan& plan, Kind kind) const override {
     const CacheShape& shape = plan.shape;
     const int rows = cuda::DeviceWindow::rows_of_stream(plan.window, shape.cells_per_stream, shape.n_streams);
-    return CacheSide::memory_bytes(shape, plan.side(kind), rows * shape.n_streams, plan.has_codes[int(kind)]);
+    return cuda::DeviceLayer::side_bytes(kind, shape, plan.side(kind), rows, plan.has_codes[int(kind)]);
   }
 
   std::unique_ptr<KvCache> make_cache(const Settings& settings, uint64_t hash) override {

@@ -36,7 +36,7 @@ public:
   }
 
   // What the tasks of this queue work in.
-  cuda::DeviceMemory workspace, queries, dense, retrieval;
+  cuda::DeviceMemory workspace, queries, dense, retrieval, judge;
 
 private:
   void reserve(cuda::DeviceMemory& memory, size_t bytes);

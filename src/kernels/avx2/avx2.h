@@ -1,9 +1,9 @@
 // What the AVX2 units share; they use FMA and F16C too.
 //
-// A table of 128 bytes is eight shuffles of 16 entries. A shuffle yields 0 where its control is negative: taking 16
-// from an entry's number before each further shuffle silences those past its own sixteenth, but not those before it. So
-// each sixteenth holds its difference (exclusive or) to the one before, and the differences up to an entry's own add up
-// to it.
+// A look-up in a table of 128 bytes takes eight shuffles, one for each sixteen entries (a sixteenth). Before each
+// further shuffle 16 is subtracted from the entry's number. A shuffle yields 0 where that number is negative, so the
+// shuffles behind the entry's own sixteenth yield nothing, but those before it do. Therefore each sixteenth is stored
+// as its difference (exclusive or) to the one before, and the exclusive or of all shuffles is the entry.
 #pragma once
 
 #include <immintrin.h>
@@ -11,7 +11,7 @@
 #include "kernels/isa.h"
 
 namespace thimble {
-namespace {  // a copy to each unit, compiled with its flags
+namespace {  // each unit has a copy of its own, compiled with its flags
 
 using Floats = __m256;
 using Lanes = __m256i;
@@ -38,7 +38,7 @@ inline void store(float* to, Floats x, Lanes lanes) {
   _mm256_maskstore_ps(to, lanes, x);
 }
 
-// AMD takes long over a masked store, whatever its mask.
+// Masked stores are slow on AMD, even with a full mask.
 inline Floats load_lanes(const float* from, int n) {
   return n >= 8 ? load(from) : load(from, first_lanes(n));
 }
@@ -157,22 +157,22 @@ inline __m256i load_bytes(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
 
-// 32 codes, taken apart.
+// 32 codes, split into codeword and sign.
 struct Codes {
   __m256i entry;  // 0 to 127
-  __m256i sign;   // negative where the entry counts negated, never 0
+  __m256i sign;   // negative where the code negates the entry, never 0
 };
 
 inline Codes codes_of(__m256i bytes) {
   return {_mm256_and_si256(bytes, _mm256_set1_epi8(0x7f)), _mm256_or_si256(bytes, _mm256_set1_epi8(1))};
 }
 
-// A sixteenth of a table, in both lanes.
+// Sixteenth i of a table, in both lanes.
 inline __m256i load_sixteenth(const void* table, int i) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(table) + i));
 }
 
-// A table as differences.
+// A table whose sixteenths are differences, as described above.
 struct Table {
   __m256i sixteenth[8];
 };
@@ -187,8 +187,8 @@ inline Table load_table(const void* plain) {
   return table;
 }
 
-// Makes x be computed here: GCC 12 would put off what adds up the shuffles of a look-up until all of them are there,
-// and run out of registers.
+// Forces the compiler to compute x here. GCC 12 would otherwise run all shuffles of a look-up before it combines any,
+// and spill registers.
 inline void settle(__m256i& x) {
   asm volatile("" : "+x"(x));
 }

@@ -12,7 +12,7 @@ inline __m128i low_bytes(__m256i first, __m256i second) {
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi16(bytes, bytes), 0xd8));
 }
 
-// Stores sixteenths of tables, one after the other, as differences.
+// Stores sixteenths of tables, one after the other, as differences (avx2.h).
 class TableWriter {
 public:
   explicit TableWriter(uint8_t* to) : to_(to) {}
@@ -28,14 +28,15 @@ private:
   __m128i before_ = _mm_setzero_si128();
 };
 
-// What is kept of two components of a row where tables are wide. Few subspaces have more of them then, and to look them
-// up, once for all rows, and to multiply takes less than two tables a row.
+// Two components of a query row where tables are wide. Such subspaces mostly have just two components. To look up their
+// codewords once for all rows and to multiply takes less time than look-ups in two score tables for each row.
 struct alignas(kLine) Pair {
-  uint8_t words[2][128];  // tables of codewords, the same in every row
-  uint32_t query[2];      // 16-bit numbers, each twice
+  uint8_t words[2][128];  // codewords of the two components, the same in every row
+  uint32_t query[2];      // a 16-bit number, in both halves
 };
 
-// A row of them: how many each subspace has, a byte each, and, from a line's beginning, the pairs.
+// Wide tables of a row: a byte for each subspace, how many pairs it has; then, from the next line of 64 bytes, the
+// pairs.
 inline size_t pairs_at(int n_subspaces) {
   return size_t(n_subspaces + kLine - 1) / kLine * kLine;
 }
@@ -44,7 +45,8 @@ size_t lut_bytes(int dim, int n_subspaces, bool wide) {
   return wide ? pairs_at(n_subspaces) + size_t(dim / 2) * sizeof(Pair) : size_t(n_subspaces) * 128;
 }
 
-// A product counts in 1/128 of a query's step, and no sum of products passes 16 bits.
+// The step is chosen so that no sum of products overflows 16 bits. Returns 128 steps, as a product is a number of
+// these.
 float build_pairs(const float* q, const int8_t* words, const uint8_t* width, int n_subspaces, uint8_t* luts) {
   float total = 0;
   const float* end = q;
@@ -104,7 +106,7 @@ inline void ask_for(const uint8_t* line) {
   _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
 }
 
-// 32 codes in several tables of differences, `stride` apart.
+// Looks up 32 codes in N tables of differences, `stride` bytes apart.
 template <int N>
 inline void look_up_all(const uint8_t* tables, int stride, const Codes& codes, __m256i (&found)[N]) {
   __m256i entry = codes.entry;
@@ -123,8 +125,8 @@ inline void look_up_all(const uint8_t* tables, int stride, const Codes& codes, _
   for (int n = 0; n < N; n++) found[n] = _mm256_sign_epi8(found[n], codes.sign);
 }
 
-// Sums of 32 codes, half a block, as 16-bit numbers: those of even codes and those of odd ones. On the way, `lines`
-// lines from `ahead` on are asked for.
+// Adds up the table entries of 32 cells, half a block, over the subspaces, as 16-bit numbers: sums[row][0] for even
+// bytes, [1] for odd ones. Prefetches `lines` lines from `ahead` on.
 template <int Rows>
 inline void sum_tables(const uint8_t* luts, int n_subspaces, const uint8_t* codes, const uint8_t* ahead, int lines,
                        __m256i (&sums)[Rows][2]) {
@@ -241,8 +243,8 @@ inline __m256i every_other(__m256i a, __m256i b) {
   return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), First ? 0xdd : 0x88));
 }
 
-// Weights are 16-bit numbers whatever `wide` says (of two numbers of 7 bits each, `vpmaddubsw` would do, but that is
-// too coarse by the tests' bounds): those of 32 codes, the even ones before the odd ones.
+// Weights are 16-bit numbers whatever `wide` says: `vpmaddubsw` would allow weights of 7 bits, which are too coarse for
+// the error that the tests allow. Those of 32 codes lie together, the even ones before the odd ones.
 float code_weights(const float* scores, int n_blocks, float offset, const float* scales, bool, int row,
                    uint8_t* weights, uint32_t* used) {
   __m256 sum = _mm256_setzero_ps();
@@ -270,7 +272,7 @@ float code_weights(const float* scores, int n_blocks, float offset, const float*
   return sum_of(sum);
 }
 
-// The sums of one component over the used blocks.
+// Sums weight * codeword of one component over the used blocks.
 template <int Rows>
 inline void add_component(const uint8_t* const* blocks, uint32_t used, int code_row, const int8_t* words,
                           const uint8_t* weights, __m256i (&sums)[Rows]) {
@@ -296,14 +298,14 @@ inline void add_component(const uint8_t* const* blocks, uint32_t used, int code_
   for (int r = 0; r < Rows; r++) sums[r] = sum[r];
 }
 
-// Of a subspace of eight numbers it takes less to sum weights by code, and then the 256 sums times its codewords, than
-// to look up eight numbers for every cell.
+// For a subspace of eight numbers it takes less time to sum the weights of each of the 256 codes and to multiply these
+// sums by the codewords than to look up eight numbers for every cell.
 struct Bins {
-  alignas(32) int32_t sums[256][kRowsAtOnce];       // by code
-  alignas(32) float differences[kRowsAtOnce][128];  // by codeword: what counts less what counts negated
+  alignas(32) int32_t sums[256][kRowsAtOnce];       // of weights, by code
+  alignas(32) float differences[kRowsAtOnce][128];  // by codeword: sum of the plain code less that of the negated one
 };
 
-// Weights of the used blocks, those of all rows of a cell together.
+// Copies the weights of the used blocks so that a cell's weights for all rows lie together.
 void interleave(const uint8_t* weights, int n_rows, uint32_t used, __m128i* by_cell) {
   const __m256i zero = _mm256_setzero_si256();
   for (uint32_t left = used; left; left &= left - 1) {
@@ -315,7 +317,7 @@ void interleave(const uint8_t* weights, int n_rows, uint32_t used, __m128i* by_c
       }
       const __m256i pairs[2][2] = {{_mm256_unpacklo_epi16(x[0], x[1]), _mm256_unpacklo_epi16(x[2], x[3])},
                                    {_mm256_unpackhi_epi16(x[0], x[1]), _mm256_unpackhi_epi16(x[2], x[3])}};
-      for (int k = 0; k < 4; k++) {  // cells 2 k, 2 k + 1 and, in the upper lanes, those 8 further
+      for (int k = 0; k < 4; k++) {  // cells 2 k, 2 k + 1 and, in the upper lanes, 2 k + 8, 2 k + 9
         const __m256i* p = pairs[k / 2];
         const __m256i two = k % 2 ? _mm256_unpackhi_epi32(p[0], p[1]) : _mm256_unpacklo_epi32(p[0], p[1]);
         const __m256i first = _mm256_unpacklo_epi16(two, zero), second = _mm256_unpackhi_epi16(two, zero);
@@ -352,7 +354,7 @@ void fill_bins(const uint8_t* const* blocks, uint32_t used, int code_row, const 
   }
 }
 
-// The sums of four components.
+// Multiplies the bins by the codewords of four components.
 template <int Rows>
 inline void add_bins(const Bins& bins, const int8_t* words, __m128 (&totals)[Rows]) {
   __m256 sum[4][Rows];
@@ -377,7 +379,7 @@ inline void add_bins(const Bins& bins, const int8_t* words, __m128 (&totals)[Row
   }
 }
 
-// The sums of a group's components by looking them up.
+// Sums weight * codeword of a group's components, looking up every cell.
 template <int Rows>
 inline void add_words(const uint8_t* const* blocks, uint32_t used, const ValueGroup& group, const int8_t* words,
                       const uint8_t* weights, __m128 (&totals)[Rows]) {
@@ -389,7 +391,7 @@ inline void add_words(const uint8_t* const* blocks, uint32_t used, const ValueGr
   }
   for (int r = 0; r < Rows; r++) {
     const __m256i ab = _mm256_hadd_epi32(part[0][r], part[1][r]), cd = _mm256_hadd_epi32(part[2][r], part[3][r]);
-    // Not the halves' sum, which might pass 32 bits.
+    // The two halves are added as floats: as integers their sum might overflow 32 bits.
     const __m256 abcd = _mm256_cvtepi32_ps(_mm256_hadd_epi32(ab, cd));
     totals[r] = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
   }
@@ -400,7 +402,7 @@ void add_rows(const uint8_t* const* blocks, uint32_t used, const int8_t* words, 
               const uint8_t* weights, const float* shrink, const float* factor, const Prefetch& prefetch, float* sums) {
   alignas(32) __m128i by_cell[kSuperblockCells];
   Bins bins;
-  int binned = -1;  // row of codes
+  int binned = -1;  // the row of codes that `bins` was filled from
   for (int g = 0; g < n_groups; g++) {
     const ValueGroup group = groups[g];
     for (int b = 0; g < prefetch.lines && b < prefetch.n_blocks; b++) ask_for(prefetch.blocks[b] + g * kLine);

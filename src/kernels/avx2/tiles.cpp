@@ -14,7 +14,7 @@ void decode_keys(const uint8_t* block, const uint8_t* cell_scales, const int8_t*
     const __m256 component = _mm256_set1_ps(scale[d]);
     for (int h = 0; h < 2; h++) {
       const __m256i bytes = look_up_32(table, codes_of(load_bytes(block + code_row[d] * kLine + 32 * h)));
-      // Even bytes are cells from 16 h on, odd bytes those 32 further.
+      // Even bytes are cells 16 h to 16 h + 15, odd bytes cells 32 + 16 h to 32 + 16 h + 15.
       const __m256i part[2] = {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
       for (int odd = 0; odd < 2; odd++) {
         for (int i = 0; i < 2; i++) {
@@ -47,7 +47,7 @@ void decode_values(const uint8_t* block, const uint8_t* cell_scales, const int8_
       for (int i = 0; i < 16; i++) r[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes[i] + 16 * quarter));
       transpose_bytes(r);
       for (int i = 0; i < 16; i++) {
-        const int cell = i / 4 * 16 + quarter * 4 + i % 4;  // the one whose value_position is 16 * quarter + i
+        const int cell = i / 4 * 16 + quarter * 4 + i % 4;  // its value_position is 16 * quarter + i
         for (int j = 0; j < n; j += 8) {
           const __m256 component = load_lanes(scale + d + j, n - j);
           const __m128i word = j ? _mm_srli_si128(r[i], 8) : r[i];

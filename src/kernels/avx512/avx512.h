@@ -1,5 +1,5 @@
-// What the AVX-512 units share. They need VBMI (byte permutes over 128 entries: a whole table of codewords in two
-// registers) and VNNI (sums of byte products): Ice Lake, Zen 4 and later.
+// What the AVX-512 units share. They need VBMI, whose byte permute looks up a table of 128 entries in two registers,
+// and VNNI, which adds up products of bytes: Ice Lake, Zen 4 and later.
 #pragma once
 
 #include <immintrin.h>
@@ -7,7 +7,7 @@
 #include "kernels/isa.h"
 
 namespace thimble {
-namespace {  // a copy to each unit, compiled with its flags
+namespace {  // each unit has a copy of its own, compiled with its flags
 
 using Floats = __m512;
 using Lanes = __mmask16;
@@ -153,8 +153,8 @@ inline Table load_table(const void* from) {
   return {_mm512_loadu_si512(from), _mm512_loadu_si512(static_cast<const uint8_t*>(from) + kLine)};
 }
 
-// 64 look-ups; the highest bit of a code, gathered in `negative`, says that the entry counts negated. Tables that hold
-// 128 + x yield 128 - x then, modulo 256.
+// Looks up 64 codes. `negative` has the highest bit of each code, which negates the entry. A table that holds 128 + x
+// yields 128 - x for a negated code, modulo 256.
 inline __m512i look_up_64(Table table, __m512i code, __mmask64 negative) {
   const __m512i entry = _mm512_permutex2var_epi8(table.low, code, table.high);
   return _mm512_mask_sub_epi8(entry, negative, _mm512_setzero_si512(), entry);

@@ -5,8 +5,8 @@
 namespace thimble {
 namespace {
 
-// 128 for each subspace, which hold 128 + q.codeword / step, and, where `wide`, as many with the high byte of a 16-bit
-// value.
+// 128 bytes for each subspace, which hold 128 + q.codeword / step. Where `wide`, these are the low bytes, and 128 more
+// for each subspace hold the high bytes.
 size_t lut_bytes(int, int n_subspaces, bool wide) {
   return size_t(n_subspaces) * 128 * (wide ? 2 : 1);
 }
@@ -44,7 +44,7 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
     __m512 x = _mm512_mul_ps(_mm512_loadu_ps(room + i), inverse);
     __m512i entry = _mm512_cvtps_epi32(_mm512_add_ps(x, offset));
     if (wide) {
-      // The low byte counts from -127 to 127, so that negating it stays in range: -128 is moved to -127.
+      // The low byte must be -127 to 127, so that it can be negated: -128 becomes -127.
       entry = _mm512_mask_add_epi32(entry, _mm512_testn_epi32_mask(entry, c255), entry, _mm512_set1_epi32(1));
       const __m512i low = _mm512_sub_epi32(_mm512_and_si512(entry, c255), c128);
       const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(_mm512_sub_epi32(entry, c128), low), 8);
@@ -59,9 +59,10 @@ inline void ask_for(const uint8_t* line) {
   _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
 }
 
-// Sums of look-ups of `Rows` rows over `Blocks` blocks, asking for as many lines of the blocks `ahead` (for nothing new
-// where those are the blocks themselves: a condition in the loop costs more). Bytes are added in 16-bit lanes: `all`
-// takes even and odd bytes together, `odd` the odd ones, and the even ones are the difference.
+// Writes the scores of `Rows` rows for `Blocks` blocks, and prefetches ahead_lines lines of the blocks `ahead`. Where
+// there is nothing to prefetch, `ahead` is the blocks themselves: a condition in the loop costs more. Bytes are added
+// in 16-bit lanes: `all` has the sum of even bytes + 256 * odd bytes, `odd` that of the odd bytes, and the even bytes'
+// sum is the difference.
 template <int Rows, int Blocks, bool Wide>
 inline void look_up_blocks(const uint8_t* luts, const float* steps, int n_subspaces, const uint8_t* const* blocks,
                            const uint8_t* const* ahead, int ahead_lines, float* scores) {
@@ -189,7 +190,7 @@ float code_weights(const float* scores, int n_blocks, float offset, const float*
   return _mm512_reduce_add_ps(sum);
 }
 
-// _mm512_dpbusd_epi32 in place: GCC 12 copies the sums around it.
+// _mm512_dpbusd_epi32 in place, since GCC 12 copies the sums before and after the intrinsic.
 inline void add_products(__m512i& sums, __m512i weights, __m512i words) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(words));
 }
@@ -198,7 +199,8 @@ inline __m512i add_pairs(__m512i a, __m512i b) {
   return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
 }
 
-// The components of one group, `Components` of them (2 where weights are wide: 16-bit weights take two sums each).
+// Sums weight * codeword for `Components` components of a group over the used blocks. Where weights are wide,
+// Components is 2, since a 16-bit weight takes two sums.
 template <int Rows, int Components, bool Wide>
 inline void add_components(const uint8_t* const* blocks, const uint32_t used, const int8_t* words, int code_row,
                            int code_row2, const uint8_t* weights, __m512i (*sums)[4]) {
@@ -213,7 +215,8 @@ inline void add_components(const uint8_t* const* blocks, const uint32_t used, co
 #pragma GCC unroll 1
   for (uint32_t left = used; left; left &= left - 1) {
     const int b = __builtin_ctz(left);
-    // Often the same row twice: cheaper than a branch, around which GCC 12 copies the sums.
+    // The two rows are often the same one. To load it twice is cheaper than a branch, around which GCC 12 copies the
+    // sums.
     const __m512i code[2] = {_mm512_loadu_si512(blocks[b] + code_row * kLine),
                              _mm512_loadu_si512(blocks[b] + code_row2 * kLine)};
     __m512i w[Rows], w_high[Rows];

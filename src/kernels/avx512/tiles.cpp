@@ -5,7 +5,7 @@
 namespace thimble {
 namespace {
 
-// Bytes in key order as four vectors of 16 cells in order.
+// Widens 64 bytes in key order to four vectors of 16 cells, in the cells' own order.
 inline void widen_keys(__m512i bytes, __m512 out[4]) {
   const __m512i first = _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8), second = _mm512_srai_epi16(bytes, 8);
   out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(first)));
@@ -47,7 +47,7 @@ void decode_values(const uint8_t* block, const uint8_t* cell_scales, const int8_
       alignas(64) int8_t quarters[kLine];
       _mm512_store_si512(quarters, bytes[i]);
       for (int lane = 0; lane < 4; lane++) {
-        const int cell = i / 4 * 16 + lane * 4 + i % 4;  // the one whose value_position is 16 * lane + i
+        const int cell = i / 4 * 16 + lane * 4 + i % 4;  // its value_position is 16 * lane + i
         const __m128i row = _mm_load_si128(reinterpret_cast<const __m128i*>(quarters + 16 * lane));
         const __m512 word = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(row)), scales);
         _mm512_mask_storeu_ps(tile + cell * dim + d, lanes, _mm512_mul_ps(word, _mm512_set1_ps(cells[cell])));

@@ -10,8 +10,8 @@ inline uint8x8_t low_bytes(int32x4_t first, int32x4_t second) {
   return vmovn_u16(vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(first)), vmovn_u32(vreinterpretq_u32_s32(second))));
 }
 
-// 128 for each subspace, which hold 128 + q.codeword / step, and, where `wide`, as many with the high byte of a 16-bit
-// value.
+// 128 bytes for each subspace, which hold 128 + q.codeword / step. Where `wide`, these are the low bytes, and 128 more
+// for each subspace hold the high bytes.
 size_t lut_bytes(int, int n_subspaces, bool wide) {
   return size_t(n_subspaces) * 128 * (wide ? 2 : 1);
 }
@@ -50,7 +50,7 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
       const float32x4_t x = vmulq_n_f32(vld1q_f32(room + i + 4 * h), inverse);
       entry[h] = high[h] = vcvtnq_s32_f32(vaddq_f32(x, vdupq_n_f32(128.0f)));
       if (!wide) continue;
-      // The low byte counts from -127 to 127, so that negating it stays in range: -128 is moved to -127.
+      // The low byte must be -127 to 127, so that it can be negated: -128 becomes -127.
       const uint32x4_t lowest = vceqzq_s32(vandq_s32(entry[h], c255));
       entry[h] = vsubq_s32(entry[h], vreinterpretq_s32_u32(lowest));
       const int32x4_t low = vsubq_s32(vandq_s32(entry[h], c255), c128);
@@ -62,8 +62,8 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
   return step;
 }
 
-// A quarter of a block, 16 codes, for all rows. Bytes are added in 16-bit lanes: `all` takes even and odd bytes
-// together, `odd` the odd ones, and the even ones are the difference.
+// Writes the scores of all rows for a quarter of a block, 16 cells. Bytes are added in 16-bit lanes: `all` has the sum
+// of even bytes + 256 * odd bytes, `odd` that of the odd bytes, and the even bytes' sum is the difference.
 template <int Rows, bool Wide>
 inline void look_up_quarter(const uint8_t* luts, const float* steps, int n_subspaces, const uint8_t* block, int quarter,
                             float* scores) {
@@ -191,7 +191,7 @@ void add_rows(const uint8_t* const* blocks, uint32_t used, const int8_t* words, 
       }
       for (int r = 0; r < Rows; r++) {
         float* to = sums + (r * n_groups + g) * 16 + j;
-        // Added up before they are floats, the four sums might pass 32 bits.
+        // The four sums are added as floats: as integers their sum might overflow 32 bits.
         *to = *to * shrink[r] + factor[r] * vaddvq_f32(vcvtq_f32_s32(part[r]));
       }
     }

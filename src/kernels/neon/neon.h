@@ -1,5 +1,5 @@
-// What the NEON units share, for every 64-bit Arm: tables of 64 bytes in four registers, so a codebook's 128 entries
-// take two look-ups.
+// What the NEON units share, for every 64-bit Arm. A look-up instruction reads a table of 64 bytes in four registers,
+// so a table of 128 entries takes two.
 #pragma once
 
 #include <arm_neon.h>
@@ -7,10 +7,10 @@
 #include "kernels/isa.h"
 
 namespace thimble {
-namespace {  // a copy to each unit, compiled with its flags
+namespace {  // each unit has a copy of its own, compiled with its flags
 
 using Floats = float32x4_t;
-using Lanes = int;  // how many: there is no mask
+using Lanes = int;  // their number, as NEON has no masks
 using Bytes = uint8x16_t;
 constexpr int kLanes = 4, kColumns = 4, kMultiplyRows = 4, kMaxima = 1;
 
@@ -141,10 +141,10 @@ inline Table load_table(const void* from) {
   return {vld1q_u8_x4(bytes), vld1q_u8_x4(bytes + 64)};
 }
 
-// What 16 codes need to be looked up in any table.
+// 16 codes, prepared for look-ups in any table.
 struct Indices {
-  uint8x16_t low, high;  // entry number, and the same less 64; a look-up yields nothing beyond 63
-  uint8x16_t negative;   // all ones where the entry counts negated
+  uint8x16_t low, high;  // entry number, and the same less 64; a look-up of a number above 63 yields nothing
+  uint8x16_t negative;   // all ones where the code negates the entry
 };
 
 inline Indices indices_of(uint8x16_t codes) {

@@ -15,7 +15,7 @@ void decode_keys(const uint8_t* block, const uint8_t* cell_scales, const int8_t*
     for (int quarter = 0; quarter < 4; quarter++) {
       const uint8_t* codes = block + code_row[d] * kLine + 16 * quarter;
       const int16x8_t both = vreinterpretq_s16_u8(look_up_16(table, indices_of(load_bytes(codes))));
-      // Even bytes are cells from 8 quarters on, odd bytes those 32 further.
+      // Even bytes are cells 8 * quarter to 8 * quarter + 7, odd bytes the 8 cells from 32 + 8 * quarter on.
       const int16x8_t part[2] = {vshrq_n_s16(vshlq_n_s16(both, 8), 8), vshrq_n_s16(both, 8)};
       for (int odd = 0; odd < 2; odd++) {
         const int vector = 8 * odd + 2 * quarter;
@@ -45,7 +45,7 @@ void decode_values(const uint8_t* block, const uint8_t* cell_scales, const int8_
       }
       transpose_bytes(r);
       for (int i = 0; i < 16; i++) {
-        const int cell = i / 4 * 16 + quarter * 4 + i % 4;  // the one whose value_position is 16 * quarter + i
+        const int cell = i / 4 * 16 + quarter * 4 + i % 4;  // its value_position is 16 * quarter + i
         int8_t word[16];
         vst1q_s8(word, vreinterpretq_s8_u8(r[i]));
         for (int j = 0; j < n; j++) tile[cell * dim + d + j] = cells[cell] * (float(word[j]) * scale[d + j]);

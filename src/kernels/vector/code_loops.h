@@ -1,5 +1,5 @@
-// Attention from codes, the part that is the same in every instruction set: which of a unit's templates to call. A unit
-// defines look_up_rows and includes this before it.
+// The part of attention from codes that is the same in every instruction set: which of a unit's templates to call. A
+// unit includes this header and then defines look_up_rows.
 #pragma once
 
 #include "kernels/vector/math.h"

@@ -1,29 +1,29 @@
-// What the loops of all instruction sets are written with, and what follows from it. A unit includes the header of its
-// instruction set (avx2.h, avx512.h, neon.h) first, which says what a vector is:
+// The vector operations that the loops of all instruction sets are written with. A unit first includes the header of
+// its instruction set (avx2.h, avx512.h, neon.h), which defines:
 //
-//   Floats, kLanes              floats in a register, and how many; + - * / are the compiler's
+//   Floats, kLanes              a register of kLanes floats; + - * / are the compiler's
 //   Lanes, first_lanes(n)       some of the lanes: the first n, or all where n is more
 //   all_of(x)                   x in every lane
-//   load, store                 at any address; with Lanes only those, of a load the others are 0
+//   load, store                 at any address; with Lanes only these lanes, and a load sets the others to 0
 //   load_lanes, store_lanes     the first n lanes, or all where n is more
 //   load_half(p)                kLanes f16 numbers as floats
 //   load_halves(p, n)           the first n of them, or all where n is more
 //   fused(a, b, c)              a * b + c, rounded once
 //   magnitude(x)                |x|
-//   greater(x, y)               y where x is NaN
-//   smaller(x, y)               NaN where y is
+//   greater(x, y)               the greater of the two; y where x is NaN
+//   smaller(x, y)               the smaller of the two; NaN where y is NaN
 //   choose(bits, x, y)          x in the lanes whose bit is set, y in the others
 //   max_of(x), sum_of(x)        over the lanes
 //   times_power(p, shifted, x)  see exp2_of
 //   butterfly<Half>(x)          lanes l and l + Half of every 2 * Half become their sum and their difference
-//   transpose(rows)             kLanes vectors, as a matrix
+//   transpose(rows)             transposes a matrix of kLanes vectors
 //   Best, keep_better, lowest_best   which codeword is best, see nearest in tile_loops.h
 //   Bytes, zip_low, zip_high    interleave the lower, the upper halves of two vectors of 16 bytes
-//   kColumns, kMultiplyRows     how much of a matrix product fits the registers
-//   kMaxima                     maxima to keep side by side, so that none waits for the one before
+//   kColumns, kMultiplyRows     vectors and rows of a matrix product that fit into the registers
+//   kMaxima                     how many running maxima a loop keeps, so that none waits for the one before
 //
-// Everything here and in this folder is in an anonymous namespace: a copy to each unit, compiled with its flags. Shared
-// by the linker, it would run on machines that lack the instruction set.
+// Everything in this folder is in an anonymous namespace: each unit has a copy, compiled with its flags. If the linker
+// shared one, it might run on machines that lack the instruction set.
 #pragma once
 
 #include "kernels/isa.h"
@@ -31,7 +31,8 @@
 namespace thimble {
 namespace {
 
-// 2^x, relative error 3e-6; 0 for x < -64, as weight_of has it. NaN stays NaN.
+// 2^x, relative error 3e-6; 0 for x < -64, as in weight_of. NaN stays NaN. x is split into a whole number and f in
+// [-1/2, 1/2]; a polynomial gives 2^f.
 inline Floats exp2_of(Floats x) {
   const Floats magic = all_of(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in low bits
   const Floats shifted = x + magic;
@@ -43,7 +44,7 @@ inline Floats exp2_of(Floats x) {
   return times_power(p, shifted, x);
 }
 
-// x is natural; tanh(x) = 1 - 2 / (e^2x + 1)
+// tanh(x) = 1 - 2 / (e^2x + 1)
 inline Floats tanh_of(Floats x) {
   const Floats e = exp2_of(smaller(all_of(20.0f), x) * all_of(2 * kLog2e));
   return all_of(1.0f) - all_of(2.0f) / (e + all_of(1.0f));

@@ -8,7 +8,7 @@ namespace {
 
 // -- codec --
 
-// Eight vectors of codewords are compared at once. Of equals, the codeword of the lowest index is best.
+// Compares eight vectors of codewords at once. Of codewords that are equally near, the lowest index wins.
 void nearest(const float* y, float inverse_rms, const float* words, const float* half_norms, int width, int n_subspaces,
              uint8_t* codes) {
   for (int m = 0; m < n_subspaces; m++, y += width, words += width * 128, half_norms += 128) {
@@ -35,7 +35,8 @@ void nearest(const float* y, float inverse_rms, const float* words, const float*
   }
 }
 
-// `Rows` rows times `Columns` vectors of columns: one load of the matrix serves all rows. One vector alone may be cut.
+// Multiplies `Rows` rows by `Columns` vectors of columns: one load of the matrix serves all rows. With one vector, only
+// the lanes `last` are read and written.
 template <int Rows, int Columns, bool Fused>
 inline void multiply_tile(const float* a, int a_stride, const float* b, int b_stride, int k, Lanes last, float* c,
                           int c_stride, bool add) {
@@ -88,7 +89,7 @@ void multiply_rows(const float* a, int a_stride, const float* b, int b_stride, i
   }
 }
 
-// kMultiplyRows rows fill the registers; the last ones, fewer, go in one pass, too.
+// Goes `Rows` rows at a time (kMultiplyRows fill the registers), then does the rows that are left in one more pass.
 template <int Rows, bool Fused>
 void multiply_all(const float* a, int a_stride, const float* b, int b_stride, int rows, int k, int n, float* c,
                   int c_stride, bool add) {
@@ -140,8 +141,8 @@ void hadamard(float* x, int n, int block, float norm) {
 
 // -- tiles --
 
-// 16 rows of 16 bytes become columns, in each lane of 128 bits by itself. With the row number and the column number
-// written as one number of 8 bits, each step rotates it by one bit; four steps exchange the two.
+// Transposes 16 rows of 16 bytes, in each lane of 128 bits by itself. If a byte's row and column are written as one
+// number of 8 bits, each step rotates that number by one bit, so four steps exchange row and column.
 inline void transpose_bytes(Bytes r[16]) {
 #pragma GCC unroll 4
   for (int step = 0; step < 4; step++) {

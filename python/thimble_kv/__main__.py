@@ -1,0 +1,4 @@
+"""python -m thimble_kv"""
+from .program import main
+
+main()

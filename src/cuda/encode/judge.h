@@ -1,0 +1,220 @@
+// Which cells matter most, by the rule of cache/pool.h: scores of keys by comparison with recent ones, and the choice
+// of the greatest. Products are summed in the CPU's order, so that they are the CPU's bit for bit. Their mean and
+// deviation are of the same numbers in double, added in another order and divided by through a reciprocal: a score that
+// is rounded to f32 is then the CPU's but for one in millions. Of equal scores the older cell's counts as greater,
+// there as here.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/simt/simt.h"
+#include "cuda/types.h"
+
+namespace thimble::cuda {
+
+struct Judge {
+  static constexpr int kMostQueries = 64;         // of a mean
+  static constexpr uint32_t kNoScore = 0x7fffff;  // that of minus infinity
+
+  /// A number that compares with others as the scores do. Not for NaN.
+  SIMT static uint32_t ordered(float x) {
+    const uint32_t bits = simt::float_to_bits(simt::add_rn(x, 0.0f));  // zeros are equal
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  }
+
+  /// One head's key of a cell: in a row of the window, or where the model wrote it.
+  struct Key {
+    const uint16_t* halves;
+    const float* floats;
+  };
+
+  /// Both are aligned to 16 bytes; dim is a multiple of 8.
+  SIMT static float product(const float* query, Key key, int dim) {
+    float sums[4] = {};
+    SIMT_UNROLL_BY(4)
+    for (int d = 0; d < dim; d += 8) {
+      float k[8];
+      if (key.halves) {
+        const uint4 words = *reinterpret_cast<const uint4*>(key.halves + d);
+        const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+        SIMT_UNROLL
+        for (int i = 0; i < 4; i++) {
+          const float2 pair = simt::unpack_half2(word[i]);
+          k[2 * i] = pair.x;
+          k[2 * i + 1] = pair.y;
+        }
+      } else {
+        SIMT_UNROLL
+        for (int i = 0; i < 8; i++) k[i] = simt::half_to_float(simt::float_to_half(key.floats[d + i]));
+      }
+      SIMT_UNROLL
+      for (int half = 0; half < 8; half += 4) {
+        const float4 q = *reinterpret_cast<const float4*>(query + d + half);
+        sums[0] = simt::add_rn(sums[0], simt::mul_rn(q.x, k[half]));
+        sums[1] = simt::add_rn(sums[1], simt::mul_rn(q.y, k[half + 1]));
+        sums[2] = simt::add_rn(sums[2], simt::mul_rn(q.z, k[half + 2]));
+        sums[3] = simt::add_rn(sums[3], simt::mul_rn(q.w, k[half + 3]));
+      }
+    }
+    return simt::add_rn(simt::add_rn(sums[0], sums[1]), simt::add_rn(sums[2], sums[3]));
+  }
+
+  struct Spread {
+    double mean, inverse;  // of the deviation
+  };
+
+  /// Of a query's products with the keys key(0) to key(n - 1). A warp calls it.
+  template <typename KeyOf>
+  SIMT static Spread spread(const float* query, int dim, int n, KeyOf key) {
+    double sum = 0, squares = 0;
+    for (int i = simt::thread() % 32; i < n; i += 32) {
+      const double x = product(query, key(i), dim);
+      sum += x;
+      squares += x * x;
+    }
+    for (int mask = 1; mask < 32; mask *= 2) {
+      sum += simt::shuffle_xor(sum, mask);
+      squares += simt::shuffle_xor(squares, mask);
+    }
+    const double count = n > 1 ? n : 1, mean = sum / count, variance = squares / count - mean * mean;
+    return {mean, 1 / sqrt(variance > 1e-12 ? variance : 1e-12)};
+  }
+
+  SIMT static void score(float product, Spread spread, uint32_t* greatest) {
+    const float z = float((product - spread.mean) * spread.inverse);
+    if (z == z) simt::atomic_max(greatest, ordered(z));
+  }
+
+  /// The `most` greatest of n scores: those above a threshold, and the first n_equal of those that equal it.
+  struct Choice {
+    uint32_t threshold;
+    int n_equal;
+
+    /// Whether number i is one of them.
+    SIMT bool has(const uint32_t* scores, int i) const {
+      if (scores[i] != threshold) return scores[i] > threshold;
+      int before = 0;
+      for (int other = 0; other < i && before < n_equal; other++) before += scores[other] == threshold;
+      return before < n_equal;
+    }
+  };
+  /// A thread block calls it, after a barrier.
+  template <int Threads>
+  SIMT static Choice choose(const uint32_t* scores, int n, int most) {
+    if (n <= most) return {0, n};
+    const auto count = [&](uint32_t threshold) {
+      int found = 0;
+      for (int first = 0; first < n; first += Threads) {
+        const int i = first + simt::thread();
+        found += simt::count_in_block(i < n && scores[i] >= threshold);
+      }
+      return found;
+    };
+    uint32_t threshold = 0;
+    for (int bit = 31; bit >= 0; bit--) {
+      if (count(threshold | 1u << bit) >= most) threshold |= 1u << bit;
+    }
+    return {threshold, threshold == UINT32_MAX ? most : most - count(threshold + 1)};
+  }
+};
+
+/// Scores of a prompt's cells. Grid [n_streams][n_kv_heads][tiles of kJudgeTile entries].
+struct JudgeKernel {
+  static constexpr int kThreads = 256, kWarps = kThreads / 32, kHeads = 8, kMaxDim = 256;
+
+  struct Shared {
+    float mean[kHeads * kMaxDim];
+    double mean_product[kHeads], inverse[kHeads];
+  };
+  static constexpr size_t kSharedBytes = sizeof(Shared);
+
+  /// A thread block's stream and KV head.
+  struct Place {
+    const JudgeArgs& a;
+    const uint16_t* rows;
+    const int32_t* entries;  // of the job
+    int stream, head;
+
+    SIMT Judge::Key key(int i) const {
+      const int entry = entries[i];
+      if (entry < a.capacity) return {rows + size_t(entry) * a.head_dim, nullptr};
+      return {nullptr, a.keys + size_t(entry - a.capacity) * a.key_token_stride + head * a.key_head_stride};
+    }
+    SIMT const float* query(int token, int of_group) const {
+      return a.queries + token / a.stream_tokens * a.query_stream_stride +
+             token % a.stream_tokens * a.query_token_stride + (head * a.group + of_group) * a.query_head_stride;
+    }
+  };
+
+  /// The mean of the job's queries, of `n_heads` heads of the group from `first` on.
+  SIMT static void make_mean(Shared& s, const Place& p, const JudgeJob& job, int first, int n_heads) {
+    const int n = job.n_judges < Judge::kMostQueries ? job.n_judges : Judge::kMostQueries;
+    for (int i = simt::thread(); i < n_heads * p.a.head_dim; i += kThreads) {
+      float sum = 0;
+      SIMT_UNROLL_BY(8)
+      for (int k = 0; k < n; k++) {
+        const int token = p.entries[job.judges + k * job.n_judges / n] - p.a.capacity;
+        sum = simt::add_rn(sum, p.query(token, first + i / p.a.head_dim)[i % p.a.head_dim]);
+      }
+      s.mean[i] = simt::div_rn(sum, float(n));
+    }
+    simt::sync();
+  }
+
+  SIMT static void keep_queries(const Place& p) {
+    const JudgeArgs& a = p.a;
+    const int32_t* judges = a.layer->judges + size_t(p.stream) * a.n_judges;
+    for (int j = 0; j < a.n_judges; j++) {
+      if (judges[j] < 0) continue;
+      const int token = (p.stream - a.first_stream) * a.stream_tokens + judges[j];
+      float* to =
+          a.layer->queries + ((size_t(p.stream) * a.n_judges + j) * a.n_kv_heads + p.head) * a.group * a.head_dim;
+      for (int i = simt::thread(); i < a.group * a.head_dim; i += kThreads) {
+        to[i] = p.query(token, i / a.head_dim)[i % a.head_dim];
+      }
+    }
+  }
+
+  SIMT static void run(const JudgeArgs& a) {
+    simt::launch_dependents();
+    simt::wait_for_previous_grid();
+    Shared& s = *reinterpret_cast<Shared*>(simt::shared());
+    const int stream = simt::block_z(), head = simt::block_y(), first = simt::block_x() * kJudgeTile;
+    const size_t rows = (size_t(stream) * a.n_kv_heads + head) * a.capacity * a.head_dim;
+    Place p{a, a.layer->keys + rows, a.list.entries + size_t(stream) * a.list.max_entries, stream, head};
+    const bool in_batch = stream >= a.first_stream && stream < a.first_stream + a.n_batch_streams;
+    if (!in_batch) return;
+    if (first == 0) keep_queries(p);
+    JudgeJob job{};
+    for (int i = 0; i < a.list.n_jobs[stream]; i++) {
+      const JudgeJob& each = a.list.jobs[size_t(stream) * kMaxJudgeJobs + i];
+      if (first >= each.first && first < each.first + each.n_others) job = each;
+    }
+    if (job.n == 0) return;
+    p.entries += job.first;
+    uint32_t* scores = a.list.scores + size_t(stream) * a.list.max_entries + job.first;
+    const int begin = first - job.first;
+    for (int group = 0; group < a.group; group += kHeads) {
+      const int n_heads = a.group - group < kHeads ? a.group - group : kHeads;
+      make_mean(s, p, job, group, n_heads);
+      if (const int warp = simt::thread() / 32; warp < n_heads) {
+        const Judge::Spread spread = Judge::spread(s.mean + warp * a.head_dim, a.head_dim, job.n_recent,
+                                                   [&](int i) { return p.key(job.n_others + i); });
+        if (simt::thread() % 32 == 0) {
+          s.mean_product[warp] = spread.mean;
+          s.inverse[warp] = spread.inverse;
+        }
+      }
+      simt::sync();
+      for (int i = simt::thread(); i < n_heads * kJudgeTile; i += kThreads) {
+        const int h = i / kJudgeTile, entry = begin + i % kJudgeTile;
+        if (entry >= job.n_others) continue;
+        const float x = Judge::product(s.mean + h * a.head_dim, p.key(entry), a.head_dim);
+        Judge::score(x, {s.mean_product[h], s.inverse[h]}, &scores[entry]);
+      }
+      simt::sync();
+    }
+  }
+};
+
+}  // namespace thimble::cuda
