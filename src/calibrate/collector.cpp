@@ -9,6 +9,7 @@
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "cache/cache_name.h"
 
@@ -86,6 +87,29 @@ Rope rope_of(const ggml_tensor* node, RopeShape& shape) {
   return rope;
 }
 
+/// The product of a layer's output projection with its heads' outputs, or -1.
+int layer_of_output(const ggml_tensor* node) {
+  int layer = -1, parsed = 0;
+  if (node->op != GGML_OP_MUL_MAT) return -1;
+  return std::sscanf(node->src[0]->name, "blk.%d.attn_output.weight%n", &layer, &parsed) == 1 && parsed > 0 ? layer
+                                                                                                            : -1;
+}
+
+/// What is measured of a node, as llama.cpp names them, and the layer that it belongs to; null where nothing is.
+std::pair<int, void (LayerStatistics::*)(double)> measured(const ggml_tensor* node) {
+  int layer = -1;
+  if (std::sscanf(node->name, "l_out-%d", &layer) == 1 && layer >= 0) return {layer, &LayerStatistics::add_residual};
+  if ((layer = layer_of_output(node)) >= 0) return {layer, &LayerStatistics::add_output};
+  if (std::sscanf(node->name, "attn_post_norm-%d", &layer) == 1 && layer >= 0 && node->op == GGML_OP_MUL &&
+      node->src[0]->op == GGML_OP_RMS_NORM) {
+    // Some models name so the norm of the residual stream: then no projection lies behind it.
+    const ggml_tensor* x = node->src[0]->src[0];
+    while (x->op == GGML_OP_GET_ROWS || x->op == GGML_OP_RESHAPE || x->op == GGML_OP_VIEW) x = x->src[0];
+    if (layer_of_output(x) == layer) return {layer, &LayerStatistics::add_normalized};
+  }
+  return {-1, nullptr};
+}
+
 }  // namespace
 
 Collector::Collector(int n_layers, const StatisticsOptions& options) : options_(options), layers_(n_layers) {}
@@ -93,10 +117,9 @@ Collector::Collector(int n_layers, const StatisticsOptions& options) : options_(
 bool Collector::callback(ggml_tensor* node, bool ask, void* user_data) {
   Collector& self = *static_cast<Collector*>(user_data);
   if (!self.error_.empty()) return !ask;
-  int behind = -1;  // the layer whose output this node is; llama.cpp names it l_out-<layer>
-  if (std::sscanf(node->name, "l_out-%d", &behind) == 1 && behind >= 0 && size_t(behind) < self.layers_.size()) {
+  if (const auto [layer, add] = measured(node); add && size_t(layer) < self.layers_.size()) {
     if (ask) return self.last_;
-    if (self.last_) self.left(node, behind);
+    if (self.last_) self.measure(node, layer, add);
     return true;
   }
   const bool stores = node->op == GGML_OP_SET_ROWS, attends = node->op == GGML_OP_FLASH_ATTN_EXT;
@@ -132,14 +155,14 @@ void Collector::stored(const ggml_tensor* node, int layer, Kind kind) {
   }
 }
 
-void Collector::left(const ggml_tensor* node, int layer) {
+void Collector::measure(const ggml_tensor* node, int layer, void (LayerStatistics::*add)(double)) {
   // llama.cpp computes the last layer's output for the last token only, which is enough here.
   if (!layers_[layer] || node->type != GGML_TYPE_F32 || !ggml_is_contiguous(node)) return;
   const std::vector<float> x = fetch(node);
   for (int64_t t = 0; t < node->ne[1]; t++) {
     double square = 0;
     for (int64_t i = 0; i < node->ne[0]; i++) square += std::pow(double(x[t * node->ne[0] + i]), 2);
-    layers_[layer]->add_residual(square);
+    ((*layers_[layer]).*add)(square);
   }
 }
 

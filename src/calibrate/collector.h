@@ -47,7 +47,8 @@ private:
 
   void stored(const ggml_tensor* node, int layer, Kind kind);
   void attended(const ggml_tensor* node, int layer);
-  void left(const ggml_tensor* node, int layer);
+  /// Hands |x|^2 of each token of a node to `add`.
+  void measure(const ggml_tensor* node, int layer, void (LayerStatistics::*add)(double));
 
   StatisticsOptions options_;
   int first_position_ = 0;

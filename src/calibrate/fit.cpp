@@ -206,7 +206,7 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
       const double spread =
           std::accumulate(values[h].transform.variance.begin(), values[h].transform.variance.end(), 0.0) *
           values[h].transform.metric_scale;
-      const double weight = layers[i].concentration(h) / layers[i].residual();
+      const double weight = layers[i].concentration(h) * layers[i].output_weight();
       for (int kind : {0, 1}) {
         costs[kind].numbers += layer.dim(Kind(kind));
         costs[kind].costs.resize(candidates.size(), 0.0);

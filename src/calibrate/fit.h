@@ -42,8 +42,8 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
 /// called with the share of heads done, by one thread at a time.
 ///
 /// Where bits are spent unevenly, a side's cost is the power of the noise that its codes add to the layer's output,
-/// divided by the power of the residual stream behind the layer. With p the attention weights of a query over coded
-/// cells, e a value's error, o the output, and the errors of cells independent of each other:
+/// times LayerStatistics::output_weight. With p the attention weights of a query over coded cells, e a value's error, o
+/// the output, and the errors of cells independent of each other:
 ///   values:  |Wo sum p e|^2 = sum p^2 * E|Wo e|^2
 ///   keys:    a score's error s moves the output by p s Wo (v - o), so sum p^2 * E[s^2] * E|Wo (v - mean v)|^2
 Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>& layers,

@@ -43,6 +43,10 @@ public:
   void add_attention(int kv_head, std::vector<float> weights);
   /// Adds |x|^2 of one token's residual stream behind the layer.
   void add_residual(double square) { residual_sum_ += square, n_residuals_++; }
+  /// Takes |x|^2 of what the layer's attention puts out for one token, behind its output projection; and of the same
+  /// behind a norm, where the model has one there.
+  void add_output(double square) { output_sum_ += square, n_outputs_++; }
+  void add_normalized(double square) { normalized_sum_ += square, n_normalized_++; }
 
   const LayerShape& shape() const { return shape_; }
   /// The sampled keys or values of a KV head, [n_samples][head_dim].
@@ -56,6 +60,13 @@ public:
   double concentration(int kv_head) const;
   /// Mean |x|^2 of the residual stream, 1 where it was not seen.
   double residual() const { return n_residuals_ ? residual_sum_ / double(n_residuals_) : 1.0; }
+  /// What noise in the attention's output weighs, as power: one over the residual stream's, or, where a norm stands
+  /// behind the output, what that norm multiplies it by. The stream's power does not count there: most of it lies in
+  /// few components that such models' norms scale down (docs/results/quality.md has both rules' figures).
+  double output_weight() const {
+    if (n_normalized_ == 0 || n_outputs_ == 0 || output_sum_ <= 0) return 1.0 / residual();
+    return normalized_sum_ / double(n_normalized_) / (output_sum_ / double(n_outputs_));
+  }
   float score_scale() const { return score_scale_; }
   size_t n_samples() const { return n_samples_; }
 
@@ -73,6 +84,8 @@ private:
   std::vector<double> concentration_sum_;  // [n_kv_heads]
   std::vector<size_t> n_attentions_;       // [n_kv_heads]
   size_t n_residuals_ = 0;
+  double output_sum_ = 0, normalized_sum_ = 0;
+  size_t n_outputs_ = 0, n_normalized_ = 0;
 };
 
 }  // namespace thimble

@@ -291,6 +291,13 @@ TEST(Fit, LayersOfAnotherBudgetTakeNoBits) {
     EXPECT_GE(bits_of({0, 1}, layer), 3.5) << layer;
     EXPECT_LE(bits_of({0, 1}, layer), 4.0) << layer;
   }
+  // What a norm behind the output makes greater weighs more.
+  const double before = bits_of({}, 0);
+  EXPECT_EQ(layers[0].output_weight(), 1.0);
+  layers[0].add_output(2.0);
+  layers[0].add_normalized(2e6);
+  EXPECT_DOUBLE_EQ(layers[0].output_weight(), 1e6);
+  EXPECT_GT(bits_of({}, 0), before);
 }
 
 }  // namespace

@@ -2,10 +2,11 @@
 """Greedy text of llama-server with a draft model against the same without: twenty prompts of 64 tokens each.
 
 usage: speculative_test.py <llama-server> <plugin> <model> <draft model> <profile> <directory for the virtual environment>
-                           <cache> [most texts that may differ]
+                           <cache>
 
 <cache>: f16, or bits and retrieved cells as --kv has them (4, 2, 2+64). Where texts part, the two first choices of the server
-without a draft model are told with the difference of their log-probabilities: what rounding can turn, and what it cannot.
+without a draft model are told with the difference of their log-probabilities. A few may part where that is as small as what
+decoding several tokens at once changes (a mean KL of 4e-4 at most), and none elsewhere.
 """
 import os
 import sys
@@ -13,7 +14,7 @@ import sys
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "support"))
 from llama_server import Server, check, data, enter_environment
 
-server, plugin, model, draft, profile, venv, cache, *most = sys.argv[1:]
+server, plugin, model, draft, profile, venv, cache = sys.argv[1:]
 enter_environment(venv)
 with open(os.path.join(data, "alice.txt")) as f:
     alice = f.read()
@@ -47,14 +48,17 @@ with start("--spec-type", "draft-simple", "--spec-draft-n-max", "8", "-md", draf
 accepted = sum(timings.get("draft_n_accepted", 0) for _, _, timings in drafted)
 total = sum(timings.get("draft_n", 0) for _, _, timings in drafted)
 check(accepted > 20 * 64 / 4, f"{accepted} of {total} drafted tokens accepted")
-differ = 0
+near_tie, most_ties = 0.02, 4
+ties, others = 0, 0
 for i, ((tokens, probabilities, _), (other, _, _)) in enumerate(zip(plain, drafted)):
     check(len(tokens) == len(other) == 64, f"prompt {i}: 64 tokens each")
     if tokens == other:
         continue
-    differ += 1
     at = next(j for j in range(64) if tokens[j] != other[j])
     first, second = probabilities[at]["top_logprobs"][:2]
+    is_tie = first["logprob"] - second["logprob"] < near_tie and other[at] == second["id"]
+    ties, others = ties + is_tie, others + (not is_tie)
     print(f"prompt {i} parts at token {at}: {first['token']!r} before {second['token']!r} by "
           f"{first['logprob'] - second['logprob']:.5f}, with the draft model {other[at]} (they are {first['id']}, {second['id']})")
-check(differ <= int(most[0] if most else 0), f"{cache}: {differ} of {len(prompts)} texts differ with a draft model")
+check(others == 0 and ties <= most_ties, f"{cache}: of {len(prompts)} texts {ties} part at a near tie with a draft model, "
+                                         f"{others} elsewhere")
