@@ -21,7 +21,7 @@ with open(os.path.join(data, "alice.txt")) as f:
 with open(os.path.join(data, "..", "..", "examples", "gpl-3.0.txt")) as f:
     gpl = f.read()
 # About 210 tokens each, so that cells leave the window before and while the answer is decoded.
-prompts = [text[start:start + 850] for i in range(10) for text, start in ((alice, 1100 * i), (gpl, 3000 * i))]
+prompts = [text[start:start + 850] for i in range(10) for text, start in ((alice, 270 * i), (gpl, 3000 * i))]
 
 
 def start(*arguments):
