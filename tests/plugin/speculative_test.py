@@ -5,8 +5,8 @@ usage: speculative_test.py <llama-server> <plugin> <model> <draft model> <profil
                            <cache>
 
 <cache>: f16, or bits and retrieved cells as --kv has them (4, 2, 2+64). Where texts part, the two first choices of the server
-without a draft model are told with the difference of their log-probabilities. A few may part where that is as small as what
-decoding several tokens at once changes (a mean KL of 4e-4 at most), and none elsewhere.
+without a draft model are told with the difference of their log-probabilities. Some may part at a near tie, as f16's do: ggml's
+products with several tokens at once round otherwise than with one. None may part elsewhere.
 """
 import os
 import sys
@@ -16,12 +16,10 @@ from llama_server import Server, check, data, enter_environment
 
 server, plugin, model, draft, profile, venv, cache = sys.argv[1:]
 enter_environment(venv)
-with open(os.path.join(data, "alice.txt")) as f:
-    alice = f.read()
 with open(os.path.join(data, "..", "..", "examples", "gpl-3.0.txt")) as f:
     gpl = f.read()
 # About 210 tokens each, so that cells leave the window before and while the answer is decoded.
-prompts = [text[start:start + 850] for i in range(10) for text, start in ((alice, 1100 * i), (gpl, 3000 * i))]
+prompts = [gpl[1700 * i:1700 * i + 850] for i in range(20)]
 
 
 def start(*arguments):
@@ -48,7 +46,7 @@ with start("--spec-type", "draft-simple", "--spec-draft-n-max", "8", "-md", draf
 accepted = sum(timings.get("draft_n_accepted", 0) for _, _, timings in drafted)
 total = sum(timings.get("draft_n", 0) for _, _, timings in drafted)
 check(accepted > 20 * 64 / 4, f"{accepted} of {total} drafted tokens accepted")
-near_tie, most_ties = 0.02, 4
+near_tie, most_ties = 0.02, 8
 ties, others = 0, 0
 for i, ((tokens, probabilities, _), (other, _, _)) in enumerate(zip(plain, drafted)):
     check(len(tokens) == len(other) == 64, f"prompt {i}: 64 tokens each")
