@@ -73,8 +73,10 @@ public:
   void copy_cells(int64_t from, int64_t to, int64_t n) override {
     store_->copy(from, to, n);
     for (int64_t i = 0; i < n && !lent_.empty(); i++) {
+      lent_.erase(to + i);
       const auto loan = lent_.find(from + i);
-      if (loan != lent_.end()) std::copy_n(loan->second.get(), row_size_, lend(to + i));
+      if (loan == lent_.end() || !store_->reserve(to + i)) continue;
+      std::copy_n(loan->second.get(), row_size_, store_->row(to + i));
     }
   }
   void copy_slot(int, int) override {}

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "codec/half.h"
 #include "kernels/kernels.h"
 
 namespace thimble {
@@ -75,6 +76,15 @@ void CacheSide::copy_stream(int from, int to) {
     }
   }
   rows_->copy_cells(from * shape_.cells_per_stream, to * shape_.cells_per_stream, shape_.cells_per_stream);
+  if (!store() || !store()->is_full() || !coded_) return;
+  // Cells that found no room in one stream may have a place in the other: what their codes decode to.
+  std::vector<float> decoded(row_size());
+  for (int64_t i = 0; i < shape_.cells_per_stream; i++) {
+    uint16_t* row = rows_->at(to * shape_.cells_per_stream + i, -1);
+    if (!row || rows_->at(from * shape_.cells_per_stream + i, -1)) continue;
+    decode_row(to * shape_.cells_per_stream + i, decoded.data());
+    std::transform(decoded.begin(), decoded.end(), row, float_to_half);
+  }
 }
 
 void CacheLayer::begin_write(Kind kind, std::span<const int64_t> cells) {
@@ -195,7 +205,11 @@ void CacheLayer::copy_stream(Kind kind, int from, int to) {
   for (const Window::Row& row : window_.rows()) {
     if (row.in_flight || row.cell / n != to) continue;
     const int source = window_.find(row.cell - to * n + from * n);
-    if (source >= 0) s.rows().copy_slot(source, row.index);
+    if (source < 0) continue;
+    s.rows().copy_slot(source, row.index);
+    if (!exact_row(kind, row.cell)) {  // the exact store is full
+      std::copy_n(exact_row(kind, row.cell - to * n + from * n), s.row_size(), s.rows().lend(row.cell));
+    }
   }
 }
 

@@ -110,7 +110,7 @@ bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
   try {
     cache_->copy_stream(layer->index, kind, int(source.first / source.count), int(target.first / target.count));
   } catch (const std::runtime_error&) {
-    return false;  // the exact store is full; the caller then goes through `load`, which reports it and goes on
+    return false;  // the exact store cannot be written to; the caller then goes through `load`, which reports it
   }
   layer->refused.copy(kind, source.first, target.first, source.count);
   return true;

@@ -60,7 +60,7 @@ ExactStore::ExactStore(int64_t n_rows, size_t row_size, int file, std::string di
       rows_per_chunk_(std::max<int64_t>(1, int64_t(kChunkBytes / (row_size * sizeof(uint16_t))))),
       file_(file),
       directory_(std::move(directory)),
-      reserved_(size_t((n_rows + rows_per_chunk_ - 1) / rows_per_chunk_), 0) {
+      rooms_(size_t((n_rows + rows_per_chunk_ - 1) / rows_per_chunk_), Room::unasked) {
   const int flags = file_ < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
   void* data = mmap(nullptr, total_bytes(), PROT_READ | PROT_WRITE, flags, file_, 0);
   if (data == MAP_FAILED) {
@@ -101,25 +101,24 @@ std::unique_ptr<ExactStore> ExactStore::file(const std::string& directory, int64
 
 bool ExactStore::reserve(int64_t row) {
   const int64_t chunk = row / rows_per_chunk_;
-  char& reserved = reserved_[size_t(chunk)];
-  if (reserved) return true;
-  if (most_bytes_ < total_bytes() && reserved_bytes() + chunk_bytes() > most_bytes_) {
+  Room& room = rooms_[size_t(chunk)];
+  if (room != Room::unasked) return room == Room::taken;
+  const auto refuse = [&] {
+    room = Room::refused;
     is_full_ = true;
     return false;
-  }
+  };
+  if (most_bytes_ < total_bytes() && reserved_bytes() + chunk_bytes() > most_bytes_) return refuse();
   if (file_ >= 0) {
     const size_t begin = size_t(chunk) * chunk_bytes(), end = std::min(begin + chunk_bytes(), total_bytes());
     int error;
     do {
       error = posix_fallocate(file_, off_t(begin), off_t(end - begin));
     } while (error == EINTR);
-    if (is_lack_of_room(error)) {
-      is_full_ = true;
-      return false;
-    }
+    if (is_lack_of_room(error)) return refuse();
     if (error != 0) fail(directory_, error);
   }
-  reserved = 1;
+  room = Room::taken;
   return true;
 }
 
@@ -163,7 +162,7 @@ void ExactStore::copy(int64_t from, int64_t to, int64_t n) {
 }
 
 void ExactStore::clear() {
-  std::fill(reserved_.begin(), reserved_.end(), 0);
+  std::fill(rooms_.begin(), rooms_.end(), Room::unasked);
   is_full_ = false;
   if (file_ < 0) {
     madvise(data_, total_bytes(), MADV_DONTNEED);
@@ -177,8 +176,8 @@ void ExactStore::clear() {
 
 size_t ExactStore::reserved_bytes() const {
   size_t bytes = 0;
-  for (size_t i = 0; i < reserved_.size(); i++) {
-    if (reserved_[i]) bytes += std::min(chunk_bytes(), total_bytes() - i * chunk_bytes());
+  for (size_t i = 0; i < rooms_.size(); i++) {
+    if (rooms_[i] == Room::taken) bytes += std::min(chunk_bytes(), total_bytes() - i * chunk_bytes());
   }
   return bytes;
 }

@@ -28,14 +28,15 @@ public:
   ExactStore& operator=(const ExactStore&) = delete;
 
   /// Takes room for a row, so that it can be written; false where there is none (is_full is then true). Without room, a
-  /// write to the mapped page would end the process (SIGBUS). Throws std::runtime_error on any other error of the
-  /// system.
+  /// write to the mapped page would end the process (SIGBUS). A chunk that found no room gets none before `clear`, even
+  /// if the disk has some again: its rows would then seem to be there without having been written. Throws
+  /// std::runtime_error on any other error of the system.
   bool reserve(int64_t row);
   /// Whether there was no room for a row since the store was last cleared.
   bool is_full() const { return is_full_; }
   /// A row, [row_size] numbers, or null where it was never reserved.
   uint16_t* row(int64_t row) const {
-    return reserved_[size_t(row / rows_per_chunk_)] ? data_ + size_t(row) * row_size_ : nullptr;
+    return rooms_[size_t(row / rows_per_chunk_)] == Room::taken ? data_ + size_t(row) * row_size_ : nullptr;
   }
   /// Announces that numbers [first, first + n) of each of these rows will be read soon; rows are in ascending order and
   /// were reserved. Starts reading from the disk what is not in memory, and prefetches what is into the processor's
@@ -64,7 +65,8 @@ private:
   size_t most_bytes_ = SIZE_MAX;
   std::string directory_;
   uint16_t* data_ = nullptr;
-  std::vector<char> reserved_;  // by chunk
+  enum class Room : char { unasked, taken, refused };
+  std::vector<Room> rooms_;  // by chunk
   bool is_full_ = false;
   mutable std::atomic<int64_t> n_asked_{0};
 };

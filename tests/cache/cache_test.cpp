@@ -223,6 +223,12 @@ TEST(Store, AFullOneLeavesCellsTheirCodes) {
   EXPECT_EQ(loaded.save(0, 50), plain.save(0, 50));
   loaded.layer->clear();
   EXPECT_FALSE(loaded.layer->keys().store()->is_full());
+
+  TestLayer streams(2, 2, 100, {6, 2, 0}, true, 0);
+  streams.fill(50);
+  for (Kind kind : {Kind::key, Kind::value}) streams.layer->copy_stream(kind, 0, 1);
+  EXPECT_EQ(streams.save(100, 50), plain.save(0, 50));
+  EXPECT_EQ(streams.save(0, 50), plain.save(0, 50));
 }
 
 TEST(Layer, ABatchThatNothingAttendedToIsCoded) {

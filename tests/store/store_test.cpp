@@ -11,6 +11,7 @@
 #include <csignal>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <numeric>
 #include <stdexcept>
@@ -185,6 +186,8 @@ TEST(ExactStore, AFullDiskHasNoRoomForARow) {
         mount("tmpfs", path.c_str(), "tmpfs", 0, "size=4m") != 0) {
       return kCannotMount;
     }
+    const std::string other = path + "/of-another-program";
+    std::ofstream(other) << std::string(1 << 20, 'x');
     const auto store = ExactStore::file(path, 100000, 128);
     int64_t row = 0;
     while (row < 100000 && store->reserve(row)) {
@@ -198,7 +201,9 @@ TEST(ExactStore, AFullDiskHasNoRoomForARow) {
     for (int64_t i = 0; i < row; i++) {
       if (get(*store, i, 128) != pattern(i, 128)) return 5;
     }
-    store->clear();  // there is room again
+    fs::remove(other);  // there is room again, but other rows of this chunk were not written
+    if (store->reserve(row) || store->row(row)) return 8;
+    store->clear();
     if (store->is_full()) return 7;
     put(*store, row, pattern(row, 128));
     return get(*store, row, 128) == pattern(row, 128) ? 0 : 6;
