@@ -262,12 +262,7 @@ void add_bench_command(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--profile", options.profile,
                       "Calibration of the model (default: <model>.thimble.gguf beside it)");
-  command->add_option("--window", options.window, "Exact cells at the end")->capture_default_str();
-  command->add_option("--pool", options.pool, "Exact cells besides, those that matter most")->capture_default_str();
-  command
-      ->add_option("--small", options.small_cells,
-                   "Caches of at most so many cells stay f16; 0: all is coded, sliding windows too")
-      ->capture_default_str();
+  add_exact_options(*command, options.window, options.pool, options.small_cells);
   add_context_options(*command, options.context);
   command->add_option("--decode", options.n_decode, "Tokens to decode in a round")->capture_default_str();
   command->add_option("--prompt", options.n_prompt, "Tokens to read in a round")->capture_default_str();

@@ -21,4 +21,14 @@ inline void add_context_options(CLI::App& command, ContextShape& shape) {
       ->capture_default_str();
 }
 
+/// Adds --window, --pool and --small, the keys of THIMBLE_KV that say which cells stay exact.
+inline void add_exact_options(CLI::App& command, int& window, int& pool, int& small_cells) {
+  command.add_option("--last,--window", window, "Exact cells at the end")->capture_default_str();
+  command.add_option("--pool", pool, "Exact cells besides, those that matter most")->capture_default_str();
+  command
+      .add_option("--small", small_cells,
+                  "Caches of at most so many cells stay f16; 0: all is coded, sliding windows too")
+      ->capture_default_str();
+}
+
 }  // namespace thimble

@@ -7,9 +7,9 @@
 
 #include "cuda/attend/shape.h"
 #include "cuda/encode/encode_kernel.h"
-#include "cuda/encode/window_kernel.h"
 #include "emulated_attend.h"
 #include "fixture.h"
+#include "test_window.h"
 
 namespace thimble::cuda {
 namespace {
@@ -43,24 +43,11 @@ public:
     layer_.value_cache = view_[1];
     layer_.cells_per_stream = kCells;
     layer_.window = {rows_[0].data(), rows_[1].data(), nullptr, kCapacity};
-    window_.last = kLast;
-    window_.pool = kPool;
-    window_.spare = kSpare;
-    window_.n_kv_heads = kHeads;
-    window_.group = kGroup;
-    window_.head_dim = kDim;
-    window_.books = &books_;
-    window_.cells = cells_.data();
-    window_.order = order_.data();
-    window_.sequence = sequence_.data();
-    window_.tokens = tokens_.data();
-    window_.judges = judges_.data();
-    window_.leaving_cells = leaving_cells_.data();
-    window_.leaving_slots = leaving_slots_.data();
-    window_.n_leaving = n_leaving_;
-    window_.hidden = hidden_.data();
-    window_.keys = rows_[0].data();
-    window_.queries = queries_.data();
+    window_.w.n_kv_heads = kHeads;
+    window_.w.group = kGroup;
+    window_.w.head_dim = kDim;
+    window_.w.keys = rows_[0].data();
+    window_.w.queries = queries_.data();
   }
 
   /// Writes a batch, attends if it is small enough to be decoded, and returns attention's error.
@@ -74,27 +61,12 @@ public:
     }
     for (int64_t cell : cells) last_ = std::max(last_, int(cell) + 1);
 
-    std::vector<int32_t> slots(n);
-    std::vector<uint32_t> marks(n);
     std::vector<uint16_t> mask(n * kCells);
     for (int i = 0; i < n * kCells; i++) mask[i] = i % kCells <= cells[i / kCells] ? 0 : 0xfc00;
-    window_.token_slots = slots.data();
-    window_.marks = marks.data();
-    WindowArgs w;
-    w.layers = &window_;
-    w.n_tokens = w.mask_tokens = n;
-    w.cells = cells.data();
-    w.cells_per_stream = w.mask_cells = kCells;
-    w.mask = mask.data();
-    w.mask_token_stride = kCells;
-    w.slots = kSlots;
-    w.capacity = kCapacity;
-    w.n_judges = kMaxTokens;
-    w.hidden_stream_stride = hidden_.size();
-    simt::Machine::launch({1, 1}, WindowKernel::kThreads, WindowKernel::kSharedBytes, [&] { WindowKernel::run(w); });
+    window_.update(cells, mask);
     LeaveArgs leave;
     leave.layers = &layer_;
-    leave.windows = &window_;
+    leave.windows = window_.layer.data();
     leave.n_layers = 1;
     leave.n_kv_heads = kHeads;
     leave.n_tokens = n;
@@ -108,7 +80,7 @@ public:
       p.key_token_stride = p.value_token_stride = kHeads * kDim;
       p.key_head_stride = p.value_head_stride = kDim;
       p.cells = cells.data();
-      p.window.slots = slots.data();
+      p.window.slots = window_.token_slots.data();
       simt::Machine::launch({n, 2 * kHeads}, Encode::kThreads, Encode::kSharedBytes, [&] { Encode::run(p); });
       return 0;
     }
@@ -140,25 +112,26 @@ private:
     a.scale = 0.125f;
     a.mask = mask.data();
     a.mask_token_stride = kCells;
-    a.hidden = hidden_.data();
-    a.exact[0] = {rows_[0].data(), rows_[1].data(), cells_.data(), kCapacity, false};
-    a.judges = judges_.data();
+    a.hidden = window_.hidden.data();
+    a.exact[0] = {rows_[0].data(), rows_[1].data(), window_.window.data(), kCapacity, false};
+    a.judges = window_.judges.data();
     a.kept_queries = queries_.data();
     a.n_judges = kMaxTokens;
     a.fresh.keys = keys.data();
     a.fresh.values = values.data();
     a.fresh.key_token_stride = a.fresh.value_token_stride = kHeads * kDim;
     a.fresh.key_head_stride = a.fresh.value_head_stride = kDim;
-    a.fresh.tokens = tokens_.data();
+    a.fresh.tokens = window_.tokens.data();
     a.fresh.window_keys = rows_[0].data();
     a.fresh.window_values = rows_[1].data();
     deal_out(a, 1, 0);
     const std::vector<float> output = emulate_attend<Shape>(a, 1);
     for (int j = 0; j < kMaxTokens; j++) {
-      if (judges_[j] < 0) continue;
+      if (window_.judges[j] < 0) continue;
       n_kept_++;
       const size_t size = n_heads * kDim;
-      EXPECT_TRUE(std::equal(&queries[judges_[j] * size], &queries[judges_[j] * size] + size, &queries_[j * size]));
+      EXPECT_TRUE(std::equal(&queries[window_.judges[j] * size], &queries[window_.judges[j] * size] + size,
+                             &queries_[j * size]));
     }
 
     std::vector<double> expected;
@@ -172,7 +145,7 @@ private:
         const size_t at = (size_t(cell) * kHeads + h) * kDim;
         std::copy_n(&all_[0][at], kDim, k.begin());
         std::copy_n(&all_[1][at], kDim, v.begin());
-        if (!(hidden_[cell / 32] >> cell % 32 & 1)) {
+        if (!(window_.hidden[cell / 32] >> cell % 32 & 1)) {
           code(codecs_[0][h], k);
           code(codecs_[1][h], v);
         }
@@ -205,16 +178,8 @@ private:
   std::vector<uint16_t> rows_[2];
   std::vector<float> all_[2];  // [cells][KV heads][head size]
   EncodeArgs layer_;
-  WindowBooks books_{};
-  std::vector<uint32_t> order_ = std::vector<uint32_t>(kCapacity), sequence_ = order_;
-  std::vector<int64_t> leaving_cells_ = std::vector<int64_t>(kCapacity);
-  std::vector<int32_t> leaving_slots_ = std::vector<int32_t>(kCapacity);
-  int n_leaving_[2] = {0, 0};
-  std::vector<int32_t> cells_ = std::vector<int32_t>(kCapacity, -1), tokens_ = cells_;
-  std::vector<int32_t> judges_ = std::vector<int32_t>(kMaxTokens, -1);
+  TestWindow window_{{kLast, kPool, kSpare}, kSlots, kCells, 1};
   std::vector<float> queries_ = std::vector<float>(kMaxTokens * kHeads * kGroup * kDim);
-  LayerWindow window_;
-  std::vector<uint32_t> hidden_ = std::vector<uint32_t>(kCells / 32);
   int last_ = 0, n_kept_ = 0;
 };
 

@@ -132,12 +132,7 @@ void add_eval_command(CLI::App& app) {
   command->add_option("--vecinfer-profile", session.vecinfer.path,
                       "The same by VecInfer's recipe (default: <model>.vecinfer.thimble.gguf beside it)");
   command->add_option("--first", session.first, "Exact cells at the start, of emulated caches")->capture_default_str();
-  command->add_option("--last,--window", session.last, "Exact cells at the end")->capture_default_str();
-  command->add_option("--pool", session.pool, "Exact cells besides, those that matter most")->capture_default_str();
-  command
-      ->add_option("--small", session.small_cells,
-                   "Caches of at most so many cells stay f16; 0: all is coded, sliding windows too")
-      ->capture_default_str();
+  add_exact_options(*command, session.last, session.pool, session.small_cells);
   command->add_option("--policy", session.policy, "Layers that retrieve: all, or auto (those the profile calls sparse)")
       ->check(CLI::IsMember({"all", "auto"}))
       ->capture_default_str();
