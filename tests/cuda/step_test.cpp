@@ -96,12 +96,11 @@ private:
     const std::vector<float> queries = random_.normals(size_t(n) * n_heads * kDim);
     std::vector<uint16_t> mask(n * kCells);
     for (int i = 0; i < n * kCells; i++) mask[i] = i % kCells <= cells[i / kCells] ? 0 : 0xfc00;
-    AttendArgs a;
-    a.n_tokens = n;
-    a.n_kv_heads = kHeads;
-    a.group = kGroup;
-    a.head_dim = kDim;
-    a.n_cells = kCells;
+    const struct {
+      int n_streams = 1, n_tokens, n_kv_heads = kHeads, group = kGroup, n_cells = kCells;
+      float softcap = 0;
+    } sizes{.n_tokens = n};
+    AttendArgs a = attend_args(sizes, kDim);
     a.keys = view_[0];
     a.values = view_[1];
     a.key_codec = layer_.key_codec;
