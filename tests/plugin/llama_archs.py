@@ -25,11 +25,23 @@ for name in ("THIMBLE_KV", "GGML_BACKEND_PATH"):
     os.environ.pop(name, None)
 
 
-def rows(arch, env):
-    """{(device, config): 'OK' | 'FAIL' | 'SKIP' | 'none'} and the last error sentence."""
+def run(arch, env):
+    """The program's output, without colours, its last sentence of a refusal, and its exit code."""
     command = [program, "--seed", "1"] + (["-a", arch] if arch else [])
-    done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=600)
-    out = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    # A thread of its own writes llama.cpp's log, which the table is part of, and the program does not wait for it: on a busy
+    # machine the last lines are lost now and then. A whole output ends in the summary, or in the sentence of a refusal.
+    for _ in range(20):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=600)
+        refusal = [l for l in done.stderr.splitlines() if "failed to initialize the context" in l or " thimble: " in l]
+        if refusal or "Summary:" in done.stdout:
+            break
+    refusal = re.sub(r".*(initialize the context|thimble): ", "", refusal[-1]) if refusal else ""
+    return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout), refusal, done.returncode
+
+
+def rows(arch, env):
+    """{(device, config): 'OK' | 'FAIL' | 'SKIP' | 'none'}, the last sentence of a refusal, and the exit code."""
+    out, refusal, code = run(arch, env)
     found = collections.OrderedDict()
     for line in out.splitlines():
         cells = [c.strip() for c in line.split("|")[1:]]
@@ -41,9 +53,7 @@ def rows(arch, env):
         if outcome == "OK" and len(cells) > 4 and cells[4].startswith("FAIL"):
             outcome = "FAIL"
         found[cells[0], device, cells[2]] = outcome
-    refusal = [l for l in done.stderr.splitlines() if "failed to initialize the context" in l or " thimble: " in l]
-    refusal = re.sub(r".*(initialize the context|thimble): ", "", refusal[-1]) if refusal else ""
-    return found, refusal, done.returncode
+    return found, refusal, code
 
 
 plain, _, _ = rows(None, os.environ)
@@ -54,11 +64,7 @@ if not archs:
 table, failed = [], []
 counts = collections.Counter()
 for arch in archs:
-    # llama.cpp's log has a thread of its own; a program that exits over a refusal may do so before the line is out.
-    for _ in range(5):
-        found, refusal, code = rows(arch, plugin_env)
-        if refusal or code == 0:
-            break
+    found, refusal, code = rows(arch, plugin_env)
     for (a, d, config), outcome in plain.items():
         if a != arch or d != "cpu" or outcome != "OK":
             continue
