@@ -113,8 +113,6 @@ std::vector<LayerPlan> plan_layers(const Settings& settings, const CacheLayout& 
   const std::unique_ptr<Engine> engine = make_cpu_engine({"CPU", ""});
   const CachePlanner planner(*engine, settings);
   std::vector<LayerPlan> plans;
-  int64_t longest = 0;
-  for (const CacheLayout::Layer& layer : layout.layers) longest = std::max(longest, layer.cells_per_stream);
   for (size_t i = 0; i < layout.layers.size(); i++) {
     const LayerShape& layer = layout.shape.layers[i];
     if (layer.n_kv_heads == 0) continue;
@@ -123,8 +121,7 @@ std::vector<LayerPlan> plan_layers(const Settings& settings, const CacheLayout& 
     geometry.n_kv_heads = layer.n_kv_heads;
     geometry.cells_per_stream = layout.layers[i].cells_per_stream;
     geometry.n_streams = layout.n_streams;
-    // The plugin recognizes a sliding window by its shorter cache (Device::is_window), so this does the same.
-    geometry.is_window = layout.layers[i].is_window && geometry.cells_per_stream < longest;
+    geometry.is_window = layout.layers[i].is_window;
     for (Kind kind : {Kind::key, Kind::value}) {
       geometry.head_dim[int(kind)] = layer.dim(kind);
       geometry.width[int(kind)] = int64_t(layer.dim(kind)) * layer.n_kv_heads;

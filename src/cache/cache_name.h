@@ -27,4 +27,9 @@ inline std::optional<CacheName> parse_cache_name(std::string_view name) {
   return CacheName{kind, layer};
 }
 
+/// Whether the name is that of a recurrent layer's state: "cache_r_l3", "cache_s_l3".
+inline bool is_recurrent_state(std::string_view name) {
+  return name.starts_with("cache_r_l") || name.starts_with("cache_s_l");
+}
+
 }  // namespace thimble

@@ -71,18 +71,27 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
   for (Kind kind : {Kind::key, Kind::value}) {
     const int64_t width = geometry.width[int(kind)];
     if (width == 0) continue;
-    int dim = geometry.head_dim[int(kind)];
-    if (dim == 0) dim = source_->head_dim(geometry.layer, kind).value_or(assumed_head_dim(width));
-    CacheShape shape = plan.shape;
-    if (shape.n_kv_heads == 0) shape.n_kv_heads = int(width / dim);
-    LayerPlan side = plan;  // where n_kv_heads is not known, keys and values may get different assumed numbers
-    side.shape = shape;
-    plan.format[int(kind)] = side.format[int(kind)] = source_->format(geometry.layer, kind, dim);
-    if (geometry.n_kv_heads > 0 && !state_row_fits(shape, side.side(kind))) {
+    const int assumed = source_->head_dim(geometry.layer, kind).value_or(assumed_head_dim(width));
+    const int dim = geometry.head_dim[int(kind)] == 0 ? assumed : geometry.head_dim[int(kind)];
+    // Where n_kv_heads is not known, keys and values may get different assumed numbers.
+    const auto side_of = [&](int head_dim, int n_kv_heads) {
+      LayerPlan side = plan;
+      side.shape.n_kv_heads = n_kv_heads;
+      side.format[int(kind)] = source_->format(geometry.layer, kind, head_dim);
+      return side;
+    };
+    const LayerPlan side = side_of(dim, geometry.n_kv_heads == 0 ? int(width / dim) : geometry.n_kv_heads);
+    plan.format[int(kind)] = side.format[int(kind)];
+    if (geometry.n_kv_heads > 0 && !state_row_fits(side.shape, side.side(kind))) {
       throw std::runtime_error(name_of(geometry.layer) + "heads of size " + std::to_string(dim) +
                                " are too small to code; use bits=16 or run without the THIMBLE device");
     }
     plan.bytes[int(kind)] = engine_.side_bytes(side, kind);
+    // llama.cpp allocated the memory before the head size was known.
+    if (dim != assumed) {
+      const size_t reserved = engine_.side_bytes(side_of(assumed, int(width / assumed)), kind);
+      plan.bytes[int(kind)] = std::max(plan.bytes[int(kind)], reserved);
+    }
     plan.more_bytes += engine_.more_bytes(side, kind);
   }
   if (plan.top > 0) plan.store_bytes = plan.f16_bytes;

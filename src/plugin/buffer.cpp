@@ -49,6 +49,7 @@ ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor
       return GGML_STATUS_FAILED;
     }
   }
+  if (is_recurrent_state(tensor->name)) kv.device().end_of_caches();
   tensor->buffer = kv.inner();
   // llama.cpp marks buffers of weights as such, but it marks only this buffer, so the inner one is marked here.
   const std::string_view name = tensor->name;

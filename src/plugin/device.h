@@ -36,8 +36,12 @@ public:
   void add(KvBuffer& buffer);
   void remove(KvBuffer& buffer);
   /// Whether a cache tensor is of a layer with a sliding window. llama.cpp keeps these layers in a cache of their own,
-  /// which it makes after that of the other layers and with no more cells than the sliding window needs.
-  bool is_window(int layer, int64_t cells_per_stream);
+  /// which it makes right after that of the other layers, with as many cells as the window and a batch need, and no
+  /// more than the other has.
+  bool is_window(const ggml_tensor* tensor, int layer);
+  /// To be called when llama.cpp makes the state of recurrent layers, which comes behind all caches of a model: a cache
+  /// that leaves out layers then has no other cache for them.
+  void end_of_caches();
   /// Logs one line about the caches that were not reported yet, once all their coded layers are bound.
   void report_caches();
   /// The layers that have a cache here.

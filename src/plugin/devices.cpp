@@ -108,17 +108,39 @@ void Device::add(KvBuffer& buffer) {
 void Device::remove(KvBuffer& buffer) {
   const std::lock_guard lock(mutex_);
   std::erase(buffers_, &buffer);
+  for (KvBuffer* other : buffers_) {
+    if (other->window_cache == &buffer) other->window_cache = nullptr;
+  }
 }
 
-// It is, if there is another cache that has more cells, does not have this layer, and leaves out some layer before its
-// own last one.
-bool Device::is_window(int layer, int64_t cells_per_stream) {
+bool Device::is_window(const ggml_tensor* tensor, int layer) {
   const std::lock_guard lock(mutex_);
-  return std::any_of(buffers_.begin(), buffers_.end(), [&](const KvBuffer* buffer) {
-    const auto& caches = buffer->caches();
-    return !caches.count(layer) && caches.begin()->second.cells_per_stream > cells_per_stream &&
-           int(caches.size()) <= caches.rbegin()->first;
-  });
+  // llama.cpp asks for a tensor's size before it has a buffer. Where the newest has room left, it will have that one.
+  const KvBuffer* own = buffers_.empty() || buffers_.back()->is_full() ? nullptr : buffers_.back();
+  if (tensor->buffer) own = KvBuffer::of(tensor);
+  for (const KvBuffer* buffer : buffers_) {
+    if (tensor->buffer && buffer->inner() == tensor->buffer) own = buffer;  // a cache that is left f16
+  }
+  if (own && own->caches().count(layer)) return own->caches().at(layer).is_window;
+  for (KvBuffer* other : buffers_) {
+    const auto& caches = other->caches();
+    const bool is_free = !other->is_window() && (!other->window_cache || other->window_cache == own);
+    const bool leaves_out_layers = int(caches.size()) <= caches.rbegin()->first;
+    if (other == own || !is_free || !leaves_out_layers || caches.count(layer) ||
+        caches.begin()->second.cells_per_stream < tensor->ne[1]) {
+      continue;
+    }
+    if (own) other->window_cache = own;
+    return true;
+  }
+  return false;
+}
+
+void Device::end_of_caches() {
+  const std::lock_guard lock(mutex_);
+  for (KvBuffer* buffer : buffers_) {
+    if (!buffer->window_cache) buffer->window_cache = buffer;
+  }
 }
 
 void Device::report_caches() {

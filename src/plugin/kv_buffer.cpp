@@ -17,7 +17,7 @@ LayerGeometry geometry_of(Device& device, const ggml_tensor* tensor, const Cache
   geometry.width[int(name.kind)] = tensor->ne[0];
   geometry.cells_per_stream = tensor->ne[1];
   geometry.n_streams = int(tensor->ne[2]);
-  geometry.is_window = device.is_window(name.layer, tensor->ne[1]);
+  geometry.is_window = device.is_window(tensor, name.layer);
   return geometry;
 }
 
@@ -50,7 +50,11 @@ bool KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
   if (caches_.empty()) device_.add(*this);
   LayerGeometry& cache = caches_.try_emplace(name.layer, geometry).first->second;
   cache.width[int(name.kind)] = tensor->ne[0];
-  if (!planner_->why_f16(geometry).empty()) return false;
+  const LayerPlan plan = planner_->plan(geometry);
+  const size_t bytes = plan.coded ? plan.bytes[int(name.kind)] : ggml_nbytes(tensor);
+  used_ += bytes;
+  least_ = least_ == 0 ? bytes : std::min(least_, bytes);
+  if (!plan.coded) return false;
   if (!cache_) cache_ = device_.engine().make_cache(planner_->settings(), planner_->hash());
   ManagedLayer& layer = layers_[name.layer];
   layer.index = name.layer;

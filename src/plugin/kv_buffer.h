@@ -61,6 +61,10 @@ public:
   void bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
   /// The caches by layer, those left f16 included.
   const std::map<int, LayerGeometry>& caches() const { return caches_; }
+  /// Whether its layers have sliding windows: llama.cpp keeps those in a cache of their own.
+  bool is_window() const { return !caches_.empty() && caches_.begin()->second.is_window; }
+  /// Whether no further cache tensor fits. ggml makes a buffer for the sum of the sizes of its tensors.
+  bool is_full() const { return ggml_backend_buffer_get_size(inner_) - used_ < least_; }
   const CachePlanner& planner() const { return *planner_; }
   bool all_bound() const;
   void add_to(PlanTotals& totals) const;
@@ -86,6 +90,10 @@ public:
   /// Whether any cell holds a row that was refused.
   bool has_refused() const;
 
+  /// The cache of this model's layers with sliding windows, or this one where there is none; null while neither is
+  /// known. Guarded by the device (Device::is_window).
+  const KvBuffer* window_cache = nullptr;
+
 private:
   struct Rows {
     ManagedLayer* layer;
@@ -109,6 +117,7 @@ private:
   std::map<int, ManagedLayer> layers_;
   std::unordered_map<const ggml_tensor*, CacheName> by_tensor_;
   std::map<int, LayerGeometry> caches_;
+  size_t used_ = 0, least_ = 0;  // bytes that the cache tensors take, and that the smallest takes
   bool is_reported_ = false;
   bool in_use_ = false;
   // Rows that wait to be loaded together: llama.cpp loads a sequence row by row where its cells are not adjacent.
