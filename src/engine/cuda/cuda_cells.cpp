@@ -51,7 +51,7 @@ RefusedRows CudaCache::write_cells(int index, Kind kind, std::span<const int64_t
     const size_t bytes = of.device.row_bytes();
     std::vector<bool> exact;
     for (size_t i = 0; i < cells.size(); i++) {
-      exact.push_back(row_kind(rows + i * bytes, hash_, /*codes=*/true) == RowKind::exact);
+      exact.push_back(row_kind(rows + i * bytes, hash_, /*takes_codes=*/true) == RowKind::exact);
     }
     orders = saved_orders_.find(exact, rows, bytes);
   }

@@ -13,7 +13,7 @@ namespace thimble {
 void require(const cuda::Status& status, const char* what);
 void require(cudaError_t error, const char* what);
 
-class CudaQueue : public Queue {
+class CudaQueue final : public Queue {
 public:
   explicit CudaQueue(const cuda::DeviceInfo& device);
   ~CudaQueue() override;
