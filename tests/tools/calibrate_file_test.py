@@ -2,23 +2,19 @@
 """The same seed gives the same calibration file, another seed another; on text that the model writes itself too.
 
 calibrate_file_test.py THIMBLE MODEL TEXT
-
-THIMBLE_TEST_SIZE=small: fewer tokens, for sanitizers.
 """
 import filecmp
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 thimble, model, text = sys.argv[1:]
-n_tokens = "128" if os.environ.get("THIMBLE_TEST_SIZE") == "small" else "256"
 
 
 def calibrate(output, seed, *source):
     # Small: a few windows of text, one rate.
-    subprocess.run([thimble, "calibrate", "-m", model, "-o", output, "--seed", str(seed), "-n", n_tokens, "--window", "64",
+    subprocess.run([thimble, "calibrate", "-m", model, "-o", output, "--seed", str(seed), "-n", "256", "--window", "64",
                     "--context", "4096", "--bits", "2", "--even", "--iterations", "2", "-t", "1", *source], check=True)
     assert output.stat().st_size > 100_000, "hardly a profile"
 

@@ -4,19 +4,16 @@
 outliers_test.py THIMBLE OUTLIER_MODEL MODEL CALIBRATION_TEXT TEXT
 
 Measures the same model with and without outliers (tests/support/outlier_model.cpp), each against its own f16 cache, with
-calibrated 2-bit codes and with the uncalibrated codec, which only rotates. THIMBLE_TEST_SIZE=small: less text, for
-sanitizers.
+calibrated 2-bit codes and with the uncalibrated codec, which only rotates.
 """
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 thimble, outlier_model, plain, calibration_text, text = sys.argv[1:]
-small = os.environ.get("THIMBLE_TEST_SIZE") == "small"
-context, n_decode, n_calibrate, iterations = (320, 24, 384, 2) if small else (768, 64, 1024, 5)
+context, n_decode, n_calibrate, iterations = 768, 64, 1024, 5
 
 
 def run(*command):
