@@ -20,7 +20,7 @@ inline std::optional<GgmlVersion> parse_version(const char* text) {
 }
 
 /// Older versions than kOldestGgml are refused. Newer ones than kNewestTriedGgml are used where the self-check passes.
-constexpr GgmlVersion kOldestGgml{0, 15, 0}, kNewestTriedGgml{0, 26, 0};
+constexpr GgmlVersion kOldestGgml{0, 15, 0}, kNewestTriedGgml{0, 27, 0};
 /// Backend API versions, each with a build of the plugin. ggml 0.25.3 exists with either.
 constexpr int kApiVersions[] = {2, 3};
 

@@ -7,6 +7,7 @@
 //   within API 2     ops were inserted before CUSTOM, so its number depends on the version (91 in 0.15, 95 from 0.20
 //   on).
 //                    ggml_backend_dev_caps got mmap_support, behind all members that the plugin uses.
+//   within API 3     ggml 0.27 has no ggml_graph_view; part_of makes what it made.
 //
 // Two rules keep this list short: tables of functions are filled by name, never by position; and of structs that the
 // host makes, only members before the first difference are used.
@@ -22,6 +23,18 @@ namespace thimble {
 
 /// The number of ggml's op CUSTOM in the host.
 ggml_op custom_op();
+
+/// A graph of some nodes of another one, in an array of the caller, without leafs and gradients.
+inline ggml_cgraph part_of(const ggml_cgraph& graph, ggml_tensor** nodes, int n_nodes) {
+  ggml_cgraph part = graph;
+  part.size = 0;
+  part.n_nodes = n_nodes;
+  part.n_leafs = 0;
+  part.nodes = nodes;
+  part.grads = part.grad_accs = part.leafs = nullptr;
+  part.uid = 0;
+  return part;
+}
 
 /// A device's properties. The host's struct may have more members than the one in these headers, so there is room
 /// behind it.

@@ -51,10 +51,10 @@ void InlineRunner::replace(ggml_tensor** node, ggml_custom_op_t run, Op& op) {
 
 ggml_status InlineRunner::run_segment(ggml_cgraph* graph, int first, int last) {
   if (first == last) return GGML_STATUS_SUCCESS;
-  ggml_cgraph view = ggml_graph_view(graph, first, last);
-  // A view of a graph lacks its use counts, without which the inner backend fuses no nodes. So a whole graph is passed
-  // as it is.
-  return ggml_backend_graph_compute(inner_, first == 0 && last == ggml_graph_n_nodes(graph) ? graph : &view);
+  // A whole graph is passed as it is: its number tells the inner backend that it comes again.
+  if (first == 0 && last == ggml_graph_n_nodes(graph)) return ggml_backend_graph_compute(inner_, graph);
+  ggml_cgraph part = part_of(*graph, ggml_graph_nodes(graph) + first, last - first);
+  return ggml_backend_graph_compute(inner_, &part);
 }
 
 ggml_status InlineRunner::run_nodes(ggml_cgraph* graph) {

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "kernels/kernels.h"
+#include "plugin/ggml_api.h"
 #include "plugin/nodes.h"
 #include "plugin/shift.h"
 
@@ -227,13 +228,7 @@ void StreamRunner::run_inner(std::vector<ggml_tensor*> nodes, const ggml_cgraph*
     marker_.op_params[0]++;
     nodes.insert(nodes.begin(), &marker_);
   }
-  ggml_cgraph part = *graph;
-  part.uid = 0;
-  part.nodes = nodes.data();
-  part.n_nodes = int(nodes.size());
-  part.size = 0;
-  part.leafs = nullptr;
-  part.n_leafs = 0;
+  ggml_cgraph part = part_of(*graph, nodes.data(), int(nodes.size()));
   if (ggml_backend_graph_compute_async(inner_, &part) != GGML_STATUS_SUCCESS) {
     throw std::runtime_error("the inner backend failed");
   }
