@@ -129,8 +129,11 @@ void add_doctor_command(CLI::App& app) {
     if (!ggml_backend_reg_by_name("THIMBLE") && !ggml_backend_load(plugin_path().c_str())) {
       throw std::runtime_error("the plugin does not load: see the line above");
     }
+    std::string coded;  // the plugin's devices
     for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
       ggml_backend_dev_t device = ggml_backend_dev_get(i);
+      const std::string name = ggml_backend_dev_name(device);
+      if (name.starts_with("THIMBLE")) coded += (coded.empty() ? "" : ",") + name;
       std::printf("device           %s: %s\n", ggml_backend_dev_name(device), ggml_backend_dev_description(device));
     }
     std::string names;
@@ -140,7 +143,7 @@ void add_doctor_command(CLI::App& app) {
     if (profile.empty()) profile = profile_beside(model);
     if (!model.empty()) print_model(model, profile, context);
     if (!profile.empty()) print_profile(profile);
-    print_service_line(profile, llama);
+    print_service_line(profile, llama, coded);
   });
 }
 

@@ -96,17 +96,13 @@ void set_environment(const LaunchFlags& flags, const std::string& model) {
   setenv("GGML_BACKEND_PATH", plugin_path().c_str(), 1);
 }
 
-// All devices of the plugin, as --device takes them. Only a program that has loaded the plugin knows how many there
-// are. To start one takes a moment, so it is not started where there can be only one device.
-std::string thimble_devices(const std::string& program) {
+// All devices of the plugin. Only a program that has loaded the plugin knows how many there are. To start one takes a
+// moment, so it is not started where there can be only one device.
+std::string devices_of(const std::string& program) {
   const std::string device = Settings::from_environment().device;
   const bool several_gpus = std::filesystem::exists("/dev/nvidia1") && device != "CPU";
   if (device.find('+') == std::string::npos && !several_gpus) return "THIMBLE0";
-  std::string names;
-  const std::string said = output_of(in_quotes(program) + " --list-devices 2>/dev/null");
-  for (int i = 0; said.find("  THIMBLE" + std::to_string(i) + ":") != std::string::npos; i++) {
-    names += (names.empty() ? "" : ",") + ("THIMBLE" + std::to_string(i));
-  }
+  const std::string names = thimble_devices(output_of(in_quotes(program) + " --list-devices 2>/dev/null"));
   return names.empty() ? "THIMBLE0" : names;
 }
 
@@ -120,7 +116,7 @@ std::string thimble_devices(const std::string& program) {
   } else {
     set_environment(flags, model);
     leave_out_profiles(args);
-    if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", thimble_devices(path)});
+    if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", devices_of(path)});
     if (!has_flag(args, {"-ngl", "--gpu-layers", "--n-gpu-layers"})) args.insert(args.end(), {"-ngl", "99"});
     if (!has_flag(args, {"-fa", "--flash-attn"})) args.insert(args.end(), {"-fa", "on"});
   }

@@ -111,4 +111,12 @@ std::string output_of(const std::string& command) {
   return output;
 }
 
+std::string thimble_devices(const std::string& listed) {
+  std::string names;
+  for (int i = 0; listed.find("  THIMBLE" + std::to_string(i) + ":") != std::string::npos; i++) {
+    names += (names.empty() ? "" : ",") + ("THIMBLE" + std::to_string(i));
+  }
+  return names;
+}
+
 }  // namespace thimble

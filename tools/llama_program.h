@@ -22,4 +22,8 @@ std::string in_quotes(const std::string& text);
 /// Runs a shell command and returns what it prints. Throws std::runtime_error where no shell can be started.
 std::string output_of(const std::string& command);
 
+/// The plugin's devices in what a program's --list-devices printed, as --device takes them: "THIMBLE0,THIMBLE1". Empty
+/// where it lists none.
+std::string thimble_devices(const std::string& listed);
+
 }  // namespace thimble

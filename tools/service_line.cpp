@@ -38,25 +38,26 @@ std::string last_line(std::string text) {
 
 }  // namespace
 
-void print_service_line(const std::string& profile, const std::string& llama) {
+void print_service_line(const std::string& profile, const std::string& llama, const std::string& own_devices) {
   const std::string load = "GGML_BACKEND_PATH=" + word(plugin_path()) + " THIMBLE_KV=" + word(settings(profile));
-  std::printf("service          %s LLAMA_ARG_DEVICE=THIMBLE0 LLAMA_ARG_N_GPU_LAYERS=99 LLAMA_ARG_FLASH_ATTN=on\n",
-              load.c_str());
-  std::string program;
+  std::string program, why_not, said;
   try {
     program = llama_program("llama-server", chosen_llama(llama));
+    // Without --device THIMBLE0, for lack of which a program that cannot load the plugin would end and say less.
+    said = output_of(load + " " + in_quotes(program) + " --list-devices 2>&1");
   } catch (const std::runtime_error& error) {
-    std::printf("                 not checked: %s\n", error.what());
-    return;
+    why_not = error.what();
   }
-  std::fflush(stdout);
-  // Without --device THIMBLE0, for lack of which a program that cannot load the plugin would end and say less.
-  const std::string said = output_of(load + " " + in_quotes(program) + " --list-devices 2>&1");
   const size_t list = said.find("Available devices:");
-  if (list != std::string::npos && said.find("THIMBLE0", list) != std::string::npos) {
-    std::printf("                 checked: %s lists THIMBLE0\n", program.c_str());
-  } else {
+  const std::string devices = list == std::string::npos ? "" : thimble_devices(said.substr(list));
+  std::printf("service          %s LLAMA_ARG_DEVICE=%s LLAMA_ARG_N_GPU_LAYERS=99 LLAMA_ARG_FLASH_ATTN=on\n",
+              load.c_str(), (devices.empty() ? own_devices : devices).c_str());
+  if (!why_not.empty()) {
+    std::printf("                 not checked: %s\n", why_not.c_str());
+  } else if (devices.empty()) {
     std::printf("                 %s does not load the plugin: %s\n", program.c_str(), last_line(said).c_str());
+  } else {
+    std::printf("                 checked: %s lists %s\n", program.c_str(), devices.c_str());
   }
 }
 

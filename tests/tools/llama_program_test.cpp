@@ -82,5 +82,12 @@ TEST_F(LlamaProgram, WithoutAChoiceIsFoundOnPath) {
   EXPECT_EQ(llama_program("llama-of-a-test", ""), folder_.file("llama-of-a-test"));
 }
 
+TEST(ThimbleDevices, AreThoseThatAProgramLists) {
+  EXPECT_EQ(thimble_devices("Available devices:\n  THIMBLE0: coded KV cache on CPU (1 MiB)\n"), "THIMBLE0");
+  EXPECT_EQ(thimble_devices("Available devices:\n  CUDA0: THIMBLE1: no\n  THIMBLE0: one\n  THIMBLE1: two\n"),
+            "THIMBLE0,THIMBLE1");
+  EXPECT_EQ(thimble_devices("Available devices:\n  CUDA0: a card\n"), "");
+}
+
 }  // namespace
 }  // namespace thimble

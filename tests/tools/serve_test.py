@@ -42,6 +42,10 @@ check("--set pool=x: pool=x must be a whole number" in run("--set", "pool=x"), "
 said = run("--kv", "2", "-ngl", "10")
 check("the layers before layer 21 are not on this device" in said, "so do layers that are elsewhere")
 
+doctor = subprocess.run([thimble, "doctor"], env={**environment, "THIMBLE_KV": "bits=4,device=CPU+CPU"}, stdin=subprocess.DEVNULL,
+                        capture_output=True, text=True, errors="replace", timeout=300).stdout
+check("LLAMA_ARG_DEVICE=THIMBLE0,THIMBLE1 " in doctor and "lists THIMBLE0,THIMBLE1" in doctor, "doctor's line names every device")
+
 with tempfile.TemporaryDirectory() as disk:
     mounted = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=3m none "$0" && exec "$@"', disk]
     if subprocess.run([*mounted, "true"], capture_output=True).returncode != 0:
