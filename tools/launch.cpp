@@ -4,13 +4,16 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <stdexcept>
 
 #include "commands.h"
 #include "engine/settings.h"
+#include "host_file.h"
 #include "launch_settings.h"
 #include "llama_program.h"
 #include "paths.h"
@@ -114,6 +117,7 @@ std::string devices_of(const std::string& program) {
   if (flags.kv == "f16") {
     if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", "none"});
   } else {
+    check_host_file(path);
     set_environment(flags, model);
     leave_out_profiles(args);
     if (!has_flag(args, {"--device", "-dev"})) args.insert(args.end(), {"--device", devices_of(path)});
@@ -124,7 +128,7 @@ std::string devices_of(const std::string& program) {
   for (std::string& arg : args) argv.push_back(arg.data());
   argv.push_back(nullptr);
   execv(path.c_str(), argv.data());
-  throw std::runtime_error("cannot start " + path);
+  throw std::runtime_error("cannot start " + path + ": " + std::strerror(errno));
 }
 
 CLI::App* add(CLI::App& app, const char* name, const char* what, LaunchFlags& flags) {

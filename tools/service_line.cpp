@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <stdexcept>
 
+#include "host_file.h"
 #include "llama_program.h"
 #include "paths.h"
 
@@ -43,6 +44,7 @@ void print_service_line(const std::string& profile, const std::string& llama, co
   std::string program, why_not, said;
   try {
     program = llama_program("llama-server", chosen_llama(llama));
+    check_host_file(program);
     // Without --device THIMBLE0, for lack of which a program that cannot load the plugin would end and say less.
     said = output_of(load + " " + in_quotes(program) + " --list-devices 2>&1");
   } catch (const std::runtime_error& error) {
