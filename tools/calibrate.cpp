@@ -1,16 +1,14 @@
 // `thimble calibrate`: runs the model over some text, learns how its keys and values are distributed, writes a profile.
-#include <ggml.h>
-#include <gguf.h>
-
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <thread>
 
 #include "calibrate/collector.h"
 #include "calibrate/fit.h"
+#include "calibrate/graph_reader.h"
+#include "calibrate/output_metrics.h"
 #include "commands.h"
 #include "layout.h"
 #include "model.h"
@@ -88,43 +86,28 @@ std::vector<llama_token> spread(const std::vector<llama_token>& text, int n_toke
   return chosen;
 }
 
-/// Reads the metric of values for each layer and KV head, the sum of Wo^T Wo over the heads of its group (calibrate/
-/// transforms.h), from the model's file. Empty where a layer has no Wo of the usual name and shape.
-std::vector<std::vector<Eigen::MatrixXd>> output_metrics(const std::string& path, const ModelShape& shape) {
-  ggml_context* tensors = nullptr;
-  const std::unique_ptr<gguf_context, void (*)(gguf_context*)> file(
-      gguf_init_from_file(path.c_str(), {/*no_alloc=*/true, &tensors}), gguf_free);
-  const std::unique_ptr<ggml_context, void (*)(ggml_context*)> owner(tensors, ggml_free);
-  std::ifstream bytes(path, std::ios::binary);
-  std::vector<std::vector<Eigen::MatrixXd>> metrics;
-  for (size_t i = 0; i < shape.layers.size(); i++) {
-    const LayerShape& layer = shape.layers[i];
-    metrics.emplace_back(layer.n_kv_heads);
-    const std::string name = "blk." + std::to_string(i) + ".attn_output.weight";
-    const int64_t id = file ? gguf_find_tensor(file.get(), name.c_str()) : -1;
-    if (id < 0 || layer.n_kv_heads == 0) continue;
-    const ggml_tensor* wo = ggml_get_tensor(tensors, name.c_str());
-    const auto to_float = ggml_get_type_traits(wo->type)->to_float;
-    if (wo->ne[0] != int64_t(layer.n_heads) * layer.value_dim || (wo->type != GGML_TYPE_F32 && !to_float)) continue;
-    std::vector<char> raw(ggml_nbytes(wo));
-    bytes.seekg(std::streamoff(gguf_get_data_offset(file.get()) + gguf_get_tensor_offset(file.get(), id)));
-    if (!bytes.read(raw.data(), std::streamsize(raw.size()))) throw std::runtime_error("cannot read " + path);
-    Matrix w(wo->ne[1], wo->ne[0]);
-    if (wo->type == GGML_TYPE_F32) {
-      std::memcpy(w.data(), raw.data(), raw.size());
-    } else {
-      to_float(raw.data(), w.data(), w.size());
-    }
-    const int group = layer.n_heads / layer.n_kv_heads, dim = layer.value_dim;
-    for (int h = 0; h < layer.n_heads; h++) {
-      Eigen::MatrixXd& metric = metrics[i][h / group];
-      if (metric.size() == 0) metric.setZero(dim, dim);
-      const auto part = w.middleCols(Eigen::Index(h) * dim, dim);
-      metric += (part.transpose() * part).cast<double>();
+/// Lets a reader look on while a context runs, as its eval callback (`cb_eval`).
+struct Watch {
+  GraphReader& reader;
+  std::string error;  // the first one: a callback must not throw through llama.cpp
+
+  static bool callback(ggml_tensor* node, bool ask, void* user_data) {
+    Watch& self = *static_cast<Watch*>(user_data);
+    const bool wants = self.error.empty() && self.reader.wants(node);
+    if (ask) return wants;
+    if (!wants) return true;
+    try {
+      self.reader.read(node);
+      return true;
+    } catch (const std::exception& e) {
+      self.error = e.what();
+      return false;
     }
   }
-  return metrics;
-}
+  void check() const {
+    if (!error.empty()) throw std::runtime_error(error);
+  }
+};
 
 void run(Options options) {
   const auto start = std::chrono::steady_clock::now();
@@ -152,7 +135,9 @@ void run(Options options) {
   const double token_bytes = 4.0 * n_layers * llama_model_n_embd(model.get()) * llama_model_n_head_kv(model.get()) /
                              llama_model_n_head(model.get());
   statistics.max_samples = size_t(std::max(1024.0, options.memory_gb * 1e9 / token_bytes));
-  Collector collector(n_layers, statistics);
+  Collector collector(statistics);
+  GraphReader reader(collector, n_layers);
+  Watch watch{reader, {}};
 
   llama_context_params params = llama_context_default_params();
   params.n_ctx = uint32_t(options.window);
@@ -160,8 +145,8 @@ void run(Options options) {
   params.n_batch = params.n_ubatch = uint32_t(std::min(512, options.window));
   params.n_threads = params.n_threads_batch = options.n_threads;
   params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-  params.cb_eval = Collector::callback;
-  params.cb_eval_user_data = &collector;
+  params.cb_eval = Watch::callback;
+  params.cb_eval_user_data = &watch;
   const ContextPtr context = make_context(model.get(), params);
   ProgressBar reading("reading");
   for (int begin = 0; begin < n_tokens; begin += options.window) {
@@ -169,23 +154,24 @@ void run(Options options) {
     const int end = std::min(n_tokens, begin + options.window);
     for (int at = begin; at < end; at += int(params.n_ubatch)) {
       const int n = std::min(int(params.n_ubatch), end - at);
-      collector.begin(at - begin, at + n == end);
+      reader.begin(at - begin, at + n == end, n);
       decode_tokens(context.get(), &tokens[at], n, at - begin, true);
-      collector.check();
+      watch.check();
       reading.update(double(at) / n_tokens);
     }
   }
+  collector.end();
   reading.finish();
 
-  ModelShape shape = collector.shape();
+  ModelShape shape = collector.shape(n_layers);
   char architecture[128] = "";
   llama_model_meta_val_str(model.get(), "general.architecture", architecture, sizeof architecture);
   shape.architecture = architecture;
   ProgressBar fitting("fitting");
   options.fit.n_threads = options.n_threads;
   for (const CacheLayout::Layer& layer : layout.layers) options.fit.budgets.push_back(layer.is_window);
-  Profile profile = fit_profile(shape, collector.take_layers(), output_metrics(options.model, shape), options.fit,
-                                [&](double share) { fitting.update(share); });
+  Profile profile = fit_profile(shape, collector.take_layers(n_layers), read_output_metrics(options.model, shape),
+                                options.fit, [&](double share) { fitting.update(share); });
   fitting.finish();
   profile.source =
       (sampled ? std::string("text sampled from the model") : std::filesystem::path(options.text).filename().string()) +

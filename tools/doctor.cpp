@@ -15,7 +15,7 @@
 #include "launch_settings.h"
 #include "layout.h"
 #include "model.h"
-#include "model_file.h"
+#include "calibrate/model_file.h"
 #include "paths.h"
 #include "profile/profile.h"
 #include "service_line.h"

@@ -6,7 +6,7 @@
 
 #include "engine/cpu/cpu_engine.h"
 #include "model.h"
-#include "model_file.h"
+#include "calibrate/model_file.h"
 
 namespace thimble {
 namespace {

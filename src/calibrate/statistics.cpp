@@ -9,9 +9,6 @@
 namespace thimble {
 namespace {
 
-// The first cells of a sequence are attention sinks, whose keys are unlike all others. The cache keeps sinks exact
-// (cache/pool.h), so these cells are left out.
-constexpr int kSinks = 8;
 constexpr int kRecent = 128;  // last cells, which stay exact too and are left out of concentration()
 // Tokens that are rotated to one random position together.
 constexpr int kStretch = 64;
@@ -19,6 +16,18 @@ constexpr int kStretch = 64;
 constexpr double kDominantShare = 0.05;
 
 }  // namespace
+
+std::optional<AttentionShares> shares_of(std::vector<float> weights) {
+  const size_t dominant = size_t(double(weights.size()) * kDominantShare);
+  double all = 0, squares = 0;
+  for (float w : weights) all += w;
+  if (dominant == 0 || !(all > 0)) return std::nullopt;
+  for (size_t i = kSinks; i + kRecent < weights.size(); i++) squares += double(weights[i]) * weights[i];
+  std::nth_element(weights.begin(), weights.begin() + dominant - 1, weights.end(), std::greater<>());
+  double strongest = 0;
+  for (size_t i = 0; i < dominant; i++) strongest += weights[i];
+  return AttentionShares{1.0 - strongest / all, squares / (all * all)};
+}
 
 LayerStatistics::LayerStatistics(const LayerShape& shape, Rope rope, float score_scale,
                                  const StatisticsOptions& options, int layer)
@@ -61,17 +70,9 @@ void LayerStatistics::add(const LayerActivations& in) {
   n_queries_ += size_t(in.n_tokens) * group;
 }
 
-void LayerStatistics::add_attention(int kv_head, std::vector<float> weights) {
-  const size_t dominant = size_t(double(weights.size()) * kDominantShare);
-  double all = 0, squares = 0;
-  for (float w : weights) all += w;
-  if (dominant == 0 || !(all > 0)) return;
-  for (size_t i = kSinks; i + kRecent < weights.size(); i++) squares += double(weights[i]) * weights[i];
-  std::nth_element(weights.begin(), weights.begin() + dominant - 1, weights.end(), std::greater<>());
-  double strongest = 0;
-  for (size_t i = 0; i < dominant; i++) strongest += weights[i];
-  density_sum_ += 1.0 - strongest / all;
-  concentration_sum_[kv_head] += squares / (all * all);
+void LayerStatistics::add_attention(int kv_head, const AttentionShares& shares) {
+  density_sum_ += shares.outside;
+  concentration_sum_[kv_head] += shares.squares;
   n_attentions_[kv_head]++;
 }
 

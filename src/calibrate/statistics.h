@@ -4,6 +4,7 @@
 
 #include <Eigen/Core>
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -12,6 +13,10 @@
 #include "profile/profile.h"
 
 namespace thimble {
+
+/// The first cells of a sequence are attention sinks, whose keys are unlike all others. The cache keeps sinks exact
+/// (cache/pool.h), so the keys and values of these cells are left out.
+inline constexpr int kSinks = 8;
 
 struct StatisticsOptions {
   /// The statistics must hold for positions below this one: vectors are rotated to random positions below it.
@@ -32,6 +37,15 @@ struct LayerActivations {
   const float* queries = nullptr;  // [n_tokens][n_heads][key_dim]
 };
 
+/// What the attention weights of one query show of its layer.
+struct AttentionShares {
+  double outside = 0;  // of the attention, outside the strongest 5 % of cells
+  double squares = 0;  // sum of p^2 over the cells that the cache codes, p the normalized weights
+};
+/// `weights`: those of one query over the cells that it sees, in the order of the sequence, not normalized. Empty where
+/// there are too few cells to tell.
+std::optional<AttentionShares> shares_of(std::vector<float> weights);
+
 class LayerStatistics {
 public:
   /// `score_scale`: the factor that the layer multiplies q.k by.
@@ -39,8 +53,8 @@ public:
 
   void add(const LayerActivations& activations);
 
-  /// Adds the attention weights of one query over all cells up to its own, in order, not normalized.
-  void add_attention(int kv_head, std::vector<float> weights);
+  /// Adds what the attention weights of one query show.
+  void add_attention(int kv_head, const AttentionShares& shares);
   /// Adds |x|^2 of one token's residual stream behind the layer.
   void add_residual(double square) { residual_sum_ += square, n_residuals_++; }
   /// Takes |x|^2 of what the layer's attention puts out for one token, behind its output projection; and of the same

@@ -4,10 +4,14 @@
 
 #include <Eigen/QR>
 #include <cmath>
+#include <memory>
+#include <numeric>
 #include <random>
 #include <set>
+#include <tuple>
 
 #include "calibrate/allot.h"
+#include "calibrate/collector.h"
 #include "calibrate/fit.h"
 #include "calibrate/kmeans.h"
 #include "calibrate/rope.h"
@@ -138,6 +142,127 @@ TEST(Allot, SpendsWhereItSavesMostAndNoMore) {
   EXPECT_EQ(allot(sides, rates, 4), (std::vector<int>{2, 2, 2}));
 }
 
+// --- collecting, batch by batch ---
+
+constexpr LayerShape kShape = {2, 4, 16, 16};
+
+/// Keys, values and queries of a text, and the statistics of some way to read it.
+class Reading {
+public:
+  Reading() : keys_(gaussian(kTokens, 32, 1)), values_(gaussian(kTokens, 32, 2)), queries_(gaussian(kTokens, 64, 3)) {
+    for (int h = 0; h < 2; h++) {
+      for (int i = 0; i < kTokens; i++) by_head_.insert(by_head_.end(), &keys_(i, h * 16), &keys_(i, h * 16) + 16);
+    }
+    options_.n_tokens = 10000;
+    collector_ = std::make_unique<Collector>(options_);
+  }
+
+  /// A batch of runs whose tokens are the text's from `first` on. Their cells are the positions.
+  void batch(std::vector<Run> runs, int first) {
+    collector_->begin(std::move(runs));
+    LayerBatch batch;
+    batch.shape = kShape;
+    batch.score_scale = 0.25f;
+    batch.keys = keys_.row(first).data();
+    batch.values = values_.row(first).data();
+    batch.queries = queries_.row(first).data();
+    collector_->add(0, batch);
+    std::vector<double> squares;
+    for (const Run& run : collector_->runs()) {
+      for (int t = 0; t < run.n_tokens; t++) squares.push_back(first + run.first_token + t);
+    }
+    for (size_t i = 0; i < collector_->runs().size(); i++) {
+      const Run& run = collector_->runs()[i];
+      if (!Collector::may_end(run)) continue;
+      CachedKeys cached{by_head_.data(), kTokens, [&](int token) {
+                          std::vector<int> cells(size_t(run.first_position + token - run.first_token) + 1);
+                          std::iota(cells.begin(), cells.end(), 0);
+                          return cells;
+                        }};
+      collector_->add_attention(0, i, queries_.row(first).data(), cached);
+    }
+    collector_->add_power(0, Collector::Power::residual, squares, int(squares.size()));
+  }
+  LayerStatistics end() {
+    collector_->end();
+    return std::move(collector_->take_layers(1)[0]);
+  }
+
+  static constexpr int kTokens = 600;
+
+private:
+  Matrix keys_, values_, queries_;
+  std::vector<float> by_head_;  // the keys, [2][kTokens][16]
+  StatisticsOptions options_;
+  std::unique_ptr<Collector> collector_;
+};
+
+/// A run at positions [from, to) of a sequence whose cell of position p is first_cell + p.
+Run run_of(int from, int to, Run::Ends ends, int first_cell = 0, int first_token = 0) {
+  Run run{first_token, to - from, from, ends, {}, from > 0 ? first_cell + from - 1 : -1};
+  for (int p = from; p < to; p++) run.cells.push_back(first_cell + p);
+  return run;
+}
+
+void expect_equal(const LayerStatistics& a, const LayerStatistics& b) {
+  EXPECT_EQ(a.n_samples(), b.n_samples());
+  EXPECT_EQ(a.density(), b.density());
+  EXPECT_EQ(a.residual(), b.residual());
+  for (int h = 0; h < 2; h++) {
+    EXPECT_EQ(a.concentration(h), b.concentration(h));
+    EXPECT_EQ(a.samples(Kind::key, h), b.samples(Kind::key, h));
+    EXPECT_EQ(a.samples(Kind::value, h), b.samples(Kind::value, h));
+    EXPECT_EQ(a.query_moment(h), b.query_moment(h));
+  }
+}
+
+TEST(Collector, FindsOutWherePromptsEnd) {
+  using enum Run::Ends;
+  Reading told, found, never;
+  for (Reading* reading : {&told, &found, &never}) {
+    const bool knows = reading == &told;
+    const auto ends = [&](bool last) { return reading == &never ? no : !knows ? unknown : last ? yes : no; };
+    // Two prompts of two batches each, the second in the cells of the first; then a token that is decoded.
+    reading->batch({run_of(0, 200, ends(false))}, 0);
+    reading->batch({run_of(200, 300, ends(true))}, 200);
+    reading->batch({run_of(0, 200, ends(false))}, 300);
+    reading->batch({run_of(200, 290, ends(true))}, 500);
+    reading->batch({run_of(290, 291, no)}, 590);
+  }
+  const LayerStatistics expected = told.end();
+  EXPECT_GT(expected.concentration(0), 0);
+  EXPECT_DOUBLE_EQ(expected.residual(), (249.5 * 100 + 544.5 * 90) / 190);
+  expect_equal(found.end(), expected);
+  EXPECT_EQ(never.end().density(), 0);
+}
+
+TEST(Collector, SequencesOfOneBatchAreToldApart) {
+  using enum Run::Ends;
+  Reading together, alone;
+  // Tokens of two sequences, the second in cells from 300 on. Each has a prompt of two batches.
+  together.batch({run_of(0, 40, unknown), run_of(0, 60, unknown, 300, 40)}, 0);
+  together.batch({run_of(40, 240, unknown), run_of(60, 260, unknown, 300, 200)}, 100);
+  for (const auto& [from, to, first, ends] :
+       {std::tuple{0, 40, 0, no}, {0, 60, 40, no}, {40, 240, 100, yes}, {60, 260, 300, yes}}) {
+    alone.batch({run_of(from, to, ends)}, first);
+  }
+  expect_equal(together.end(), alone.end());
+}
+
+TEST(Collector, TakesAnyTokensPowerWhereTheyCannotBeToldApart) {
+  using enum Run::Ends;
+  Collector collector(StatisticsOptions{});
+  const std::vector<float> zeros(64 * 20);
+  LayerBatch batch;
+  batch.shape = kShape;
+  batch.keys = batch.values = batch.queries = zeros.data();
+  collector.begin({run_of(0, 10, no), run_of(0, 10, unknown, 300, 10)});
+  collector.add(0, batch);
+  collector.add_power(0, Collector::Power::residual, {3.0, 5.0}, 20);
+  collector.end();
+  EXPECT_EQ(collector.take_layers(1)[0].residual(), 4.0);
+}
+
 // --- attention from coded keys ---
 
 struct Head {
@@ -243,7 +368,7 @@ TEST(Fit, DoesNotDependOnThreads) {
   layers.emplace_back(shape, Rope{false, {1.0, 0.1}}, 0.25f, options, 0);
   const Matrix k = gaussian(512, 32, 1), v = gaussian(512, 32, 2), q = gaussian(512, 64, 3);
   layers[0].add({0, 512, k.data(), v.data(), q.data()});
-  layers[0].add_attention(0, std::vector<float>(400, 1.0f));
+  layers[0].add_attention(0, *shares_of(std::vector<float>(400, 1.0f)));
   EXPECT_NEAR(layers[0].density(), 0.95, 1e-3);  // even attention: what is outside the top 5 %
   EXPECT_EQ(layers[0].n_samples(), 504u);        // all but the sinks
 
@@ -276,7 +401,7 @@ TEST(Fit, LayersOfAnotherBudgetTakeNoBits) {
     // The first attends evenly, so that errors of single cells hardly matter; the second to one cell.
     std::vector<float> attention(400, layer == 0 ? 1.0f : 1e-6f);
     attention[150] = 1.0f;
-    layers[layer].add_attention(0, attention);
+    layers[layer].add_attention(0, *shares_of(attention));
   }
   const auto bits_of = [&](const std::vector<int>& budgets, int layer) {
     FitOptions fit_options;

@@ -1,4 +1,4 @@
-#include "model_file.h"
+#include "calibrate/model_file.h"
 
 #include <gguf.h>
 
