@@ -85,7 +85,7 @@ void set_environment(const LaunchFlags& flags, const std::string& model) {
   const char* before = std::getenv("THIMBLE_KV");
   LaunchSettings settings = merge_settings(flags, before ? before : "");
   for (const std::string& note : settings.notes) std::fprintf(stderr, "thimble: %s\n", note.c_str());
-  if (!settings.has("profile")) {
+  if (!settings.has("profile") && !settings.has("calibrate")) {
     // Without -m, llama-server loads models as they are asked for, and the plugin looks for each one's profile.
     const std::string profile = model.empty() ? "auto" : profile_beside(model);
     if (!profile.empty()) settings.text += (settings.text.empty() ? "profile=" : ",profile=") + profile;

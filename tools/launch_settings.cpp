@@ -26,7 +26,8 @@ std::vector<Item> items_of(const std::string& text) {
 
 // Keys whose value cannot be checked alone, since whether they are allowed depends on other keys.
 bool needs_others(const std::string& key) {
-  return key == "path" || key == "policy" || key == "store" || key == "tail";
+  return key == "path" || key == "policy" || key == "store" || key == "tail" || key == "tokens" || key == "context" ||
+         key == "rates" || key == "even";
 }
 
 std::vector<Item> typed_items(const LaunchFlags& flags) {

@@ -37,6 +37,7 @@ CachePlanner::CachePlanner(const Engine& engine, const Settings& settings)
 }
 
 std::string CachePlanner::why_f16(const LayerGeometry& geometry) const {
+  if (settings_.calibrates()) return "calibrate=";
   if (engine_.leaves_f16(settings_)) return "bits=16";
   if (settings_.small_cells == 0) return {};
   const int64_t cells = geometry.cells_per_stream;

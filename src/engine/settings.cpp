@@ -1,7 +1,9 @@
 #include "engine/settings.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cstdlib>
+#include <iterator>
 #include <set>
 #include <stdexcept>
 
@@ -23,12 +25,33 @@ int parse_int(const std::string& key, const std::string& text, int low, int high
   return value;
 }
 
+constexpr const char* kRates[] = {"4", "3", "2", "1.5", "1.25", "1"};  // that code
+
 double parse_bits(const std::string& text) {
-  if (text == "f16") return 16;
-  for (const char* rate : {"16", "4", "3", "2", "1.5", "1.25", "1"}) {
+  if (text == "f16" || text == "16") return 16;
+  for (const char* rate : kRates) {
     if (text == rate) return std::strtod(rate, nullptr);
   }
   fail("bits=" + text + " is not one of 16, 4, 3, 2, 1.5, 1.25, 1");
+}
+
+// "4+2+1"
+std::vector<double> parse_rates(const std::string& text) {
+  std::vector<double> rates;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find('+', begin), text.size());
+    const std::string rate = text.substr(begin, end - begin);
+    const auto known = std::find(std::begin(kRates), std::end(kRates), rate);
+    if (known == std::end(kRates)) {
+      std::string what = "rates=";
+      fail(what.append(text).append(": '").append(rate).append("' is not one of 4, 3, 2, 1.5, 1.25, 1"));
+    }
+    rates.push_back(std::strtod(*known, nullptr));
+    begin = end + 1;
+  }
+  const std::set<double> different(rates.begin(), rates.end());
+  if (different.size() != rates.size()) fail("rates=" + text + " names a rate twice");
+  return rates;
 }
 
 constexpr std::initializer_list<const char*> kPolicies = {"auto", "all", "none"};
@@ -90,9 +113,33 @@ Settings parse_items(const std::string& text) {
       s.drop_tail = choose(key, value, {"quantized", "drop"}) == 1;
     } else if (key == "policy") {
       s.policy = Settings::Policy(choose(key, value, kPolicies));
+    } else if (key == "calibrate") {
+      if (value.empty()) fail("calibrate= needs the path of the profile to write");
+      s.calibrate.path = value;
+    } else if (key == "tokens") {
+      s.calibrate.tokens = parse_int(key, value, 1, 1 << 30);
+    } else if (key == "context") {
+      s.calibrate.context = parse_int(key, value, 1, 1 << 30);
+    } else if (key == "rates") {
+      s.calibrate.rates = parse_rates(value);
+    } else if (key == "even") {
+      s.calibrate.even = choose(key, value, {"no", "yes"}) == 1;
     } else {
-      fail("unknown key '" + key +
-           "'; known are bits, window, pool, small, profile, device, top, store, path, tail, policy");
+      fail(
+          "unknown key '" + key +
+          "'; known are bits, window, pool, small, profile, device, top, store, path, tail, policy, calibrate, tokens, "
+          "context, rates, even");
+    }
+  }
+  for (const char* key : {"tokens", "context", "rates", "even"}) {
+    if (given.count(key) && !s.calibrates()) fail(std::string(key) + "= has no meaning without calibrate=");
+  }
+  if (s.calibrates()) {
+    if (!given.count("bits")) s.key_bits = s.value_bits = 16;
+    if (!s.passthrough()) fail("bits= has no meaning with calibrate=: nothing is coded while it collects");
+    for (const char* key : {"window", "pool", "small", "profile", "top"}) {
+      if (given.count(key))
+        fail(std::string(key) + "= has no meaning with calibrate=: nothing is coded while it collects");
     }
   }
   if (s.window.last == 0 && !given.count("pool")) s.window.pool = 0;
@@ -125,6 +172,13 @@ Settings Settings::from_environment() {
 }
 
 std::string Settings::to_string() const {
+  if (calibrates()) {
+    std::string text = "calibrate=" + calibrate.path + ",tokens=" + std::to_string(calibrate.tokens);
+    if (calibrate.context > 0) text += ",context=" + std::to_string(calibrate.context);
+    for (size_t i = 0; i < calibrate.rates.size(); i++) text += (i ? "+" : ",rates=") + number(calibrate.rates[i]);
+    text += calibrate.even ? ",even=yes" : ",even=no";
+    return text + (device.empty() ? "" : ",device=" + device);
+  }
   std::string text = "bits=" + number(key_bits);
   if (value_bits != key_bits) text += "/" + number(value_bits);
   text += ",window=" + std::to_string(window.last) + ",pool=" + std::to_string(window.pool);

@@ -21,10 +21,18 @@
 //     tail=drop they are not attended to, and values have no codes.
 //   - policy=all: which layers retrieve: all that are coded; auto, those that the profile calls sparse, or all where
 //     there is no profile; none.
+//   - calibrate=PATH: codes nothing, but reads the keys, values and queries of what the program runs off an f16 cache,
+//     and writes a profile to PATH when the context ends. The keys above but device= have no meaning with it; these
+//     have none without it:
+//   - tokens=24576: tokens to read; what the program runs afterwards is not looked at.
+//   - context=N: the longest context that the profile is to serve; without it that which the model was trained for.
+//   - rates=4+2+1: the rates that the profile holds.
+//   - even=no: with even=yes all layers, keys and values get the same rate.
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "cache/window.h"
 
@@ -42,6 +50,13 @@ struct Settings {
   std::string path;
   bool drop_tail = false;
   enum class Policy { automatic, all, none } policy = Policy::all;
+  struct Calibrate {
+    std::string path;  // empty: no calibration
+    int tokens = 24576;
+    int context = 0;  // 0: the model's
+    std::vector<double> rates = {4, 2, 1};
+    bool even = false;
+  } calibrate;
 
   /// Throws std::invalid_argument that names the key or value which is wrong. Its sentence begins with `where`, the
   /// place that the user typed the text into.
@@ -49,6 +64,7 @@ struct Settings {
   /// parse(THIMBLE_KV), or the defaults where it is not set.
   static Settings from_environment();
 
+  bool calibrates() const { return !calibrate.path.empty(); }
   bool passthrough() const { return key_bits == 16 && value_bits == 16; }
   std::string to_string() const;
   /// A hash of the rates. CodecSource::hash adds the profile.

@@ -9,6 +9,7 @@
 
 #include "ggml-impl.h"
 #include "plugin/buffer_type.h"
+#include "plugin/calibration.h"
 #include "plugin/device_table.h"
 #include "plugin/kv_buffer.h"
 #include "plugin/nodes.h"
@@ -40,7 +41,11 @@ void backend_free(ggml_backend_t backend) {
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph* graph) {
   try {
-    return context_of(backend).runner->compute(graph);
+    BackendContext& context = context_of(backend);
+    if (Calibration* calibration = calibration_of(device_of(backend->device), graph)) {
+      return calibration->compute(context.inner, graph);
+    }
+    return context.runner->compute(graph);
   } catch (const std::exception& error) {
     GGML_LOG_ERROR("thimble: %s\n", error.what());
     return GGML_STATUS_FAILED;
@@ -170,15 +175,22 @@ void report_uncoded(Device& device, const ggml_tensor* op) {
   const ggml_tensor* cache = root_of(op);
   const auto name = parse_cache_name(cache->name);
   if (!name) return;
-  if (!device.planner()->why_f16(geometry_of(device, cache, *name)).empty()) return device.report_caches();
+  const std::shared_ptr<const CachePlanner> planner = device.planner();
+  const bool calibrates = planner->settings().calibrates();
+  const std::vector<KvBuffer*> ours = calibrates ? device.calibrated({cache->buffer}) : std::vector<KvBuffer*>{};
+  if (!ours.empty() && op->ne[0] != cache->ne[0] && !ours.front()->in_use()) {
+    throw std::runtime_error("flash attention is off, which calibrate= needs: start with --flash-attn on");
+  }
+  const bool is_elsewhere = calibrates && ours.empty();
+  if (!is_elsewhere && !planner->why_f16(geometry_of(device, cache, *name)).empty()) return device.report_caches();
   static std::mutex mutex;
   static std::set<ggml_backend_buffer_t> told;
   const std::lock_guard lock(mutex);
   if (!told.insert(cache->buffer).second) return;
   GGML_LOG_WARN(
-      "thimble: the KV cache of some layers (%s) is not on %s and so not coded: leave out --no-kv-offload and put all "
+      "thimble: the KV cache of some layers (%s) is not on %s and so not %s: leave out --no-kv-offload and put all "
       "layers there (-ngl 99)\n",
-      cache->name, device.name().c_str());
+      cache->name, device.name().c_str(), calibrates ? "read for calibrate=" : "coded");
 }
 
 bool device_supports_op(ggml_backend_dev_t handle, const ggml_tensor* op) {

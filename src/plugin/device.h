@@ -42,6 +42,12 @@ public:
   /// To be called when llama.cpp makes the state of recurrent layers, which comes behind all caches of a model: a cache
   /// that leaves out layers then has no other cache for them.
   void end_of_caches();
+  /// Whether there are caches here whose keys and values a calibration reads (calibration.h).
+  bool calibrates();
+  /// Of the buffers that wrap one of these, those with such caches, the oldest first.
+  std::vector<KvBuffer*> calibrated(const std::set<ggml_backend_buffer_t>& inner);
+  /// Whether there are caches on another device of the plugin.
+  bool others_have_caches();
   /// Logs one line about the caches that were not reported yet, once all their coded layers are bound.
   void report_caches();
   /// The layers that have a cache here.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "plugin/buffer_type.h"
+#include "plugin/calibration.h"
 #include "plugin/device.h"
 #include "plugin/device_table.h"
 #include "plugin/ggml_api.h"
@@ -94,6 +95,9 @@ std::shared_ptr<const CachePlanner> Device::planner() {
   if (!none) made_from += "@" + std::to_string(written.time_since_epoch().count());
   const std::lock_guard lock(mutex_);
   if (!planner_ || made_from != planned_) {
+    if (const std::string why = settings.calibrates() ? calibration_problem(settings) : ""; !why.empty()) {
+      throw std::runtime_error(why);
+    }
     planner_ = std::make_shared<const CachePlanner>(*engine_, settings);
     planned_ = made_from;
   }
@@ -141,6 +145,25 @@ void Device::end_of_caches() {
   for (KvBuffer* buffer : buffers_) {
     if (!buffer->window_cache) buffer->window_cache = buffer;
   }
+}
+
+bool Device::calibrates() {
+  const std::lock_guard lock(mutex_);
+  return std::any_of(buffers_.begin(), buffers_.end(), [](const KvBuffer* buffer) { return buffer->calibrates(); });
+}
+
+std::vector<KvBuffer*> Device::calibrated(const std::set<ggml_backend_buffer_t>& inner) {
+  const std::lock_guard lock(mutex_);
+  std::vector<KvBuffer*> found;
+  for (KvBuffer* buffer : buffers_) {
+    if (buffer->calibrates() && inner.count(buffer->inner())) found.push_back(buffer);
+  }
+  return found;
+}
+
+bool Device::others_have_caches() {
+  return std::any_of(devices().begin(), devices().end(),
+                     [&](const auto& other) { return other.get() != this && !other->layers().empty(); });
 }
 
 void Device::report_caches() {

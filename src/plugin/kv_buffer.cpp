@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "plugin/calibration.h"
+
 namespace thimble {
 const ggml_tensor* root_of(const ggml_tensor* tensor) {
   while (tensor->view_src) tensor = tensor->view_src;
@@ -25,6 +27,7 @@ KvBuffer::~KvBuffer() {
   if (!caches_.empty()) device_.remove(*this);
   cache_.reset();
   ggml_backend_buffer_free(inner_);
+  if (calibration_ && calibration_.use_count() == 1) calibration_->finish();
 }
 
 ManagedLayer* KvBuffer::layer_of(const ggml_tensor* tensor, Kind* kind) {

@@ -40,6 +40,8 @@ struct ManagedLayer {
   int64_t cells_per_stream() const { return tensors[0]->ne[1]; }
 };
 
+class Calibration;
+
 class KvBuffer {
 public:
   KvBuffer(Device& device, ggml_backend_buffer_t inner) : device_(device), inner_(inner) {}
@@ -67,6 +69,10 @@ public:
   bool is_full() const { return ggml_backend_buffer_get_size(inner_) - used_ < least_; }
   const CachePlanner& planner() const { return *planner_; }
   bool all_bound() const;
+  /// Whether the caches here stay f16 for a calibration, and the calibration, once a graph has run.
+  bool calibrates() const { return planner_ && planner_->settings().calibrates(); }
+  const std::shared_ptr<Calibration>& calibration() const { return calibration_; }
+  void join(const std::shared_ptr<Calibration>& calibration) { calibration_ = calibration; }
   void add_to(PlanTotals& totals) const;
   bool is_reported() const { return is_reported_; }
   void set_reported() { is_reported_ = true; }
@@ -118,6 +124,7 @@ private:
   std::unordered_map<const ggml_tensor*, CacheName> by_tensor_;
   std::map<int, LayerGeometry> caches_;
   size_t used_ = 0, least_ = 0;  // bytes that the cache tensors take, and that the smallest takes
+  std::shared_ptr<Calibration> calibration_;  // that of the context, which ends with its last buffer
   bool is_reported_ = false;
   bool in_use_ = false;
   // Rows that wait to be loaded together: llama.cpp loads a sequence row by row where its cells are not adjacent.

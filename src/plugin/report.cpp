@@ -5,7 +5,6 @@
 #include <set>
 
 namespace thimble {
-namespace {
 
 // Where a device does not get all layers (-ngl), llama.cpp puts the last ones there. Layers with a cache lie at regular
 // distances, so if the first of them here is farther from the model's beginning, others are on another device.
@@ -16,22 +15,25 @@ std::string layers_elsewhere(const std::set<int>& layers) {
     distance = std::max(distance, *at - *std::prev(at));
   const int first = *layers.begin();
   if (first < distance) return {};
-  return "; the layers before layer " + std::to_string(first) +
+  return "the layers before layer " + std::to_string(first) +
          " are not on this device, and their cache is f16 there (-ngl 99 puts all layers here)";
 }
-
-}  // namespace
 
 std::string report(const PlanTotals& totals, const Settings& settings, const Engine& engine) {
   const std::string f16 = totals.n_f16 == 0 ? ""
                                             : std::to_string(totals.n_f16) + " layers stay f16, " +
                                                   mebibytes(totals.f16_bytes) + ": " + totals.why_f16;
+  if (settings.calibrates()) {
+    return "calibrating: keys, values and queries of " + std::to_string(totals.n_f16) +
+           " layers are read off an f16 cache of " + mebibytes(totals.f16_bytes) + ", and the profile is written to " +
+           settings.calibrate.path + " when the context ends; " + settings.to_string();
+  }
   if (totals.n_coded == 0) return "KV cache not coded: " + f16 + "; " + settings.to_string();
   std::string text = "KV cache of " + std::to_string(totals.n_coded) + " layers: " + mebibytes(totals.coded_bytes) +
                      ", " + mebibytes(totals.coded_f16_bytes) + " as f16";
   if (totals.more_bytes > 0) text += ", up to " + mebibytes(totals.more_bytes) + " more as sequences come to share it";
   if (!f16.empty()) text += "; " + f16;
-  text += layers_elsewhere(totals.layers);
+  if (const std::string elsewhere = layers_elsewhere(totals.layers); !elsewhere.empty()) text += "; " + elsewhere;
   text += "; " + settings.to_string() + "; " + engine.kernels() + " kernels";
   if (totals.store_bytes > 0) {
     text += "; exact store of " + std::to_string(totals.n_retrieving) + " layers: up to " +

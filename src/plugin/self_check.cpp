@@ -77,6 +77,7 @@ void check_ops() {
   ggml_tensor* cache = ggml_new_tensor_2d(c, GGML_TYPE_F16, 64, 32);
   ggml_tensor* index = ggml_new_tensor_1d(c, GGML_TYPE_I64, 2);
   ggml_tensor* positions = ggml_new_tensor_1d(c, GGML_TYPE_I32, 4);
+  ggml_tensor* picked = ggml_new_tensor_1d(c, GGML_TYPE_I32, 2);
   ggml_tensor* attend = ggml_flash_attn_ext(c, q, k, v, mask, 1.5F, 2.5F, 3.5F);
   ggml_tensor* write = ggml_set_rows(c, cache, rows, index);
   ggml_tensor* rotate = ggml_rope_ext(c, q, positions, nullptr, 64, 0, 0, 1e4F, 1, 0, 1, 32, 1);
@@ -97,6 +98,9 @@ void check_ops() {
       {ggml_mul_mat(c, cache, rows), GGML_OP_MUL_MAT, "MUL_MAT"},
       {ggml_soft_max(c, rows), GGML_OP_SOFT_MAX, "SOFT_MAX"},
       {ggml_cont(c, rows), GGML_OP_CONT, "CONT"},
+      {ggml_rms_norm(c, rows, 1e-5F), GGML_OP_RMS_NORM, "RMS_NORM"},
+      {ggml_mul(c, rows, rows), GGML_OP_MUL, "MUL"},
+      {ggml_get_rows(c, rows, picked), GGML_OP_GET_ROWS, "GET_ROWS"},
   };
   for (const auto& [node, op, name] : ops) {
     expect(node->op == op && std::strcmp(ggml_op_name(op), name) == 0, name);

@@ -44,6 +44,24 @@ TEST(Settings, Retrieval) {
   EXPECT_EQ(Settings::parse("bits=2,top=64").hash(), Settings::parse("bits=2").hash());
 }
 
+TEST(Settings, Calibration) {
+  EXPECT_FALSE(Settings::parse("").calibrates());
+  const Settings plain = Settings::parse("calibrate=/a/out.gguf,device=CPU");
+  EXPECT_TRUE(plain.calibrates());
+  EXPECT_TRUE(plain.passthrough());
+  EXPECT_EQ(plain.calibrate.path, "/a/out.gguf");
+  EXPECT_EQ(plain.calibrate.tokens, 24576);
+  EXPECT_EQ(plain.calibrate.context, 0);
+  EXPECT_EQ(plain.calibrate.rates, (std::vector<double>{4, 2, 1}));
+  EXPECT_FALSE(plain.calibrate.even);
+  EXPECT_NO_THROW(Settings::parse("calibrate=p,bits=16"));
+  const Settings all = Settings::parse("even=yes,rates=1.25+3,context=4096,tokens=99,calibrate=p");
+  EXPECT_EQ(all.calibrate.rates, (std::vector<double>{1.25, 3}));
+  EXPECT_EQ(all.calibrate.tokens, 99);
+  EXPECT_EQ(all.calibrate.context, 4096);
+  EXPECT_TRUE(all.calibrate.even);
+}
+
 TEST(Settings, PassThroughIsBothSidesAt16) {
   EXPECT_TRUE(Settings::parse("bits=16").passthrough());
   EXPECT_TRUE(Settings::parse("bits=f16").passthrough());
@@ -53,7 +71,8 @@ TEST(Settings, PassThroughIsBothSidesAt16) {
 TEST(Settings, PrintedTheyReadTheSame) {
   for (const char* text :
        {"", "bits=2", "bits=4/1.5,window=0,small=7", "window=0,pool=3", "window=5", "profile=p,device=CPU",
-        "top=9,policy=none", "top=8,store=pinned", "top=64,store=file,path=/p,tail=drop,policy=all"}) {
+        "top=9,policy=none", "top=8,store=pinned", "top=64,store=file,path=/p,tail=drop,policy=all", "calibrate=p",
+        "calibrate=p,tokens=5,context=6,rates=2+1.5,even=yes,device=CUDA0"}) {
     const Settings s = Settings::parse(text);
     EXPECT_EQ(Settings::parse(s.to_string()).to_string(), s.to_string()) << text;
   }
@@ -95,7 +114,15 @@ INSTANTIATE_TEST_SUITE_P(
                     Wrong{"window=12x", "window=12x"}, Wrong{"window=99999999999", "window=99999999999"},
                     Wrong{"pool=-1", "pool=-1"}, Wrong{"sequences=4", "sequences"}, Wrong{"pool=1e3", "pool=1e3"},
                     Wrong{"small=-1", "small=-1"}, Wrong{"small=", "small="}, Wrong{"profile=", "profile="},
-                    Wrong{"device=", "device="}, Wrong{"top=-1", "top=-1"}, Wrong{"top=", "top="},
+                    Wrong{"device=", "device="}, Wrong{"calibrate=", "calibrate="},
+                    Wrong{"calibrate=p,bits=2", "bits="}, Wrong{"calibrate=p,bits=16/4", "bits="},
+                    Wrong{"calibrate=p,window=8", "window="}, Wrong{"calibrate=p,profile=auto", "profile="},
+                    Wrong{"calibrate=p,small=0", "small="}, Wrong{"calibrate=p,top=8", "top="},
+                    Wrong{"tokens=8", "tokens="}, Wrong{"even=yes", "even="}, Wrong{"context=8", "context="},
+                    Wrong{"rates=2", "rates="}, Wrong{"calibrate=p,rates=", "rates="},
+                    Wrong{"calibrate=p,rates=2+5", "'5'"}, Wrong{"calibrate=p,rates=2+2", "twice"},
+                    Wrong{"calibrate=p,rates=2+", "rates=2+"}, Wrong{"calibrate=p,tokens=0", "tokens=0"},
+                    Wrong{"calibrate=p,even=1", "even=1"}, Wrong{"top=-1", "top=-1"}, Wrong{"top=", "top="},
                     Wrong{"store=ram", "store="}, Wrong{"top=64,store=disk", "store=disk"},
                     Wrong{"top=64,store=file", "path="}, Wrong{"top=64,path=/tmp", "path="},
                     Wrong{"top=64,store=pinned,path=/tmp", "path="}, Wrong{"top=64,store=file,path=", "path="},
