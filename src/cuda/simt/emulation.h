@@ -124,26 +124,25 @@ private:
   struct Warp {
     int arrived = 0, round = 0;
   };
+  static constexpr size_t kStackBytes = 128 << 10;
   struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
+    std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(kStackBytes);  // little of it is used
     bool done = false;
   };
-  static constexpr size_t kStackBytes = 128 << 10;
 
   Machine(int n, size_t shared_bytes, const std::function<void()>& body)
       : threads(n), body_(body), fibers_(n), slots_(n), warps_(n / 32) {
     memory_.resize(shared_bytes + 1024);
     shared = memory_.data() + (1024 - reinterpret_cast<uintptr_t>(memory_.data()) % 1024) % 1024;
-    for (Fiber& fiber : fibers_) fiber.stack.resize(kStackBytes);
   }
 
   // getcontext may return twice, which would spoil a loop's variable: so no loop is around it.
   void begin(Fiber& fiber) {
     fiber.done = false;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = &scheduler_;
     makecontext(&fiber.context, &Machine::start, 0);
   }
