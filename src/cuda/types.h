@@ -264,6 +264,19 @@ struct RetrieveArgs {
   uint16_t *keys = nullptr, *values = nullptr;  // [n_streams][n_kv_heads][top][head_dim]: their rows
 };
 
+/// A block table: streams are query tokens, and the cells of each are those of a sequence, whose blocks and exact rows
+/// lie anywhere in the caches and in exact[0]. What AttendArgs has a stride between streams for, besides queries and
+/// mask, is then by sequence.
+struct Pages {
+  const int32_t* sequences = nullptr;  // [n_streams]: whose cells a stream attends to. Null: there is no table
+  const int32_t* table = nullptr;      // [n_sequences][table_stride]: where each block lies, in CacheView::block_stride
+  const int32_t* n_blocks = nullptr;   // [n_sequences]; blocks behind are neither looked up nor read
+  int table_stride = 0;
+  // Head h of exact row i of a sequence lies at rows[i] * stride + h * head_dim; unused rows are 0.
+  const int32_t* rows = nullptr;                    // [n_sequences][exact[0].capacity]
+  size_t key_row_stride = 0, value_row_stride = 0;  // multiples of 8
+};
+
 /// One attention operation over one layer.
 ///
 /// The query rows of a KV head are row = token * group + head within the group, padded to `row_groups` groups of 4.
@@ -315,6 +328,8 @@ struct AttendArgs {
   const int32_t* judges = nullptr;  // [n_streams][n_judges]
   float* kept_queries = nullptr;    // [n_streams][n_judges][n_heads][head_dim]
   int n_judges = 0;                 // at most 32
+
+  Pages pages;
 };
 
 /// Splits each stream's cells into `n_splits` items, of which a thread block takes 2^batch_shift at once, and fills in

@@ -64,6 +64,19 @@ Status check(const AttendArgs& args) {
       return Status::invalid("exact rows are not aligned to 16 bytes");
     }
   }
+  const Pages& pages = args.pages;
+  if (pages.sequences) {
+    if (args.n_tokens != 1) return Status::invalid("with a block table, each query token is a stream");
+    if (!pages.table || !pages.n_blocks || (args.exact[0].capacity > 0 && !pages.rows)) {
+      return Status::invalid("the block table is incomplete");
+    }
+    if (args.fresh.keys || args.exact[1].capacity > 0 || args.n_judges > 0 || args.hidden_head_stride != 0) {
+      return Status::unsupported("with a block table there is no window and no retrieval");
+    }
+    if ((pages.key_row_stride | pages.value_row_stride) % 8 != 0) {
+      return Status::invalid("exact rows are not aligned to 16 bytes");
+    }
+  }
   if (args.fresh.keys && (!args.fresh.values || !args.fresh.tokens || !args.fresh.window_keys ||
                           !args.fresh.window_values || args.exact[0].capacity == 0)) {
     return Status::invalid("new rows have no place in the window");
@@ -74,6 +87,7 @@ Status check(const AttendArgs& args) {
 
 // `batches`: whether the kernel can take several streams at once.
 void plan(const DeviceInfo& device, AttendArgs& args, bool batches) {
+  if (args.pages.sequences) batches = false;
   constexpr int kRowsOfASequence = 208;  // others' are not there, or hidden
   const int n_blocks = args.n_cells / kBlockCells;
   const int n_exact = std::min(args.exact[0].capacity, kRowsOfASequence) + args.exact[1].capacity;
@@ -86,8 +100,7 @@ void plan(const DeviceInfo& device, AttendArgs& args, bool batches) {
 
 const Status kNoHeadSize = Status::unsupported("head size must be 64, 128 or 256");
 
-// Counters come first in a workspace, in a part of constant size: calls of other shapes must find them zero.
-constexpr size_t kCounterBytes = 64 << 10;
+constexpr size_t kCounterBytes = kAttendCounterBytes;
 
 }  // namespace
 
@@ -135,6 +148,7 @@ Status score_cells(const DeviceInfo& device, ScoreArgs score, cudaStream_t strea
   args.output = score.scores;
   args.exact[0] = args.exact[1] = {};
   args.fresh = {};
+  args.pages = {};
   if (Status s = check(args); !s.ok()) return s;
   if (!score.scores || !score.block_maxima || !score.all_hidden) return Status::invalid("place for scores is missing");
   plan(device, args, false);

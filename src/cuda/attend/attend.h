@@ -8,8 +8,11 @@
 
 namespace thimble::cuda {
 
-/// Device memory for one attend call at a time (on one stream), aligned to 256 bytes. It must be zeroed before its
-/// first use; then calls of any shape may share the largest.
+/// Counters come first in a workspace, in a part of constant size: calls of other shapes must find them zero.
+inline constexpr size_t kAttendCounterBytes = 64 << 10;
+
+/// Device memory for one attend call at a time (on one stream), aligned to 256 bytes. Its counters must be zeroed before
+/// its first use; then calls of any shape may share the largest.
 size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args);
 
 /// Whether the device has a kernel for keys and values of these widths, and the shared memory for it; `scores`: for

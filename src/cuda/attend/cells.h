@@ -243,8 +243,13 @@ struct AttendCells {
       const float p0 = simt::exp2_fast(x[2 * i] * unit - run.maximum);
       const float p1 = simt::exp2_fast(x[2 * i + 1] * unit - run.maximum);
       run.weight += p0 + p1;
-      x[2 * i] = p0 * scale.x;
-      x[2 * i + 1] = p1 * scale.y;
+      if constexpr (S::kPaged) {  // memory that was never written may hold NaN
+        x[2 * i] = p0 == 0 ? 0 : p0 * scale.x;
+        x[2 * i + 1] = p1 == 0 ? 0 : p1 * scale.y;
+      } else {
+        x[2 * i] = p0 * scale.x;
+        x[2 * i + 1] = p1 * scale.y;
+      }
       largest = simt::max_nan(largest, simt::max_nan(x[2 * i], x[2 * i + 1]));
     }
     largest = simt::max_nan(over_g(largest, Max()), 1e-30f);

@@ -35,7 +35,18 @@ __global__ void __launch_bounds__(S::kThreads, 1) score_kernel(const __grid_cons
 }
 
 template <int HeadDim, int KeyWidth, int ValueWidth>
+Status launch_paged(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream) {
+  using Large = AttendShape<HeadDim, KeyWidth, ValueWidth, true, 1, true>;
+  using Small = AttendShape<HeadDim, KeyWidth, ValueWidth, false, 1, true>;
+  if (has_large_tables(device)) {
+    return launch(device, attend_kernel<Large, true>, args, grid, Large::kThreads, shared_bytes<Large>(), stream);
+  }
+  return launch(device, attend_kernel<Small, false>, args, grid, Small::kThreads, shared_bytes<Small>(), stream);
+}
+
+template <int HeadDim, int KeyWidth, int ValueWidth>
 Status launch_widths(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream) {
+  if (args.pages.sequences) return launch_paged<HeadDim, KeyWidth, ValueWidth>(device, args, grid, stream);
   using Large = AttendShape<HeadDim, KeyWidth, ValueWidth, true>;
   if constexpr (has_pairs(HeadDim, KeyWidth)) {
     using Pair = AttendShape<HeadDim, KeyWidth, ValueWidth, true, 2>;

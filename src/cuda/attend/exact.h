@@ -49,6 +49,7 @@ struct AttendExact {
 
   /// Asks for the window's rows of a stream to come to L2. (Its cells may be those of a step before.)
   SIMT static void prefetch(const AttendArgs& a, int stream) {
+    if constexpr (S::kPaged) return;
     const size_t bytes = size_t(a.exact[0].capacity) * D * sizeof(uint16_t);
     const size_t first = (size_t(stream) * a.n_kv_heads + simt::block_y()) * bytes;
     SIMT_NO_UNROLL
@@ -116,6 +117,12 @@ struct AttendExact {
     }
   }
 
+  /// Where exact row i of those of a stream and KV head begins, in numbers.
+  SIMT static size_t place(const AttendArgs& a, size_t rows_begin, int i, size_t paged_stride) {
+    if constexpr (S::kPaged) return a.pages.rows[rows_begin + i] * paged_stride + size_t(simt::block_y()) * D;
+    return (rows_begin + i) * D;
+  }
+
   /// Adds 16 rows from `first` on, of those of a stream and KV head, to `run`.
   SIMT static void attend_tile(const AttendArgs& a, const ExactRows& exact, const int32_t* cells, size_t rows_begin,
                                const Row& row, int first, bool is_first, Running& run) {
@@ -132,7 +139,7 @@ struct AttendExact {
     SIMT_UNROLL
     for (int half = 0; half < 2; half++) {
       const int i = first + g + half * 8;
-      const uint16_t* key = exact.keys + (rows_begin + (i < last ? i : last)) * D + t * 8;
+      const uint16_t* key = exact.keys + place(a, rows_begin, i < last ? i : last, a.pages.key_row_stride) + t * 8;
       const uint8_t* query =
           simt::shared() + offsetof(Shared, results.split_queries) + row.slot * kSplitBytes + (g * D + t * 8) * 2;
       float d[4] = {};
@@ -190,7 +197,8 @@ struct AttendExact {
       for (int e = 0; e < 4; e++) {
         v[e] = make_uint4(0, 0, 0, 0);  // unused rows may hold anything, also NaN
         if (cell[e] >= 0) {
-          v[e] = *reinterpret_cast<const uint4*>(exact.values + (rows_begin + index[e]) * D + c * 64 + g * 8);
+          v[e] = *reinterpret_cast<const uint4*>(
+              exact.values + place(a, rows_begin, index[e], a.pages.value_row_stride) + c * 64 + g * 8);
         }
       }
       SIMT_UNROLL
@@ -215,7 +223,8 @@ struct AttendExact {
     split_queries(a, n_slots);
     simt::sync();
     const int stream = Items::stream_of(a, Items::first_item(a, batch) + (slot < n_slots ? slot : 0));
-    const size_t pair = size_t(stream) * a.n_kv_heads + simt::block_y();
+    const int owner = Items::cells_of(a, stream);
+    const size_t pair = size_t(owner) * a.n_kv_heads + simt::block_y();
     const Row row = Rows::make_row(a, stream, slot, g % kRows);
     const int window_tiles = (a.exact[0].capacity + kTile - 1) / kTile;
     const int n_tiles = window_tiles + (a.exact[1].capacity + kTile - 1) / kTile;
@@ -225,9 +234,10 @@ struct AttendExact {
     for (int tile = own_first; tile < n_tiles && slot < n_slots; tile += n_warps) {
       const bool is_window = tile < window_tiles;
       const ExactRows& exact = is_window ? a.exact[0] : a.exact[1];
-      const int32_t* cells = exact.cells + (exact.per_head ? pair : size_t(stream)) * exact.capacity;
+      const int32_t* cells = exact.cells + (exact.per_head ? pair : size_t(owner)) * exact.capacity;
       const int first = (is_window ? tile : tile - window_tiles) * kTile;
-      attend_tile(a, exact, cells, pair * exact.capacity, row, first, tile == own_first, run);
+      attend_tile(a, exact, cells, (S::kPaged ? size_t(owner) : pair) * exact.capacity, row, first, tile == own_first,
+                  run);
     }
     if (t < kRows / 2) {
       SIMT_UNROLL

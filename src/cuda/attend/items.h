@@ -42,6 +42,11 @@ struct AttendItems {
   SIMT static int stream_of(const AttendArgs& a, int item) {
     return a.n_splits == 1 ? item : int(simt::multiply_high(uint32_t(item), a.splits_inverse));
   }
+  /// Whose cells a stream attends to: its own, or its sequence's.
+  SIMT static int cells_of(const AttendArgs& a, int stream) {
+    if constexpr (S::kPaged) return a.pages.sequences[stream];
+    return stream;
+  }
   /// The first block of 64 cells of a split. The first split takes exact_blocks fewer than the others.
   SIMT static int block_begin(const AttendArgs& a, int split) {
     const int larger = split < a.n_larger_splits ? split : a.n_larger_splits;

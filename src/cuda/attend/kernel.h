@@ -46,6 +46,11 @@ struct AttendKernel {
   using Row = typename Rows::Row;
   static constexpr int kKeyLoads = Cells::kKeyLoads, kValueLoads = Cells::kValueLoads;
 
+  /// Where this KV head's block lies that a block table has as `page`.
+  SIMT static const uint8_t* in_page(const CacheView& cache, int page) {
+    return cache.data + simt::block_y() * cache.head_stride + page * cache.block_stride;
+  }
+
   /// Finds this warp's blocks in b.batch, or in the first later batch of this thread block in which it has any. If
   /// there is none, b.batch becomes n_batches or more, and the pointers stay as they are.
   SIMT static void find(const AttendArgs& a, int warp, CellBlocks& b) {
@@ -56,8 +61,17 @@ struct AttendKernel {
       const int stream = Items::stream_of(a, item), split = item - stream * a.n_splits;
       const int head = simt::block_y();
       b.index = Items::block_begin(a, split) + warp - slot * n_warps;
-      b.left = (Items::block_begin(a, split + 1) - b.index + n_warps - 1) >> Items::n_warps_log2(a);
+      int end = Items::block_begin(a, split + 1);
+      const int owner = Items::cells_of(a, stream);
+      if constexpr (S::kPaged) end = end < a.pages.n_blocks[owner] ? end : a.pages.n_blocks[owner];
+      b.left = (end - b.index + n_warps - 1) >> Items::n_warps_log2(a);
       if (b.left <= 0) continue;
+      if constexpr (S::kPaged) {
+        const int page = a.pages.table[size_t(owner) * a.pages.table_stride + b.index];
+        b.keys = in_page(a.keys, page);
+        b.values = in_page(a.values, page);
+        return;
+      }
       const auto at = [&](const CacheView& cache) {
         return cache.data + stream * cache.stream_stride + head * cache.head_stride + b.index * cache.block_stride;
       };
@@ -80,7 +94,8 @@ struct AttendKernel {
       const int stream = Items::stream_of(a, Items::first_item(a, batch) + slot);
       uint32_t cells = 3;  // two of them, a lane
       if (a.hidden) {
-        const size_t word = stream * a.hidden_stream_stride + head * a.hidden_head_stride + block * 2 + l.lane / 16;
+        const size_t word =
+            Items::cells_of(a, stream) * a.hidden_stream_stride + head * a.hidden_head_stride + block * 2 + l.lane / 16;
         cells = ~(a.hidden[word] >> l.lane % 16 * 2) & 3;
       }
       uint32_t masked = a.mask ? 3 : 0;
@@ -156,7 +171,7 @@ struct AttendKernel {
       simt::prefetch_l2<S::kValueBlock>(values, n * value_step, l.lane);
     };
     const auto prefetch_first = [&] {
-      for (int n = 0; n < 2 && n < next.left; n++) prefetch(n);
+      for (int n = 0; n < (S::kPaged ? 1 : 2) && n < next.left; n++) prefetch(n);
     };
     if constexpr (!S::kDirect) prefetch_first();
     constexpr int kShare = kCodewords * D / S::kWarps;  // of the head's codewords, for the keys' table
@@ -255,8 +270,16 @@ struct AttendKernel {
       }
       simt::sync_warp();
       uint32_t mask_at = row.mask + now.index * kBlockCells + l.g * 8;
-      uint32_t hidden_at =
-          uint32_t(stream * a.hidden_stream_stride + head * a.hidden_head_stride) + now.index * 2 + l.g / 4;
+      uint32_t hidden_at = uint32_t(Items::cells_of(a, stream) * a.hidden_stream_stride + head * a.hidden_head_stride) +
+                           now.index * 2 + l.g / 4;
+      // Paged: the table's entries of the next block and the one behind it, which are there before loads need them.
+      const int32_t* table = nullptr;
+      int page = 0, page_behind = 0;
+      if constexpr (S::kPaged) {
+        table = a.pages.table + size_t(Items::cells_of(a, stream)) * a.pages.table_stride + now.index;
+        if (mine && now.left > 1) page = table[stride];
+        if (mine && now.left > 2) page_behind = table[2 * stride];
+      }
       for (int left = mine ? now.left : 0; left > 0; left--, mask_at += stride * kBlockCells, hidden_at += stride * 2) {
         const uint8_t* these_values = values;
         uint4* const staged_scales = simt::shared_at<uint4, offsetof(Shared, scales)>() + l.warp * 16;
@@ -269,9 +292,21 @@ struct AttendKernel {
           }
         }
         // After the warp's last block the pointers stay, and that block is loaded once more without use.
-        keys = left > 1 ? keys + key_step : place_of_next->keys;
-        values = left > 1 ? values + value_step : place_of_next->values;
-        if (left > 2) prefetch(1);
+        if constexpr (S::kPaged) {
+          keys = left > 1 ? in_page(a.keys, page) : place_of_next->keys;
+          values = left > 1 ? in_page(a.values, page) : place_of_next->values;
+          if (left > 2) {
+            simt::prefetch_l2<S::kKeyBlock>(in_page(a.keys, page_behind), 0, l.lane);
+            simt::prefetch_l2<S::kValueBlock>(in_page(a.values, page_behind), 0, l.lane);
+          }
+          page = page_behind;
+          table += stride;
+          if (left > 3) page_behind = table[2 * stride];
+        } else {
+          keys = left > 1 ? keys + key_step : place_of_next->keys;
+          values = left > 1 ? values + value_step : place_of_next->values;
+          if (left > 2) prefetch(1);
+        }
         uint4* const staged_mask = simt::shared_at<uint4, offsetof(Shared, masks)>() + simt::thread();
         uint32_t* const staged_hidden = simt::shared_at<uint32_t, offsetof(Shared, hidden)>() + simt::thread();
         uint4 mask = make_uint4(0, 0, 0, 0);

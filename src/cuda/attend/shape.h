@@ -35,11 +35,13 @@ constexpr bool has_pairs(int head_dim, int key_width) {
 
 /// `Large`: for devices that give a block 227 KiB (Hopper); else as little as the format allows. `Slots`: the most
 /// items that a thread block takes at once, each with a share of its warps. 1, 2 where has_pairs, or kMaxBatch where
-/// has_direct.
-template <int HeadDim, int KeyWidth, int ValueWidth, bool Large, int Slots = 1>
+/// has_direct. `Paged`: for caches with a block table (Pages), one item at a time.
+template <int HeadDim, int KeyWidth, int ValueWidth, bool Large, int Slots = 1, bool Paged = false>
 struct AttendShape {
   static constexpr bool kDirect = Slots > 2;
   static constexpr bool kLarge = Large;
+  static constexpr bool kPaged = Paged;
+  static_assert(!Paged || Slots == 1);
   static constexpr int kSlots = Slots;
   static_assert(Slots == 1 || (Large && (kDirect ? has_direct(HeadDim, KeyWidth) : has_pairs(HeadDim, KeyWidth))));
   static constexpr int kHeadDim = HeadDim, kKeyWidth = KeyWidth, kValueWidth = ValueWidth;

@@ -14,7 +14,7 @@ struct CellArgs {
   CodecTables codec;
 
   int n = 0;
-  const int64_t* cells = nullptr;  // [n], numbered through all streams
+  const int64_t* cells = nullptr;  // [n], numbered through all streams; read_rows leaves out what is negative
   // The window's row of each cell, -1 where it has none. Null: the window is not looked at.
   const int32_t* slots = nullptr;  // [n]
   uint16_t* window = nullptr;      // [n_streams][n_kv_heads][capacity][head_dim]
@@ -25,6 +25,7 @@ struct CellArgs {
   uint8_t* vectors = nullptr;  // [n][n_kv_heads][codec.n_subspaces() + 2]: codes and scales, canonical
   uint16_t* halves = nullptr;  // [n][n_kv_heads][head_dim], f16, as the model wrote them
   float* floats = nullptr;     // the same as f32
+  size_t row_stride = 0;       // of read_rows' halves and floats, in numbers; 0: n_kv_heads * head_dim
 };
 
 }  // namespace thimble::cuda

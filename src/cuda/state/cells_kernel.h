@@ -50,7 +50,7 @@ struct RowsKernel {
   SIMT static Row row(const CellArgs& a, int entry, int head) {
     const int64_t cell = a.cells[entry];
     return {int(cell / a.cells_per_stream), int(cell % a.cells_per_stream), a.slots ? a.slots[entry] : -1,
-            (size_t(entry) * a.n_kv_heads + head) * D};
+            entry * (a.row_stride ? a.row_stride : size_t(a.n_kv_heads) * D) + size_t(head) * D};
   }
   SIMT static uint16_t* in_window(const CellArgs& a, const Row& r, int head) {
     return a.window + ((size_t(r.stream) * a.n_kv_heads + head) * a.capacity + r.slot) * D;
@@ -97,7 +97,7 @@ struct RowsKernel {
     simt::wait_for_previous_grid();
     const int warp = simt::thread() / 32, lane = simt::thread() % 32, head = simt::block_y();
     const int entry = simt::block_x() * kWarps + warp;
-    if (entry >= a.n) return;
+    if (entry >= a.n || a.cells[entry] < 0) return;
     const Row r = row(a, entry, head);
     const uint16_t* exact = r.slot >= 0 ? in_window(a, r, head) : a.store ? in_store(a, r, head) : nullptr;
     float x[1][N];

@@ -34,6 +34,21 @@ unsigned groups(size_t n, size_t of) {
   return unsigned((n + of - 1) / of);
 }
 
+using Kernel = void (*)(CellArgs);
+
+Status launch_rows(const DeviceInfo& device, const CellArgs& a, cudaStream_t stream, Kernel of_64, Kernel of_128,
+                   Kernel of_256) {
+  const Kernel kernel = a.head_dim == 64 ? of_64 : a.head_dim == 128 ? of_128 : of_256;
+  const dim3 grid(groups(a.n, RowsKernel<64>::kWarps), a.n_kv_heads);
+  const size_t shared = RowsKernel<64>::kWarps * a.head_dim * sizeof(float);
+  return launch(device, kernel, a, grid, RowsKernel<64>::kThreads, shared, stream);
+}
+
+Status launch_convert(const DeviceInfo& device, const CellArgs& a, cudaStream_t stream, Kernel kernel) {
+  const dim3 grid(groups(size_t(a.n) * a.n_kv_heads * a.head_dim, ConvertKernel::kNumbers));
+  return launch(device, kernel, a, grid, ConvertKernel::kThreads, 0, stream);
+}
+
 void require(const Status& status) {
   if (!status.ok()) throw std::runtime_error(std::string("the state of a cache: ") + status.message);
 }
@@ -77,30 +92,19 @@ public:
 
   void gather_codes(const CellArgs& a) override { codes(a, codes_kernel<false>); }
   void scatter_codes(const CellArgs& a) override { codes(a, codes_kernel<true>); }
-  void read_rows(const CellArgs& a) override { rows(a, read_kernel<64>, read_kernel<128>, read_kernel<256>); }
-  void put_rows(const CellArgs& a) override { rows(a, put_kernel<64>, put_kernel<128>, put_kernel<256>); }
-  void widen(const CellArgs& a) override { convert(a, convert_kernel<false>); }
-  void round(const CellArgs& a) override { convert(a, convert_kernel<true>); }
+  void read_rows(const CellArgs& a) override { require(cuda::read_rows(device_, a, stream_)); }
+  void put_rows(const CellArgs& a) override {
+    require(launch_rows(device_, a, stream_, put_kernel<64>, put_kernel<128>, put_kernel<256>));
+  }
+  void widen(const CellArgs& a) override { require(cuda::widen(device_, a, stream_)); }
+  void round(const CellArgs& a) override { require(launch_convert(device_, a, stream_, convert_kernel<true>)); }
   void encode(const EncodeArgs& args) override { require(cuda::encode(device_, args, stream_)); }
 
 private:
-  using Kernel = void (*)(CellArgs);
-
   void codes(const CellArgs& a, Kernel kernel) {
     const dim3 grid(groups(a.n, CodesKernel::kCells), a.n_kv_heads);
     require(launch(device_, kernel, a, grid, CodesKernel::kThreads, 0, stream_));
   }
-  void rows(const CellArgs& a, Kernel of_64, Kernel of_128, Kernel of_256) {
-    const Kernel kernel = a.head_dim == 64 ? of_64 : a.head_dim == 128 ? of_128 : of_256;
-    const dim3 grid(groups(a.n, RowsKernel<64>::kWarps), a.n_kv_heads);
-    const size_t shared = RowsKernel<64>::kWarps * a.head_dim * sizeof(float);
-    require(launch(device_, kernel, a, grid, RowsKernel<64>::kThreads, shared, stream_));
-  }
-  void convert(const CellArgs& a, Kernel kernel) {
-    const dim3 grid(groups(size_t(a.n) * a.n_kv_heads * a.head_dim, ConvertKernel::kNumbers));
-    require(launch(device_, kernel, a, grid, ConvertKernel::kThreads, 0, stream_));
-  }
-
   DeviceInfo device_;
   cudaStream_t stream_ = nullptr;
   DeviceMemory scratch_[int(Scratch::count)];
@@ -109,6 +113,14 @@ private:
 };
 
 }  // namespace
+
+Status read_rows(const DeviceInfo& device, const CellArgs& a, cudaStream_t stream) {
+  return launch_rows(device, a, stream, read_kernel<64>, read_kernel<128>, read_kernel<256>);
+}
+
+Status widen(const DeviceInfo& device, const CellArgs& a, cudaStream_t stream) {
+  return launch_convert(device, a, stream, convert_kernel<false>);
+}
 
 std::unique_ptr<StateKernels> state_kernels(const DeviceInfo& device) {
   return std::make_unique<CudaStateKernels>(device);
