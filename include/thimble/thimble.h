@@ -16,9 +16,31 @@
  *   thimble_encode_args args = {.struct_size = sizeof args};
  * What is not set is 0, which always means "none" or the default that stands beside the member.
  *
- * Devices. The library computes on the CPU. THIMBLE_DEVICE_CUDA and the argument `stream`, a cudaStream_t, are there so
- * that a GPU can be served by the same calls; today a context of that device, and a stream that is not null, are
- * refused with THIMBLE_UNSUPPORTED.
+ * Devices. A context computes on the CPU, where `stream` must be null; or, in a build with CUDA, on a CUDA device.
+ * There a call enqueues its work on `stream`, a cudaStream_t (null: the default stream), and returns.
+ *   device memory    blocks; rows of encode and decode; q, out, mask, sinks; keys and values of exact rows
+ *   host memory      all else: cells, block_table, n_cells, first_tokens, start, cells and rows of exact rows. It is
+ *                    copied within the call, and may change when that returns
+ * A context's first call with a codec copies the codec's tables to the device and waits until they are there; to free
+ * a context waits for the device. No other call waits for a stream, unless CUDA itself does so to copy index arrays of
+ * more than 64 KiB. Calls that a CUDA graph captures are refused.
+ * What CUDA has no kernels for is refused with THIMBLE_UNSUPPORTED and a sentence that says what to change:
+ *                    CPU                                CUDA
+ *   bits             16, 4, 3, 2, 1.5, 1.25, 1          4, 2, 1; a profile made with `thimble calibrate --even`
+ *   head_dim         even, 2 to 256                     64, 128, 256 (sm_80 and sm_90; at 4 bits sm_90)
+ *   values           any codec                          of the keys' head size, at the keys' bits or half of them
+ *   softcap          any codec of keys                  not calibrated keys
+ *   query heads      any number to a KV head            at most 64
+ *   cells            of a sequence: any number          at most 2^28
+ *   vectors          of encode, decode: any number      at most 2^29
+ *   blocks           any address and strides            multiples of 16
+ *   q                any strides                        aligned to 16 bytes, strides multiples of 4
+ *   out              any strides                        aligned to 16 bytes, [token][head][value head size], no gaps
+ *   mask             mask_stride from n_cells on        aligned to 16 bytes; mask_stride a multiple of 8, from whole
+ *                                                       blocks on: the greatest n_cells rounded up to 64
+ *   exact rows       any strides                        aligned to 16 bytes, strides multiples of 8
+ * and on CUDA a vector that holds an infinity or a NaN may make the output of every token of its sequence NaN, unless
+ * its cell is exact.
  */
 #ifndef THIMBLE_THIMBLE_H
 #define THIMBLE_THIMBLE_H
@@ -144,14 +166,16 @@ typedef enum thimble_device { THIMBLE_DEVICE_CPU = 0, THIMBLE_DEVICE_CUDA = 1 } 
 typedef struct thimble_context_args {
   size_t struct_size;
   int32_t device;       /* thimble_device */
-  int32_t device_index; /* 0 on the CPU */
-  int32_t n_threads;    /* the calling thread is one of them; 0: as many as the machine runs at once. At most 512 */
+  int32_t device_index; /* as CUDA numbers devices; 0 on the CPU */
+  int32_t n_threads;    /* the calling thread is one of them; 0: as many as the machine runs at once. At most 512.
+                           0 on CUDA */
 } thimble_context_args;
-/* `args` may be null: all 0. On success *context is the caller's, to be given to thimble_context_free. */
+/* `args` may be null: all 0. On success *context is the caller's, to be given to thimble_context_free. It fails with
+ * THIMBLE_UNSUPPORTED where the build has no CUDA or the machine has no such device. */
 THIMBLE_API thimble_status thimble_context_create(const thimble_context_args* args, thimble_context** context);
-/* Ends the context's threads. Does nothing for null. */
+/* Ends the context's threads, or waits for its device. Does nothing for null. */
 THIMBLE_API void thimble_context_free(thimble_context* context);
-/* "avx512", "avx2", "neon" or "scalar"; "" for null. */
+/* "avx512", "avx2", "neon" or "scalar"; on CUDA "sm_90" or the like; "" for null. */
 THIMBLE_API const char* thimble_context_instruction_set(const thimble_context* context);
 
 /* ---- memory ----
@@ -161,7 +185,8 @@ THIMBLE_API const char* thimble_context_instruction_set(const thimble_context* c
  *   pages, all heads in each          block_stride = n * B  head_stride = B
  *   pages that also hold values (V bytes a block)   block_stride = n * (B + V); the values' data = keys' data + n * B
  * Any alignment will do; multiples of 64 are fastest. Memory need not be cleared: a cell that no token sees is not
- * read. Codes do not depend on the machine: blocks may be saved on one and read on another. */
+ * read. Codes do not depend on the machine: blocks may be saved on one and read on another. Their order in a block is
+ * one on all CPUs and another on all CUDA devices; thimble_convert_blocks leads from one to the other. */
 
 typedef struct thimble_blocks {
   void* data;
@@ -169,6 +194,11 @@ typedef struct thimble_blocks {
   size_t block_stride;
   size_t head_stride;
 } thimble_blocks;
+
+/* Copies n_blocks blocks, one behind another in host memory, from the order of one kind of device (thimble_device) to
+ * that of another. `from` and `to` must not overlap. Needs no device and no CUDA in the build. */
+THIMBLE_API thimble_status thimble_convert_blocks(const thimble_codec* codec, int32_t from_device, const void* from,
+                                                  int32_t to_device, void* to, int64_t n_blocks);
 
 typedef enum thimble_type { THIMBLE_F32 = 0, THIMBLE_F16 = 1 } thimble_type;
 
@@ -255,7 +285,8 @@ typedef struct thimble_attend_args {
   thimble_exact exact;
 } thimble_attend_args;
 /* On failure `out` may hold anything. Contiguous and paged memory give the same bits, and so do contexts with the same
- * number of threads. Up to 8 tokens of a sequence are attended to by look-ups of codes, more through decoded tiles. */
+ * number of threads, or on devices of one model. On the CPU, up to 8 tokens of a sequence are attended to by look-ups
+ * of codes, more through decoded tiles. On CUDA each token reads its sequence's codes: long prompts take long. */
 THIMBLE_API thimble_status thimble_attend(thimble_context* context, const thimble_attend_args* args, void* stream);
 
 #ifdef __cplusplus

@@ -1,12 +1,12 @@
-// Attention over a caller's blocks: checks the arguments, and makes one AttentionProblem for each sequence.
+// Attention over a caller's blocks: checks the arguments.
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
 #include <string>
 
 #include "api/args.h"
 #include "api/memory.h"
+#include "api/sequences.h"
 
 namespace thimble::api {
 namespace {
@@ -17,18 +17,6 @@ using Args = thimble_attend_args;
 
 std::string at(const char* name, int64_t index) {
   return std::string(name) + "[" + std::to_string(index) + "]";
-}
-
-int64_t blocks_for(int64_t n_cells) {
-  return (n_cells + kBlockCells - 1) / kBlockCells;
-}
-
-int64_t n_cells_of(const Args& args, int64_t sequence) {
-  return args.n_cells[sequence];
-}
-
-int64_t first_token(const Args& args, int64_t sequence) {
-  return args.first_tokens ? args.first_tokens[sequence] : sequence;
 }
 
 void check_sides(const Args& args) {
@@ -97,10 +85,8 @@ void check_queries(const Args& args) {
   });
 }
 
-// Checks the exact cells of each sequence and copies them to the context.
-void take_exact(const Args& args, thimble_context& context) {
+void check_exact(const Args& args) {
   const thimble_exact& exact = args.exact;
-  for (auto& cells : context.exact) cells.clear();
   if (!exact.start) return;
   require(exact.start[0] == 0, "exact.start[0] must be 0");
   for (int64_t s = 0; s < args.n_sequences; s++) {
@@ -125,51 +111,9 @@ void take_exact(const Args& args, thimble_context& context) {
       require(row >= 0 && row < exact.n_rows, [&] {
         return at("exact.rows", i) + " is " + std::to_string(row) + ", there are " + std::to_string(exact.n_rows);
       });
-      context.exact[s].push_back(
-          {int(cell), exact.keys + row * exact.key_stride, exact.values + row * exact.value_stride});
       before = cell;
     }
   }
-}
-
-AttentionProblem problem_of(const Args& args, int sequence, const std::vector<ExactCell>& exact) {
-  const int64_t first = first_token(args, sequence);
-  AttentionProblem p;
-  p.n_heads = args.n_heads;
-  p.n_tokens = int(first_token(args, sequence + 1) - first);
-  p.first_stream = sequence;
-  p.n_cells = n_cells_of(args, sequence);
-  p.value_dim = args.values->format().head_dim;
-  p.q = args.q + size_t(first) * args.q_token_stride;
-  p.q_token = args.q_token_stride;
-  p.q_head = args.q_head_stride;
-  p.out = args.out + size_t(first) * args.out_token_stride;
-  p.out_token = args.out_token_stride;
-  p.out_head = args.out_head_stride;
-  if (args.mask) p.mask = args.mask + size_t(first) * args.mask_stride;
-  p.mask_token = args.mask_stride;
-  p.scale = args.scale != 0 ? args.scale : 1.0f / std::sqrt(float(args.keys->format().head_dim));
-  p.max_bias = args.max_bias;
-  p.softcap = args.softcap;
-  p.sinks = args.sinks;
-  p.exact = exact;
-  return p;
-}
-
-void attend(thimble_context& context, const Args& args) {
-  const int64_t cells = int64_t{args.blocks_per_sequence} * kBlockCells;
-  const int n = args.n_sequences;
-  const CacheLayer layer(side_of(args.key_blocks, *args.keys, cells, n, args.block_table),
-                         side_of(args.value_blocks, *args.values, cells, n, args.block_table),
-                         Window({0, 0, 0}, 0, cells, n));
-  if (context.attention.size() < size_t(n)) context.attention.resize(n);
-  for (int s = 0; s < n; s++) {
-    context.attention[s].prepare(layer, problem_of(args, s, context.exact[s]), {}, context.team.size(),
-                                 context.kernels);
-  }
-  context.team.run([&](int thread) {
-    for (int s = 0; s < n; s++) context.attention[s].attend(thread);
-  });
 }
 
 }  // namespace
@@ -185,8 +129,7 @@ thimble_status thimble_attend(thimble_context* context, const thimble_attend_arg
     check_sequences(a);
     if (a.n_sequences == 0) return;
     check_queries(a);
-    if (context->exact.size() < size_t(a.n_sequences)) context->exact.resize(a.n_sequences);
-    take_exact(a, *context);
-    attend(*context, a);
+    check_exact(a);
+    context->device->attend(a, stream);
   });
 }

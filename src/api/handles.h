@@ -5,11 +5,9 @@
 #include <memory>
 #include <vector>
 
+#include "api/device.h"
 #include "api/status.h"
-#include "api/team.h"
-#include "attention/attention.h"
 #include "codec/head_codec.h"
-#include "kernels/kernels.h"
 #include "profile/profile.h"
 
 struct thimble_profile {
@@ -25,19 +23,14 @@ struct thimble_codec {
 };
 
 struct thimble_context {
-  explicit thimble_context(int n_threads) : kernels(thimble::kernels()), team(n_threads) {}
-
-  const thimble::Kernels& kernels;
-  thimble::api::Team team;
-  std::vector<thimble::Attention> attention;           // one a sequence, kept so that calls reuse their memory
-  std::vector<std::vector<thimble::ExactCell>> exact;  // by sequence
+  std::unique_ptr<thimble::api::Device> device;
   std::atomic<bool> busy{false};
 };
 
 namespace thimble::api {
 
 /// Holds a context for the length of a call. Throws a Failure where it is null or at work for another call, or where
-/// `stream` is not null.
+/// its device does not take `stream`.
 class Use {
 public:
   Use(thimble_context* context, const void* stream);

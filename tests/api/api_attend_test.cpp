@@ -6,59 +6,11 @@
 #include <atomic>
 #include <thread>
 
+#include "attend_fixture.h"
 #include "attention/attention.h"
-#include "fixture.h"
 
 namespace thimble::test {
 namespace {
-
-struct Shape {
-  int k_dim = 64, v_dim = 64, n_heads = 2;
-  double k_bits = 2, v_bits = 2;
-};
-
-/// A coded cache: in contiguous blocks, or in pages that lie in no order among other pages.
-Cache cache_of(const Shape& shape, const std::vector<int64_t>& n_cells, Layout layout, bool paged,
-               thimble_context* context) {
-  Cache cache;
-  cache.n_sequences = int(n_cells.size());
-  cache.n_cells = n_cells;
-  cache.blocks_per_sequence = int(*std::max_element(n_cells.begin(), n_cells.end()) + 63) / 64 + 1;
-  const int n = cache.n_sequences * cache.blocks_per_sequence;
-  if (paged) {
-    cache.table.resize(n);
-    for (int i = 0; i < n; i++) cache.table[i] = (i * 7 + 3) % (n + 5);
-    if ((n + 5) % 7 == 0) std::iota(cache.table.rbegin(), cache.table.rend(), 5);
-    for (int s = 0; s < cache.n_sequences; s++) {  // behind a sequence's cells is nothing
-      for (int b = int(n_cells[s] + 63) / 64; b < cache.blocks_per_sequence; b++) {
-        cache.table[s * cache.blocks_per_sequence + b] = -1;
-      }
-    }
-  }
-  cache.keys =
-      std::make_unique<Side>(plain_codec(THIMBLE_KEY, shape.k_dim, shape.n_heads, shape.k_bits), n + 5, layout);
-  cache.values =
-      std::make_unique<Side>(plain_codec(THIMBLE_VALUE, shape.v_dim, shape.n_heads, shape.v_bits), n + 5, layout);
-  cache.encode(context);
-  return cache;
-}
-
-/// A causal mask with holes, [token][stride], as f16; with `bias`, distances that ALiBi multiplies.
-std::vector<uint16_t> mask_of(const Cache& cache, const Queries& x, size_t stride, bool bias) {
-  std::vector<uint16_t> mask(size_t(x.first_tokens.back()) * stride, 0x7e00);  // NaN behind what may be looked at
-  for (int s = 0; s < cache.n_sequences; s++) {
-    const int64_t n_tokens = x.first_tokens[s + 1] - x.first_tokens[s];
-    for (int64_t t = 0; t < n_tokens; t++) {
-      const int64_t position = cache.n_cells[s] - n_tokens + t;
-      for (int64_t c = 0; c < cache.n_cells[s]; c++) {
-        const bool seen = c <= position && c % 11 != 5;
-        mask[size_t(x.first_tokens[s] + t) * stride + c] =
-            !seen ? uint16_t{THIMBLE_MASK_HIDDEN} : float_to_half(bias ? float(c - position) : 0.0f);
-      }
-    }
-  }
-  return mask;
-}
 
 /// The core's result for one sequence whose blocks lie in a CacheLayer's own memory.
 std::vector<float> by_the_core(const Shape& shape, const Cache& cache, int sequence, const Queries& x,
@@ -101,57 +53,6 @@ std::vector<float> by_the_core(const Shape& shape, const Cache& cache, int seque
   attention.prepare(layer, p, {}, 1, kernels());
   attention.attend(0);
   return out;
-}
-
-/// Normalized squared error against attention in double over `k` and `v`, rows of all cells.
-double nmse(const Cache& cache, const Queries& x, const thimble_attend_args& args, const std::vector<float>& k,
-            const std::vector<float>& v) {
-  const int group = x.n_heads / cache.keys->n_heads, k_dim = cache.keys->dim, v_dim = cache.values->dim;
-  double error = 0, size = 1e-30;
-  for (int s = 0; s < cache.n_sequences; s++) {
-    for (int64_t t = x.first_tokens[s]; t < x.first_tokens[s + 1]; t++) {
-      for (int h = 0; h < x.n_heads; h++) {
-        std::vector<double> sums(v_dim, 0.0);
-        const double scale = args.scale != 0 ? args.scale : 1 / std::sqrt(double(k_dim));
-        double total = args.sinks ? std::exp(double(args.sinks[h])) : 0;
-        for (int64_t c = 0; c < cache.n_cells[s]; c++) {
-          const uint16_t m = args.mask ? args.mask[t * args.mask_stride + c] : 0;
-          if (m == THIMBLE_MASK_HIDDEN) continue;
-          const size_t row = size_t(s * cache.cells() + c);
-          double score = 0;
-          for (int d = 0; d < k_dim; d++) {
-            score += double(x.q[t * args.q_token_stride + h * args.q_head_stride + d]) *
-                     k[row * cache.keys->row_size() + size_t(h / group) * k_dim + d];
-          }
-          score *= scale;
-          if (args.softcap != 0) score = args.softcap * std::tanh(score / args.softcap);
-          const double weight = std::exp(score + alibi_slope(args.max_bias, x.n_heads, h) * half_to_float(m));
-          total += weight;
-          for (int d = 0; d < v_dim; d++) {
-            sums[d] += weight * v[row * cache.values->row_size() + size_t(h / group) * v_dim + d];
-          }
-        }
-        for (int d = 0; d < v_dim; d++) {
-          const double expected = total > 0 ? sums[d] / total : 0;
-          const double got = args.out[t * args.out_token_stride + h * args.out_head_stride + d];
-          error += (got - expected) * (got - expected);
-          size += expected * expected;
-        }
-      }
-    }
-  }
-  return error / size;
-}
-
-std::vector<float> decoded(const Cache& cache, const Side& side, thimble_context* context) {
-  std::vector<int64_t> cells;
-  for (int s = 0; s < cache.n_sequences; s++) {
-    for (int64_t c = 0; c < cache.cells(); c++) cells.push_back(c < cache.n_cells[s] ? cache.memory_cell(s, c) : -1);
-  }
-  std::vector<float> rows(cells.size() * side.row_size(), 0.0f);
-  const auto args = side.decode_args(rows, cells);
-  EXPECT_TRUE(ok(thimble_decode(context, &args, nullptr)));
-  return rows;
 }
 
 const std::vector<Shape> kShapes{{64, 64, 2, 2, 2},  {64, 64, 1, 4, 4},        {80, 48, 3, 3, 1},   {2, 6, 1, 4, 4},
@@ -264,44 +165,15 @@ TEST(ApiAttend, ExactCellsStandInForTheirCodes) {
       for (const std::vector<int>& n_tokens : {std::vector{1, 1}, {2, 12}}) {
         const Cache cache = cache_of(shape, {200, 90}, Layout::pages, true, context.get());
         Queries x = queries_of(cache, 2, n_tokens);
-        // The first 3 and the last 70 of one, all of the other. Rows lie in reverse order.
-        const auto key_half = halves(cache.k), value_half = halves(cache.v);
-        const int64_t n_rows = 2 * cache.cells();
-        std::vector<uint16_t> keys(key_half.size()), values(value_half.size());
-        for (int64_t row = 0; row < n_rows; row++) {
-          std::copy_n(&key_half[row * cache.keys->row_size()], cache.keys->row_size(),
-                      &keys[(n_rows - 1 - row) * cache.keys->row_size()]);
-          std::copy_n(&value_half[row * cache.values->row_size()], cache.values->row_size(),
-                      &values[(n_rows - 1 - row) * cache.values->row_size()]);
-        }
-        std::vector<int64_t> start{0}, cells, rows;
+        // The first 3 and the last 70 of one, all of the other.
         auto k = decoded(cache, *cache.keys, context.get()), v = decoded(cache, *cache.values, context.get());
-        const auto take = [&](std::vector<float>& to, const std::vector<uint16_t>& from, int64_t row, size_t size) {
-          for (size_t i = row * size; i < (row + 1) * size; i++) to[i] = half_to_float(from[i]);
-        };
-        for (int s = 0; s < 2; s++) {
-          for (int64_t c = 0; c < cache.n_cells[s]; c++) {
-            if (s == 0 && c >= 3 && c < 130) continue;
-            const int64_t row = s * cache.cells() + c;
-            cells.push_back(c);
-            rows.push_back(n_rows - 1 - row);
-            take(k, key_half, row, cache.keys->row_size());
-            take(v, value_half, row, cache.values->row_size());
-          }
-          start.push_back(int64_t(cells.size()));
-        }
+        const ExactRows exact(
+            cache, [](int s, int64_t c) { return s != 0 || c < 3 || c >= 130; }, k, v);
         auto args = attend_args(cache, x);
         const auto mask = mask_of(cache, x, 200, false);
         args.mask = mask.data();
         args.mask_stride = 200;
-        args.exact = {start.data(),
-                      cells.data(),
-                      rows.data(),
-                      n_rows,
-                      keys.data(),
-                      values.data(),
-                      cache.keys->row_size(),
-                      cache.values->row_size()};
+        args.exact = exact.args();
         ASSERT_TRUE(ok(thimble_attend(context.get(), &args, nullptr)));
         EXPECT_LT(nmse(cache, x, args, k, v), 2e-4);
         const auto with_exact = x.out;

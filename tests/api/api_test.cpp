@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "codec/head_codec.h"
+#include "cuda/layout.h"
 #include "fixture.h"
 #include "profile/profile.h"
 
@@ -229,6 +230,35 @@ TEST(ApiCodec, OutlivesItsProfileAndTakesAShareOfTheHeads) {
   EXPECT_EQ(std::memcmp(block.data(), side.blocks.data, block.size()), 0);
 }
 
+TEST(ApiBlocks, GoToTheOrderOfCudaAndBack) {
+  constexpr int kCpu = THIMBLE_DEVICE_CPU, kCuda = THIMBLE_DEVICE_CUDA;
+  const auto codec = codec_of(plain_codec(THIMBLE_VALUE, 128, 1, 2));
+  const size_t bytes = thimble_codec_block_bytes(codec.get());
+  std::vector<uint8_t> cpu(3 * bytes), cuda(cpu.size()), back(cpu.size());
+  for (size_t i = 0; i < cpu.size(); i++) cpu[i] = uint8_t(i * 37 + i / 256);
+  ASSERT_TRUE(ok(thimble_convert_blocks(codec.get(), kCpu, cpu.data(), kCuda, cuda.data(), 3)));
+  EXPECT_NE(cpu, cuda);
+  for (int block = 0; block < 3; block++) {
+    std::vector<uint8_t> expected(bytes);
+    cuda::block_to_cuda(make_format(128, 2), Kind::value, &cpu[block * bytes], expected.data());
+    EXPECT_TRUE(std::equal(expected.begin(), expected.end(), &cuda[block * bytes])) << block;
+  }
+  ASSERT_TRUE(ok(thimble_convert_blocks(codec.get(), kCuda, cuda.data(), kCpu, back.data(), 3)));
+  EXPECT_EQ(back, cpu);
+  ASSERT_TRUE(ok(thimble_convert_blocks(codec.get(), kCuda, cuda.data(), kCuda, back.data(), 3)));
+  EXPECT_EQ(back, cuda);
+  EXPECT_TRUE(ok(thimble_convert_blocks(codec.get(), kCpu, nullptr, kCuda, nullptr, 0)));
+
+  const auto mixed = codec_of(plain_codec(THIMBLE_KEY, 128, 1, 3));
+  EXPECT_TRUE(fails(thimble_convert_blocks(mixed.get(), kCpu, cpu.data(), kCuda, cuda.data(), 1), THIMBLE_UNSUPPORTED,
+                    "never on CUDA"));
+  EXPECT_TRUE(invalid(thimble_convert_blocks(nullptr, kCpu, cpu.data(), kCuda, cuda.data(), 1), "the codec is null"));
+  EXPECT_TRUE(invalid(thimble_convert_blocks(codec.get(), 2, cpu.data(), kCuda, cuda.data(), 1), "from_device"));
+  EXPECT_TRUE(invalid(thimble_convert_blocks(codec.get(), kCpu, cpu.data(), -1, cuda.data(), 1), "to_device"));
+  EXPECT_TRUE(invalid(thimble_convert_blocks(codec.get(), kCpu, cpu.data(), kCuda, cuda.data(), -1), "n_blocks"));
+  EXPECT_TRUE(invalid(thimble_convert_blocks(codec.get(), kCpu, nullptr, kCuda, cuda.data(), 1), "must not be null"));
+}
+
 TEST(ApiContext, RefusesWhatItCannotBe) {
   const auto refused = [](thimble_status status, const std::string& part, auto change) {
     auto args = args_of<thimble_context_args>();
@@ -237,7 +267,9 @@ TEST(ApiContext, RefusesWhatItCannotBe) {
     EXPECT_TRUE(fails(thimble_context_create(&args, &context), status, part));
     EXPECT_EQ(context, nullptr);
   };
-  refused(THIMBLE_UNSUPPORTED, "no CUDA", [](auto& args) { args.device = THIMBLE_DEVICE_CUDA; });
+  // This build has none, or this machine has no such device.
+  refused(THIMBLE_UNSUPPORTED, "no CUDA",
+          [](auto& args) { args.device = THIMBLE_DEVICE_CUDA, args.device_index = 99; });
   refused(THIMBLE_INVALID_ARGUMENT, "device", [](auto& args) { args.device = 2; });
   refused(THIMBLE_INVALID_ARGUMENT, "device_index", [](auto& args) { args.device_index = 1; });
   refused(THIMBLE_INVALID_ARGUMENT, "n_threads", [](auto& args) { args.n_threads = -1; });
