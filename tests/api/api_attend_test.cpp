@@ -123,7 +123,7 @@ TEST(ApiAttend, IsAttentionOverWhatTheCodesStandFor) {
         args.mask_stride = 300;
         ASSERT_TRUE(ok(thimble_attend(context.get(), &args, nullptr)));
         const auto k = decoded(cache, *cache.keys, context.get()), v = decoded(cache, *cache.values, context.get());
-        EXPECT_LT(nmse(cache, x, args, k, v), 2e-4) << shape.k_dim << " at " << shape.k_bits << "/" << shape.v_bits;
+        EXPECT_LT(nmse(cache, x, args, k, v), 5e-4) << shape.k_dim << " at " << shape.k_bits << "/" << shape.v_bits;
         // A sequence without cells: zeros.
         for (int i = 0; i < x.n_heads * cache.values->dim; i++) {
           ASSERT_EQ(x.out[x.first_tokens[1] * args.out_token_stride + i], 0);
@@ -175,7 +175,7 @@ TEST(ApiAttend, ExactCellsStandInForTheirCodes) {
         args.mask_stride = 200;
         args.exact = exact.args();
         ASSERT_TRUE(ok(thimble_attend(context.get(), &args, nullptr)));
-        EXPECT_LT(nmse(cache, x, args, k, v), 2e-4);
+        EXPECT_LT(nmse(cache, x, args, k, v), 5e-4);
         const auto with_exact = x.out;
         args.exact = {};
         ASSERT_TRUE(ok(thimble_attend(context.get(), &args, nullptr)));
