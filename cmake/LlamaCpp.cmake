@@ -61,6 +61,16 @@ else()
     # dropped as dead stores, and its first AMX instruction is then illegal.
     target_compile_options(ggml-cpu PRIVATE -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
   endif()
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
+    # What is built with GCC 12 or later then runs with GCC 11's C++ library, too: the wheel is for manylinux_2_34.
+    add_library(condition_variable_wait STATIC ${CMAKE_CURRENT_LIST_DIR}/condition_variable_wait.cpp)
+    set_target_properties(condition_variable_wait PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_STANDARD 17)
+    foreach(target llama-common llama-server-impl llama-cli)
+      if(TARGET ${target})
+        target_link_libraries(${target} PRIVATE condition_variable_wait)
+      endif()
+    endforeach()
+  endif()
   set(THIMBLE_LLAMA_CPP_BIN ${CMAKE_BINARY_DIR}/bin)
   # Programs that `thimble` starts by name, and so are nobody's dependency.
   add_custom_target(llama_programs ALL DEPENDS llama-cli llama-completion llama-server)
