@@ -37,6 +37,10 @@ public:
   /// Bytes that one side may take in addition when sequences share a stream.
   virtual size_t more_bytes(const LayerPlan&, Kind) const { return 0; }
 
+  /// Makes memory of the host program's zero, as fresh memory of the system's is: it takes no room until it is written
+  /// again. False where the engine's memory cannot be given back so.
+  virtual bool release(void* /*data*/, size_t /*size*/) const { return false; }
+
   /// `hash` is that of everything that codes depend on (CachePlanner::hash).
   virtual std::unique_ptr<KvCache> make_cache(const Settings& settings, uint64_t hash) = 0;
   /// A queue for the tasks of one backend; null where tasks run on threads of the host.

@@ -65,26 +65,38 @@ ggml_backend_buffer_t inner_of_unmanaged(ggml_backend_buffer_t buffer, const ggm
   return KvBuffer::layer_of(tensor) ? nullptr : context_of(buffer).inner();
 }
 
+// Runs `f`, of which an exception goes to llama.cpp. ggml's RPC server would end by it, so there it goes to the log.
+template <typename F>
+void guard(ggml_backend_buffer_t buffer, F f) {
+  try {
+    f();
+  } catch (const std::exception& error) {
+    if (context_of(buffer).far().empty()) throw;
+    GGML_LOG_ERROR("thimble: %s\n", error.what());
+  }
+}
+
 void buffer_memset(ggml_backend_buffer_t buffer, ggml_tensor* tensor, uint8_t value, size_t offset, size_t size) {
   if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
     return inner->iface.memset_tensor(inner, tensor, value, offset, size);
   }
   const std::vector<uint8_t> data(size, value);
-  context_of(buffer).load(tensor, data.data(), offset, size);
+  guard(buffer, [&] { context_of(buffer).load(tensor, data.data(), offset, size); });
 }
 
 void buffer_set(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
   if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
-    return inner->iface.set_tensor(inner, tensor, data, offset, size);
+    inner->iface.set_tensor(inner, tensor, data, offset, size);
+    return context_of(buffer).far().note_set(tensor, offset, size);
   }
-  context_of(buffer).load(tensor, static_cast<const uint8_t*>(data), offset, size);
+  guard(buffer, [&] { context_of(buffer).load(tensor, static_cast<const uint8_t*>(data), offset, size); });
 }
 
 void buffer_get(ggml_backend_buffer_t buffer, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
   if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
     return inner->iface.get_tensor(inner, tensor, data, offset, size);
   }
-  context_of(buffer).save(tensor, static_cast<uint8_t*>(data), offset, size);
+  guard(buffer, [&] { context_of(buffer).save(tensor, static_cast<uint8_t*>(data), offset, size); });
 }
 
 bool buffer_copy(ggml_backend_buffer_t buffer, const ggml_tensor* from, ggml_tensor* to) {

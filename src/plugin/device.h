@@ -2,6 +2,7 @@
 // llama.cpp puts the layers and their caches there by its own defaults.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -32,6 +33,8 @@ public:
   /// The planner for the settings that THIMBLE_KV holds now. Throws as CachePlanner's constructor does.
   std::shared_ptr<const CachePlanner> planner();
 
+  /// A new number for a buffer.
+  uint64_t count_buffer() { return n_buffers_++; }
   // Register a buffer with cache tensors, coded or not, for as long as it lives.
   void add(KvBuffer& buffer);
   void remove(KvBuffer& buffer);
@@ -59,6 +62,7 @@ private:
   std::string name_, description_;
   ggml_backend_buffer_type buffer_type_;
   ggml_backend_device handle_;
+  std::atomic<uint64_t> n_buffers_ = 0;
   // The last planner is kept, since a buffer asks for it once for each tensor.
   std::mutex mutex_;
   std::string planned_;  // THIMBLE_KV and the profile's time of writing that planner_ was made from

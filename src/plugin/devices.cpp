@@ -173,17 +173,19 @@ void Device::report_caches() {
   }
   const std::lock_guard lock(mutex_);
   const CachePlanner* planner = nullptr;
-  for (const KvBuffer* buffer : buffers_) {
+  bool is_far = false;
+  for (KvBuffer* buffer : buffers_) {
     if (!buffer->all_bound()) return;
     if (buffer->is_reported()) continue;
     buffer->add_to(totals);
     planner = &buffer->planner();
+    is_far = is_far || !buffer->far().empty();
   }
   if (!planner) return;
   for (KvBuffer* buffer : buffers_) buffer->set_reported();
   // As a warning, since llama.cpp's programs do not show a library's messages of level info.
   GGML_LOG_WARN("thimble: %s%s\n", devices().size() > 1 ? (name_ + ": ").c_str() : "",
-                report(totals, planner->settings(), *engine_).c_str());
+                report(totals, planner->settings(), *engine_, is_far).c_str());
 }
 
 std::set<int> Device::layers() {

@@ -108,6 +108,7 @@ ggml_status InlineRunner::compute(ggml_cgraph* graph) {
   failure_.clear();
   ggml_status status = GGML_STATUS_FAILED;
   try {
+    take_far_caches(graph);
     status = run_nodes(graph);
   } catch (const std::exception& error) {
     failure_.set(error.what());

@@ -33,10 +33,16 @@ KvBuffer::~KvBuffer() {
 ManagedLayer* KvBuffer::layer_of(const ggml_tensor* tensor, Kind* kind) {
   KvBuffer* buffer = of(tensor);
   if (!buffer) return nullptr;
-  const auto it = buffer->by_tensor_.find(root_of(tensor));
+  const auto it = buffer->by_tensor_.find(buffer->cache_of(tensor));
   if (it == buffer->by_tensor_.end()) return nullptr;
   if (kind) *kind = it->second.kind;
   return &buffer->layers_.at(it->second.layer);
+}
+
+// The tensor by which this buffer knows the cache that a tensor lies in; any tensor where there is none.
+const ggml_tensor* KvBuffer::cache_of(const ggml_tensor* tensor) const {
+  const ggml_tensor* far = far_.find(tensor);
+  return far ? far : root_of(tensor);
 }
 
 KvBuffer* buffer_of_cache(const ggml_tensor* node) {
@@ -91,8 +97,13 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
 // The tensor's memory, or new memory where that is too small for the true head size.
 uint8_t* KvBuffer::memory_of(const ManagedLayer& layer, const LayerPlan& plan, Kind kind) {
   const ggml_tensor* tensor = layer.tensors[int(kind)];
-  const LayerPlan reserved = planner_->plan(caches_.at(layer.index));  // made without the heads, as the allocation was
-  if (plan.bytes[int(kind)] <= reserved.bytes[int(kind)]) return static_cast<uint8_t*>(tensor->data);
+  if (far_.find(tensor)) {
+    if (uint8_t* place = far_.place(tensor, plan.bytes[int(kind)])) return place;
+  } else {
+    const LayerPlan reserved =
+        planner_->plan(caches_.at(layer.index));  // made without the heads, as the allocation was
+    if (plan.bytes[int(kind)] <= reserved.bytes[int(kind)]) return static_cast<uint8_t*>(tensor->data);
+  }
   Buffer buffer(ggml_backend_buft_alloc_buffer(inner_->buft, plan.bytes[int(kind)]));
   if (!buffer) {
     throw std::runtime_error("layer " + std::to_string(layer.index) + ": no memory for its codes (" +
@@ -110,7 +121,16 @@ bool KvBuffer::all_bound() const {
 void KvBuffer::add_to(PlanTotals& totals) const {
   for (const auto& [index, geometry] : caches_) {
     const auto layer = layers_.find(index);
-    totals.add(layer == layers_.end() ? planner_->plan(geometry) : *layer->second.plan);
+    if (const auto left = left_.find(index); left != left_.end()) {
+      LayerPlan plan;
+      plan.layer = index;
+      plan.why_f16 = left->second;
+      plan.f16_bytes = size_t(geometry.width[0] + geometry.width[1]) * sizeof(uint16_t) *
+                       size_t(geometry.cells_per_stream * geometry.n_streams);
+      totals.add(plan);
+    } else {
+      totals.add(layer == layers_.end() ? planner_->plan(geometry) : *layer->second.plan);
+    }
   }
 }
 

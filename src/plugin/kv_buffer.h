@@ -20,6 +20,7 @@
 #include "ggml-backend-impl.h"
 #include "ggml.h"
 #include "plugin/device.h"
+#include "plugin/far_caches.h"
 #include "plugin/refused_cells.h"
 
 namespace thimble {
@@ -44,11 +45,14 @@ class Calibration;
 
 class KvBuffer {
 public:
-  KvBuffer(Device& device, ggml_backend_buffer_t inner) : device_(device), inner_(inner) {}
+  KvBuffer(Device& device, ggml_backend_buffer_t inner)
+      : device_(device), inner_(inner), number_(device.count_buffer()) {}
   ~KvBuffer();
 
   Device& device() const { return device_; }
   ggml_backend_buffer_t inner() const { return inner_; }
+  /// Buffers are numbered in the order in which they were made.
+  uint64_t number() const { return number_; }
   KvCache& cache() { return *cache_; }
 
   /// The layer behind a tensor or a view of it, or null where the tensor is not a managed cache.
@@ -59,6 +63,14 @@ public:
   /// Takes a cache tensor; false where its layer is left f16. The first tensor makes the cache, with the settings that
   /// THIMBLE_KV has at that moment. Throws as CachePlanner's constructor does.
   bool add(ggml_tensor* tensor, const CacheName& name);
+  /// The cache tensors of a program that uses this buffer over RPC.
+  FarCaches& far() { return far_; }
+  /// Takes such a cache tensor: codes it, or leaves its layer f16.
+  void add_far(const ggml_tensor* tensor, const CacheName& name);
+  /// Leaves a layer f16 that was taken but cannot be coded. Nothing may be in its cache yet.
+  void leave_f16(int layer, const std::string& why);
+  /// Loads the rows that were set before the layers were bound.
+  void load_early();
   /// Binds a layer to its head sizes. Throws std::runtime_error with a sentence that says what to change.
   void bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
   /// The caches by layer, those left f16 included.
@@ -111,12 +123,15 @@ private:
   };
   using Buffer = std::unique_ptr<ggml_backend_buffer, FreeBuffer>;
 
+  const ggml_tensor* cache_of(const ggml_tensor* tensor) const;
+  void zero(void* data, size_t size);
   uint8_t* memory_of(const ManagedLayer& layer, const LayerPlan& plan, Kind kind);
   Rows rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const;
   void load_rows(ManagedLayer& layer, Kind kind, const std::vector<int64_t>& cells, const uint8_t* rows);
 
   Device& device_;
   ggml_backend_buffer_t inner_;
+  uint64_t number_;
   std::vector<Buffer> more_;                     // memory of layers whose heads are smaller than assumed
   std::shared_ptr<const CachePlanner> planner_;  // null until there is a cache tensor
   std::unique_ptr<KvCache> cache_;               // null until there is a coded cache tensor
@@ -125,6 +140,8 @@ private:
   std::map<int, LayerGeometry> caches_;
   size_t used_ = 0, least_ = 0;  // bytes that the cache tensors take, and that the smallest takes
   std::shared_ptr<Calibration> calibration_;  // that of the context, which ends with its last buffer
+  FarCaches far_;
+  std::map<int, std::string> left_;  // why layers were left f16 by leave_f16
   bool is_reported_ = false;
   bool in_use_ = false;
   // Rows that wait to be loaded together: llama.cpp loads a sequence row by row where its cells are not adjacent.

@@ -19,7 +19,7 @@ std::string layers_elsewhere(const std::set<int>& layers) {
          " are not on this device, and their cache is f16 there (-ngl 99 puts all layers here)";
 }
 
-std::string report(const PlanTotals& totals, const Settings& settings, const Engine& engine) {
+std::string report(const PlanTotals& totals, const Settings& settings, const Engine& engine, bool is_far) {
   const std::string f16 = totals.n_f16 == 0 ? ""
                                             : std::to_string(totals.n_f16) + " layers stay f16, " +
                                                   mebibytes(totals.f16_bytes) + ": " + totals.why_f16;
@@ -41,6 +41,10 @@ std::string report(const PlanTotals& totals, const Settings& settings, const Eng
   }
   if (settings.profile.empty() && std::min(settings.key_bits, settings.value_bits) < 3) {
     text += "; no profile: so few bits cost quality without one (thimble calibrate)";
+  }
+  if (is_far) {
+    return text +
+           ". Over RPC llama.cpp reserves the size of an f16 cache and names it; only the codes take memory here.";
   }
   return text + ". llama.cpp's line on this cache names the type f16 and the size of the codes.";
 }

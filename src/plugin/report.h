@@ -12,7 +12,7 @@ namespace thimble {
 std::string layers_elsewhere(const std::set<int>& layers);
 
 /// Says of all caches of a context what is coded and what stays f16, in how much memory, with which settings and
-/// kernels.
-std::string report(const PlanTotals& totals, const Settings& settings, const Engine& engine);
+/// kernels. `is_far`: the program that made them is at the other end of RPC.
+std::string report(const PlanTotals& totals, const Settings& settings, const Engine& engine, bool is_far);
 
 }  // namespace thimble

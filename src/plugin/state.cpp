@@ -12,18 +12,36 @@
 namespace thimble {
 
 void KvBuffer::clear(uint8_t value) {
-  if (inner_->size > 0) ggml_backend_buffer_clear(inner_, value);
+  void* const base = inner_->size > 0 ? ggml_backend_buffer_get_base(inner_) : nullptr;
+  if (base && (value != 0 || !device_.engine().release(base, inner_->size))) ggml_backend_buffer_clear(inner_, value);
   for (const Buffer& buffer : more_) ggml_backend_buffer_clear(buffer.get(), value);
   waiting_ = {};
   if (cache_) cache_->clear();
   for (auto& [index, layer] : layers_) layer.refused.clear();
 }
 
+void KvBuffer::zero(void* data, size_t size) {
+  if (size == 0 || device_.engine().release(data, size)) return;
+  ggml_tensor bytes{};
+  bytes.type = GGML_TYPE_I8;
+  bytes.data = data;
+  bytes.buffer = inner_;
+  bytes.ne[0] = int64_t(size);
+  bytes.ne[1] = bytes.ne[2] = bytes.ne[3] = 1;
+  bytes.nb[0] = 1;
+  bytes.nb[1] = bytes.nb[2] = bytes.nb[3] = size;
+  ggml_backend_tensor_memset(&bytes, 0, 0, size);
+}
+
 KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const {
   Rows rows{};
   rows.layer = layer_of(tensor, &rows.kind);
-  const size_t row_bytes = root_of(tensor)->nb[1];
-  const size_t from = tensor->view_offs + offset;
+  const size_t row_bytes = cache_of(tensor)->nb[1];
+  // Over RPC a view comes without the cache tensor and its place there.
+  const size_t view = far_.empty()
+                          ? tensor->view_offs
+                          : static_cast<const char*>(tensor->data) - static_cast<const char*>(cache_of(tensor)->data);
+  const size_t from = view + offset;
   if (!rows.layer || !rows.layer->plan || from % row_bytes != 0 || size % row_bytes != 0) {
     throw std::runtime_error(std::string("tensor ") + tensor->name +
                              ": a coded cache can be read and written by whole rows only");
@@ -36,7 +54,7 @@ KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_
 void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size) {
   settle();
   const Rows rows = rows_of(tensor, offset, size);
-  const size_t row_bytes = root_of(tensor)->nb[1];
+  const size_t row_bytes = cache_of(tensor)->nb[1];
   try {
     cache_->read_cells(rows.layer->index, rows.kind, rows.first, rows.count, data);
   } catch (const std::runtime_error& error) {
@@ -64,8 +82,8 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
       std::find_first_of(cells.begin(), cells.end(), waiting_.cells.begin(), waiting_.cells.end()) != cells.end();
   if (others || again || rows.count >= kFewRows || waiting_.rows.size() > kManyBytes) settle();
   // llama.cpp reads the tensors of a file into one buffer, so `data` is the same address again. Those of a state in
-  // memory have different addresses; there an exception must not be thrown.
-  if (std::exchange(has_new_refusal_, false) && comes_again) throw std::runtime_error(kOtherSettings);
+  // memory have different addresses; there an exception must not be thrown, nor to a program at the far end of RPC.
+  if (std::exchange(has_new_refusal_, false) && comes_again && far_.empty()) throw std::runtime_error(kOtherSettings);
   if (rows.count >= kFewRows) return load_rows(*rows.layer, rows.kind, cells, data);
   waiting_.layer = rows.layer;
   waiting_.kind = rows.kind;
@@ -103,7 +121,7 @@ bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
   Kind kind;
   ManagedLayer* layer = layer_of(to, &kind);
   if (!layer || layer != layer_of(from)) return false;  // the caller then goes through save and load
-  const size_t stream_bytes = root_of(to)->nb[2];
+  const size_t stream_bytes = cache_of(to)->nb[2];
   if (ggml_nbytes(from) != stream_bytes || ggml_nbytes(to) != stream_bytes || !layer->plan) return false;
   settle();
   const Rows source = rows_of(from, 0, stream_bytes), target = rows_of(to, 0, stream_bytes);

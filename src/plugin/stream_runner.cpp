@@ -172,6 +172,7 @@ ggml_status StreamRunner::compute(ggml_cgraph* graph) {
   if (graph->n_nodes == 0) return GGML_STATUS_SUCCESS;
   queue_->make_current();
   on_ours_ = false;
+  take_far_caches(graph);
   drop_stale_recordings();
   Seen& seen = find(graph);
   if (seen.recording) {

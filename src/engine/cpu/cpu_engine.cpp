@@ -1,6 +1,10 @@
 #include "engine/cpu/cpu_engine.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cstring>
 
 #include "engine/cpu/cpu_cache.h"
 #include "kernels/kernels.h"
@@ -32,6 +36,19 @@ public:
   size_t more_bytes(const LayerPlan& plan, Kind kind) const override {
     const size_t row = size_t(plan.shape.n_kv_heads) * plan.side(kind).head_dim * sizeof(uint16_t);
     return plan.top > 0 ? 0 : size_t(std::max(0, CpuCache::max_slots(plan) - CpuCache::n_slots(plan))) * row;
+  }
+
+  bool release(void* data, size_t size) const override {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    uint8_t* const begin = static_cast<uint8_t*>(data);
+    uint8_t* const end = begin + size;
+    uint8_t* const first = begin + (page - reinterpret_cast<uintptr_t>(begin) % page) % page;
+    uint8_t* const last = end - reinterpret_cast<uintptr_t>(end) % page;
+    // It fails for memory that is locked, which then stays.
+    if (first >= last || madvise(first, size_t(last - first), MADV_DONTNEED) != 0) return false;
+    std::memset(begin, 0, size_t(first - begin));
+    std::memset(last, 0, size_t(end - last));
+    return true;
   }
 
   std::unique_ptr<KvCache> make_cache(const Settings& settings, uint64_t hash) override {

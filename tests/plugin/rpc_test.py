@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""The plugin at the far end of ggml's RPC, and llama-server without it at the near end: texts are those of a server that has
+the plugin itself, for one slot and two, restored slots and shifted contexts; the far end's memory grows with the cells that
+are filled and stays under a fifth of f16's; a token takes as many bytes on the wire as with an f16 cache; and where the far
+end is killed, the near end ends too and both can be started again.
+
+usage: rpc_test.py <llama-server> <rpc-server> <libggml-rpc.so> <plugin> <preload_backends> <model>
+"""
+import concurrent.futures
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "support"))
+from server_process import ServerProcess
+
+program, rpc_server, rpc_library, plugin, preload, model = sys.argv[1:]
+for needed in (program, rpc_server, rpc_library):
+    if not os.path.exists(needed):
+        print("skipped: there is no", needed)
+        sys.exit(77)
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data", "alice.txt")) as f:
+    text = f.read()
+KV = "bits=2,window=16,pool=8,small=0"
+states = tempfile.mkdtemp()
+
+
+def check(condition, what):
+    if not condition:
+        raise AssertionError(what)
+    print("ok:", what, flush=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Wire:
+    """A port that leads to another one and counts the bytes that pass, both ways together."""
+
+    def __init__(self, port):
+        self.to, self.bytes = port, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                near, _ = self.listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.to))
+            except OSError:
+                return
+            for s in (near, far):
+                s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=self.pass_on, args=(a, b), daemon=True).start()
+
+    def pass_on(self, source, target):
+        try:
+            while data := source.recv(1 << 20):
+                self.bytes += len(data)
+                target.sendall(data)
+        except OSError:
+            pass
+        for s in (source, target):
+            try:
+                s.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+class FarEnd:
+    """The RPC server, on THIMBLE0 with settings `kv`, or on the CPU where they are None."""
+
+    def __init__(self, kv):
+        self.port = free_port()
+        self.log = tempfile.TemporaryFile("w+", errors="replace")
+        environment = dict(os.environ)
+        if kv:
+            environment.update(GGML_BACKEND_PATH=plugin, THIMBLE_KV=kv)
+        self.process = subprocess.Popen(
+            [rpc_server, "-d", "THIMBLE0" if kv else "CPU", "-p", str(self.port), "-t", "1"], env=environment,
+            cwd=os.path.dirname(rpc_library), stdout=self.log, stderr=subprocess.STDOUT)
+        for _ in range(600):
+            if self.listens():
+                self.wire = Wire(self.port)
+                return
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.1)
+        raise AssertionError("the RPC server does not start:\n" + self.text())
+
+    def listens(self):
+        with open("/proc/net/tcp") as f:  # to connect would be to be a client, and the server serves one at a time
+            return any(line.split()[1].endswith(f":{self.port:04X}") and line.split()[3] == "0A" for line in f.readlines()[1:])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        self.wire.listener.close()
+
+    def text(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def resident(self):
+        """Bytes of anonymous memory that are in RAM."""
+        with open(f"/proc/{self.process.pid}/smaps_rollup") as f:
+            return next(int(line.split()[1]) << 10 for line in f if line.startswith("Anonymous:"))
+
+
+def near_end(far, *arguments, n_cells=512, slots=2):
+    """llama-server with its layers at the far end; where that is None, on its own THIMBLE0."""
+    device = ["--rpc", f"127.0.0.1:{far.wire.port}", "--device", "RPC0"] if far else ["--device", "THIMBLE0"]
+    environment = dict(os.environ, LD_PRELOAD=preload, GGML_BACKEND_PATH=rpc_library if far else plugin, THIMBLE_KV=KV)
+    # Without the CPU's repacked weights, which RPC does not have, both ends compute the same.
+    return ServerProcess([program, "-m", model, *device, "-ngl", "99", "-fa", "on", "-c", str(n_cells), "-np", str(slots),
+                          "-no-kvu", "-t", "1", "--no-repack", "--context-shift", "-cram", "0", "-lv", "4",
+                          "--slot-save-path", states, *arguments], environment)
+
+
+def texts_of(server):
+    """What a server answers, in all ways in which its cache is used."""
+    prompts = [text[:700], text[700:1400]]
+    texts = [server.complete(prompts[0], 12, 0)["content"]]
+    saved = server.request("/slots/0?action=save", {"filename": "state"})
+    restored = server.request("/slots/1?action=restore", {"filename": "state"})
+    check(saved["n_saved"] == restored["n_restored"] > 100, f"a slot of {saved['n_saved']} cells is saved and restored")
+    again = server.complete(prompts[0] + texts[0], 12, 1)
+    check(again["timings"]["prompt_n"] < 20, "the restored cells are not read again")
+    texts.append(again["content"])
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        texts += [answer["content"] for answer in pool.map(lambda i: server.complete(prompts[i], 12, i), (1, 0))]
+    texts.append(server.complete(prompts[1] + texts[2], 90, 1)["content"])
+    check("slot context shift" in server.text(), "the context is shifted")
+    return texts
+
+
+def bytes_per_token(server, far):
+    """Of tokens 5 to 20, when the graph of a step was sent before."""
+    counts = []
+    for n in (4, 20):
+        before = far.wire.bytes
+        answer = server.request("/completion", {"prompt": text[:300], "n_predict": n, "temperature": 0, "id_slot": 0,
+                                                "cache_prompt": False, "ignore_eos": True})
+        check(answer["tokens_predicted"] == n, f"{n} tokens are made")
+        counts.append(far.wire.bytes - before)
+    return (counts[1] - counts[0]) / 16
+
+
+def answers():
+    with near_end(None) as server:
+        alone = texts_of(server)
+    with FarEnd(KV) as far:
+        with near_end(far) as server:
+            over_rpc = texts_of(server)
+            check(over_rpc == alone, f"the texts are those of one process: {over_rpc[0]!r}")
+        check("thimble: KV cache of 30 layers" in far.text(), "the far end codes the cache and says so")
+        with near_end(far) as server:
+            check(server.complete(text[:700], 12, 0)["content"] == alone[0], "the far end serves a second program")
+            check(server.request("/slots/1?action=restore", {"filename": "state"})["n_restored"] > 100, "restored")
+            again = server.complete(text[:700] + alone[0], 12, 1)["content"]
+            check(again == alone[1], "a slot that another program saved is restored")
+        with near_end(far, "--no-warmup") as server:
+            server.request("/slots/1?action=restore", {"filename": "state"})
+            again = server.complete(text[:700] + alone[0], 12, 1)["content"]
+            check(again == alone[1], "a slot is restored before any graph was run")
+
+
+def memory_and_wire():
+    cell = 30 * 2 * 192 * 2  # bytes as f16
+    resident, wire = {}, {}
+    for kv, n_cells in ((None, 256), (None, 8192), (KV, 8192)):
+        with FarEnd(kv) as far, near_end(far, n_cells=n_cells, slots=1) as server:
+            wire[kv] = bytes_per_token(server, far)
+            resident[kv, n_cells] = far.resident()
+            if kv:
+                server.complete(text[:4000], 1, 0)
+                filled = far.resident()
+    # What is no cache: all that a server takes whose cache is small, and is filled with zeros as f16.
+    others = resident[None, 256] - 256 * cell
+    f16, coded, filled = resident[None, 8192] - others, resident[KV, 8192] - others, filled - others
+    print(f"resident of 8192 cells: f16 {f16 >> 10} KiB, coded {coded >> 10} KiB, with 900 cells more {filled >> 10} KiB; "
+          f"bytes a token: f16 {wire[None]:.0f}, coded {wire[KV]:.0f}")
+    check(f16 >= 0.95 * 8192 * cell, "an f16 cache takes its memory at once")
+    check(coded < filled < f16 / 5, "a coded cache takes memory for the cells that are filled")
+    check(abs(wire[KV] / wire[None] - 1) < 0.01, "a token takes as many bytes on the wire as with f16")
+
+
+def killed():
+    with FarEnd(KV) as far:
+        with near_end(far) as server:
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                answer = pool.submit(server.status_of, "/completion", {"prompt": text[:700], "n_predict": 2000, "ignore_eos": True})
+                time.sleep(2)
+                check(not answer.done(), "an answer is being made")
+                far.process.send_signal(signal.SIGKILL)
+                try:
+                    status = answer.result(60)
+                except OSError as error:
+                    status = error
+                check(status != 200, f"the request fails: {status}")
+            server.process.wait(60)
+            check("Remote RPC server crashed or returned malformed response" in server.text(), "the near end says why it ends")
+    with FarEnd(KV) as far, near_end(far) as server:
+        check(server.complete(text[:700], 4, 0)["content"] != "", "both ends are started again, and answer")
+
+
+answers()
+memory_and_wire()
+killed()
