@@ -183,13 +183,13 @@ def memory_and_wire():
     cell = 30 * 2 * 192 * 2  # bytes as f16
     resident, wire = {}, {}
     for kv, n_cells in ((None, 256), (None, 8192), (KV, 8192)):
-        with FarEnd(kv) as far, near_end(far, n_cells=n_cells, slots=1) as server:
+        with FarEnd(kv) as far, near_end(far, "-b", "32", "-ub", "32", n_cells=n_cells, slots=1) as server:
             wire[kv] = bytes_per_token(server, far)
             resident[kv, n_cells] = far.resident()
             if kv:
                 server.complete(text[:4000], 1, 0)
                 filled = far.resident()
-    # What is no cache: all that a server takes whose cache is small, and is filled with zeros as f16.
+    # What is no cache: what a server takes whose cache is small, after batches as large.
     others = resident[None, 256] - 256 * cell
     f16, coded, filled = resident[None, 8192] - others, resident[KV, 8192] - others, filled - others
     print(f"resident of 8192 cells: f16 {f16 >> 10} KiB, coded {coded >> 10} KiB, with 900 cells more {filled >> 10} KiB; "
