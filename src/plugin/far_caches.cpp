@@ -1,7 +1,6 @@
 #include "plugin/far_caches.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -58,10 +57,13 @@ std::string try_node(const ggml_tensor* node, NodeKind kind, const std::string& 
 
 // Leaves the layers f16 that a node touches. Where a graph has run over their cache already, this graph will fail.
 void leave_layers_of(const ggml_tensor* node, const std::string& why) {
-  for (int i = -1; i < GGML_MAX_SRC; i++) {
-    const ggml_tensor* tensor = i < 0 ? node : node->src[i];
-    const ManagedLayer* layer = tensor ? KvBuffer::layer_of(tensor) : nullptr;
+  const auto leave = [&](const ggml_tensor* tensor) {
+    const ManagedLayer* layer = KvBuffer::layer_of(tensor);
     if (layer && !KvBuffer::of(tensor)->in_use()) KvBuffer::of(tensor)->leave_f16(layer->index, why);
+  };
+  leave(node);
+  for (const ggml_tensor* src : node->src) {
+    if (src) leave(src);
   }
 }
 
@@ -114,12 +116,14 @@ void KvBuffer::add_far(const ggml_tensor* tensor, const CacheName& name) {
   try {
     const bool coded = !left_.count(name.layer) && cache->type == GGML_TYPE_F16;
     if (coded && add(cache, name)) return;
-    // So that it is counted; `add` has done this where the plan leaves it f16.
+    // So that the report counts it.
     if (!planner_) planner_ = device_.planner();
+    const LayerGeometry geometry = geometry_of(device_, cache, name);
     if (caches_.empty()) device_.add(*this);
-    caches_.try_emplace(name.layer, geometry_of(device_, cache, name)).first->second.width[int(name.kind)] =
-        cache->ne[0];
-    if (cache->type != GGML_TYPE_F16) leave_f16(name.layer, std::string("cache type ") + ggml_type_name(cache->type));
+    caches_.try_emplace(name.layer, geometry).first->second.width[int(name.kind)] = cache->ne[0];
+    if (cache->type != GGML_TYPE_F16) {
+      leave_f16(name.layer, std::string("the cache type is ") + ggml_type_name(cache->type));
+    }
   } catch (const std::exception& error) {
     if (left_.empty()) GGML_LOG_ERROR("thimble: the KV cache stays f16: %s\n", error.what());
     leave_f16(name.layer, error.what());

@@ -23,6 +23,9 @@ std::string report(const PlanTotals& totals, const Settings& settings, const Eng
   const std::string f16 = totals.n_f16 == 0 ? ""
                                             : std::to_string(totals.n_f16) + " layers stay f16, " +
                                                   mebibytes(totals.f16_bytes) + ": " + totals.why_f16;
+  if (settings.calibrates() && is_far) {
+    return "calibrate= collects nothing over RPC: run the model with it in a process of its own; " + f16;
+  }
   if (settings.calibrates()) {
     return "calibrating: keys, values and queries of " + std::to_string(totals.n_f16) +
            " layers are read off an f16 cache of " + mebibytes(totals.f16_bytes) + ", and the profile is written to " +
@@ -33,7 +36,8 @@ std::string report(const PlanTotals& totals, const Settings& settings, const Eng
                      ", " + mebibytes(totals.coded_f16_bytes) + " as f16";
   if (totals.more_bytes > 0) text += ", up to " + mebibytes(totals.more_bytes) + " more as sequences come to share it";
   if (!f16.empty()) text += "; " + f16;
-  if (const std::string elsewhere = layers_elsewhere(totals.layers); !elsewhere.empty()) text += "; " + elsewhere;
+  const std::string elsewhere = is_far ? "" : layers_elsewhere(totals.layers);  // other far ends have theirs
+  if (!elsewhere.empty()) text += "; " + elsewhere;
   text += "; " + settings.to_string() + "; " + engine.kernels() + " kernels";
   if (totals.store_bytes > 0) {
     text += "; exact store of " + std::to_string(totals.n_retrieving) + " layers: up to " +

@@ -16,6 +16,7 @@ void KvBuffer::clear(uint8_t value) {
   if (base && (value != 0 || !device_.engine().release(base, inner_->size))) ggml_backend_buffer_clear(inner_, value);
   for (const Buffer& buffer : more_) ggml_backend_buffer_clear(buffer.get(), value);
   waiting_ = {};
+  far_.take_early();
   if (cache_) cache_->clear();
   for (auto& [index, layer] : layers_) layer.refused.clear();
 }

@@ -28,7 +28,8 @@ for needed in (program, rpc_server, rpc_library):
 with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data", "alice.txt")) as f:
     text = f.read()
 KV = "bits=2,window=16,pool=8,small=0"
-states = tempfile.mkdtemp()
+states_folder = tempfile.TemporaryDirectory()
+states = states_folder.name
 
 
 def check(condition, what):
@@ -199,6 +200,14 @@ def memory_and_wire():
     check(abs(wire[KV] / wire[None] - 1) < 0.01, "a token takes as many bytes on the wire as with f16")
 
 
+def left_f16():
+    with FarEnd(KV) as far:
+        with near_end(far, "-fa", "off") as server:
+            check(server.complete(text[:300], 4, 0)["content"] != "", "without flash attention there is an answer")
+        check("KV cache not coded: 30 layers stay f16" in far.text() and "flash attention is off" in far.text(),
+              "and the far end says that its cache is f16, and why")
+
+
 def killed():
     with FarEnd(KV) as far:
         with near_end(far) as server:
@@ -220,4 +229,5 @@ def killed():
 
 answers()
 memory_and_wire()
+left_f16()
 killed()
