@@ -69,11 +69,12 @@ std::string read_text(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-std::vector<llama_token> tokenize(const llama_model* model, const std::string& text, bool add_special) {
+std::vector<llama_token> tokenize(const llama_model* model, const std::string& text, bool add_special,
+                                  bool parse_special) {
   const llama_vocab* vocab = llama_model_get_vocab(model);
   std::vector<llama_token> tokens(text.size() + 2);
   const int n = llama_tokenize(vocab, text.data(), int(text.size()), tokens.data(), int(tokens.size()), add_special,
-                               /*parse_special=*/false);
+                               parse_special);
   if (n < 0) throw std::runtime_error("cannot tokenize the text");
   tokens.resize(n);
   return tokens;

@@ -38,8 +38,10 @@ ContextPtr make_context(llama_model* model, const llama_context_params& params);
 
 std::string read_text(const std::string& path);
 
-/// Tokens of a text; with `add_special` the model's beginning-of-sequence token first where it wants one.
-std::vector<llama_token> tokenize(const llama_model* model, const std::string& text, bool add_special = true);
+/// Tokens of a text; with `add_special` the model's beginning-of-sequence token first where it wants one; with
+/// `parse_special` special tokens that the text spells, such as those of a chat template, else these are plain text.
+std::vector<llama_token> tokenize(const llama_model* model, const std::string& text, bool add_special = true,
+                                  bool parse_special = false);
 
 /// Runs `n` tokens of sequence 0 at positions from `first` on, in batches of n_batch; computes the logits of the last
 /// one if asked to. Throws std::runtime_error where libllama fails.

@@ -146,6 +146,8 @@ void add_eval_command(CLI::App& app) {
   command->add_option("--chunks", options->text.n_chunks, "text: stretches of text to measure")->capture_default_str();
   command->add_option("--exact-run", options->text.exact_run,
                       "text: file of what f16 predicts, made where it is missing, to be shared by several runs");
+  command->add_flag("--special", options->text.special,
+                    "text: parse the special tokens that the text spells, as of chats in the model's template");
   command->add_flag("--by-layer", options->text.by_layer, "text: KL with each layer coded alone, with --reference");
   command->add_option("--depths", options->needle.depths, "needle: where keys are hidden, 0 to 1")
       ->delimiter(',')

@@ -12,6 +12,7 @@ namespace thimble {
 /// Decodes a text, teacher-forced, and compares with f16 on the same tokens (eval/text_score.h).
 struct TextTask {
   std::string text;
+  bool special = false;  // the text spells special tokens, those of a chat template
   int context = 8192, n_decode = 512, n_chunks = 1;
   std::string exact_run;  // file of f16's log-probabilities, written where it is missing; empty: none
   bool by_layer = false;  // also measure the mean KL with one layer coded and the others exact, for each layer

@@ -45,7 +45,7 @@ int next_token(const TextTask& task, const std::vector<int32_t>& tokens, size_t 
 
 /// The tokens of all chunks, and the one behind them. Throws std::runtime_error where the text has too few.
 std::vector<int32_t> tokens_of(const TextTask& task, const SessionOptions& options) {
-  std::vector<int32_t> tokens = tokenize(load_vocabulary(options.model).get(), read_text(task.text));
+  std::vector<int32_t> tokens = tokenize(load_vocabulary(options.model).get(), read_text(task.text), true, task.special);
   const size_t n = size_t(task.context) * task.n_chunks + 1;
   if (tokens.size() < n) {
     throw std::runtime_error(task.text + " has " + std::to_string(tokens.size()) + " tokens, but --context " +
