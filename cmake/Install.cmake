@@ -7,6 +7,7 @@ set_target_properties(thimble ggml-thimble ${plugins} PROPERTIES INSTALL_RPATH "
 install(TARGETS thimble RUNTIME DESTINATION ${home} COMPONENT programs)
 install(TARGETS ggml-thimble ${plugins} LIBRARY DESTINATION ${home} COMPONENT programs)
 install(DIRECTORY ${CMAKE_SOURCE_DIR}/profiles DESTINATION ${home} COMPONENT programs FILES_MATCHING PATTERN *.gguf)
+install(DIRECTORY ${CMAKE_SOURCE_DIR}/texts DESTINATION ${home} COMPONENT programs)
 install(FILES ${CMAKE_SOURCE_DIR}/LICENSE DESTINATION ${home} COMPONENT programs)
 install(FILES ${THIMBLE_LLAMA_CPP_SOURCE}/LICENSE DESTINATION ${home} RENAME LICENSE.llama.cpp COMPONENT programs)
 if(IS_DIRECTORY ${THIMBLE_LLAMA_CPP_SOURCE}/licenses)  # of what llama.cpp has inside

@@ -1,89 +1,84 @@
 // `thimble calibrate`: runs the model over some text, learns how its keys and values are distributed, writes a profile.
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
+#include <numeric>
 #include <thread>
 
 #include "calibrate/collector.h"
 #include "calibrate/fit.h"
 #include "calibrate/graph_reader.h"
 #include "calibrate/output_metrics.h"
+#include "calibration_text.h"
 #include "commands.h"
 #include "layout.h"
 #include "model.h"
+#include "paths.h"
 
 namespace thimble {
 namespace {
 
+namespace fs = std::filesystem;
+
+// Of the tokens to read, one in so many is text that the model writes.
+constexpr int kOwnShare = 16;
+
+constexpr int kTokensOfText = 24576, kTokensOfKinds = 30720;
+
 struct Options {
-  std::string model, text, output;
+  std::string model, text, texts = bin_directory() + "/texts", output;
   int context = 0;
-  int n_tokens = 24576;
+  int n_tokens = 0;  // 0: kTokensOfText or kTokensOfKinds
   int window = 2048;
   double memory_gb = 2;
   int n_threads = int(std::thread::hardware_concurrency());
   FitOptions fit;
 };
 
-/// Text that the model generates from its first token alone: `n_tokens` in sequences of `length`, all sampled at once
-/// at temperature 1.
-std::vector<llama_token> sample_text(llama_model* model, int n_tokens, int length, const Options& options) {
-  const llama_vocab* vocab = llama_model_get_vocab(model);
-  const int n_sequences = std::max(1, std::min(32, n_tokens / length)), n_rounds = n_tokens / (n_sequences * length);
-  llama_context_params params = llama_context_default_params();
-  params.n_ctx = uint32_t(n_sequences * length);
-  params.n_batch = params.n_ubatch = uint32_t(n_sequences);
-  params.n_seq_max = uint32_t(n_sequences);
-  params.n_threads = params.n_threads_batch = options.n_threads;
-  const ContextPtr context = make_context(model, params);
-  llama_batch batch = llama_batch_init(n_sequences, 0, 1);
-  std::vector<llama_token> text;
-  ProgressBar bar("sampling text from the model");
-  std::mt19937_64 random(options.fit.seed);
-  for (int round = 0; round < std::max(1, n_rounds); round++) {
-    std::vector<std::vector<llama_token>> sequences(n_sequences);
-    std::vector<llama_sampler*> samplers;
-    for (int s = 0; s < n_sequences; s++) {
-      // No beginning-of-sequence token: start anywhere in the vocabulary.
-      const llama_token bos = llama_vocab_bos(vocab);
-      sequences[s].push_back(bos >= 0 ? bos : llama_token(random() % uint64_t(llama_vocab_n_tokens(vocab))));
-      samplers.push_back(llama_sampler_init_dist(uint32_t(random())));
-    }
-    for (int at = 0; at + 1 < length; at++) {
-      batch.n_tokens = n_sequences;
-      for (int s = 0; s < n_sequences; s++) {
-        batch.token[s] = sequences[s].back();
-        batch.pos[s] = at;
-        batch.n_seq_id[s] = 1;
-        batch.seq_id[s][0] = s;
-        batch.logits[s] = true;
-      }
-      if (llama_decode(context.get(), batch) != 0) throw std::runtime_error("the model failed to sample a text");
-      for (int s = 0; s < n_sequences; s++) {
-        sequences[s].push_back(llama_sampler_sample(samplers[s], context.get(), s));
-      }
-      bar.update((round + double(at) / length) / std::max(1, n_rounds));
-    }
-    for (llama_sampler* sampler : samplers) llama_sampler_free(sampler);
-    for (const auto& sequence : sequences) text.insert(text.end(), sequence.begin(), sequence.end());
-    llama_memory_clear(llama_get_memory(context.get()), true);
+/// The texts to read, one for each kind.
+std::vector<TextOfKind> texts_to_read(llama_model* model, const Options& options) {
+  if (!options.text.empty()) {
+    return {{fs::path(options.text).filename().string(),
+             spread(tokenize(model, read_text(options.text)), options.n_tokens, options.window)}};
   }
-  llama_batch_free(batch);
-  bar.finish();
-  return text;
+  std::vector<TextOfKind> texts = texts_of_folder(model, options.texts);
+  // Sampling is several times slower than reading, so the model's own text is shorter.
+  const int n_own = options.n_tokens / kOwnShare, n_each = (options.n_tokens - n_own) / int(texts.size());
+  for (TextOfKind& text : texts) text.tokens = spread(text.tokens, n_each, options.window);
+  OwnText own;
+  own.n_tokens = n_own;
+  own.length = std::min(own.length, options.window);
+  own.n_threads = options.n_threads;
+  own.seed = options.fit.seed;
+  texts.push_back({"the model's own", own_text(model, options.texts, own)});
+  return texts;
 }
 
-/// Takes `n_tokens` of the text, in stretches that are spread evenly over all of it.
-std::vector<llama_token> spread(const std::vector<llama_token>& text, int n_tokens, int window) {
-  const size_t n_windows = std::max<size_t>(1, size_t(n_tokens) / window);
-  if (text.size() <= n_windows * window) return text;
-  std::vector<llama_token> chosen;
-  const size_t step = (text.size() - window) / n_windows;
-  for (size_t w = 0; w < n_windows; w++) {
-    chosen.insert(chosen.end(), text.begin() + w * step, text.begin() + w * step + window);
+/// "0.12 prose, 0.15 code"
+std::string list_by_kind(const std::vector<double>& values, const std::vector<TextOfKind>& texts) {
+  std::string list;
+  for (size_t k = 0; k < values.size(); k++) {
+    char value[32];
+    std::snprintf(value, sizeof value, "%.3f ", values[k]);
+    list += (k ? ", " : "") + (value + texts[k].kind);
   }
-  return chosen;
+  return list;
+}
+
+void print_report(const FitReport& report, const std::vector<TextOfKind>& texts) {
+  if (report.rates.empty()) return;
+  std::printf("Noise on text that was held out, over that of the codec without calibration:\n");
+  for (const FitReport::Rate& rate : report.rates) {
+    const double sum = std::accumulate(rate.noise.begin(), rate.noise.end(), 0.0);
+    std::printf("  %g bits%s: mean %.3f, worst %.3f (%s)\n", rate.bits,
+                rate.budget ? ", layers with a sliding window" : "", sum / double(rate.noise.size()),
+                *std::max_element(rate.noise.begin(), rate.noise.end()), list_by_kind(rate.noise, texts).c_str());
+  }
+  std::printf(
+      "%zu of %zu heads' keys or values keep the codec without calibration, as theirs serves some kind of text badly\n",
+      report.n_built_in, report.n_heads);
 }
 
 /// Lets a reader look on while a context runs, as its eval callback (`cb_eval`).
@@ -115,21 +110,16 @@ void run(Options options) {
   const ModelPtr model = load_model(options.model, "CPU", /*repack=*/false);
   if (options.context <= 0) options.context = llama_model_n_ctx_train(model.get());
   const CacheLayout layout = read_layout(options.model, {});  // which layers have a sliding window
-  const bool sampled = options.text.empty();
-  if (sampled) {
-    std::fprintf(stderr, "No text given (-f): the model writes its own, %d tokens with seed %llu.\n",
-                 options.n_tokens / 2, (unsigned long long)options.fit.seed);
-  }
-  // Sampling is several times slower than reading, so the model's own text is shorter.
-  if (sampled) options.n_tokens /= 2;
-  const std::vector<llama_token> tokens =
-      sampled ? sample_text(model.get(), options.n_tokens, std::min(512, options.window), options)
-              : spread(tokenize(model.get(), read_text(options.text)), options.n_tokens, options.window);
-  const int n_tokens = int(tokens.size()), n_layers = llama_model_n_layer(model.get());
+  if (options.n_tokens <= 0) options.n_tokens = options.text.empty() ? kTokensOfKinds : kTokensOfText;
+  const std::vector<TextOfKind> texts = texts_to_read(model.get(), options);
+  size_t n_tokens = 0, n_read = 0;
+  for (const TextOfKind& text : texts) n_tokens += text.tokens.size();
+  const int n_layers = llama_model_n_layer(model.get());
 
   StatisticsOptions statistics;
   statistics.context = options.context;
-  statistics.n_tokens = tokens.size();
+  statistics.n_tokens = n_tokens;
+  statistics.n_text_kinds = int(texts.size());
   statistics.seed = options.fit.seed;
   // At most all keys and values of the tokens, as f16. Of queries only the second moments are kept.
   const double token_bytes = 4.0 * n_layers * llama_model_n_embd(model.get()) * llama_model_n_head_kv(model.get()) /
@@ -149,15 +139,19 @@ void run(Options options) {
   params.cb_eval_user_data = &watch;
   const ContextPtr context = make_context(model.get(), params);
   ProgressBar reading("reading");
-  for (int begin = 0; begin < n_tokens; begin += options.window) {
-    llama_memory_clear(llama_get_memory(context.get()), true);
-    const int end = std::min(n_tokens, begin + options.window);
-    for (int at = begin; at < end; at += int(params.n_ubatch)) {
-      const int n = std::min(int(params.n_ubatch), end - at);
-      reader.begin(at - begin, at + n == end, n);
-      decode_tokens(context.get(), &tokens[at], n, at - begin, true);
-      watch.check();
-      reading.update(double(at) / n_tokens);
+  for (size_t kind = 0; kind < texts.size(); kind++) {
+    const std::vector<llama_token>& tokens = texts[kind].tokens;
+    for (int begin = 0; begin < int(tokens.size()); begin += options.window) {
+      llama_memory_clear(llama_get_memory(context.get()), true);
+      const int end = std::min(int(tokens.size()), begin + options.window);
+      for (int at = begin; at < end; at += int(params.n_ubatch)) {
+        const int n = std::min(int(params.n_ubatch), end - at);
+        reader.begin(at - begin, at + n == end, n, int(kind));
+        decode_tokens(context.get(), &tokens[at], n, at - begin, true);
+        watch.check();
+        n_read += size_t(n);
+        reading.update(double(n_read) / double(n_tokens));
+      }
     }
   }
   collector.end();
@@ -170,14 +164,16 @@ void run(Options options) {
   ProgressBar fitting("fitting");
   options.fit.n_threads = options.n_threads;
   for (const CacheLayout::Layer& layer : layout.layers) options.fit.budgets.push_back(layer.is_window);
-  Profile profile = fit_profile(shape, collector.take_layers(n_layers), read_output_metrics(options.model, shape),
-                                options.fit, [&](double share) { fitting.update(share); });
+  FitReport report;
+  Profile profile = fit_profile(
+      shape, collector.take_layers(n_layers), read_output_metrics(options.model, shape), options.fit,
+      [&](double share) { fitting.update(share); }, &report);
   fitting.finish();
-  profile.source =
-      (sampled ? std::string("text sampled from the model") : std::filesystem::path(options.text).filename().string()) +
-      ", " + std::to_string(n_tokens) + " tokens, seed " + std::to_string(options.fit.seed) + ", positions to " +
-      std::to_string(options.context);
+  profile.source = (texts.size() > 1 ? std::to_string(texts.size()) + " kinds of text" : texts[0].kind) + ", " +
+                   std::to_string(n_tokens) + " tokens, seed " + std::to_string(options.fit.seed) + ", positions to " +
+                   std::to_string(options.context);
   write_profile(profile, options.output);
+  print_report(report, texts);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   std::printf("%s: %s, %.1f MB, calibrated in %.0f s\n", options.output.c_str(), profile.source.c_str(),
               double(std::filesystem::file_size(options.output)) / 1e6, seconds);
@@ -189,10 +185,13 @@ void add_calibrate_command(CLI::App& app) {
   auto* command = app.add_subcommand("calibrate", "Learn a model's keys and values; write its profile");
   auto options = std::make_shared<Options>();
   command->add_option("-m,--model", options->model, "Model, GGUF")->required();
-  command->add_option("-f,--file", options->text, "Text to calibrate on; without it the model writes its own");
+  command->add_option("-f,--file", options->text, "Text to calibrate on; without it, texts of several kinds");
+  command->add_option("--texts", options->texts, "Folder of texts, a kind each, to read without -f")
+      ->capture_default_str();
   command->add_option("-o,--output", options->output, "Profile to write (default: beside the model)");
   command->add_option("-c,--context", options->context, "Longest context to serve (default: the model's)");
-  command->add_option("-n,--tokens", options->n_tokens, "Tokens to read")->capture_default_str();
+  command->add_option("-n,--tokens", options->n_tokens,
+                      "Tokens to read (default: 24576 of a text, 30720 of several kinds)");
   command->add_option("--window", options->window, "Tokens of a sequence")->capture_default_str();
   command->add_option("--transform", options->fit.transform, "klt, or vecinfer as published")
       ->check(CLI::IsMember({"klt", "vecinfer"}))

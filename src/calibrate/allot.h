@@ -17,4 +17,14 @@ struct SideCosts {
 /// `rates` ascend; the first must not be above the target.
 std::vector<int> allot(const std::vector<SideCosts>& sides, const std::vector<double>& rates, double target);
 
+/// The same for several kinds of text, `sides[kind]` with the costs that a kind has, for the kind that fares worst: so
+/// that the greatest of a kind's sum of costs over the sum that it would have from an allotment of its own is nearly
+/// the smallest. The kinds are weighted, and the weight of those that fare badly grows (multiplicative weights: Freund
+/// and Schapire, Adaptive game playing using multiplicative weights, 1999).
+std::vector<int> allot_for_worst(const std::vector<std::vector<SideCosts>>& sides, const std::vector<double>& rates,
+                                 double target);
+
+/// The sum of costs of the chosen rates.
+double total_cost(const std::vector<SideCosts>& sides, const std::vector<int>& chosen);
+
 }  // namespace thimble

@@ -25,6 +25,7 @@ void Collector::begin(std::vector<Run> runs) {
   runs_ = std::move(runs);
   measured_.assign(runs_.size(), {});
   for (size_t i = 0; i < runs_.size(); i++) {
+    measured_[i].text_kind = runs_[i].text_kind;
     if (!runs_[i].cells.empty()) measured_[i].last_cell = runs_[i].cells.back();
   }
   // What waits counts where its sequence does not go on with more of a prompt, or will not: its last cell is written
@@ -60,7 +61,7 @@ void Collector::add(int layer, const LayerBatch& batch) {
     const size_t first = run.first_token;
     layers_[layer]->add({run.first_position, run.n_tokens, batch.keys + first * shape.n_kv_heads * shape.key_dim,
                          batch.values + first * shape.n_kv_heads * shape.value_dim,
-                         batch.queries + first * shape.n_heads * shape.key_dim});
+                         batch.queries + first * shape.n_heads * shape.key_dim, run.text_kind});
   }
 }
 
@@ -105,7 +106,9 @@ void Collector::count(const Measured& measured) {
   for (size_t i = 0; i < measured.layers.size(); i++) {
     if (!has(int(i))) continue;
     LayerStatistics& layer = *layers_[i];
-    for (const auto& [kv_head, shares] : measured.layers[i].attention) layer.add_attention(kv_head, shares);
+    for (const auto& [kv_head, shares] : measured.layers[i].attention) {
+      layer.add_attention(kv_head, shares, measured.text_kind);
+    }
     const auto& power = measured.layers[i].power;
     for (double square : power[int(Power::residual)]) layer.add_residual(square);
     for (double square : power[int(Power::output)]) layer.add_output(square);

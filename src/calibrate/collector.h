@@ -24,6 +24,7 @@ struct Run {
   enum class Ends { no, yes, unknown } ends = Ends::no;
   std::vector<int64_t> cells;  // that its tokens are written to, one each; may be empty where `ends` is known
   int64_t previous_cell = -1;  // of the token before the first; -1: there is none
+  int text_kind = 0;           // below StatisticsOptions::n_text_kinds
 };
 
 /// What a layer wrote and attended to in a batch. Keys and queries are rotated by their positions already.
@@ -85,6 +86,7 @@ private:
       std::vector<double> power[3];  // by Power
     };
     int64_t last_cell = -1;
+    int text_kind = 0;
     std::vector<Layer> layers;
 
     Layer& of(int layer);

@@ -16,11 +16,15 @@
 
 #include "calibrate/allot.h"
 #include "calibrate/kmeans.h"
+#include "calibrate/text_kinds.h"
 
 namespace thimble {
 namespace {
 
 constexpr Eigen::Index kDistortionSamples = 512;
+// With this much of the noise that the codec without calibration makes, a codec serves a kind of text badly. Samples
+// tell less apart.
+constexpr double kBadly = 1.1;
 // The rates that a side may get where bits are spent unevenly.
 constexpr double kCandidateRates[] = {1, 1.25, 1.5, 2, 3, 4};
 
@@ -50,32 +54,62 @@ Codebook train_codebook(const Matrix& normalized, const std::vector<int16_t>& or
   return book;
 }
 
-/// Mean e^T S e of the error that a codec makes on some of the samples.
-double distortion_of(const FittedHead& head, const FittedHead::Rate& rate, const Matrix& samples,
-                     const Eigen::MatrixXd& metric, Kind kind) {
-  const Eigen::Index dim = samples.cols();
+HeadCodec codec_of(const FittedHead& head, const FittedHead::Rate& rate, Kind kind) {
+  const int dim = rate.format.head_dim;
   HeadCodec codec;
   codec.kind = kind;
   codec.format = rate.format;
   codec.codebook = rate.codebook;
-  std::vector<float> a(dim * dim);
-  for (Eigen::Index i = 0; i < dim; i++) {
-    for (Eigen::Index j = 0; j < dim; j++) a[i * dim + j] = head.transform.matrix(i, rate.order[j]);
+  std::vector<float> a(size_t(dim) * dim);
+  for (int i = 0; i < dim; i++) {
+    for (int j = 0; j < dim; j++) a[size_t(i) * dim + j] = head.transform.matrix(i, rate.order[j]);
   }
   codec.transform = Transform::dense({head.transform.mean.begin(), head.transform.mean.end()}, std::move(a));
   codec.derive_tables();
+  return codec;
+}
+
+/// Mean e^T S e of the error that a codec makes on some of the samples.
+double distortion_of(const FittedHead& head, const FittedHead::Rate& rate, const Matrix& samples,
+                     const Eigen::MatrixXd& metric, Kind kind) {
   const Eigen::Index n = std::min<Eigen::Index>(kDistortionSamples, samples.rows()), step = samples.rows() / n;
-  Matrix error(n, dim);
-  std::vector<float> y(dim), decoded(dim);
-  std::vector<uint8_t> codes(codec.format.n_subspaces());
-  for (Eigen::Index i = 0; i < n; i++) {
-    codec.transform.forward(samples.row(i * step).data(), y.data());
-    const uint16_t scale = encode_vector(codec, y.data(), codes.data());
-    decode_vector(codec, codes.data(), scale, decoded.data());
-    codec.transform.inverse(decoded.data(), error.row(i).data());
-    error.row(i) -= samples.row(i * step);
+  Matrix some(n, samples.cols());
+  for (Eigen::Index i = 0; i < n; i++) some.row(i) = samples.row(i * step);
+  return noise_of(codec_of(head, rate, kind), some, metric);
+}
+
+/// Makes a head's codec the one without calibration, at all rates: a Hadamard rotation and the built-in codebook.
+void fall_back(FittedHead& head) {
+  const int dim = int(head.transform.mean.size());
+  const Transform rotation = Transform::hadamard(dim);
+  head.transform.mean.setZero(dim);
+  for (int i = 0; i < dim; i++) {
+    const Eigen::RowVectorXf unit = Eigen::RowVectorXf::Unit(dim, i);
+    rotation.forward(unit.data(), head.transform.matrix.row(i).data());
   }
-  return (error.cast<double>() * metric).cwiseProduct(error.cast<double>()).sum() / double(n);
+  for (FittedHead::Rate& rate : head.rates) {
+    std::iota(rate.order.begin(), rate.order.end(), int16_t{0});
+    rate.codebook = builtin_codebook(rate.format);
+    rate.noise = rate.built_in_noise;
+  }
+  head.is_built_in = true;
+}
+
+/// Measures a head by kind of text, and makes it the built-in codec where it serves some kind badly at a rate of
+/// `bits`.
+void measure_by_kind(FittedHead& head, const HeldOut& held_out, Kind kind, const std::vector<double>& bits) {
+  head.power = held_out.power(head.transform.mean);
+  bool serves_badly = false;
+  for (FittedHead::Rate& rate : head.rates) {
+    rate.noise = held_out.noise(codec_of(head, rate, kind));
+    rate.built_in_noise = held_out.noise(make_uncalibrated_codec(kind, rate.format));
+    const bool is_asked_for = std::any_of(
+        bits.begin(), bits.end(), [&](double b) { return make_format(rate.format.head_dim, b) == rate.format; });
+    for (size_t k = 0; is_asked_for && k < rate.noise.size(); k++) {
+      serves_badly |= rate.noise[k] > kBadly * rate.built_in_noise[k];
+    }
+  }
+  if (serves_badly) fall_back(head);
 }
 
 LayerProfile assemble_transforms(const std::vector<FittedHead>& heads) {
@@ -98,6 +132,61 @@ LayerCodebooks assemble_codebooks(const std::vector<FittedHead>& heads, int rate
     books.scale.insert(books.scale.end(), rate.codebook.scale.begin(), rate.codebook.scale.end());
   }
   return books;
+}
+
+/// What the keys and the values of a layer cost at each rate (fit.h has the formula), by the samples that were fitted
+/// to.
+std::array<SideCosts, 2> costs_of(const std::array<std::vector<FittedHead>, 2>& fitted, const LayerStatistics& layer) {
+  std::array<SideCosts, 2> costs;
+  const auto& [keys, values] = fitted;
+  for (int h = 0; h < layer.shape().n_kv_heads; h++) {
+    const double spread =
+        std::accumulate(values[h].transform.variance.begin(), values[h].transform.variance.end(), 0.0) *
+        values[h].transform.metric_scale;
+    const double weight = layer.concentration(h) * layer.output_weight();
+    for (int kind : {0, 1}) {
+      costs[kind].numbers += layer.shape().dim(Kind(kind));
+      costs[kind].costs.resize(keys[h].rates.size(), 0.0);
+      for (size_t r = 0; r < keys[h].rates.size(); r++) {
+        costs[kind].costs[r] +=
+            weight * (kind == 0 ? keys[h].rates[r].distortion * spread : values[h].rates[r].distortion);
+      }
+    }
+  }
+  return costs;
+}
+
+/// The same for a kind of text, by its samples that were held out; of the codec that was fitted, or of the built-in
+/// one.
+std::array<SideCosts, 2> costs_of(const std::array<std::vector<FittedHead>, 2>& fitted, const LayerStatistics& layer,
+                                  int text_kind, bool built_in) {
+  std::array<SideCosts, 2> costs;
+  const auto& [keys, values] = fitted;
+  const auto noise = [&](const FittedHead::Rate& rate) {
+    return (built_in ? rate.built_in_noise : rate.noise)[text_kind];
+  };
+  for (int h = 0; h < layer.shape().n_kv_heads; h++) {
+    const double weight = layer.concentration(h, text_kind) * layer.output_weight();
+    for (int kind : {0, 1}) {
+      costs[kind].numbers += layer.shape().dim(Kind(kind));
+      costs[kind].costs.resize(keys[h].rates.size(), 0.0);
+      for (size_t r = 0; r < keys[h].rates.size(); r++) {
+        costs[kind].costs[r] +=
+            weight * (kind == 0 ? noise(keys[h].rates[r]) * values[h].power[text_kind] : noise(values[h].rates[r]));
+      }
+    }
+  }
+  return costs;
+}
+
+FitReport::Rate compare(double bits, int budget, const std::vector<std::vector<SideCosts>>& sides,
+                        const std::vector<int>& chosen, const std::vector<std::vector<SideCosts>>& built_in,
+                        const std::vector<int>& even) {
+  FitReport::Rate rate{bits, budget, {}};
+  for (size_t k = 0; k < sides.size(); k++) {
+    rate.noise.push_back(total_cost(sides[k], chosen) / std::max(1e-300, total_cost(built_in[k], even)));
+  }
+  return rate;
 }
 
 /// Calls work(0) to work(n - 1), each once, on several threads. Throws an exception that one of them threw.
@@ -145,7 +234,7 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
   std::vector<double> variance;
   for (Eigen::Index d = 0; d < y.cols(); d++) variance.push_back(double(y.col(d).squaredNorm()) / double(y.rows()));
   for (const Format& format : formats) {
-    FittedHead::Rate rate{format, {}, {}, 0};
+    FittedHead::Rate rate{format, {}, {}, 0, {}, {}};
     if (head.transform.ordered_by_variance) {
       rate.order = deal_components(variance, format);
     } else {
@@ -160,7 +249,7 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
 
 Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>& layers,
                     const std::vector<std::vector<Eigen::MatrixXd>>& value_metrics, const FitOptions& options,
-                    const std::function<void(double)>& progress) {
+                    const std::function<void(double)>& progress, FitReport* report) {
   const bool uneven = options.uneven && options.transform == "klt";
   std::set<double> rates(options.bits.begin(), options.bits.end());
   if (uneven) rates.insert(std::begin(kCandidateRates), std::end(kCandidateRates));
@@ -186,39 +275,36 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
     const int dim = shape.layers[job.layer].value_dim;
     return metric.size() ? metric : Eigen::MatrixXd::Identity(dim, dim);
   };
+  const bool several_kinds =
+      std::any_of(layers.begin(), layers.end(), [](const auto& l) { return l.n_text_kinds() > 1; });
   const auto fit = [&](const Job& job, uint64_t seed) {
-    const Matrix samples = layers[job.layer].samples(job.kind, job.kv_head);
+    const LayerStatistics& layer = layers[job.layer];
+    const Matrix samples = layer.samples(job.kind, job.kv_head);
     std::vector<Format> formats;
     for (double bits : candidates) formats.push_back(make_format(int(samples.cols()), bits));
-    fitted[job.layer][int(job.kind)][job.kv_head] = fit_head(samples, metric_of(job), job.kind, formats, options, seed);
+    FittedHead& head = fitted[job.layer][int(job.kind)][job.kv_head];
+    head = fit_head(samples, metric_of(job), job.kind, formats, options, seed);
+    if (!several_kinds) return;
+    const HeldOut held_out(layer, job.kind, job.kv_head, value_metrics[job.layer][job.kv_head]);
+    measure_by_kind(head, held_out, job.kind, options.bits);
   };
   for_each_in_threads(
       jobs.size(), options.n_threads, [&](size_t i) { fit(jobs[i], options.seed * 7919 + i); }, progress);
 
-  // The costs of each side (fit.h has the formula), by budget.
-  std::map<int, std::vector<SideCosts>> sides;
   const auto budget_of = [&](size_t layer) { return options.budgets.empty() ? 0 : options.budgets.at(layer); };
+  const int n_kinds = several_kinds ? layers[0].n_text_kinds() : 1;
+  std::map<int, std::vector<std::vector<SideCosts>>> sides, built_in;  // by budget, [n_kinds][n_sides]
   for (size_t i = 0; i < shape.layers.size(); i++) {
-    const LayerShape& layer = shape.layers[i];
-    SideCosts costs[2];
-    for (int h = 0; h < layer.n_kv_heads; h++) {
-      const auto& [keys, values] = fitted[i];
-      const double spread =
-          std::accumulate(values[h].transform.variance.begin(), values[h].transform.variance.end(), 0.0) *
-          values[h].transform.metric_scale;
-      const double weight = layers[i].concentration(h) * layers[i].output_weight();
-      for (int kind : {0, 1}) {
-        costs[kind].numbers += layer.dim(Kind(kind));
-        costs[kind].costs.resize(candidates.size(), 0.0);
-        for (size_t r = 0; r < candidates.size(); r++) {
-          costs[kind].costs[r] +=
-              weight * (kind == 0 ? keys[h].rates[r].distortion * spread : values[h].rates[r].distortion);
-        }
+    if (shape.layers[i].n_kv_heads == 0) continue;
+    for (int k = 0; k < n_kinds; k++) {
+      for (auto* into : {&sides, &built_in}) {
+        auto& of_budget = (*into)[budget_of(i)];
+        of_budget.resize(n_kinds);
+        const auto costs =
+            several_kinds ? costs_of(fitted[i], layers[i], k, into == &built_in) : costs_of(fitted[i], layers[i]);
+        of_budget[k].insert(of_budget[k].end(), costs.begin(), costs.end());
       }
     }
-    if (layer.n_kv_heads == 0) continue;
-    std::vector<SideCosts>& of_budget = sides[budget_of(i)];
-    of_budget.insert(of_budget.end(), {costs[0], costs[1]});
   }
 
   Profile profile;
@@ -235,7 +321,13 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
     const int even = int(std::find(candidates.begin(), candidates.end(), bits) - candidates.begin());
     std::map<int, std::vector<int>> allotted;
     for (const auto& [budget, of_budget] : sides) {
-      allotted[budget] = uneven ? allot(of_budget, candidates, bits) : std::vector<int>(of_budget.size(), even);
+      const std::vector<int> evenly(of_budget[0].size(), even);
+      allotted[budget] = uneven ? allot_for_worst(of_budget, candidates, bits) : evenly;
+      // Sequences that end before any cell is coded show no attention to coded cells, and so no noise.
+      const bool has_noise = total_cost(built_in[budget][0], evenly) > 0;
+      if (report && several_kinds && has_noise) {
+        report->rates.push_back(compare(bits, budget, of_budget, allotted[budget], built_in[budget], evenly));
+      }
     }
     std::map<int, size_t> side;
     for (size_t i = 0; i < shape.layers.size(); i++) {
@@ -244,6 +336,15 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
         LayerProfile& into = (kind == 0 ? profile.keys : profile.values)[i];
         const int budget = budget_of(i);
         into.by_bits[bits] = assemble_codebooks(fitted[i][kind], allotted[budget][side[budget]++]);
+      }
+    }
+  }
+  if (report) {
+    for (const auto& layer : fitted) {
+      for (const auto& heads : layer) {
+        report->n_heads += heads.size();
+        report->n_built_in +=
+            std::count_if(heads.begin(), heads.end(), [](const FittedHead& h) { return h.is_built_in; });
       }
     }
   }

@@ -30,9 +30,27 @@ struct FittedHead {
     std::vector<int16_t> order;  // as deal_components returns it
     Codebook codebook;
     double distortion;  // mean e^T S e of an error e, in the units of the metric S
+    // The same by kind of text, on samples that were held out, and of the codec without calibration; empty with one
+    // kind of text.
+    std::vector<double> noise, built_in_noise;
   };
-  std::vector<Rate> rates;  // one for each format, in their order
+  std::vector<Rate> rates;    // one for each format, in their order
+  std::vector<double> power;  // of the vectors themselves, by kind of text
+  bool is_built_in = false;   // the codec without calibration, which serves some kind of text better
 };
+
+/// What came of the fit, by kind of text.
+struct FitReport {
+  struct Rate {
+    double bits = 0;
+    int budget = 0;
+    std::vector<double> noise;  // [n_text_kinds], over that of the codec without calibration at the same rate
+  };
+  std::vector<Rate> rates;  // empty with one kind of text
+  size_t n_heads = 0;       // keys and values of KV heads
+  size_t n_built_in = 0;    // of them, those that have the codec without calibration
+};
+
 /// `samples` are [n][head_dim]; `metric` is that of fit_klt. Throws std::runtime_error where there are no samples.
 FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind kind, const std::vector<Format>& formats,
                     const FitOptions& options, uint64_t seed);
@@ -46,8 +64,11 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
 /// the output, and the errors of cells independent of each other:
 ///   values:  |Wo sum p e|^2 = sum p^2 * E|Wo e|^2
 ///   keys:    a score's error s moves the output by p s Wo (v - o), so sum p^2 * E[s^2] * E|Wo (v - mean v)|^2
+/// With several kinds of text these are measured for each kind, on samples that were held out, and rates are chosen for
+/// the kind that fares worst (allot_for_worst). A head's keys or values whose codec makes more noise on some kind, by a
+/// tenth, than the one without calibration get that one.
 Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>& layers,
                     const std::vector<std::vector<Eigen::MatrixXd>>& value_metrics, const FitOptions& options,
-                    const std::function<void(double)>& progress);
+                    const std::function<void(double)>& progress, FitReport* report = nullptr);
 
 }  // namespace thimble

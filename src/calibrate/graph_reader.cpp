@@ -152,12 +152,12 @@ int layer_of_output(const ggml_tensor* node) {
                                                                                                             : -1;
 }
 
-void GraphReader::begin(int first_position, bool last, int n_tokens) {
+void GraphReader::begin(int first_position, bool last, int n_tokens, int text_kind) {
   is_plain_ = has_runs_ = true;
   is_left_out_ = false;
   first_position_ = first_position;
   n_tokens_ += size_t(n_tokens);
-  collector_.begin({{0, n_tokens, first_position, last ? Run::Ends::yes : Run::Ends::no, {}, -1}});
+  collector_.begin({{0, n_tokens, first_position, last ? Run::Ends::yes : Run::Ends::no, {}, -1, text_kind}});
 }
 
 void GraphReader::begin(const ggml_tensor* rope) {

@@ -26,8 +26,8 @@ public:
   // To be called before each graph, one of the two:
 
   /// The graph's tokens have positions from first_position on and are of one sequence, which began in cell 0 of an
-  /// empty cache. `last`: the sequence ends with them.
-  void begin(int first_position, bool last, int n_tokens);
+  /// empty cache. `last`: the sequence ends with them. `text_kind`: as in Run.
+  void begin(int first_position, bool last, int n_tokens, int text_kind = 0);
   /// The graph itself tells which tokens are of which sequence, by positions and mask. `rope`: a node that rotates by
   /// the tokens' positions, or null where the model has none.
   void begin(const ggml_tensor* rope);

@@ -14,6 +14,12 @@ constexpr int kRecent = 128;  // last cells, which stay exact too and are left o
 constexpr int kStretch = 64;
 // TailorKV's alpha: the share of cells whose attention is compared with the rest.
 constexpr double kDominantShare = 0.05;
+// Of several kinds of text, every fourth of such stretches is held out: of a sequence of 2048 tokens, the last one.
+constexpr int kHeldOutStretch = 512;
+
+bool is_held_out(int position) {
+  return position / kHeldOutStretch % 4 == 3;
+}
 
 }  // namespace
 
@@ -39,7 +45,15 @@ LayerStatistics::LayerStatistics(const LayerShape& shape, Rope rope, float score
       stride_(std::max<size_t>(1, (options.n_tokens + options.max_samples - 1) / options.max_samples)),
       query_sum_(shape.n_kv_heads, Eigen::MatrixXd::Zero(shape.key_dim, shape.key_dim)),
       concentration_sum_(shape.n_kv_heads, 0.0),
-      n_attentions_(shape.n_kv_heads, 0) {}
+      n_attentions_(shape.n_kv_heads, 0) {
+  OfTextKind none;
+  if (options.n_text_kinds > 1) {
+    none.query_sum.assign(shape.n_kv_heads, Eigen::MatrixXf::Zero(shape.key_dim, shape.key_dim));
+  }
+  none.concentration_sum.assign(shape.n_kv_heads, 0.0);
+  none.n_attentions.assign(shape.n_kv_heads, 0);
+  of_text_kind_.assign(options.n_text_kinds, none);
+}
 
 void LayerStatistics::add(const LayerActivations& in) {
   const int group = shape_.n_heads / shape_.n_kv_heads, key_dim = shape_.key_dim;
@@ -61,19 +75,25 @@ void LayerStatistics::add(const LayerActivations& in) {
     for (int h = 0; h < shape_.n_kv_heads; h++) rope_.apply(turn, &keys[size_t(h) * key_dim]);
     for (float v : keys) keys_.push_back(float_to_half(v));
     for (size_t i = 0; i < value_row; i++) values_.push_back(float_to_half(in.values[t * value_row + i]));
-    n_samples_++;
+    sample_text_kind_.push_back(uint8_t(in.text_kind));
+    sample_is_held_out_.push_back(options_.n_text_kinds > 1 && is_held_out(in.first_position + t));
   }
+  OfTextKind& of_kind = of_text_kind_.at(in.text_kind);
   for (int h = 0; h < shape_.n_kv_heads; h++) {
     const Eigen::MatrixXf moment = queries[h].transpose() * queries[h];
     query_sum_[h] += moment.cast<double>();
+    if (!of_kind.query_sum.empty()) of_kind.query_sum[h] += moment;
   }
   n_queries_ += size_t(in.n_tokens) * group;
+  of_kind.n_queries += size_t(in.n_tokens) * group;
 }
 
-void LayerStatistics::add_attention(int kv_head, const AttentionShares& shares) {
+void LayerStatistics::add_attention(int kv_head, const AttentionShares& shares, int text_kind) {
   density_sum_ += shares.outside;
   concentration_sum_[kv_head] += shares.squares;
   n_attentions_[kv_head]++;
+  of_text_kind_.at(text_kind).concentration_sum[kv_head] += shares.squares;
+  of_text_kind_[text_kind].n_attentions[kv_head]++;
 }
 
 float LayerStatistics::density() const {
@@ -85,18 +105,50 @@ double LayerStatistics::concentration(int kv_head) const {
   return n_attentions_[kv_head] ? concentration_sum_[kv_head] / double(n_attentions_[kv_head]) : 0.0;
 }
 
-Matrix LayerStatistics::samples(Kind kind, int kv_head) const {
+double LayerStatistics::concentration(int kv_head, int text_kind) const {
+  const OfTextKind& of = of_text_kind_.at(text_kind);
+  return of.n_attentions[kv_head] ? of.concentration_sum[kv_head] / double(of.n_attentions[kv_head]) : 0.0;
+}
+
+Matrix LayerStatistics::rows(Kind kind, int kv_head, const std::vector<size_t>& chosen) const {
   const auto& from = kind == Kind::key ? keys_ : values_;
   const size_t dim = shape_.dim(kind), row = shape_.n_kv_heads * dim;
-  Matrix out = Matrix::Zero(n_samples_, dim);
-  for (size_t t = 0; t < n_samples_; t++) {
-    for (size_t d = 0; d < dim; d++) out(t, d) = half_to_float(from[t * row + kv_head * dim + d]);
+  Matrix out = Matrix::Zero(Eigen::Index(chosen.size()), Eigen::Index(dim));
+  for (size_t i = 0; i < chosen.size(); i++) {
+    for (size_t d = 0; d < dim; d++) out(i, d) = half_to_float(from[chosen[i] * row + kv_head * dim + d]);
   }
   return out;
 }
 
+Matrix LayerStatistics::samples(Kind kind, int kv_head) const {
+  std::vector<size_t> chosen;
+  for (size_t i = 0; i < n_samples(); i++) {
+    if (!sample_is_held_out_[i]) chosen.push_back(i);
+  }
+  return rows(kind, kv_head, chosen);
+}
+
+Matrix LayerStatistics::held_out(Kind kind, int kv_head, int text_kind, size_t most) const {
+  std::vector<size_t> all, chosen;
+  for (const bool wanted : {true, false}) {
+    for (size_t i = 0; i < n_samples(); i++) {
+      if (sample_text_kind_[i] == text_kind && sample_is_held_out_[i] == wanted) all.push_back(i);
+    }
+    if (!all.empty()) break;
+  }
+  const size_t n = std::min(most, all.size());
+  for (size_t i = 0; i < n; i++) chosen.push_back(all[i * all.size() / n]);
+  return rows(kind, kv_head, chosen);
+}
+
 Eigen::MatrixXd LayerStatistics::query_moment(int kv_head) const {
   return query_sum_[kv_head] / double(std::max<size_t>(1, n_queries_));
+}
+
+Eigen::MatrixXd LayerStatistics::query_moment(int kv_head, int text_kind) const {
+  const OfTextKind& of = of_text_kind_.at(text_kind);
+  if (of.query_sum.empty()) return query_moment(kv_head);
+  return of.query_sum[kv_head].cast<double>() / double(std::max<size_t>(1, of.n_queries));
 }
 
 }  // namespace thimble

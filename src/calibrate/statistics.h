@@ -25,6 +25,8 @@ struct StatisticsOptions {
   size_t n_tokens = 0;
   size_t max_samples = 32768;
   uint64_t seed = 1;
+  /// How many kinds of text there are. With several, a part of each is held out: fitting chooses by it.
+  int n_text_kinds = 1;
 };
 
 /// Keys, values and queries of some consecutive tokens of one sequence, of one layer. Keys and queries are rotated by
@@ -35,6 +37,7 @@ struct LayerActivations {
   const float* keys = nullptr;     // [n_tokens][n_kv_heads][key_dim]
   const float* values = nullptr;   // [n_tokens][n_kv_heads][value_dim]
   const float* queries = nullptr;  // [n_tokens][n_heads][key_dim]
+  int text_kind = 0;               // of the text that they are of
 };
 
 /// What the attention weights of one query show of its layer.
@@ -54,7 +57,7 @@ public:
   void add(const LayerActivations& activations);
 
   /// Adds what the attention weights of one query show.
-  void add_attention(int kv_head, const AttentionShares& shares);
+  void add_attention(int kv_head, const AttentionShares& shares, int text_kind = 0);
   /// Adds |x|^2 of one token's residual stream behind the layer.
   void add_residual(double square) { residual_sum_ += square, n_residuals_++; }
   /// Takes |x|^2 of what the layer's attention puts out for one token, behind its output projection; and of the same
@@ -63,15 +66,22 @@ public:
   void add_normalized(double square) { normalized_sum_ += square, n_normalized_++; }
 
   const LayerShape& shape() const { return shape_; }
-  /// The sampled keys or values of a KV head, [n_samples][head_dim].
+  /// The sampled keys or values of a KV head, [n_samples][head_dim], but for those held out.
   Matrix samples(Kind kind, int kv_head) const;
+  /// At most `most` samples of a kind of text that were held out, spread evenly over them; of all its samples where
+  /// none was.
+  Matrix held_out(Kind kind, int kv_head, int text_kind, size_t most) const;
   /// E[q q^T] over the queries of the group, [key_dim][key_dim].
   Eigen::MatrixXd query_moment(int kv_head) const;
+  /// The same over a kind of text. With one kind only, it is that of all.
+  Eigen::MatrixXd query_moment(int kv_head, int text_kind) const;
+  int n_text_kinds() const { return options_.n_text_kinds; }
   /// See Profile::density.
   float density() const;
   /// Mean over the queries of the sum of p^2 over coded cells, p the attention weights: the factor by which independent
   /// errors of single cells come through in the weighted sum.
   double concentration(int kv_head) const;
+  double concentration(int kv_head, int text_kind) const;
   /// Mean |x|^2 of the residual stream, 1 where it was not seen.
   double residual() const { return n_residuals_ ? residual_sum_ / double(n_residuals_) : 1.0; }
   /// What noise in the attention's output weighs, as power: one over the residual stream's, or, where a norm stands
@@ -82,18 +92,29 @@ public:
     return normalized_sum_ / double(n_normalized_) / (output_sum_ / double(n_outputs_));
   }
   float score_scale() const { return score_scale_; }
-  size_t n_samples() const { return n_samples_; }
+  size_t n_samples() const { return sample_is_held_out_.size(); }
 
 private:
+  struct OfTextKind {
+    std::vector<Eigen::MatrixXf> query_sum;  // [n_kv_heads]; empty with one kind of text
+    size_t n_queries = 0;
+    std::vector<double> concentration_sum;  // [n_kv_heads]
+    std::vector<size_t> n_attentions;       // [n_kv_heads]
+  };
+  Matrix rows(Kind kind, int kv_head, const std::vector<size_t>& chosen) const;
+
   LayerShape shape_;
   Rope rope_;
   float score_scale_;
   StatisticsOptions options_;
   std::mt19937_64 random_;
   size_t stride_;  // every stride-th token is kept
-  size_t n_seen_ = 0, n_samples_ = 0, n_queries_ = 0;
+  size_t n_seen_ = 0, n_queries_ = 0;
   std::vector<uint16_t> keys_, values_;     // f16, [n_samples][n_kv_heads][dim]
+  std::vector<uint8_t> sample_text_kind_;   // [n_samples]
+  std::vector<bool> sample_is_held_out_;    // [n_samples]
   std::vector<Eigen::MatrixXd> query_sum_;  // [n_kv_heads]
+  std::vector<OfTextKind> of_text_kind_;    // [n_text_kinds]
   double density_sum_ = 0, residual_sum_ = 0;
   std::vector<double> concentration_sum_;  // [n_kv_heads]
   std::vector<size_t> n_attentions_;       // [n_kv_heads]

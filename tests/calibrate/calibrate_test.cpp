@@ -142,6 +142,22 @@ TEST(Allot, SpendsWhereItSavesMostAndNoMore) {
   EXPECT_EQ(allot(sides, rates, 4), (std::vector<int>{2, 2, 2}));
 }
 
+TEST(Allot, ServesTheKindThatFaresWorst) {
+  // Two sides; the first kind gains by bits for one, the second, a hundredth as loud, by bits for the other. Bits for
+  // both in turn would serve neither best.
+  const std::vector<double> rates = {1, 2, 3};
+  const std::vector<std::vector<SideCosts>> kinds = {{{64, {100, 25, 6}}, {64, {10, 2.5, 0.6}}},
+                                                     {{64, {0.1, 0.025, 0.006}}, {64, {1, 0.25, 0.06}}}};
+  std::vector<SideCosts> mean = kinds[0];
+  for (size_t s = 0; s < 2; s++) {
+    for (size_t r = 0; r < 3; r++) mean[s].costs[r] += kinds[1][s].costs[r];
+  }
+  EXPECT_EQ(allot(mean, rates, 2), (std::vector<int>{2, 0}));  // the second kind: 1.006, where its own choice has 0.16
+  EXPECT_EQ(allot_for_worst(kinds, rates, 2), (std::vector<int>{1, 1}));
+  EXPECT_EQ(allot_for_worst({kinds[1]}, rates, 2), allot(kinds[1], rates, 2));
+  EXPECT_DOUBLE_EQ(total_cost(kinds[1], {1, 1}), 0.275);
+}
+
 // --- collecting, batch by batch ---
 
 constexpr LayerShape kShape = {2, 4, 16, 16};
@@ -423,6 +439,63 @@ TEST(Fit, LayersOfAnotherBudgetTakeNoBits) {
   layers[0].add_normalized(2e6);
   EXPECT_DOUBLE_EQ(layers[0].output_weight(), 1e6);
   EXPECT_GT(bits_of({}, 0), before);
+}
+
+/// A layer that saw two kinds of text, each in a sequence of 2048 tokens. The last 8 components, of 16, of the keys
+/// have a deviation of 0.02; of those of the second kind that are held out, of `other`.
+LayerStatistics two_kinds(float other) {
+  StatisticsOptions options;
+  options.n_tokens = 4096;
+  options.n_text_kinds = 2;
+  LayerStatistics layer({1, 2, 16, 16}, Rope{}, 0.25f, options, 0);
+  for (int kind = 0; kind < 2; kind++) {
+    Matrix k = gaussian(2048, 16, 1 + kind), v = gaussian(2048, 16, 3 + kind), q = gaussian(2048, 32, 5 + kind);
+    k.topRightCorner(kind == 1 ? 1536 : 2048, 8) *= 0.02f;
+    if (kind == 1) k.bottomRightCorner(512, 8) *= other;
+    layer.add({0, 2048, k.data(), v.data(), q.data(), kind});
+    layer.add_attention(0, *shares_of(std::vector<float>(400, 1.0f)), kind);
+  }
+  return layer;
+}
+
+TEST(TextKinds, HoldOutTheLastQuarterOfASequence) {
+  const LayerStatistics layer = two_kinds(30);
+  EXPECT_EQ(layer.samples(Kind::key, 0).rows(), 2 * (1536 - 8));  // sinks are no samples
+  EXPECT_LT(layer.samples(Kind::key, 0).cwiseAbs().maxCoeff(), 6);
+  const Matrix first = layer.held_out(Kind::key, 0, 0, 128), second = layer.held_out(Kind::key, 0, 1, 10000);
+  EXPECT_EQ(first.rows(), 128);
+  EXPECT_LT(first.cwiseAbs().maxCoeff(), 6);
+  EXPECT_EQ(second.rows(), 512);
+  EXPECT_GT(second.cwiseAbs().maxCoeff(), 30);
+  // The mean over all queries is that of the kinds, which have as many.
+  const Eigen::MatrixXd both = layer.query_moment(0, 0) + layer.query_moment(0, 1);
+  EXPECT_LT((both / 2 - layer.query_moment(0)).norm(), 1e-5);
+}
+
+TEST(TextKinds, WhatServesAKindBadlyKeepsTheBuiltInCodec) {
+  const auto fit = [](const LayerStatistics& layer, FitReport& report) {
+    FitOptions options;
+    options.bits = {2};
+    return fit_profile(
+        {"test", {layer.shape()}, {}}, {layer}, {{{}}}, options, [](double) {}, &report);
+  };
+  FitReport good, bad;
+  fit(two_kinds(0.02f), good);
+  EXPECT_EQ(good.n_heads, 2u);  // the keys and the values of one KV head
+  ASSERT_EQ(good.rates.size(), 1u);
+  ASSERT_EQ(good.rates[0].noise.size(), 2u);
+  EXPECT_LT(good.rates[0].noise[1], 1.0);
+  // Codebooks that were fitted to other keys than those held out.
+  const Profile profile = fit(two_kinds(1), bad);
+  EXPECT_GE(bad.n_built_in, 1u);
+  const HeadCodec codec = profile.codec(0, 0, Kind::key, 2),
+                  built_in = make_uncalibrated_codec(Kind::key, codec.format);
+  EXPECT_EQ(codec.codebook.words, built_in.codebook.words);
+  const Matrix x = gaussian(1, 16, 9);
+  std::vector<float> y(16), z(16);
+  codec.transform.forward(x.data(), y.data());
+  built_in.transform.forward(x.data(), z.data());
+  for (int d = 0; d < 16; d++) EXPECT_NEAR(y[d], z[d], 1e-5);
 }
 
 }  // namespace
