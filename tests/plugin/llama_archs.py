@@ -19,22 +19,20 @@ parser.add_argument("--kv", default="bits=16,small=0")
 args = parser.parse_args()
 
 program = os.path.join(args.bin, "test-llama-archs")
-plugin_env = dict(os.environ, THIMBLE_KV=args.kv, GGML_BACKEND_PATH=os.path.join(args.bin, "libggml-thimble.so"),
-                  LD_PRELOAD=os.path.join(args.bin, "libpreload_backends.so"))
 for name in ("THIMBLE_KV", "GGML_BACKEND_PATH"):
     os.environ.pop(name, None)
+plain_env = dict(os.environ, LD_PRELOAD=os.path.join(args.bin, "libpreload_backends.so"))
+plugin_env = dict(plain_env, THIMBLE_KV=args.kv, GGML_BACKEND_PATH=os.path.join(args.bin, "libggml-thimble.so"))
 
 
 def run(arch, env):
     """The program's output, without colours, its last sentence of a refusal, and its exit code."""
     command = [program, "--seed", "1"] + (["-a", arch] if arch else [])
-    # A thread of its own writes llama.cpp's log, which the table is part of, and the program does not wait for it: on a busy
-    # machine the last lines are lost now and then. A whole output ends in the summary, or in the sentence of a refusal.
-    for _ in range(20):
-        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=600)
-        refusal = [l for l in done.stderr.splitlines() if "failed to initialize the context" in l or " thimble: " in l]
-        if refusal or "Summary:" in done.stdout:
-            break
+    done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=600)
+    refusal = [l for l in done.stderr.splitlines() if "failed to initialize the context" in l or " thimble: " in l]
+    # A thread of its own writes llama.cpp's log, which the table is part of; libpreload_backends waits for it.
+    if not refusal and done.returncode == 0 and "Summary:" not in done.stdout:
+        sys.exit(f"{arch}: the end of the output is missing")
     refusal = re.sub(r".*(initialize the context|thimble): ", "", refusal[-1]) if refusal else ""
     return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout), refusal, done.returncode
 
@@ -56,7 +54,7 @@ def rows(arch, env):
     return found, refusal, code
 
 
-plain, _, _ = rows(None, os.environ)
+plain, _, _ = rows(None, plain_env)
 archs = list(collections.OrderedDict.fromkeys(a for (a, d, c), o in plain.items() if d == "cpu" and o == "OK"))
 n_cpu = sum(o == "OK" for (a, d, c), o in plain.items() if d == "cpu")
 if not archs:
