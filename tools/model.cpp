@@ -3,6 +3,7 @@
 #include <ggml-backend.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
@@ -78,6 +79,18 @@ std::vector<llama_token> tokenize(const llama_model* model, const std::string& t
   if (n < 0) throw std::runtime_error("cannot tokenize the text");
   tokens.resize(n);
   return tokens;
+}
+
+std::string piece(const llama_model* model, llama_token token) {
+  const llama_vocab* vocab = llama_model_get_vocab(model);
+  std::string text(64, '\0');
+  int n = llama_token_to_piece(vocab, token, text.data(), int(text.size()), 0, /*special=*/true);
+  if (n < 0) {
+    text.resize(size_t(-n));
+    n = llama_token_to_piece(vocab, token, text.data(), int(text.size()), 0, /*special=*/true);
+  }
+  text.resize(size_t(std::max(n, 0)));
+  return text;
 }
 
 void decode_tokens(llama_context* context, const llama_token* tokens, int n, int first, bool logits_of_last) {

@@ -42,6 +42,8 @@ std::string read_text(const std::string& path);
 /// `parse_special` special tokens that the text spells, such as those of a chat template, else these are plain text.
 std::vector<llama_token> tokenize(const llama_model* model, const std::string& text, bool add_special = true,
                                   bool parse_special = false);
+/// The text of a token; special tokens, too, by their names.
+std::string piece(const llama_model* model, llama_token token);
 
 /// Runs `n` tokens of sequence 0 at positions from `first` on, in batches of n_batch; computes the logits of the last
 /// one if asked to. Throws std::runtime_error where libllama fails.

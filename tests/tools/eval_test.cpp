@@ -1,5 +1,5 @@
-// The parts of `thimble eval` that need no model: names of caches and their bytes, scores and rows, hidden keys, and
-// the emulation of TailorKV for one attention node.
+// The parts of `thimble eval` that need no model: names of caches and their bytes, scores and rows, and the
+// emulation of TailorKV for one attention node.
 #include <ggml-backend.h>
 #include <ggml-cpp.h>
 #include <gtest/gtest.h>
@@ -12,7 +12,6 @@
 
 #include "codec/half.h"
 #include "eval/cache.h"
-#include "eval/needle.h"
 #include "eval/tailorkv_cache.h"
 #include "eval/tasks.h"
 #include "eval/text_score.h"
@@ -131,45 +130,6 @@ TEST(TextScore, ExactRunIsKeptForItsTokensOnly) {
   EXPECT_THROW(read_exact_run(path, other_split), std::runtime_error);
   std::filesystem::resize_file(path, std::filesystem::file_size(path) - 1);
   EXPECT_THROW(read_exact_run(path, read), std::runtime_error);
-}
-
-int count_words(const std::string& text) {
-  int n = 0;
-  for (char c : text) n += c == ' ' || c == '\n';
-  return n;
-}
-
-TEST(Needle, SameSeedSameHaystack) {
-  const auto make = [](uint64_t seed) {
-    return make_haystack(paragraphs_of(""), {0.1, 0.5, 0.9}, 2000, seed, count_words).text;
-  };
-  EXPECT_EQ(make(1), make(1));
-  EXPECT_NE(make(1), make(2));
-}
-
-TEST(Needle, HidesEveryKeyAtItsDepth) {
-  const std::vector<double> depths = {0.0, 0.25, 0.5, 0.75, 1.0};
-  const Haystack hay = make_haystack(paragraphs_of("one two three\n\nfour five\n"), depths, 3000, 5, count_words);
-  EXPECT_LE(count_words(hay.text), 3000);
-  EXPECT_GE(count_words(hay.text), 2990);
-  ASSERT_EQ(hay.needles.size(), depths.size());
-  std::set<std::string> keys, numbers;
-  for (const Needle& needle : hay.needles) {
-    keys.insert(needle.key);
-    numbers.insert(needle.numbers.front());
-    const size_t at = hay.text.find(question(needle) + needle.numbers.front());
-    ASSERT_NE(at, std::string::npos);
-    EXPECT_NEAR(double(at) / double(hay.text.size()), needle.depth, 0.03);
-    EXPECT_EQ(hay.text.find(needle.key, at + question(needle).size()), std::string::npos) << "hidden once";
-    for (size_t place = 0; place < 7; place++) {
-      std::set<char> digits;
-      for (const std::string& number : needle.numbers) digits.insert(number.at(place));
-      EXPECT_EQ(digits.size(), 10u);
-    }
-  }
-  EXPECT_EQ(keys.size(), depths.size());
-  EXPECT_EQ(numbers.size(), depths.size());
-  EXPECT_THROW(make_haystack(paragraphs_of(""), depths, 10, 1, count_words), std::runtime_error);
 }
 
 // --- TailorKV on one attention, as llama.cpp builds it ---

@@ -10,6 +10,7 @@
 
 #include "commands.h"
 #include "context_options.h"
+#include "eval/ruler.h"
 #include "eval/tasks.h"
 #include "paths.h"
 
@@ -19,8 +20,12 @@ namespace {
 struct Options {
   SessionOptions session;
   std::string task = "text", file, json;
+  int n_decode = 0;  // 0: the task's own
   TextTask text;
   NeedleTask needle;
+  RulerTask ruler;
+  GenerateTask generate;
+  ToolsTask tools;
   std::vector<std::string> caches = {"f16", "q8_0", "q4_0", "4", "2", "1"}, methods;
 };
 
@@ -46,8 +51,101 @@ void find_profiles(SessionOptions& options, const std::vector<EvalCache>& caches
   }
 }
 
-nlohmann::json describe(const CalibratedProfile& profile) {
+using json = nlohmann::json;
+
+void write_json(const std::string& path, const json& out) {
+  std::ofstream file(path);
+  file << out.dump(1) << "\n";
+  if (!file.flush()) throw std::runtime_error("cannot write " + path);
+}
+
+json describe(const CalibratedProfile& profile) {
   return profile.profile ? profile.profile->transform + ", " + profile.profile->source : "none";
+}
+
+/// What every result begins with.
+json describe(const Options& options, const std::string& task) {
+  const auto name = [](const std::string& path) { return std::filesystem::path(path).filename().string(); };
+  const SessionOptions& session = options.session;
+  return {{"task", task},
+          {"model", name(session.model)},
+          {"text", name(options.file)},
+          {"context", session.context.n_cells},
+          {"sequences", session.context.n_sequences},
+          {"unified", session.context.unified},
+          {"last", session.last},
+          {"pool", session.reference ? 0 : session.pool},
+          {"first", session.reference ? session.first : 0},
+          {"small", session.small_cells},
+          {"threads", session.n_threads},
+          {"by", session.reference ? "reference" : "plugin"},
+          {"policy", session.policy},
+          {"profile", describe(session.ours)},
+          {"vecinfer_profile", describe(session.vecinfer)}};
+}
+
+/// What was asked for, or a task's own number and no more than half of the context.
+int decoded_tokens(const Options& options, int of_task) {
+  return options.n_decode > 0 ? options.n_decode : std::min(of_task, options.session.context.n_cells / 2);
+}
+
+json run_text(Options& options, const std::vector<EvalCache>& caches) {
+  if (options.file.empty()) throw std::runtime_error("--task text needs a text: give one with --file");
+  if (options.text.by_layer && !options.session.reference) {
+    throw std::runtime_error("--by-layer codes one layer at a time, which only --reference can");
+  }
+  options.text.text = options.file;
+  options.text.run.context = options.session.context.n_cells;
+  options.text.run.n_decode = decoded_tokens(options, options.text.run.n_decode);
+  return {{"decode", options.text.run.n_decode},
+          {"chunks", options.text.run.n_chunks},
+          {"rows", measure_text(options.text, options.session, caches)}};
+}
+
+json run_generate(Options& options, const std::vector<EvalCache>& caches) {
+  options.generate.text = options.file;
+  options.generate.context = options.session.context.n_cells;
+  options.generate.n_decode = decoded_tokens(options, options.generate.n_decode);
+  return {{"decode", options.generate.n_decode}, {"rows", measure_generate(options.generate, options.session, caches)}};
+}
+
+json run_needle(Options& options, const std::vector<EvalCache>& caches, bool multikey) {
+  options.needle.text = options.file;
+  options.needle.context = options.session.context.n_cells;
+  options.needle.multikey = multikey;
+  std::sort(options.needle.depths.begin(), options.needle.depths.end());
+  return {{"samples", options.needle.n_samples},
+          {"seed", options.needle.seed},
+          {"rows", measure_needle(options.needle, options.session, caches)}};
+}
+
+json run_ruler(Options& options, const std::vector<EvalCache>& caches) {
+  options.ruler.text = options.file;
+  options.ruler.context = options.session.context.n_cells;
+  options.ruler.n_samples = options.needle.n_samples;
+  options.ruler.seed = options.needle.seed;
+  return {{"samples", options.ruler.n_samples},
+          {"seed", options.ruler.seed},
+          {"rows", measure_ruler(options.ruler, options.session, caches)}};
+}
+
+json run_tools(Options& options, const std::vector<EvalCache>& caches) {
+  options.tools.context = options.session.context.n_cells;
+  options.tools.n_samples = options.needle.n_samples;
+  options.tools.seed = options.needle.seed;
+  return {{"samples", options.tools.n_samples},
+          {"seed", options.tools.seed},
+          {"rows", measure_tools(options.tools, options.session, caches)}};
+}
+
+json run_task(Options& options, const std::vector<EvalCache>& caches, const std::string& task) {
+  json out = describe(options, task);
+  out.update(task == "text"       ? run_text(options, caches)
+             : task == "generate" ? run_generate(options, caches)
+             : task == "ruler"    ? run_ruler(options, caches)
+             : task == "tools"    ? run_tools(options, caches)
+                                  : run_needle(options, caches, task == "multikey"));
+  return out;
 }
 
 void run(Options options) {
@@ -61,42 +159,22 @@ void run(Options options) {
   }
   const std::vector<EvalCache> caches = caches_to_measure(options.caches, options.methods);
   find_profiles(options.session, caches);
-  const auto name = [](const std::string& path) { return std::filesystem::path(path).filename().string(); };
-  nlohmann::json out = {{"task", options.task},
-                        {"model", name(options.session.model)},
-                        {"text", name(options.file)},
-                        {"context", options.session.context.n_cells},
-                        {"sequences", options.session.context.n_sequences},
-                        {"unified", options.session.context.unified},
-                        {"last", options.session.last},
-                        {"pool", options.session.reference ? 0 : options.session.pool},
-                        {"first", options.session.reference ? options.session.first : 0},
-                        {"small", options.session.small_cells},
-                        {"threads", options.session.n_threads},
-                        {"by", options.session.reference ? "reference" : "plugin"},
-                        {"policy", options.session.policy},
-                        {"profile", describe(options.session.ours)},
-                        {"vecinfer_profile", describe(options.session.vecinfer)}};
-  if (options.task == "text") {
-    if (options.file.empty()) throw std::runtime_error("--task text needs a text: give one with --file");
-    if (options.text.by_layer && !options.session.reference) {
-      throw std::runtime_error("--by-layer codes one layer at a time, which only --reference can");
+  json out;
+  if (options.task == "all") {
+    // A text is measured where there is one; without it the continuation says how far caches are from f16.
+    std::vector<std::string> tasks = {"generate", "ruler", "tools"};
+    if (!options.file.empty()) tasks.insert(tasks.begin(), "text");
+    json results = json::array();
+    for (const std::string& task : tasks) {
+      std::printf("%s\n", task.c_str());
+      results.push_back(run_task(options, caches, task));
+      out = {{"results", results}};
+      if (!options.json.empty()) write_json(options.json, out);  // what is done is kept
     }
-    options.text.text = options.file;
-    options.text.context = options.session.context.n_cells;
-    out["decode"] = options.text.n_decode;
-    out["chunks"] = options.text.n_chunks;
-    out["rows"] = measure_text(options.text, options.session, caches);
-  } else {
-    options.needle.text = options.file;
-    options.needle.context = options.session.context.n_cells;
-    options.needle.multikey = options.task == "multikey";
-    std::sort(options.needle.depths.begin(), options.needle.depths.end());
-    out["samples"] = options.needle.n_samples;
-    out["seed"] = options.needle.seed;
-    out["rows"] = measure_needle(options.needle, options.session, caches);
+    return;
   }
-  if (!options.json.empty()) std::ofstream(options.json) << out.dump(1) << "\n";
+  out = run_task(options, caches, options.task);
+  if (!options.json.empty()) write_json(options.json, out);
 }
 
 }  // namespace
@@ -110,10 +188,15 @@ void add_eval_command(CLI::App& app) {
   command->add_option("-m,--model", session.model, "Model, GGUF")->required();
   command
       ->add_option("--task", options->task,
-                   "text: the last tokens of a text; needle: a key hidden in it; multikey: keys at all depths")
-      ->check(CLI::IsMember({"text", "needle", "multikey"}))
+                   "text: the last tokens of a text; needle: a key hidden in it; multikey: keys at all depths; ruler: "
+                   "RULER's thirteen tasks; generate: what f16 writes behind a text; tools: calls of tools; all: text "
+                   "(if there is one), generate, ruler and tools")
+      ->check(CLI::IsMember({"text", "needle", "multikey", "ruler", "generate", "tools", "all"}))
       ->capture_default_str();
-  command->add_option("-f,--file", options->file, "Text to measure on; of the needle tasks, the haystack");
+  command->add_option(
+      "-f,--file", options->file,
+      "Text to measure on; of the needle tasks and of RULER's, the haystack; generate and ruler take one "
+      "that is shipped where there is none");
   command->add_option("-c,--context", session.context.n_cells, "Cells of a sequence")
       ->check(CLI::Range(1, 1 << 30))
       ->capture_default_str();
@@ -142,8 +225,12 @@ void add_eval_command(CLI::App& app) {
   command->add_option("-t,--threads", session.n_threads)->capture_default_str();
   command->add_option("--json", options->json, "Write the rows here");
 
-  command->add_option("--decode", options->text.n_decode, "text: tokens to decode one by one")->capture_default_str();
-  command->add_option("--chunks", options->text.n_chunks, "text: stretches of text to measure")->capture_default_str();
+  command
+      ->add_option("--decode", options->n_decode,
+                   "text, generate: tokens to decode one by one (default: text 512, generate 2048, at most half of the context)")
+      ->check(CLI::Range(1, 1 << 30));
+  command->add_option("--chunks", options->text.run.n_chunks, "text: stretches of text to measure")
+      ->capture_default_str();
   command->add_option("--exact-run", options->text.exact_run,
                       "text: file of what f16 predicts, made where it is missing, to be shared by several runs");
   command->add_flag("--special", options->text.special,
@@ -153,8 +240,13 @@ void add_eval_command(CLI::App& app) {
       ->delimiter(',')
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
-  command->add_option("--samples", options->needle.n_samples, "needle: haystacks for each")->capture_default_str();
-  command->add_option("--seed", options->needle.seed, "needle: of keys and numbers")->capture_default_str();
+  command->add_option("--samples", options->needle.n_samples, "needle, ruler, tools: texts for each")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--seed", options->needle.seed, "needle, ruler, tools: of what is hidden")->capture_default_str();
+  command->add_option("--ruler", options->ruler.tasks, "ruler: which of its tasks (default: all)")
+      ->delimiter(',')
+      ->check(CLI::IsMember(ruler_tasks()));
   command->callback([options] { run(*options); });
 }
 

@@ -1,108 +1,138 @@
 #include "eval/needle.h"
 
 #include <algorithm>
-#include <random>
-#include <sstream>
 #include <stdexcept>
+
+#include "eval/generator.h"
+#include "eval/haystack.h"
 
 namespace thimble {
 namespace {
 
-constexpr int kNumbers = 10, kDigits = 7;
+constexpr size_t kNumbers = 10;  // options of an answer
+constexpr int kDigits = 7;
 
-const char* const kAdjectives[] = {"brave", "calm",   "dusty", "eager", "frozen", "gentle", "hollow", "humble",
-                                   "lazy",  "loud",   "merry", "noisy", "orange", "polite", "quiet",  "rusty",
-                                   "shiny", "silent", "sour",  "sunny", "tall",   "tiny",   "warm",   "wild"};
-const char* const kNouns[] = {"anchor", "apple",  "bridge", "candle", "castle", "dragon", "engine", "feather",
-                              "garden", "hammer", "island", "jacket", "kettle", "ladder", "magnet", "mirror",
-                              "needle", "ocean",  "parrot", "pencil", "rabbit", "saddle", "temple", "violin"};
-
-// The standard library's distributions and shuffle differ between implementations; these give the same everywhere.
-size_t below(size_t n, std::mt19937_64& random) {
-  return random() % n;
+std::string lead(const std::string& key, const char* kind = "number") {
+  return std::string("The special magic ") + kind + " for the " + key + " is: ";
 }
 
-template <typename T>
-void shuffle(std::vector<T>& items, std::mt19937_64& random) {
-  for (size_t i = items.size(); i > 1; i--) std::swap(items[i - 1], items[below(i, random)]);
+/// A number's own place in the list of options: the first, with the others behind it.
+std::vector<std::string> options_of(std::vector<std::string> values, size_t right) {
+  std::swap(values[0], values[right]);
+  return values;
 }
 
-/// Ten numbers that differ in every digit.
-std::vector<std::string> make_numbers(std::mt19937_64& random) {
-  std::vector<std::string> numbers(kNumbers);
-  for (int place = 0; place < kDigits; place++) {
-    std::vector<char> digits = {'0', '1', '2', '3', '4', '5', '6', '7', '8', '9'};
-    shuffle(digits, random);
-    for (int i = 0; i < kNumbers; i++) numbers[i] += digits[i];
+std::vector<double> random_depths(size_t n, Generator& random) {
+  std::vector<double> depths;
+  for (size_t i = 0; i < n; i++) depths.push_back(random.share());
+  std::sort(depths.begin(), depths.end());
+  return depths;
+}
+
+/// Keys and values of a RULER task. Needle i is the value i of key i / n_values for the key that is asked for; the keys
+/// behind it have one value each.
+struct Needles {
+  std::vector<std::string> pairs, keys, values;  // values: the needles' first, then other options'
+
+  Needles(const NeedleSpec& spec, Generator& random) : pairs(key_names(random)) {
+    for (int i = 0; i < spec.n_keys; i++) keys.push_back(spec.uuid_keys ? random.uuid() : pairs[size_t(i)]);
+    if (!spec.uuid_values) {
+      values = random.ten_numbers(kDigits);
+    } else {
+      values = random.different(kNumbers, [&] { return random.uuid(); });
+    }
   }
-  return numbers;
+};
+
+Question one_value(const Needles& needles, const char* kind, std::vector<Span> evidence) {
+  return {lead(needles.keys[0], kind), {{"", needles.values, 1, true, ""}}, std::move(evidence)};
 }
 
-std::string sentence(const Needle& needle) {
-  return question(needle) + needle.numbers.front() + ".\n";
+Question all_values(const Needles& needles, int n_values, std::vector<Span> evidence) {
+  Question question{"All special magic numbers for the " + needles.keys[0] + " are: ", {}, std::move(evidence)};
+  std::vector<std::string> left = needles.values;
+  for (int i = 0; i < n_values; i++) {
+    question.answer.push_back({i ? ", " : "", left, n_values - i, true, ""});
+    left.erase(left.begin());
+  }
+  return question;
+}
+
+Question all_keys(const Needles& needles, int n_queries, std::vector<Span> evidence) {
+  Question question{lead(needles.keys[0]), {}, std::move(evidence)};
+  for (int i = 0; i < n_queries; i++) {
+    question.answer.push_back(
+        {i ? ".\n" + lead(needles.keys[size_t(i)]) : "", options_of(needles.values, size_t(i)), 1, true, ""});
+  }
+  return question;
+}
+
+Sample build(const NeedleSpec& spec, const std::vector<std::string>& paragraphs, int n_tokens, uint64_t seed,
+             const TokenCount& count) {
+  Generator random(seed);
+  const Needles needles(spec, random);
+  const char* kind = spec.uuid_values ? "uuid" : "number";
+  // The values of the key that is asked for come in their order; other keys' needles lie anywhere.
+  std::vector<size_t> order(size_t(spec.n_values + spec.n_keys - 1));
+  for (size_t i = 0; i < order.size(); i++) order[i] = i;
+  if (spec.n_values == 1) random.shuffle(order);
+  const std::vector<double> depths = random_depths(order.size(), random);
+  std::vector<Hidden> hidden;
+  for (size_t i = 0; i < order.size(); i++) {
+    const size_t n = order[i], key = n < size_t(spec.n_values) ? 0 : n - size_t(spec.n_values) + 1;
+    hidden.push_back({lead(needles.keys[key], kind) + needles.values[n] + ".\n", depths[i], {}});
+  }
+
+  size_t n_distractors = 0;
+  const auto distractor = [&](size_t i) {
+    const std::string key =
+        spec.uuid_keys ? random.uuid() : key_name(needles.pairs, needles.keys.size() + n_distractors, random);
+    n_distractors++;
+    std::string value = spec.uuid_values ? random.uuid() : random.number(kDigits);
+    if (i + order.size() < kNumbers) value = needles.values[i + order.size()];  // the answer's options
+    return lead(key, kind) + value + ".\n";
+  };
+  const bool is_needles = spec.hay == NeedleSpec::Hay::needles;
+  const auto filler = is_needles ? std::function<std::string(size_t)>(distractor)
+                                 : repeated(spec.hay == NeedleSpec::Hay::noise ? noise() : paragraphs);
+
+  Sample sample;
+  sample.text = std::string("Special magic ") + kind + "s are hidden in the following text. Remember them.\n";
+  const size_t intro = sample.text.size();
+  sample.text += weave(filler, hidden, n_tokens - count(sample.text), count);
+  std::vector<Span> evidence(order.size());
+  for (size_t i = 0; i < order.size(); i++) {
+    evidence[order[i]] = {intro + hidden[i].at.begin, intro + hidden[i].at.end};
+  }
+  evidence.resize(size_t(std::max(spec.n_values, spec.n_queries)));
+  Question question = spec.n_values > 1    ? all_values(needles, spec.n_values, evidence)
+                      : spec.n_queries > 1 ? all_keys(needles, spec.n_queries, evidence)
+                                           : one_value(needles, kind, evidence);
+  question.depth = double(evidence.front().begin) / double(sample.text.size());
+  sample.questions.push_back(std::move(question));
+  return sample;
 }
 
 }  // namespace
 
-std::string question(const Needle& needle) {
-  return "The special magic number for the " + needle.key + " is: ";
-}
-
-std::vector<std::string> paragraphs_of(const std::string& text) {
-  if (text.empty()) {
-    return {"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"};
-  }
-  std::vector<std::string> paragraphs;
-  std::istringstream lines(text);
-  for (std::string line; std::getline(lines, line);) {
-    if (line.find_first_not_of(" \r\t") != std::string::npos) paragraphs.push_back(line + "\n");
-  }
-  return paragraphs;
-}
-
-Haystack make_haystack(const std::vector<std::string>& paragraphs, const std::vector<double>& depths, int n_tokens,
-                       uint64_t seed, const std::function<int(const std::string&)>& count) {
-  if (depths.empty() || depths.size() > kNumbers) throw std::runtime_error("one to ten depths, please");
-  if (paragraphs.empty()) throw std::runtime_error("the haystack is empty");
-  std::mt19937_64 random(seed);
-  std::vector<std::string> keys;
-  for (const char* adjective : kAdjectives) {
-    for (const char* noun : kNouns) keys.push_back(std::string(adjective) + " " + noun);
-  }
-  shuffle(keys, random);
-  const std::vector<std::string> numbers = make_numbers(random);
-
-  Haystack haystack;
-  int left = n_tokens;
+Sample make_haystack(const std::vector<std::string>& paragraphs, const std::vector<double>& depths, int n_tokens,
+                     uint64_t seed, const TokenCount& count) {
+  if (depths.empty() || depths.size() > kNumbers) throw std::runtime_error("--depths takes one to ten depths");
+  Generator random(seed);
+  const std::vector<std::string> keys = key_names(random), numbers = random.ten_numbers(kDigits);
+  std::vector<Hidden> hidden;
+  for (size_t i = 0; i < depths.size(); i++) hidden.push_back({lead(keys[i]) + numbers[i] + ".\n", depths[i], {}});
+  Sample sample;
+  sample.text = weave(repeated(paragraphs), hidden, n_tokens, count);
   for (size_t i = 0; i < depths.size(); i++) {
-    Needle needle{keys[i], depths[i], numbers};
-    std::swap(needle.numbers[0], needle.numbers[i]);
-    left -= count(sentence(needle));
-    haystack.needles.push_back(needle);
+    sample.questions.push_back({lead(keys[i]), {{"", options_of(numbers, i), 1, true, ""}}, {hidden[i].at}, depths[i]});
   }
-  if (left < 0) throw std::runtime_error("the context has no room for so many keys");
+  return sample;
+}
 
-  // Adds paragraphs while they fit, and a needle when the share of the text before it has reached its depth.
-  std::vector<std::pair<std::string, int>> chosen;
-  int n_text = 0;
-  for (size_t i = 0;; i++) {
-    const std::string& paragraph = paragraphs[i % paragraphs.size()];
-    const int n = std::max(1, count(paragraph));
-    if (n_text + n > left) break;
-    chosen.emplace_back(paragraph, n);
-    n_text += n;
-  }
-  size_t next = 0;
-  int behind = 0;
-  for (const auto& [paragraph, n] : chosen) {
-    while (next < depths.size() && behind >= depths[next] * n_text) {
-      haystack.text += sentence(haystack.needles[next++]);
-    }
-    haystack.text += paragraph;
-    behind += n;
-  }
-  while (next < depths.size()) haystack.text += sentence(haystack.needles[next++]);
-  return haystack;
+Sample make_needles(const NeedleSpec& spec, const std::vector<std::string>& paragraphs, int n_tokens, uint64_t seed,
+                    const TokenCount& count) {
+  return fit(n_tokens, count, [&](int n) { return build(spec, paragraphs, n, seed, count); });
 }
 
 }  // namespace thimble

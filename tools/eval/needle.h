@@ -1,37 +1,34 @@
-// Keys hidden in long text, after RULER (arXiv 2404.06654): a long text has sentences that give a key a number, and
-// ends with a question for one of the keys. Generated from a seed.
+// Keys hidden in long text, after RULER (arXiv 2404.06654): a long text has sentences that give a key a value, and ends
+// with a question for some of the keys. Generated from a seed.
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
+#include "eval/sample.h"
+
 namespace thimble {
 
-struct Needle {
-  std::string key;
-  double depth = 0;  // the share of the text before the needle, 0 to 1
-  /// Ten numbers of seven digits, of which the first is the key's. In each place all ten have different digits, so that
-  /// guessing has a chance of a tenth there.
-  std::vector<std::string> numbers;
+/// Hides a needle at each of at most ten `depths`, which ascend, in `paragraphs`, repeated to at most `n_tokens`
+/// tokens, and asks for each. Values are ten numbers that differ in every digit: the needles' and, where there are
+/// fewer, others that the text does not have. Throws std::runtime_error where not even the needles fit.
+Sample make_haystack(const std::vector<std::string>& paragraphs, const std::vector<double>& depths, int n_tokens,
+                     uint64_t seed, const TokenCount& count);
+
+/// RULER's needle tasks.
+struct NeedleSpec {
+  enum class Hay { noise, text, needles };  // what the needles are hidden in: `needles` are other keys' sentences
+  Hay hay = Hay::text;
+  bool uuid_keys = false, uuid_values = false;  // instead of words and numbers
+  int n_keys = 1;                               // keys that are hidden
+  int n_values = 1;                             // values of the key that is asked for
+  int n_queries = 1;                            // keys that one question asks for
 };
 
-struct Haystack {
-  std::string text;
-  std::vector<Needle> needles;
-};
-
-/// Hides a needle at each of at most ten `depths`, which ascend; the numbers of a haystack's needles are one another's
-/// distractors. `paragraphs` are repeated in order while the text has at most `n_tokens` tokens, as `count` counts
-/// them. Throws std::runtime_error where not even the needles fit.
-Haystack make_haystack(const std::vector<std::string>& paragraphs, const std::vector<double>& depths, int n_tokens,
-                       uint64_t seed, const std::function<int(const std::string&)>& count);
-
-/// The question behind the haystack; the number is what it goes on with.
-std::string question(const Needle& needle);
-
-/// A text's paragraphs; for an empty text, the sentences that RULER repeats.
-std::vector<std::string> paragraphs_of(const std::string& text);
+/// One question behind a text of at most `n_tokens` tokens, question and answer included, with needles at random
+/// depths. `paragraphs`: the text, for Hay::text.
+Sample make_needles(const NeedleSpec& spec, const std::vector<std::string>& paragraphs, int n_tokens, uint64_t seed,
+                    const TokenCount& count);
 
 }  // namespace thimble

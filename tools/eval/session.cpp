@@ -81,6 +81,39 @@ void Session::rewind(int n) {
   }
 }
 
+void Session::forget(int begin, int end) {
+  if (!llama_memory_seq_rm(llama_get_memory(context_.get()), 0, begin, end)) {
+    throw std::runtime_error("this model's cache cannot forget single tokens");
+  }
+}
+
+int Session::read(const std::string& text, const std::function<void(double)>& progress) {
+  const std::vector<llama_token> tokens = tokenize(model_.get(), text);
+  read(tokens, progress);
+  return int(tokens.size());
+}
+
+std::vector<float> Session::read(const std::vector<llama_token>& tokens, const std::function<void(double)>& progress) {
+  clear();
+  return decode(tokens.data(), int(tokens.size()), 0, [&](int n) {
+    if (progress) progress(double(n) / double(tokens.size()));
+  });
+}
+
+AnswerScore Session::answer(const Question& question, int first) {
+  return score_answer(steps_of(question, tokenizer(/*special=*/true)),
+                      [&](int32_t token) { return decode(&token, 1, first++); });
+}
+
+Tokenizer Session::tokenizer(bool special) const {
+  return
+      [this, special](const std::string& text) { return tokenize(model_.get(), text, /*add_special=*/false, special); };
+}
+
+TokenCount Session::token_count(bool special) const {
+  return [tokens = tokenizer(special)](const std::string& text) { return int(tokens(text).size()); };
+}
+
 std::vector<float> Session::decode(const llama_token* tokens, int n, int first,
                                    const std::function<void(int)>& progress) {
   const int n_batch = int(llama_n_batch(context_.get()));

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "eval/answer_score.h"
 #include "eval/cache.h"
 #include "eval/emulated_cache.h"
 #include "layout.h"
@@ -51,12 +52,25 @@ public:
   void clear();
   /// Removes the tokens from position `n` on, at most as many as the window has last cells.
   void rewind(int n);
+  /// Removes the tokens at positions [begin, end), anywhere.
+  void forget(int begin, int end);
   /// Runs tokens at positions from `first` on, in batches; returns the log-probabilities, [vocabulary], of the token
   /// behind the last.
   /// `progress` is called with the number of tokens that were run.
   std::vector<float> decode(const llama_token* tokens, int n, int first,
                             const std::function<void(int)>& progress = nullptr);
 
+  /// Clears the cache and reads a text; `progress` is called with the share that was read. Returns its tokens.
+  int read(const std::string& text, const std::function<void(double)>& progress = nullptr);
+  /// The same of tokens; returns the log-probabilities, [vocabulary], of the token behind them.
+  std::vector<float> read(const std::vector<llama_token>& tokens,
+                          const std::function<void(double)>& progress = nullptr);
+  /// Scores the answer to a question, from position `first` on; its tokens stay in the cache.
+  AnswerScore answer(const Question& question, int first);
+
+  /// Tokens of a text without those that the model puts before it; `special`: with those that a chat template writes.
+  Tokenizer tokenizer(bool special = false) const;
+  TokenCount token_count(bool special = false) const;
   llama_model* model() const { return model_.get(); }
 
 private:

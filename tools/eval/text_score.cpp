@@ -59,6 +59,17 @@ nlohmann::json summarize(const std::vector<TokenScore>& scores, int n_decode) {
           {"log_p", log_p}};
 }
 
+std::vector<double> quarters(const std::vector<double>& by_position) {
+  std::vector<double> means;
+  for (size_t quarter = 0; quarter < 4; quarter++) {
+    const size_t begin = by_position.size() * quarter / 4, end = by_position.size() * (quarter + 1) / 4;
+    double sum = 0;
+    for (size_t i = begin; i < end; i++) sum += by_position[i];
+    means.push_back(end > begin ? sum / double(end - begin) : 0);
+  }
+  return means;
+}
+
 void write_exact_run(const ExactRun& run, const std::string& path) {
   Header header;
   header.n_tokens = run.tokens.size();

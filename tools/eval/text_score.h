@@ -22,6 +22,9 @@ TokenScore score_token(const std::vector<float>& log_p, const std::vector<float>
 /// log-probability of each token that the text goes on with. `scores` [chunk * n_decode].
 nlohmann::json summarize(const std::vector<TokenScore>& scores, int n_decode);
 
+/// The means of a list's four quarters.
+std::vector<double> quarters(const std::vector<double>& by_position);
+
 /// f16's log-probabilities, kept in a file so that several runs on the same tokens share them.
 struct ExactRun {
   std::vector<int32_t> tokens;                // of all chunks, and the one behind them
