@@ -12,5 +12,6 @@ void add_doctor_command(CLI::App& app);
 void add_calibrate_command(CLI::App& app);
 void add_eval_command(CLI::App& app);
 void add_bench_command(CLI::App& app);
+void add_report_command(CLI::App& app);
 
 }  // namespace thimble

@@ -12,6 +12,7 @@ int main(int argc, char** argv) {
   thimble::add_calibrate_command(app);
   thimble::add_eval_command(app);
   thimble::add_bench_command(app);
+  thimble::add_report_command(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

@@ -13,6 +13,7 @@ draws those that the files have numbers for:
 """
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -127,6 +128,19 @@ def draw_needle(results, path):
     save(figure, path)
 
 
+def read_results(paths):
+    """The results of all files in order; those of other tasks than these pictures' are left to `thimble report`."""
+    results = []
+    for path in sorted(paths):
+        content = json.loads(path.read_text())
+        for result in content.get("results", [content]):
+            if result.get("task") in ("text", "needle", "multikey"):
+                results.append(result)
+            else:
+                print(f"{path}: {result.get('task', 'no task')} is left out; thimble report shows it", file=sys.stderr)
+    return results
+
+
 def print_tables(results):
     """The rows as Markdown."""
     for result in results:
@@ -149,11 +163,10 @@ def main():
     parser.add_argument("-o", "--output", type=Path, help="directory of the pictures; without it, tables as Markdown")
     args = parser.parse_args()
     if not args.output:
-        print_tables([json.loads(path.read_text()) for path in sorted(args.json)])
+        print_tables(read_results(args.json))
         return
     texts, needles = {}, {}
-    for path in sorted(args.json):
-        result = json.loads(path.read_text())
+    for result in read_results(args.json):
         if result["task"] == "text":
             texts.setdefault(result["context"], []).append(result)
         else:
