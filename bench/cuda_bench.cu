@@ -156,9 +156,6 @@ int main(int argc, char** argv) {
     }
     a.exact[0] = {p.window.keys, p.window.values, copied(window_cells), kWindow, false};
     a.hidden = copied(hidden);
-    a.n_judges = kMaxTokens;  // none of which keeps queries
-    a.judges = copied(std::vector<int32_t>(kMaxTokens, -1));
-    a.kept_queries = allocate<float>(size_t(kMaxTokens) * kHeads * kDim);
     std::vector<int32_t> tokens(kWindow, -1);
     tokens[0] = 0;
     const NewRows fresh{
@@ -204,7 +201,7 @@ int main(int argc, char** argv) {
     layer.key_cache = key_caches[0];
     layer.value_cache = value_caches[0];
     LayerWindow window;
-    window.books = copied(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, 0, {}, 0}});
+    window.books = copied(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, 0, {}, 0, 0}});
     window.leaving_cells = const_cast<int64_t*>(p.cells);
     window.leaving_slots = const_cast<int32_t*>(p.window.slots);
     window.n_leaving = copied(std::vector<int>{1, 0});

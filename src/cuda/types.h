@@ -70,6 +70,7 @@ struct NewRows {
 };
 
 inline constexpr int kMaxWindowRows = 1024;  // of a stream
+inline constexpr int kJudgeShift = 24;       // LayerWindow::tokens
 
 /// What a window knows of a stream besides its rows; all zeros at first.
 struct WindowBooks {
@@ -82,6 +83,7 @@ struct WindowBooks {
   // Sequences that the last batch left with too many cells: how many, their numbers, and the bits of those whose cells
   // leave at the beginning of the next batch whatever that shows. Number i is judged by kept query i.
   uint32_t n_judged, judged[kMaxTokens], finishes;
+  uint32_t n_rows;  // rows from this one on are unused
 };
 
 /// The window of one layer (encode/window_kernel.h). Before the first batch, cells, tokens and judges hold -1, all else
@@ -93,7 +95,9 @@ struct LayerWindow {
   int32_t* cells = nullptr;      // [n_streams][capacity], for ExactRows; -1: unused
   /// [n_streams][capacity], of each row: when it was written, counted in tokens, and the last sequence that saw it.
   uint32_t *order = nullptr, *sequence = nullptr;
-  int32_t* tokens = nullptr;  // [n_streams][capacity]: the token whose row is to be written there, or -1
+  /// [n_streams][capacity]: the token whose row is to be written there, or -1. Where it is number j of `judges`, so
+  /// that attention is to keep its queries, (j + 1) << kJudgeShift is added.
+  int32_t* tokens = nullptr;
   int32_t* judges =
       nullptr;  // [n_streams][n_judges]: tokens, counted in their stream, whose queries are to be kept; -1
   /// Cells that leave the window and are to be encoded from their rows, n_leaving[number of the batch % 2] of them.
@@ -324,10 +328,9 @@ struct AttendArgs {
   float* partials = nullptr;  // [n_streams][n_splits, then exact rows][n_kv_heads * row_groups][4 * head_dim + 8]
   int* arrived = nullptr;     // [n_streams][n_kv_heads * row_groups], zero between calls
 
-  // Queries that are to be kept for the window's judge (LayerWindow). None where n_judges is 0.
-  const int32_t* judges = nullptr;  // [n_streams][n_judges]
-  float* kept_queries = nullptr;    // [n_streams][n_judges][n_heads][head_dim]
-  int n_judges = 0;                 // at most 32
+  // Where queries are kept for the window's judge, as `fresh.tokens` says.
+  float* kept_queries = nullptr;  // [n_streams][n_judges][n_heads][head_dim]
+  int n_judges = 0;
 
   Pages pages;
 };

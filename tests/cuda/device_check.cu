@@ -193,17 +193,36 @@ void run(const DeviceInfo& device, const Case& c) {
   for (float& v : slopes.host) v = 0.25f * float(1 + random.below(4));
   if (c.alibi) a.slopes = slopes.upload();
   Array<int32_t> new_tokens(window_cells.size());
+  Array<float> fresh_keys(size_t(c.n_streams) * c.n_tokens * c.n_kv_heads * d), fresh_values(fresh_keys.host.size());
+  Array<float> kept(size_t(c.n_streams) * 2 * n_heads * d);
   if (c.n_window > 0) {
     a.exact[0] = {window_keys.device(), window_values.device(), window_cells_d.device(), c.n_window, false};
     a.hidden = hidden_d.device();
     a.hidden_stream_stride = c.n_cells / 32;
     // The latest cell of each stream is new: attention takes its row into the window.
+    // It is its stream's last token; the queries of every other stream's are kept.
     std::vector<int32_t> tokens(window_cells.size(), -1);
+    const size_t row = size_t(c.n_kv_heads) * d;
     for (int i = 0; i < n_all; i++) {
-      if (slots[i] == 0) tokens[cells[i] / c.n_cells * c.n_window] = i;
+      if (slots[i] != 0) continue;
+      const int stream = int(cells[i]) / c.n_cells, token = stream * c.n_tokens + c.n_tokens - 1;
+      tokens[stream * c.n_window] = token | (stream % 2 == 0 ? 2 << kJudgeShift : 0);
+      for (int h = 0; h < c.n_kv_heads; h++) {
+        std::copy_n(&keys.host[i * p.key_token_stride + h * p.key_head_stride], d,
+                    &fresh_keys.host[token * row + h * d]);
+        std::copy_n(&values.host[i * p.value_token_stride + h * p.value_head_stride], d,
+                    &fresh_values.host[token * row + h * d]);
+      }
     }
     new_tokens.host = tokens;
-    a.fresh = new_rows(p, new_tokens.upload());
+    EncodeArgs fresh = p;
+    fresh.keys = fresh_keys.upload();
+    fresh.values = fresh_values.upload();
+    fresh.key_token_stride = fresh.value_token_stride = row;
+    fresh.key_head_stride = fresh.value_head_stride = d;
+    a.fresh = new_rows(fresh, new_tokens.upload());
+    a.kept_queries = kept.upload();
+    a.n_judges = 2;
     window_keys.download();
     window_values.download();
     for (size_t i = 0; i < window_keys.host.size(); i++) {
@@ -211,15 +230,6 @@ void run(const DeviceInfo& device, const Case& c) {
     }
     window_keys.upload();
     window_values.upload();
-  }
-  // Every other stream's last token is one whose queries are kept.
-  Array<int32_t> judges(std::vector<int32_t>(size_t(c.n_streams) * 2, -1));
-  Array<float> kept(size_t(c.n_streams) * 2 * n_heads * d);
-  for (int stream = 0; stream < c.n_streams; stream += 2) judges.host[stream * 2 + 1] = c.n_tokens - 1;
-  if (c.n_window > 0) {
-    a.judges = judges.upload();
-    a.kept_queries = kept.upload();
-    a.n_judges = 2;
   }
   a.output = output.device();
   require(cudaMemset(output.device(), 0xff, output.host.size() * 4));
@@ -389,7 +399,7 @@ void run(const DeviceInfo& device, const Case& c) {
     }
     Array<int64_t> leaving_d(leaving);
     Array<int> n_leaving(std::vector<int>{n_all, 0});
-    Array<WindowBooks> books(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, 0, {}, 0}});
+    Array<WindowBooks> books(std::vector<WindowBooks>{{1, 0, 0, 0, 0, 0, 0, {}, 0, 0}});
     LayerWindow window;
     window.leaving_cells = leaving_d.device();
     window.leaving_slots = slots_d.device();

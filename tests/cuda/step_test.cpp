@@ -113,7 +113,6 @@ private:
     a.mask_token_stride = kCells;
     a.hidden = window_.hidden.data();
     a.exact[0] = {rows_[0].data(), rows_[1].data(), window_.window.data(), kCapacity, false};
-    a.judges = window_.judges.data();
     a.kept_queries = queries_.data();
     a.n_judges = kMaxTokens;
     a.fresh.keys = keys.data();

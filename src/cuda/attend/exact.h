@@ -61,7 +61,8 @@ struct AttendExact {
   }
 
   /// Writes a stream's new rows to the window, rounded to f16. Threads of this block may read them after a barrier;
-  /// thread blocks of other query rows write the same numbers for themselves.
+  /// thread blocks of other query rows write the same numbers for themselves. The queries of a token that will decide
+  /// which cells leave the window are kept (LayerWindow::tokens).
   SIMT static void write_new_rows(const AttendArgs& a, int stream) {
     if (!a.fresh.keys) return;
     const int lane = simt::thread() % 32, head = simt::block_y(), capacity = a.exact[0].capacity;
@@ -72,7 +73,8 @@ struct AttendExact {
       const int mine = first + lane < capacity ? tokens[first + lane] : -1;
       SIMT_NO_UNROLL
       for (uint32_t found = simt::ballot(mine >= 0); found != 0; found &= found - 1) {
-        const int i = simt::popcount((found & (0 - found)) - 1), token = simt::shuffle(mine, i);
+        const int i = simt::popcount((found & (0 - found)) - 1), word = simt::shuffle(mine, i);
+        const int token = word & ((1 << kJudgeShift) - 1);
         const float* key = a.fresh.keys + token * a.fresh.key_token_stride + head * a.fresh.key_head_stride;
         const float* value = a.fresh.values + token * a.fresh.value_token_stride + head * a.fresh.value_head_stride;
         const size_t at = (pair * capacity + first + i) * D;
@@ -82,23 +84,16 @@ struct AttendExact {
           *reinterpret_cast<uint32_t*>(a.fresh.window_keys + at + d) = k;
           *reinterpret_cast<uint32_t*>(a.fresh.window_values + at + d) = v;
         }
-      }
-    }
-  }
-
-  /// Keeps the queries of the tokens that will decide which cells leave the window, of this KV head. Like the new rows,
-  /// thread blocks of other query rows write the same numbers.
-  SIMT static void keep_queries(const AttendArgs& a, int stream) {
-    const int lane = simt::thread() % 32, n = a.group * D;
-    const int mine = lane < a.n_judges ? a.judges[stream * a.n_judges + lane] : -1;
-    SIMT_NO_UNROLL
-    for (uint32_t found = simt::ballot(mine >= 0); found != 0; found &= found - 1) {
-      const int j = simt::popcount((found & (0 - found)) - 1), token = simt::shuffle(mine, j);
-      const float* from = a.queries + stream * a.query_stream_stride + token * a.query_token_stride;
-      float* to = a.kept_queries + ((size_t(stream) * a.n_judges + j) * a.n_kv_heads + simt::block_y()) * n;
-      SIMT_NO_UNROLL
-      for (int i = simt::thread(); i < n; i += S::kThreads) {
-        to[i] = from[(simt::block_y() * a.group + i / D) * a.query_head_stride + i % D];
+        if (word >> kJudgeShift == 0) continue;
+        const int judge = (word >> kJudgeShift) - 1, n = a.group * D;
+        const float* from =
+            a.queries + stream * a.query_stream_stride + (token - stream * a.n_tokens) * a.query_token_stride;
+        float* to = a.kept_queries + ((size_t(stream) * a.n_judges + judge) * a.n_kv_heads + head) * n;
+        SIMT_NO_UNROLL
+        for (int d = 4 * lane; d < n; d += 128) {
+          *reinterpret_cast<float4*>(to + d) =
+              *reinterpret_cast<const float4*>(from + (head * a.group + d / D) * a.query_head_stride + d % D);
+        }
       }
     }
   }

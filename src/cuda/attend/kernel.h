@@ -109,15 +109,11 @@ struct AttendKernel {
     return simt::any_in_block(sees);
   }
 
-  /// Writes the new rows of a batch's streams to the window, and keeps queries for its judge.
+  /// Writes the new rows of a batch's streams to the window.
   SIMT static void write_new_rows(const AttendArgs& a, int batch) {
     const int first = Items::first_item(a, batch), n_slots = Items::n_slots(a, batch);
     SIMT_NO_UNROLL
-    for (int slot = 0; slot < n_slots; slot++) {
-      const int stream = Items::stream_of(a, first + slot);
-      if (a.n_judges > 0) Exact::keep_queries(a, stream);
-      Exact::write_new_rows(a, stream);
-    }
+    for (int slot = 0; slot < n_slots; slot++) Exact::write_new_rows(a, Items::stream_of(a, first + slot));
   }
   /// Whether a batch attends to exact rows, which the first split of each stream does.
   SIMT static bool has_exact(const AttendArgs& a, int batch) {

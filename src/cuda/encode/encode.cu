@@ -109,7 +109,7 @@ Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cuda
   if (args.n_tokens == 0) return {};
   // Layers and heads are enough to fill a device. How many cells leave only the device knows: blocks take them in turn.
   args.tokens_per_block = 8;
-  const dim3 grid(std::clamp(args.n_tokens / 8, 2, 16), args.n_layers * args.n_kv_heads * 2);
+  const dim3 grid(std::clamp(args.n_tokens / 8, 1, 16), args.n_layers * args.n_kv_heads * 2);
   switch (head_dim) {
     case 64:
       return launch_leave<64>(device, args, grid, stream);

@@ -260,8 +260,11 @@ struct EncodeKernel {
     layer.window.slots = window.leaving_slots;
     layer.from_window = true;
     layer.tokens_per_block = a.tokens_per_block;
+    const WindowBooks* books = window.books;
+    const int* n_leaving = window.n_leaving;
     simt::wait_for_previous_grid();
-    layer.n_tokens = window.n_leaving[(window.books->n_batches - 1) & 1];
+    const int of_even = n_leaving[0], of_odd = n_leaving[1];  // asked for at once
+    layer.n_tokens = books->n_batches & 1 ? of_even : of_odd;
     for (int first = simt::block_x() * a.tokens_per_block; first < layer.n_tokens;
          first += simt::blocks_x() * a.tokens_per_block) {
       if (part == 0) encode<Kind::key>(layer, head, first);

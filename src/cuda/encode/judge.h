@@ -29,31 +29,20 @@ struct Judge {
   };
 
   /// Both are aligned to 16 bytes; dim is a multiple of 8.
-  SIMT static float product(const float* query, Key key, int dim) {
+  SIMT static float product(const float* query, const uint16_t* key, int dim) {
     float sums[4] = {};
     SIMT_UNROLL_BY(4)
     for (int d = 0; d < dim; d += 8) {
-      float k[8];
-      if (key.halves) {
-        const uint4 words = *reinterpret_cast<const uint4*>(key.halves + d);
-        const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-        SIMT_UNROLL
-        for (int i = 0; i < 4; i++) {
-          const float2 pair = simt::unpack_half2(word[i]);
-          k[2 * i] = pair.x;
-          k[2 * i + 1] = pair.y;
-        }
-      } else {
-        SIMT_UNROLL
-        for (int i = 0; i < 8; i++) k[i] = simt::half_to_float(simt::float_to_half(key.floats[d + i]));
-      }
+      const uint4 words = *reinterpret_cast<const uint4*>(key + d);
+      const float2 k[4] = {simt::unpack_half2(words.x), simt::unpack_half2(words.y), simt::unpack_half2(words.z),
+                           simt::unpack_half2(words.w)};
       SIMT_UNROLL
-      for (int half = 0; half < 8; half += 4) {
-        const float4 q = *reinterpret_cast<const float4*>(query + d + half);
-        sums[0] = simt::add_rn(sums[0], simt::mul_rn(q.x, k[half]));
-        sums[1] = simt::add_rn(sums[1], simt::mul_rn(q.y, k[half + 1]));
-        sums[2] = simt::add_rn(sums[2], simt::mul_rn(q.z, k[half + 2]));
-        sums[3] = simt::add_rn(sums[3], simt::mul_rn(q.w, k[half + 3]));
+      for (int half = 0; half < 2; half++) {
+        const float4 q = *reinterpret_cast<const float4*>(query + d + 4 * half);
+        sums[0] = simt::add_rn(sums[0], simt::mul_rn(q.x, k[2 * half].x));
+        sums[1] = simt::add_rn(sums[1], simt::mul_rn(q.y, k[2 * half].y));
+        sums[2] = simt::add_rn(sums[2], simt::mul_rn(q.z, k[2 * half + 1].x));
+        sums[3] = simt::add_rn(sums[3], simt::mul_rn(q.w, k[2 * half + 1].y));
       }
     }
     return simt::add_rn(simt::add_rn(sums[0], sums[1]), simt::add_rn(sums[2], sums[3]));
@@ -62,23 +51,6 @@ struct Judge {
   struct Spread {
     double mean, inverse;  // of the deviation
   };
-
-  /// Of a query's products with the keys key(0) to key(n - 1). A warp calls it.
-  template <typename KeyOf>
-  SIMT static Spread spread(const float* query, int dim, int n, KeyOf key) {
-    double sum = 0, squares = 0;
-    for (int i = simt::thread() % 32; i < n; i += 32) {
-      const double x = product(query, key(i), dim);
-      sum += x;
-      squares += x * x;
-    }
-    for (int mask = 1; mask < 32; mask *= 2) {
-      sum += simt::shuffle_xor(sum, mask);
-      squares += simt::shuffle_xor(squares, mask);
-    }
-    const double count = n > 1 ? n : 1, mean = sum / count, variance = squares / count - mean * mean;
-    return {mean, 1 / sqrt(variance > 1e-12 ? variance : 1e-12)};
-  }
 
   SIMT static void score(float product, Spread spread, uint32_t* greatest) {
     const float z = float((product - spread.mean) * spread.inverse);
@@ -104,6 +76,7 @@ struct Judge {
     if (n <= most) return {0, n};
     const auto count = [&](uint32_t threshold) {
       int found = 0;
+      SIMT_NO_UNROLL
       for (int first = 0; first < n; first += Threads) {
         const int i = first + simt::thread();
         found += simt::count_in_block(i < n && scores[i] >= threshold);
@@ -111,6 +84,7 @@ struct Judge {
       return found;
     };
     uint32_t threshold = 0;
+    SIMT_NO_UNROLL
     for (int bit = 31; bit >= 0; bit--) {
       if (count(threshold | 1u << bit) >= most) threshold |= 1u << bit;
     }
@@ -118,13 +92,89 @@ struct Judge {
   }
 };
 
-/// Scores of a prompt's cells. Grid [n_streams][n_kv_heads][tiles of kJudgeTile entries].
-struct JudgeKernel {
-  static constexpr int kThreads = 256, kWarps = kThreads / 32, kHeads = 8, kMaxDim = 256;
+/// Products of some query heads with keys, by a thread block: keys come to shared memory by rows, a tile at a time, and
+/// a thread multiplies one of them with one head.
+template <int Threads>
+struct JudgeTiles {
+  static constexpr int kWarps = Threads / 32, kMaxDim = 256;
 
   struct Shared {
-    float mean[kHeads * kMaxDim];
-    double mean_product[kHeads], inverse[kHeads];
+    alignas(16) uint16_t keys[64 * (128 + 8)];  // 8 more numbers a row: to other banks
+    double sums[kWarps], squares[kWarps];
+  };
+  static_assert(sizeof(Shared::keys) >= 32 * (kMaxDim + 8) * sizeof(uint16_t));
+
+  Shared& s;
+  int dim;
+
+  SIMT int rows() const { return dim <= 128 ? 64 : 32; }
+  /// Heads at once, and the one of them that is this thread's.
+  SIMT int heads() const { return Threads / rows(); }
+  SIMT int head() const { return simt::thread() / rows(); }
+
+  /// Eight numbers of a key, rounded to f16.
+  SIMT static uint4 load(Judge::Key key, int d) {
+    if (key.halves) return *reinterpret_cast<const uint4*>(key.halves + d);
+    const float4 low = *reinterpret_cast<const float4*>(key.floats + d);
+    const float4 high = *reinterpret_cast<const float4*>(key.floats + d + 4);
+    return make_uint4(simt::pack_half2(low.x, low.y), simt::pack_half2(low.z, low.w), simt::pack_half2(high.x, high.y),
+                      simt::pack_half2(high.z, high.w));
+  }
+
+  /// Calls f(i, product) for the keys key(0) to key(n - 1); `query` is that of the thread's head, null: none.
+  template <typename KeyOf, typename F>
+  SIMT void multiply(const float* query, int n, KeyOf key, F f) const {
+    const int stride = dim + 8, parts = dim / 8, mine = simt::thread() % rows();
+    SIMT_NO_UNROLL
+    for (int first = 0; first < n; first += rows()) {
+      simt::sync();
+      for (int i = simt::thread(); i < rows() * parts; i += Threads) {
+        const int row = i / parts, d = i % parts * 8;
+        if (first + row < n) *reinterpret_cast<uint4*>(s.keys + row * stride + d) = load(key(first + row), d);
+      }
+      simt::sync();
+      if (query && first + mine < n) f(first + mine, Judge::product(query, s.keys + mine * stride, dim));
+    }
+  }
+
+  /// Of the products with these keys.
+  template <typename KeyOf>
+  SIMT Judge::Spread spread(const float* query, int n, KeyOf key) const {
+    double sum = 0, squares = 0;
+    multiply(query, n, key, [&](int, float product) {
+      const double x = product;
+      sum += x;
+      squares += x * x;
+    });
+    for (int mask = 1; mask < 32; mask *= 2) {
+      sum += simt::shuffle_xor(sum, mask);
+      squares += simt::shuffle_xor(squares, mask);
+    }
+    if (simt::thread() % 32 == 0) {
+      s.sums[simt::thread() / 32] = sum;
+      s.squares[simt::thread() / 32] = squares;
+    }
+    simt::sync();
+    const int warps = rows() / 32, first = head() * warps;
+    sum = squares = 0;
+    for (int warp = first; warp < first + warps; warp++) {
+      sum += s.sums[warp];
+      squares += s.squares[warp];
+    }
+    const double count = n > 1 ? n : 1, mean = sum / count, variance = squares / count - mean * mean;
+    return {mean, 1 / sqrt(variance > 1e-12 ? variance : 1e-12)};
+  }
+};
+
+/// Scores of a prompt's cells. Grid [n_streams][n_kv_heads][tiles of kJudgeTile entries].
+struct JudgeKernel {
+  static constexpr int kThreads = 256;
+  using Tiles = JudgeTiles<kThreads>;
+  static constexpr int kMaxDim = Tiles::kMaxDim;
+
+  struct Shared {
+    float mean[8 * kMaxDim];  // of 4 heads, or of 8 where they are large
+    Tiles::Shared tiles;
   };
   static constexpr size_t kSharedBytes = sizeof(Shared);
 
@@ -149,6 +199,7 @@ struct JudgeKernel {
   /// The mean of the job's queries, of `n_heads` heads of the group from `first` on.
   SIMT static void make_mean(Shared& s, const Place& p, const JudgeJob& job, int first, int n_heads) {
     const int n = job.n_judges < Judge::kMostQueries ? job.n_judges : Judge::kMostQueries;
+    SIMT_NO_UNROLL
     for (int i = simt::thread(); i < n_heads * p.a.head_dim; i += kThreads) {
       float sum = 0;
       SIMT_UNROLL_BY(8)
@@ -164,6 +215,7 @@ struct JudgeKernel {
   SIMT static void keep_queries(const Place& p) {
     const JudgeArgs& a = p.a;
     const int32_t* judges = a.layer->judges + size_t(p.stream) * a.n_judges;
+    SIMT_NO_UNROLL
     for (int j = 0; j < a.n_judges; j++) {
       if (judges[j] < 0) continue;
       const int token = (p.stream - a.first_stream) * a.stream_tokens + judges[j];
@@ -186,6 +238,7 @@ struct JudgeKernel {
     if (!in_batch) return;
     if (first == 0) keep_queries(p);
     JudgeJob job{};
+    SIMT_NO_UNROLL
     for (int i = 0; i < a.list.n_jobs[stream]; i++) {
       const JudgeJob& each = a.list.jobs[size_t(stream) * kMaxJudgeJobs + i];
       if (first >= each.first && first < each.first + each.n_others) job = each;
@@ -194,24 +247,17 @@ struct JudgeKernel {
     p.entries += job.first;
     uint32_t* scores = a.list.scores + size_t(stream) * a.list.max_entries + job.first;
     const int begin = first - job.first;
-    for (int group = 0; group < a.group; group += kHeads) {
-      const int n_heads = a.group - group < kHeads ? a.group - group : kHeads;
+    const Tiles tiles{s.tiles, a.head_dim};
+    SIMT_NO_UNROLL
+    for (int group = 0; group < a.group; group += tiles.heads()) {
+      const int n_heads = a.group - group < tiles.heads() ? a.group - group : tiles.heads();
       make_mean(s, p, job, group, n_heads);
-      if (const int warp = simt::thread() / 32; warp < n_heads) {
-        const Judge::Spread spread = Judge::spread(s.mean + warp * a.head_dim, a.head_dim, job.n_recent,
-                                                   [&](int i) { return p.key(job.n_others + i); });
-        if (simt::thread() % 32 == 0) {
-          s.mean_product[warp] = spread.mean;
-          s.inverse[warp] = spread.inverse;
-        }
-      }
-      simt::sync();
-      for (int i = simt::thread(); i < n_heads * kJudgeTile; i += kThreads) {
-        const int h = i / kJudgeTile, entry = begin + i % kJudgeTile;
-        if (entry >= job.n_others) continue;
-        const float x = Judge::product(s.mean + h * a.head_dim, p.key(entry), a.head_dim);
-        Judge::score(x, {s.mean_product[h], s.inverse[h]}, &scores[entry]);
-      }
+      const float* query = tiles.head() < n_heads ? s.mean + tiles.head() * a.head_dim : nullptr;
+      const Judge::Spread spread = tiles.spread(query, job.n_recent, [&](int i) { return p.key(job.n_others + i); });
+      const int left = job.n_others - begin;
+      tiles.multiply(
+          query, left < kJudgeTile ? left : kJudgeTile, [&](int i) { return p.key(begin + i); },
+          [&](int i, float x) { Judge::score(x, spread, &scores[begin + i]); });
       simt::sync();
     }
   }

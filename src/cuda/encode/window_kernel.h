@@ -28,10 +28,11 @@ struct WindowKernel {
   struct Shared {
     int32_t cell[kMaxWindowRows];  // as in LayerWindow
     uint32_t order[kMaxWindowRows], sequence[kMaxWindowRows];
-    uint32_t score[kMaxWindowRows];  // of sorted rows, as they matter; or marks
+    uint32_t score[kMaxWindowRows];  // of sorted rows, as they matter; of listed ones, their order; or marks
     uint16_t list[kMaxWindowRows], sorted[kMaxWindowRows];
     uint8_t flags[kMaxWindowRows];
-    int of_warp[kWarps], count, n_jobs, n_entries;
+    int of_warp[kWarps], n_jobs, n_entries;
+    JudgeTiles<kThreads>::Shared tiles;
   };
   static constexpr size_t kSharedBytes = sizeof(Shared);
 
@@ -44,6 +45,7 @@ struct WindowKernel {
     int* n_leaving;
     int32_t* token_slots;
     uint32_t* marks;
+    int n_rows;  // rows from this one on are unused
 
     SIMT int total() const { return w.last + w.pool + w.spare; }
     /// The stream's cell that token i goes to, or -1.
@@ -79,8 +81,9 @@ struct WindowKernel {
   };
 
   template <typename F>
-  SIMT static void for_rows(const WindowArgs& a, F f) {
-    for (int row = simt::thread(); row < a.capacity; row += kThreads) f(row);
+  SIMT static void for_rows(int n, F f) {
+    SIMT_NO_UNROLL
+    for (int row = simt::thread(); row < n; row += kThreads) f(row);
   }
   /// Calls f(i, k) for those of n numbers i that `is` is true of, k of them being before. Returns how many there are.
   /// All threads call it; it ends with a barrier.
@@ -88,6 +91,7 @@ struct WindowKernel {
   SIMT static int in_order(Shared& s, int n, Is is, F f) {
     const int warp = simt::thread() / 32, lane = simt::thread() % 32;
     int before = 0;
+    SIMT_NO_UNROLL
     for (int first = 0; first < n; first += kThreads) {
       const int i = first + simt::thread();
       const bool mine = i < n && is(i);
@@ -107,9 +111,10 @@ struct WindowKernel {
   template <typename Is>
   SIMT static int count_rows(const Stream& stream, Is is) {
     int n = 0;
-    for (int first = 0; first < stream.a.capacity; first += kThreads) {
+    SIMT_NO_UNROLL
+    for (int first = 0; first < stream.n_rows; first += kThreads) {
       const int row = first + simt::thread();
-      n += simt::count_in_block(row < stream.a.capacity && is(row));
+      n += simt::count_in_block(row < stream.n_rows && is(row));
     }
     return n;
   }
@@ -118,15 +123,20 @@ struct WindowKernel {
   template <typename Is>
   SIMT static int list_rows(const Stream& stream, Is is) {
     Shared& s = stream.s;
-    return in_order(s, stream.a.capacity, is, [&](int row, int k) { s.list[k] = uint16_t(row); });
+    return in_order(s, stream.n_rows, is, [&](int row, int k) {
+      s.list[k] = uint16_t(row);
+      s.score[k] = s.order[row];
+    });
   }
   /// Shared::list by order of writing, in Shared::sorted.
-  SIMT static void sort_rows(const Stream& stream, int n) {
+  SIMT_CALL static void sort_rows(Stream stream, int n) {
     Shared& s = stream.s;
+    SIMT_NO_UNROLL
     for (int i = simt::thread(); i < n; i += kThreads) {
-      const uint32_t order = s.order[s.list[i]];
+      const uint32_t order = s.score[i];
       int rank = 0;
-      for (int other = 0; other < n; other++) rank += s.order[s.list[other]] < order;
+      SIMT_UNROLL_BY(8)
+      for (int other = 0; other < n; other++) rank += s.score[other] < order;
       s.sorted[rank] = s.list[i];
     }
     simt::sync();
@@ -137,16 +147,17 @@ struct WindowKernel {
     const LayerWindow& w = stream.w;
     Shared& s = stream.s;
     for (int i = simt::thread(); i < n_others; i += kThreads) s.score[i] = Judge::kNoScore;
-    simt::sync();
-    const int warp = simt::thread() / 32, lane = simt::thread() % 32;
-    for (int head = warp; head < w.n_kv_heads * w.group; head += kWarps) {
-      const float* query = queries + size_t(head) * w.head_dim;
-      const uint16_t* keys =
-          w.keys + (size_t(stream.index) * w.n_kv_heads + head / w.group) * stream.a.capacity * w.head_dim;
+    const JudgeTiles<kThreads> tiles{s.tiles, w.head_dim};
+    SIMT_NO_UNROLL
+    for (int kv_head = 0; kv_head < w.n_kv_heads; kv_head++) {
+      const uint16_t* keys = w.keys + (size_t(stream.index) * w.n_kv_heads + kv_head) * stream.a.capacity * w.head_dim;
       const auto key = [&](int i) { return Judge::Key{keys + size_t(s.sorted[i]) * w.head_dim, nullptr}; };
-      const Judge::Spread spread = Judge::spread(query, w.head_dim, n_recent, [&](int i) { return key(n_others + i); });
-      for (int i = lane; i < n_others; i += 32) {
-        Judge::score(Judge::product(query, key(i), w.head_dim), spread, &s.score[i]);
+      SIMT_NO_UNROLL
+      for (int group = 0; group < w.group; group += tiles.heads()) {
+        const int head = group + tiles.head();
+        const float* query = head < w.group ? queries + (size_t(kv_head) * w.group + head) * w.head_dim : nullptr;
+        const Judge::Spread spread = tiles.spread(query, n_recent, [&](int i) { return key(n_others + i); });
+        tiles.multiply(query, n_others, key, [&](int i, float x) { Judge::score(x, spread, &s.score[i]); });
       }
     }
     simt::sync();
@@ -154,7 +165,7 @@ struct WindowKernel {
 
   /// Makes those of a sequence's sorted rows leave that are neither among the last nor in the pool, as if the sequence
   /// had `end` rows. Without queries, older rows matter more.
-  SIMT static void trim(const Stream& stream, int end, const float* queries) {
+  SIMT_CALL static void trim(Stream stream, int end, const float* queries) {
     const int n_others = end - stream.w.last, pool = stream.w.pool;
     const uint32_t* scores = stream.s.score;
     if (n_others <= pool) return;
@@ -164,6 +175,7 @@ struct WindowKernel {
       judge(stream, n_others, stream.w.last, queries);
       choice = Judge::choose<kThreads>(scores, n_others, pool);
     }
+    SIMT_NO_UNROLL
     for (int i = simt::thread(); i < n_others; i += kThreads) {
       if (judged ? !choice.has(scores, i) : i >= pool) stream.leave(stream.s.sorted[i]);
     }
@@ -172,13 +184,15 @@ struct WindowKernel {
 
   /// Makes n rows leave, of sequences with numbers below `seen_from`: first rows of sequences that are gone, then, the
   /// sequence that was seen longest ago first, rows behind the pool, then rows of the pool.
-  SIMT static void make_room(const Stream& stream, int n, uint32_t seen_from) {
+  SIMT_CALL static void make_room(Stream stream, int n, uint32_t seen_from) {
     Shared& s = stream.s;
     const auto may_go = [&](int row) { return s.cell[row] >= 0 && s.sequence[row] < seen_from; };
     const int n_rows = list_rows(stream, may_go);
+    SIMT_NO_UNROLL
     for (int i = simt::thread(); i < n_rows; i += kThreads) {
       const int row = s.list[i];
       int in_sequence = 0;
+      SIMT_NO_UNROLL
       for (int k = 0; k < n_rows; k++) {
         const int other = s.list[k];
         in_sequence += s.sequence[other] == s.sequence[row] && s.order[other] < s.order[row];
@@ -187,9 +201,11 @@ struct WindowKernel {
       s.flags[row] = uint8_t((s.flags[row] & ((1 << kTurnShift) - 1)) | turn << kTurnShift);
     }
     simt::sync();
+    SIMT_NO_UNROLL
     for (int i = simt::thread(); i < n_rows; i += kThreads) {
       const int row = s.list[i], turn = s.flags[row] >> kTurnShift;
       int rank = 0;
+      SIMT_NO_UNROLL
       for (int k = 0; k < n_rows; k++) {
         const int other = s.list[k], others = s.flags[other] >> kTurnShift;
         rank += others != turn                         ? others < turn
@@ -199,6 +215,7 @@ struct WindowKernel {
       s.score[row] = rank < n;
     }
     simt::sync();
+    SIMT_NO_UNROLL
     for (int i = simt::thread(); i < n_rows; i += kThreads) {
       if (s.score[s.list[i]]) stream.leave(s.list[i]);
     }
@@ -209,6 +226,7 @@ struct WindowKernel {
   /// has more rows than slots, of sequences that the batch did not see.
   SIMT static void finish_batch(const Stream& stream, WindowBooks& books) {
     const WindowArgs& a = stream.a;
+    SIMT_NO_UNROLL
     for (int i = 0; i < int(books.n_judged); i++) {
       if (!(books.finishes >> i & 1)) continue;
       const int n = list_rows(
@@ -225,6 +243,7 @@ struct WindowKernel {
   /// The last token that belongs to no sequence yet, or -1.
   SIMT static int next_head(const Stream& stream) {
     int mine = 0;
+    SIMT_NO_UNROLL
     for (int i = simt::thread(); i < stream.a.n_tokens; i += kThreads) {
       if (stream.cell_of(i) >= 0 && !(stream.marks[i] & kTokenClaimed)) mine = i + 1;
     }
@@ -271,12 +290,14 @@ struct WindowKernel {
       sort_rows(stream, n_old);
       const int row = s.sorted[total];  // the one too many
       int judge = -1;
+      SIMT_NO_UNROLL
       for (int i = 0; i < int(before.n_judged); i++) {
         if (before.judged[i] == s.sequence[row] && s.order[row] > before.n_before) judge = i;
       }
       trim(stream, total + 1, stream.queries(judge));
       n_old = list_rows(stream, is_seen);
     }
+    SIMT_NO_UNROLL
     for (int i = simt::thread(); i < n_old; i += kThreads) {
       s.sequence[s.list[i]] = number;
       s.flags[s.list[i]] |= kSeen;
@@ -326,6 +347,7 @@ struct WindowKernel {
       a.judge.entries[at] = entry;
       a.judge.scores[at] = Judge::kNoScore;
     };
+    SIMT_NO_UNROLL
     for (int i = simt::thread(); i < n_old; i += kThreads) {
       const int row = all ? s.list[i] : s.sorted[i];
       if (stays(i)) s.flags[row] |= kKeep;
@@ -341,7 +363,7 @@ struct WindowKernel {
   }
 
   /// Gives unused rows to the tokens that stay, in order.
-  SIMT static void assign(const Stream& stream, uint32_t written) {
+  SIMT static void assign(const Stream& stream, WindowBooks& books) {
     const WindowArgs& a = stream.a;
     Shared& s = stream.s;
     const int n_unused = list_rows(stream, [&](int row) { return s.cell[row] < 0; });
@@ -350,16 +372,25 @@ struct WindowKernel {
       stream.token_slots[i] = -1;
       return (stream.marks[i] & kTokenKeep) != 0;
     };
-    in_order(s, a.n_tokens, stays, [&](int i, int k) {
-      if (k >= n_unused) return;
-      const int row = s.list[k], cell = stream.cell_of(i);
+    const int n_judges = books.n_judged > 0 && stream.w.queries ? a.n_judges : 0;
+    const int32_t* judges = stream.w.judges + stream.index * a.n_judges;
+    const int n = in_order(s, a.n_tokens, stays, [&](int i, int k) {
+      const int row = k < n_unused ? s.list[k] : stream.n_rows + k - n_unused, cell = stream.cell_of(i);
+      if (row >= a.capacity) return;
       stream.token_slots[i] = row;
       s.cell[row] = cell;
-      s.order[row] = written + 1 + uint32_t(i);
+      s.order[row] = books.n_written + 1 + uint32_t(i);
       s.sequence[row] = stream.marks[i] >> kTokenShift;
-      stream.w.tokens[size_t(stream.index) * a.capacity + row] = i;
+      int token = i;
+      SIMT_NO_UNROLL
+      for (int j = 0; j < n_judges; j++) {
+        if (judges[j] == i % a.mask_tokens) token |= (j + 1) << kJudgeShift;
+      }
+      stream.w.tokens[size_t(stream.index) * a.capacity + row] = token;
       simt::atomic_or(stream.hidden(cell), 1u << cell % 32);
     });
+    const int end = stream.n_rows + n - n_unused;
+    if (end > stream.n_rows) books.n_rows = uint32_t(end < a.capacity ? end : a.capacity);
   }
 
   SIMT static void run(const WindowArgs& a) {
@@ -371,13 +402,14 @@ struct WindowKernel {
     const size_t first = size_t(index) * a.capacity;
     WindowBooks books = w.books[index];
     const bool begins = a.part != WindowArgs::end;
-    for_rows(a, [&](int row) {
+    const int n_rows = int(books.n_rows);
+    for_rows(n_rows, [&](int row) {
       s.cell[row] = w.cells[first + row];
       s.order[row] = w.order[first + row];
       s.sequence[row] = w.sequence[first + row];
       s.flags[row] = begins ? 0 : a.flags[first + row];
-      if (begins) w.tokens[first + row] = -1;
     });
+    if (begins) for_rows(a.capacity, [&](int row) { w.tokens[first + row] = -1; });
     if (begins) {
       for (int i = simt::thread(); i < a.n_judges; i += kThreads) w.judges[index * a.n_judges + i] = -1;
       books.n_batches++;
@@ -390,7 +422,8 @@ struct WindowKernel {
                         index,
                         w.n_leaving + parity,
                         a.token_slots ? a.token_slots : w.token_slots,
-                        a.marks ? a.marks : w.marks};
+                        a.marks ? a.marks : w.marks,
+                        n_rows};
     bool any = false;
     for (int i = simt::thread(); i < a.n_tokens; i += kThreads) any = any || stream.cell_of(i) >= 0;
     any = simt::any_in_block(any);
@@ -398,16 +431,18 @@ struct WindowKernel {
     if (any && begins) begin(stream, books);
     // Cells wait for the next batch, not for one behind it.
     if (!any && begins && a.part != WindowArgs::finish) books.waits &= ~1u;
-    if (a.kept_cells && begins) for_rows(a, [&](int row) { a.kept_cells[first + row] = s.cell[row]; });
+    if (a.kept_cells && begins) {
+      for_rows(a.capacity, [&](int row) { a.kept_cells[first + row] = row < n_rows ? s.cell[row] : -1; });
+    }
     if (a.part == WindowArgs::begin) {
-      for_rows(a, [&](int row) { a.flags[first + row] = s.flags[row]; });
+      for_rows(n_rows, [&](int row) { a.flags[first + row] = s.flags[row]; });
       if (!any && a.judge.n_jobs && simt::thread() == 0) a.judge.n_jobs[index] = 0;
     } else if (any) {
       end(stream, books);
     }
     simt::sync();
     if (any || a.part == WindowArgs::finish) {
-      for_rows(a, [&](int row) {
+      for_rows(int(books.n_rows), [&](int row) {
         w.cells[first + row] = s.cell[row];
         w.order[first + row] = s.order[row];
         w.sequence[first + row] = s.sequence[row];
@@ -423,17 +458,19 @@ struct WindowKernel {
     const WindowArgs& a = stream.a;
     Shared& s = stream.s;
     finish_batch(stream, books);
+    SIMT_NO_UNROLL
     for (int i = simt::thread(); i < a.n_tokens; i += kThreads) {
       const int cell = stream.cell_of(i);
       if (cell < 0) continue;
       stream.marks[i] = 0;
       if (!(*stream.hidden(cell) >> cell % 32 & 1)) continue;
-      for (int row = 0; row < a.capacity; row++) {
+      SIMT_NO_UNROLL
+      for (int row = 0; row < stream.n_rows; row++) {
         if (s.cell[row] == cell) s.flags[row] |= kRewritten;
       }
     }
     simt::sync();
-    for_rows(a, [&](int row) {
+    for_rows(stream.n_rows, [&](int row) {
       if (s.flags[row] & kRewritten) stream.drop(row);
     });
     if (simt::thread() == 0) s.n_jobs = s.n_entries = 0;
@@ -454,6 +491,7 @@ struct WindowKernel {
       const JudgeJob job = list.jobs[size_t(stream.index) * kMaxJudgeJobs + i];
       const size_t first = size_t(stream.index) * list.max_entries + job.first;
       const Judge::Choice choice = Judge::choose<kThreads>(list.scores + first, job.n_others, stream.w.pool);
+      SIMT_NO_UNROLL
       for (int k = simt::thread(); k < job.n_others; k += kThreads) {
         if (!choice.has(list.scores + first, k)) continue;
         const int entry = list.entries[first + k];
@@ -474,19 +512,20 @@ struct WindowKernel {
     simt::sync();
     if (a.part == WindowArgs::end && a.judge.n_jobs) choose(stream);
     const bool any_rewritten = count_rows(stream, [&](int row) { return (s.flags[row] & kRewritten) != 0; }) > 0;
-    for_rows(a, [&](int row) {
+    for_rows(stream.n_rows, [&](int row) {
       s.score[row] = 0;
       if (s.cell[row] < 0) return;
       if (s.flags[row] & kSeen) {
         if (!(s.flags[row] & kKeep)) stream.leave(row);
         return;
       }
-      for (int other = 0; any_rewritten && other < a.capacity; other++) {
+      SIMT_NO_UNROLL
+      for (int other = 0; any_rewritten && other < stream.n_rows; other++) {
         if ((s.flags[other] & kRewritten) && s.sequence[other] == s.sequence[row]) s.score[row] = 1;
       }
     });
     simt::sync();
-    for_rows(a, [&](int row) {
+    for_rows(stream.n_rows, [&](int row) {
       if (s.score[row]) s.sequence[row] = kGone;
     });
     const int n_arriving = in_order(
@@ -500,7 +539,7 @@ struct WindowKernel {
     // Where that was not enough, rows of sequences that the batch sees leave, too.
     const int n_left = count_rows(stream, [&](int row) { return s.cell[row] >= 0; });
     if (n_left + n_arriving > a.capacity) make_room(stream, n_left + n_arriving - a.capacity, UINT32_MAX);
-    assign(stream, books.n_written);
+    assign(stream, books);
     books.n_before = books.n_written;
     books.n_written += uint32_t(a.n_tokens);
   }

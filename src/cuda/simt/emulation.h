@@ -21,6 +21,7 @@
 #include "codec/half.h"
 
 #define SIMT inline
+#define SIMT_CALL inline
 #define SIMT_UNROLL
 #define SIMT_UNROLL_BY(n)
 #define SIMT_NO_UNROLL

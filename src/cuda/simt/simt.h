@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 
 #define SIMT __device__ __forceinline__
+#define SIMT_CALL __device__ __noinline__  // once in the kernel's code, which has to be fetched before it runs
 #define SIMT_UNROLL _Pragma("unroll")
 #define SIMT_PRAGMA(x) _Pragma(#x)
 #define SIMT_UNROLL_BY(n) SIMT_PRAGMA(unroll n)

@@ -106,6 +106,7 @@ HostWindow::Leaving HostWindow::place(std::span<const int64_t> arriving, const s
       if (slot < 0) {
         slot = int(std::find(cells.begin() + first, cells.begin() + first + capacity, -1) - (cells.begin() + first));
         set(stream, slot, int32_t(arriving[i] % cells_per_stream));
+        books[stream].n_rows = std::max(books[stream].n_rows, uint32_t(slot + 1));
       }
       order[first + slot] = ++books[stream].n_written;
       sequence[first + slot] = number;

@@ -271,7 +271,6 @@ void CudaCache::attend_codes(CudaQueue& queue, Layer& layer, const AttendTask& t
   a.exact[0] = device.window_rows(stream);
   if (window.is_judged()) {
     a.n_judges = window.n_judges();
-    a.judges = window.judges(stream);
     a.kept_queries = window.queries(stream);
   }
   if (p.keys && p.values && !device.has_store()) {
