@@ -124,7 +124,7 @@ Window::Judge CacheLayer::judge(const BatchQueries& queries) const {
     std::vector<const uint16_t*> keys[2];
     for (const Window::Row& row : rows) keys[0].push_back(keys_.row_data(row));
     for (const Window::Row& row : recent) keys[1].push_back(keys_.row_data(row));
-    score_cells(mean_query(queries, batch_rows), queries.n_heads, keys_.shape().n_kv_heads, queries.dim, keys[0],
+    score_cells(mean_query(queries, batch_rows), queries.n_heads, keys_.row_size() / queries.dim, queries.dim, keys[0],
                 keys[1], scores);
   };
 }

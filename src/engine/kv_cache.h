@@ -11,10 +11,12 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention/problem.h"
+#include "cache/pool.h"
 #include "engine/lane.h"
 #include "engine/layer_plan.h"
 
@@ -48,7 +50,10 @@ struct WriteTask {
   const void* cells = nullptr;          // [n_rows]: the cell that each row goes to
   bool is_i64 = true;                   // type of the numbers of cells: int64_t, or int32_t
   size_t cell_bytes = sizeof(int64_t);  // from one number of a cell to the next
-  BatchSight sight;                     // of the first attention over this cache in the graph
+  // Of a transposed cache, [stream][number of a row][cell], `cells` are the places where the rows' first numbers go to:
+  // a stream has so many places, and so many cells. Else 0.
+  int64_t stream_places = 0, stream_cells = 0;
+  BatchSight sight;  // of the first attention over this cache in the graph
 
   /// The cell of a row, where the host can read it.
   int64_t cell(int64_t row) const;
@@ -63,6 +68,20 @@ struct AttendTask {
   bool ends_batch = true;  // this is the last attention over the layer in the graph
 
   BatchSight sight() const;
+};
+
+/// Rows of a layer that the host program reads by itself, for attention that it computes in its own way. All rows of a
+/// stream's first n_cells cells, as f16: those kept exactly as they are, the others decoded.
+struct ReadTask {
+  int layer = 0;
+  Kind kind = Kind::key;
+  int first_stream = 0, n_streams = 1;
+  int64_t n_cells = 0;
+  bool transposed = false;
+  uint16_t* rows = nullptr;  // [stream][cell][number of a row]; transposed: [stream][number of a row][cell]
+  BatchSight sight;          // of the batch
+  BatchQueries queries;      // of the batch; without them, older cells matter more (Window::commit)
+  bool ends_batch = true;    // this is the last use of the layer in the graph
 };
 
 /// Attention that the host program is to compute, because it does so faster, over f16 rows in memory of the engine's.
@@ -87,6 +106,12 @@ struct RefusedRows {
   std::string why;
 };
 
+/// Why an engine refuses to read rows that cannot.
+inline constexpr const char* kReadsNoRows =
+    "attention other than flash attention over a coded cache runs on the CPU only: start with --flash-attn on, or run "
+    "a "
+    "model that cannot have it without the THIMBLE device (--device none, or thimble --kv f16)";
+
 class KvCache {
 public:
   virtual ~KvCache() = default;
@@ -97,6 +122,7 @@ public:
   /// A sentence that says why a task of this form cannot be run, or "". Pointers of the task may still be null.
   virtual std::string refusal(const WriteTask&) const { return {}; }
   virtual std::string refusal(const AttendTask&) const { return {}; }
+  virtual std::string refusal(const ReadTask&) const { return kReadsNoRows; }
 
   /// Writes one side of a batch. Keys and values come in either order, and before the attention over them.
   virtual void write(const Lane& lane, const WriteTask& task) = 0;
@@ -104,6 +130,8 @@ public:
   /// end_dense.
   virtual bool attend(const Lane& lane, const AttendTask& task, DenseAttention* dense) = 0;
   virtual void end_dense(const Lane&, const AttendTask&) {}
+  /// Decodes rows to memory of the caller's.
+  virtual void read(const Lane&, const ReadTask&) { throw std::runtime_error(kReadsNoRows); }
   /// Takes rows into the cache that were written to a layer and not attended to yet, before the host program overwrites
   /// them.
   virtual void flush(const Lane&, int /*layer*/) {}

@@ -20,7 +20,8 @@ public:
       std::string why;
       const NodeKind kind = classify(node, &why);
       if (kind == NodeKind::refused) throw std::runtime_error(why);
-      if (kind == NodeKind::attend) bind(node);
+      bind(node, kind);
+      if (kind == NodeKind::read) throw std::runtime_error(kReadsNoRows);
       if (kind == NodeKind::view) continue;
       if (kind == NodeKind::write) {
         write(node);

@@ -13,6 +13,7 @@
 #include "plugin/device_table.h"
 #include "plugin/kv_buffer.h"
 #include "plugin/nodes.h"
+#include "plugin/row_reader.h"
 #include "plugin/runner.h"
 
 namespace thimble {
@@ -204,8 +205,17 @@ bool device_supports_op(ggml_backend_dev_t handle, const ggml_tensor* op) {
   if (kind == NodeKind::view) return true;
   const KvBuffer* buffer = buffer_of_cache(op);
   if (buffer && &buffer->device() != &device) return false;
-  if (kind == NodeKind::attend) bind(op);
+  bind(op, kind);
   if (kind != NodeKind::refused) why = refusal(op, kind);
+  if (why.empty() && kind == NodeKind::read) {
+    if (!ggml_backend_dev_supports_op(device.inner(), ReadingNode(op).tensor())) {
+      why = std::string(ggml_op_name(op->op)) + " on the KV cache (" + op->name +
+            "): the device does not support this node; run the model without the THIMBLE device (--device none, or "
+            "thimble --kv f16)";
+    } else {
+      buffer_of_cache(op)->tell_of_reading(op);
+    }
+  }
   // While the context is made an exception reaches llama_init_from_model, which fails with our sentence. Later the
   // graph fails instead. The answer "not supported" would make ggml abort, since no other device can read codes.
   if (!why.empty() && buffer && !buffer->in_use()) throw std::runtime_error(why);

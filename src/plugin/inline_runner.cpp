@@ -1,8 +1,10 @@
 #include "plugin/inline_runner.h"
 
+#include <algorithm>
 #include <cstring>
-#include <map>
+#include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "plugin/ggml_api.h"
 #include "plugin/nodes.h"
@@ -28,6 +30,18 @@ void InlineRunner::run_attend(ggml_tensor*, int thread, int n_threads, void* dat
   op.cache->attend({&team, nullptr}, op.attend, nullptr);
 }
 
+void InlineRunner::run_read(ggml_tensor*, int thread, int n_threads, void* data) {
+  Op& op = *static_cast<Op*>(data);
+  Team team(op.shared, thread, n_threads);
+  const ManagedLayer& layer = *op.layer;
+  const bool goes_on = team.lead([&] {
+    if (!layer.refused.empty()) layer.refused.check(op.read->sight, layer.index, layer.cells_per_stream());
+    if (op.queries) op.reading->queries = copy_queries(op.queries, op.reading->memory);
+    op.read->queries = op.reading->queries;
+  });
+  if (goes_on) op.cache->read({&team, nullptr}, *op.read);
+}
+
 InlineRunner::Op& InlineRunner::add_op(KvBuffer& buffer, ManagedLayer& layer) {
   if (!layer.plan)
     throw std::runtime_error("layer " + std::to_string(layer.index) + " is used before its shape is known");
@@ -40,31 +54,54 @@ InlineRunner::Op& InlineRunner::add_op(KvBuffer& buffer, ManagedLayer& layer) {
   return op;
 }
 
-void InlineRunner::replace(ggml_tensor** node, ggml_custom_op_t run, Op& op) {
-  ggml_tensor& stand_in = stand_ins_.emplace_back(**node);
-  stand_in.op = custom_op();
+ggml_tensor* InlineRunner::stand_in(const ggml_tensor* node, ggml_custom_op_t run, Op& op) {
+  ggml_tensor& custom = stand_ins_.emplace_back(*node);
+  custom.op = custom_op();
   const ggml_custom_op_params params{run, GGML_N_TASKS_MAX, &op};
-  std::memcpy(stand_in.op_params, &params, sizeof(params));
-  replaced_.emplace_back(node, *node);
-  *node = &stand_in;
+  std::memcpy(custom.op_params, &params, sizeof(params));
+  return &custom;
 }
 
-ggml_status InlineRunner::run_segment(ggml_cgraph* graph, int first, int last) {
-  if (first == last) return GGML_STATUS_SUCCESS;
-  // A whole graph is passed as it is: its number tells the inner backend that it comes again.
-  if (first == 0 && last == ggml_graph_n_nodes(graph)) return ggml_backend_graph_compute(inner_, graph);
-  ggml_cgraph part = part_of(*graph, ggml_graph_nodes(graph) + first, last - first);
+// Runs the nodes that have been collected.
+ggml_status InlineRunner::run_segment(ggml_cgraph* graph) {
+  const std::vector<ggml_tensor*> nodes = std::exchange(nodes_, {});
+  if (nodes.empty()) return GGML_STATUS_SUCCESS;
+  if (ops_.empty() && int(nodes.size()) == graph->n_nodes) return ggml_backend_graph_compute(inner_, graph);
+  size_t bytes = 0;
+  for (const ReadingNode& node : reading_nodes_) bytes = std::max(bytes, node.bytes());
+  if (rows_.size() < bytes) rows_ = std::vector<uint8_t>(bytes);
+  for (ReadingNode& node : reading_nodes_) node.place(rows_.data());
+  ggml_cgraph part = part_of(*graph, const_cast<ggml_tensor**>(nodes.data()), int(nodes.size()));
   return ggml_backend_graph_compute(inner_, &part);
 }
 
-ggml_status InlineRunner::run_nodes(ggml_cgraph* graph) {
-  const int n_nodes = ggml_graph_n_nodes(graph);
-  ggml_tensor** nodes = ggml_graph_nodes(graph);
-  std::map<const ManagedLayer*, Op*> last_attention;
-  // Layers are bound when llama.cpp asks whether we support their attention; ggml's Meta device does not ask.
-  for (int i = 0; i < n_nodes; i++) {
-    if (nodes[i]->op == GGML_OP_FLASH_ATTN_EXT && classify(nodes[i]) == NodeKind::attend) bind(nodes[i]);
+void InlineRunner::add_read(ggml_tensor* node, const BatchOfGraph& batch) {
+  ReadingNode& reading = reading_nodes_.emplace_back(node);
+  for (ReadingNode::Source& source : reading.sources()) {
+    Op& op = add_op(*source.buffer, *source.layer);
+    op.read = &source.rows.task;
+    op.read->sight = batch.sight(*source.layer, *op.read);
+    op.read->ends_batch = false;
+    op.queries = queries_of(node, *op.read, op.read->sight);
+    op.reading = &readings_[op.layer];
+    last_[op.layer] = &op;
+    nodes_.push_back(stand_in(node, run_read, op));
   }
+  nodes_.push_back(reading.tensor());
+}
+
+ggml_status InlineRunner::run_nodes(ggml_cgraph* graph) {
+  // Layers are bound when llama.cpp asks whether we support their nodes; ggml's Meta device does not ask.
+  std::vector<NodeKind> kinds;
+  for (int i = 0; i < graph->n_nodes; i++) {
+    std::string why;
+    kinds.push_back(classify(graph->nodes[i], &why));
+    if (kinds[i] == NodeKind::refused) throw std::runtime_error(why);
+    bind(graph->nodes[i], kinds[i]);
+  }
+  std::optional<BatchOfGraph> batch;
+  if (std::find(kinds.begin(), kinds.end(), NodeKind::read) != kinds.end()) batch.emplace(graph);
+
   const auto run_inner = [&](ggml_tensor* node) {
     ggml_cgraph one{};
     one.nodes = &node;
@@ -73,38 +110,40 @@ ggml_status InlineRunner::run_nodes(ggml_cgraph* graph) {
       throw std::runtime_error("the inner backend failed to rotate keys");
     }
   };
-  int begin = 0;
-  for (int i = 0; i < n_nodes; i++) {
-    const ggml_tensor* node = nodes[i];
-    std::string why;
-    const NodeKind kind = classify(node, &why);
-    if (kind == NodeKind::refused) throw std::runtime_error(why);
-    if (kind == NodeKind::write) {
+  for (int i = 0; i < graph->n_nodes; i++) {
+    ggml_tensor* node = graph->nodes[i];
+    if (kinds[i] == NodeKind::write) {
       Op& op = add_op(*KvBuffer::of(node), *KvBuffer::layer_of(node));
       op.write = write_task(node);
-      replace(nodes + i, run_write, op);
-    } else if (kind == NodeKind::attend) {
+      nodes_.push_back(stand_in(node, run_write, op));
+    } else if (kinds[i] == NodeKind::attend) {
       Op& op = add_op(*KvBuffer::of(node->src[1]), *KvBuffer::layer_of(node->src[1]));
       op.attend = attend_task(node);
       op.attend.ends_batch = false;
-      last_attention[op.layer] = &op;
-      replace(nodes + i, run_attend, op);
-    } else if (kind == NodeKind::shift) {
+      last_[op.layer] = &op;
+      nodes_.push_back(stand_in(node, run_attend, op));
+    } else if (kinds[i] == NodeKind::read) {
+      add_read(node, *batch);
+    } else if (kinds[i] == NodeKind::shift) {
       KvBuffer::of(node)->settle();
-      const ggml_status status = run_segment(graph, begin, i);
+      const ggml_status status = run_segment(graph);
       if (status != GGML_STATUS_SUCCESS || failure_) return status;
       shift_keys(node, run_inner);
-      begin = i + 1;
+    } else {
+      nodes_.push_back(node);
     }
   }
-  for (auto& [layer, op] : last_attention) op->attend.ends_batch = true;
-  return run_segment(graph, begin, n_nodes);
+  for (auto& [layer, op] : last_) (op->read ? op->read->ends_batch : op->attend.ends_batch) = true;
+  return run_segment(graph);
 }
 
 ggml_status InlineRunner::compute(ggml_cgraph* graph) {
   ops_.clear();
   stand_ins_.clear();
-  replaced_.clear();
+  reading_nodes_.clear();
+  readings_.clear();
+  last_.clear();
+  nodes_.clear();
   failure_.clear();
   ggml_status status = GGML_STATUS_FAILED;
   try {
@@ -113,7 +152,6 @@ ggml_status InlineRunner::compute(ggml_cgraph* graph) {
   } catch (const std::exception& error) {
     failure_.set(error.what());
   }
-  for (auto& [at, node] : replaced_) *at = node;
   const KvCache* asked = nullptr;
   for (const Op& op : ops_) {
     if (op.cache == asked) continue;

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "ggml-impl.h"
 #include "plugin/calibration.h"
 
 namespace thimble {
@@ -137,7 +138,19 @@ void KvBuffer::add_to(PlanTotals& totals) const {
 void KvBuffer::use() {
   said_refusal_ = has_new_refusal_ = false;
   last_data_ = nullptr;
+  saved_ = {};
   in_use_ = true;
+}
+
+void KvBuffer::tell_of_reading(const ggml_tensor* node) {
+  if (std::exchange(told_of_reading_, true)) return;
+  const bool is_off = std::any_of(layers_.begin(), layers_.end(), [](const auto& l) { return l.second.transposed; });
+  GGML_LOG_WARN(
+      "thimble: attention is computed from rows of the KV cache that are decoded for every batch, which is slow: %s\n",
+      is_off ? "flash attention is off; --flash-attn on attends to the codes, where the model can have it"
+             : (std::string("this model's graph reads the cache by ") + ggml_op_desc(node) + " (" + node->name +
+                "), which only an f16 cache serves faster (--device none, or thimble --kv f16)")
+                   .c_str());
 }
 
 }  // namespace thimble

@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "cache/cache_name.h"
@@ -36,6 +37,8 @@ struct ManagedLayer {
   int index = 0;
   ggml_tensor* tensors[2] = {nullptr, nullptr};  // by Kind; set by init_tensor
   std::optional<LayerPlan> plan;                 // once bound
+  bool written[2] = {false, false};              // by Kind: whether a node was seen that writes this side
+  bool transposed = false;                       // values are [number][cell], as with flash attention off
   RefusedCells refused;
 
   int64_t cells_per_stream() const { return tensors[0]->ne[1]; }
@@ -94,6 +97,8 @@ public:
   bool in_use() const { return in_use_; }
   /// Called for each graph that uses the cache.
   void use();
+  /// Tells the user, once, that a node reads decoded rows (row_reader.h), which is slow.
+  void tell_of_reading(const ggml_tensor* node);
 
   void clear(uint8_t value);
   void save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size);
@@ -117,6 +122,7 @@ private:
     ManagedLayer* layer;
     Kind kind;
     int64_t first, count;
+    int64_t number = -1;  // of a transposed cache: the one number of each row that is meant
   };
   struct FreeBuffer {
     void operator()(ggml_backend_buffer_t buffer) const { ggml_backend_buffer_free(buffer); }
@@ -127,6 +133,10 @@ private:
   void zero(void* data, size_t size);
   uint8_t* memory_of(const ManagedLayer& layer, const LayerPlan& plan, Kind kind);
   Rows rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const;
+  void save_rows(const Rows& rows, uint8_t* data);
+  void save_numbers(const Rows& rows, uint8_t* data);
+  void load_numbers(const Rows& rows, const uint8_t* data, bool comes_again);
+  void throw_of_refusal(bool comes_again);
   void load_rows(ManagedLayer& layer, Kind kind, const std::vector<int64_t>& cells, const uint8_t* rows);
 
   Device& device_;
@@ -138,19 +148,28 @@ private:
   std::map<int, ManagedLayer> layers_;
   std::unordered_map<const ggml_tensor*, CacheName> by_tensor_;
   std::map<int, LayerGeometry> caches_;
-  size_t used_ = 0, least_ = 0;  // bytes that the cache tensors take, and that the smallest takes
+  size_t used_ = 0, least_ = 0;               // bytes that the cache tensors take, and that the smallest takes
   std::shared_ptr<Calibration> calibration_;  // that of the context, which ends with its last buffer
   FarCaches far_;
   std::map<int, std::string> left_;  // why layers were left f16 by leave_f16
   bool is_reported_ = false;
   bool in_use_ = false;
-  // Rows that wait to be loaded together: llama.cpp loads a sequence row by row where its cells are not adjacent.
+  bool told_of_reading_ = false;
+  // Rows that wait to be loaded together: llama.cpp loads a sequence row by row where its cells are not adjacent, and
+  // number by number where values are transposed.
   struct Waiting {
     ManagedLayer* layer = nullptr;
     Kind kind = Kind::key;
     std::vector<int64_t> cells;
     std::vector<uint8_t> rows;
+    int64_t number = -1;                         // of a transposed cache: that came last
+    std::unordered_map<int64_t, size_t> places;  // of a transposed cache: of a cell's row in `rows`
   } waiting_;
+  // Rows of a transposed cache that are being saved, number by number, by their first cell and how many they are.
+  struct Saved {
+    const ManagedLayer* layer = nullptr;
+    std::map<std::pair<int64_t, int64_t>, std::vector<uint8_t>> rows;
+  } saved_;
   bool said_refusal_ = false;  // a refused row was reported since the last graph
   bool has_new_refusal_ = false;
   const uint8_t* last_data_ = nullptr;  // of the last load

@@ -1,33 +1,47 @@
 #include "plugin/nodes.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "plugin/kv_buffer.h"
+#include "plugin/row_reader.h"
 
 namespace thimble {
 namespace {
 
-constexpr const char* kFlashAttentionOff =
-    "flash attention is off, which a coded cache needs: start with --flash-attn on, or run a model that cannot have it "
-    "without the THIMBLE device";
+// Whether a view of a cache is [head size][cells][heads][streams], with the heads of all cells.
+bool shows_heads(const ggml_tensor* view) {
+  const ggml_tensor* cache = root_of(view);
+  return view->ne[0] * view->ne[2] == cache->ne[0] && view->nb[0] == sizeof(uint16_t) && view->nb[1] == cache->nb[1] &&
+         (view->ne[2] == 1 || view->nb[2] == size_t(view->ne[0]) * sizeof(uint16_t)) &&
+         (view->ne[3] == 1 || view->nb[3] == cache->nb[2]);
+}
 
-// Half a sentence that says why an attention node over coded caches cannot be served, or "".
-std::string attention_problem(const ggml_tensor* node) {
+// Whether an attention node over coded caches is plain, so that it can be run on codes.
+bool is_plain_attention(const ggml_tensor* node) {
   const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
   Kind k_kind = Kind::value, v_kind = Kind::key;
   const ManagedLayer* k_layer = KvBuffer::layer_of(k, &k_kind);
   const ManagedLayer* v_layer = KvBuffer::layer_of(v, &v_kind);
-  if (k_layer != v_layer || k_kind != Kind::key || v_kind != Kind::value) {
-    return "its keys and values are not of one plain cache (MLA or the like)";
-  }
-  if (q->type != GGML_TYPE_F32 || (mask && mask->type != GGML_TYPE_F16))
-    return "its queries or mask are of an odd type";
-  if (k->nb[0] != sizeof(uint16_t) || v->nb[0] != sizeof(uint16_t) || q->nb[0] != sizeof(float)) {
-    return "its cache is transposed";
-  }
-  if (q->ne[2] % k->ne[2] != 0 || k->ne[2] != v->ne[2] || q->ne[3] != k->ne[3])
-    return "its heads do not fit the cache's";
-  return {};
+  if (!k_layer || k_layer != v_layer || k_kind != Kind::key || v_kind != Kind::value || k_layer->transposed)
+    return false;
+  if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || (mask && mask->type != GGML_TYPE_F16)) return false;
+  return shows_heads(k) && shows_heads(v) && k->ne[2] == v->ne[2] && q->ne[2] % k->ne[2] == 0 && q->ne[3] == k->ne[3];
+}
+
+// Whether values are written number by number, as llama.cpp does with flash attention off.
+bool is_transposed_write(const ggml_tensor* node) {
+  Kind kind = Kind::key;
+  if (!KvBuffer::layer_of(node, &kind) || kind != Kind::value) return false;
+  const ggml_tensor *rows = node->src[0], *cache = root_of(node);
+  return node->ne[0] == 1 && cache->ne[0] > 1 && rows->ne[0] == 1 && rows->ne[1] % cache->ne[0] == 0 &&
+         rows->nb[1] == ggml_type_size(rows->type);
+}
+
+std::string refused(const ggml_tensor* node, const char* what) {
+  return std::string(ggml_op_name(node->op)) + " on the KV cache (" + node->name + "): " + what +
+         "; Thimble cannot code this model's cache: run it without the THIMBLE device (--device none, or thimble "
+         "--kv f16)";
 }
 
 }  // namespace
@@ -38,18 +52,11 @@ bool is_view_op(ggml_op op) {
 }
 
 NodeKind classify(const ggml_tensor* node, std::string* why) {
-  const auto refuse = [&](const std::string& what) {
-    if (why) {
-      *why = std::string(ggml_op_name(node->op)) + " on the KV cache (" + node->name + "): " + what +
-             "; Thimble cannot code this model's cache: run it without the THIMBLE device (--device none, or thimble "
-             "--kv f16)";
-    }
+  const auto refuse = [&](const char* what) {
+    if (why) *why = refused(node, what);
     return NodeKind::refused;
   };
-  if (node->op == GGML_OP_FLASH_ATTN_EXT && (KvBuffer::layer_of(node->src[1]) || KvBuffer::layer_of(node->src[2]))) {
-    const std::string problem = attention_problem(node);
-    return problem.empty() ? NodeKind::attend : refuse(problem);
-  }
+  if (node->op == GGML_OP_FLASH_ATTN_EXT && is_plain_attention(node)) return NodeKind::attend;
   const bool writes = KvBuffer::layer_of(node) != nullptr;
   bool reads = false;
   for (const ggml_tensor* src : node->src) reads = reads || (src && KvBuffer::layer_of(src));
@@ -57,12 +64,9 @@ NodeKind classify(const ggml_tensor* node, std::string* why) {
   if (is_view_op(node->op)) return NodeKind::view;
   if (node->op == GGML_OP_SET_ROWS && writes) {
     const ggml_tensor* rows = node->src[0];
-    if (node->ne[0] != root_of(node)->ne[0]) {
-      if (why) *why = kFlashAttentionOff;
-      return NodeKind::refused;
-    }
+    const bool is_plain = node->ne[0] == root_of(node)->ne[0] && rows->nb[0] == ggml_type_size(rows->type);
     if ((rows->type != GGML_TYPE_F32 && rows->type != GGML_TYPE_F16) || rows->ne[2] != 1 || rows->ne[3] != 1 ||
-        rows->nb[0] != ggml_type_size(rows->type)) {
+        (!is_plain && !is_transposed_write(node))) {
       return refuse("its rows are laid out oddly");
     }
     return NodeKind::write;
@@ -71,29 +75,58 @@ NodeKind classify(const ggml_tensor* node, std::string* why) {
   if (node->op == GGML_OP_ROPE && writes && KvBuffer::layer_of(node, &kind) && kind == Kind::key && node->view_src) {
     return NodeKind::shift;
   }
-  if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_SOFT_MAX || node->op == GGML_OP_CONT) {
-    if (why) *why = kFlashAttentionOff;
-    return NodeKind::refused;
-  }
-  return refuse("the node is unknown");
+  return writes ? refuse("the node is unknown") : NodeKind::read;
 }
 
-void bind(const ggml_tensor* node) {
-  const ggml_tensor *k = node->src[1], *v = node->src[2];
-  KvBuffer::of(k)->bind(*KvBuffer::layer_of(k), int(k->ne[0]), int(v->ne[0]), int(k->ne[2]));
+void bind(const ggml_tensor* node, NodeKind kind) {
+  if (kind == NodeKind::write) {
+    Kind side;
+    ManagedLayer* layer = KvBuffer::layer_of(node, &side);
+    layer->written[int(side)] = true;
+    layer->transposed = layer->transposed || is_transposed_write(node);
+  }
+  if (kind == NodeKind::attend) {
+    const ggml_tensor *k = node->src[1], *v = node->src[2];
+    KvBuffer::of(k)->bind(*KvBuffer::layer_of(k), int(k->ne[0]), int(v->ne[0]), int(k->ne[2]));
+  }
+  if (kind != NodeKind::read) return;
+  for (const ggml_tensor* view : node->src) {
+    Kind side = Kind::key;
+    ManagedLayer* layer = view ? KvBuffer::layer_of(view, &side) : nullptr;
+    const bool is_plain = layer && layer->written[0] && layer->written[1];
+    if (!is_plain || layer->plan || (side == Kind::value && layer->transposed)) continue;
+    // The dimension of adjacent numbers is a head.
+    int64_t head = 0;
+    for (int i = 0; i < GGML_MAX_DIMS; i++) {
+      if (view->nb[i] == sizeof(uint16_t)) head = std::max(head, view->ne[i]);
+    }
+    if (head == 0 || root_of(view)->ne[0] % head != 0) continue;
+    const int64_t n_heads = root_of(view)->ne[0] / head;
+    const auto dim = [&](Kind of) {
+      const ggml_tensor* cache = layer->tensors[int(of)];
+      return cache ? int(cache->ne[0] / n_heads) : 0;
+    };
+    KvBuffer::of(view)->bind(*layer, dim(Kind::key), dim(Kind::value), int(n_heads));
+  }
 }
 
 WriteTask write_task(const ggml_tensor* node) {
   const ggml_tensor *rows = node->src[0], *cells = node->src[1];
   WriteTask task;
   task.layer = KvBuffer::layer_of(node, &task.kind)->index;
-  task.n_rows = rows->ne[1];
+  const ggml_tensor* cache = root_of(node);
+  const int64_t numbers = is_transposed_write(node) ? cache->ne[0] : 1;  // that llama.cpp writes one by one
+  task.n_rows = rows->ne[1] / numbers;
   task.rows = rows->data;
   task.is_f16 = rows->type == GGML_TYPE_F16;
-  task.row_bytes = rows->nb[1];
+  task.row_bytes = rows->nb[1] * numbers;
   task.cells = cells->data;
   task.is_i64 = cells->type == GGML_TYPE_I64;
-  task.cell_bytes = cells->nb[0];
+  task.cell_bytes = cells->nb[0] * numbers;
+  if (numbers > 1) {
+    task.stream_places = cache->ne[0] * cache->ne[1];
+    task.stream_cells = cache->ne[1];
+  }
   return task;
 }
 
@@ -134,6 +167,15 @@ AttendTask attend_task(const ggml_tensor* node) {
 std::string refusal(const ggml_tensor* node, NodeKind kind) {
   if (kind == NodeKind::write) return KvBuffer::of(node)->cache().refusal(write_task(node));
   if (kind == NodeKind::attend) return KvBuffer::of(node->src[1])->cache().refusal(attend_task(node));
+  if (kind != NodeKind::read) return {};
+  for (const ggml_tensor* view : node->src) {
+    const ManagedLayer* layer = view ? KvBuffer::layer_of(view) : nullptr;
+    if (!layer) continue;
+    if (!layer->plan) return refused(node, "it does not show the heads of the cache");
+    const auto rows = rows_of_view(view);
+    if (!rows) return refused(node, "its view of the cache is laid out oddly");
+    if (std::string why = KvBuffer::of(view)->cache().refusal(rows->task); !why.empty()) return why;
+  }
   return {};
 }
 

@@ -4,7 +4,8 @@
 //   FLASH_ATTN_EXT over caches       an AttendTask
 //   ROPE in place on a key cache     context shift: keys are read, rotated and written (shift.h)
 //   views, reshapes, permutations    nothing to do
-// Any other node on a cache is refused.
+//   any other node that reads one    ReadTasks: the inner device runs the node on decoded rows (row_reader.h)
+// Any other node that writes to a cache is refused.
 #pragma once
 
 #include <string>
@@ -14,7 +15,7 @@
 
 namespace thimble {
 
-enum class NodeKind { other, write, attend, shift, view, refused };
+enum class NodeKind { other, write, attend, shift, view, read, refused };
 
 /// Whether an op computes nothing and only gives memory another shape or name.
 bool is_view_op(ggml_op op);
@@ -22,8 +23,9 @@ bool is_view_op(ggml_op op);
 /// What a node does to coded caches. Where it is `refused`, *why becomes a sentence.
 NodeKind classify(const ggml_tensor* node, std::string* why = nullptr);
 
-/// Binds the layer that an attention node reads to the head sizes that the node shows, if it is not bound yet.
-void bind(const ggml_tensor* node);
+/// Takes what a node of this kind shows of its layer: whether values are transposed, and head sizes, to which a layer
+/// is bound that is not bound yet. Nodes are to be shown in the order of their graph.
+void bind(const ggml_tensor* node, NodeKind kind);
 
 /// The task for the cache that a node stands for. Where its tensors have no memory yet, the task's pointers are null.
 WriteTask write_task(const ggml_tensor* node);

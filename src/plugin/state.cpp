@@ -1,5 +1,6 @@
 // Saves, loads, copies and clears a buffer's cells for llama.cpp, which reads and writes whole rows of views of a
-// stream. Offsets and sizes are those of a plain f16 cache.
+// stream. Offsets and sizes are those of a plain f16 cache. Of values that are transposed (flash attention is off) it
+// reads and writes one number of many rows at a time; the rows are the same.
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
@@ -16,6 +17,7 @@ void KvBuffer::clear(uint8_t value) {
   if (base && (value != 0 || !device_.engine().release(base, inner_->size))) ggml_backend_buffer_clear(inner_, value);
   for (const Buffer& buffer : more_) ggml_backend_buffer_clear(buffer.get(), value);
   waiting_ = {};
+  saved_ = {};
   far_.take_early();
   if (cache_) cache_->clear();
   for (auto& [index, layer] : layers_) layer.refused.clear();
@@ -37,13 +39,27 @@ void KvBuffer::zero(void* data, size_t size) {
 KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const {
   Rows rows{};
   rows.layer = layer_of(tensor, &rows.kind);
-  const size_t row_bytes = cache_of(tensor)->nb[1];
+  const ggml_tensor* cache = cache_of(tensor);
+  const size_t row_bytes = cache->nb[1], stream_bytes = cache->nb[2];
   // Over RPC a view comes without the cache tensor and its place there.
-  const size_t view = far_.empty()
-                          ? tensor->view_offs
-                          : static_cast<const char*>(tensor->data) - static_cast<const char*>(cache_of(tensor)->data);
+  const size_t view =
+      far_.empty() ? tensor->view_offs : static_cast<const char*>(tensor->data) - static_cast<const char*>(cache->data);
   const size_t from = view + offset;
-  if (!rows.layer || !rows.layer->plan || from % row_bytes != 0 || size % row_bytes != 0) {
+  if (!rows.layer || !rows.layer->plan) {
+    throw std::runtime_error(std::string("tensor ") + tensor->name + ": the cache was not used yet");
+  }
+  const bool is_whole = from % stream_bytes == 0 && size % stream_bytes == 0;
+  if (rows.layer->transposed && rows.kind == Kind::value && !is_whole) {
+    const int64_t n_cells = cache->ne[1], place = int64_t(from % stream_bytes / sizeof(uint16_t));
+    if (from % sizeof(uint16_t) == 0 && size % sizeof(uint16_t) == 0 &&
+        place % n_cells + int64_t(size / sizeof(uint16_t)) <= n_cells) {
+      rows.number = place / n_cells;
+      rows.first = int64_t(from / stream_bytes) * n_cells + place % n_cells;
+      rows.count = int64_t(size / sizeof(uint16_t));
+      return rows;
+    }
+  }
+  if (from % row_bytes != 0 || size % row_bytes != 0) {
     throw std::runtime_error(std::string("tensor ") + tensor->name +
                              ": a coded cache can be read and written by whole rows only");
   }
@@ -55,7 +71,11 @@ KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_
 void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size) {
   settle();
   const Rows rows = rows_of(tensor, offset, size);
-  const size_t row_bytes = cache_of(tensor)->nb[1];
+  return rows.number < 0 ? save_rows(rows, data) : save_numbers(rows, data);
+}
+
+void KvBuffer::save_rows(const Rows& rows, uint8_t* data) {
+  const size_t row_bytes = rows.layer->tensors[int(rows.kind)]->nb[1];
   try {
     cache_->read_cells(rows.layer->index, rows.kind, rows.first, rows.count, data);
   } catch (const std::runtime_error& error) {
@@ -71,20 +91,58 @@ void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, siz
   }
 }
 
+// llama.cpp asks for the first number of all rows, then for the second, and so on.
+void KvBuffer::save_numbers(const Rows& rows, uint8_t* data) {
+  const size_t row_bytes = rows.layer->tensors[int(rows.kind)]->nb[1];
+  if (saved_.layer != rows.layer) saved_ = {rows.layer, {}};
+  std::vector<uint8_t>& saved = saved_.rows[{rows.first, rows.count}];
+  if (saved.empty()) {
+    saved.resize(rows.count * row_bytes);
+    save_rows(rows, saved.data());
+  }
+  for (int64_t i = 0; i < rows.count; i++) {
+    std::copy_n(&saved[i * row_bytes + rows.number * sizeof(uint16_t)], sizeof(uint16_t), data + i * sizeof(uint16_t));
+  }
+}
+
+void KvBuffer::load_numbers(const Rows& rows, const uint8_t* data, bool comes_again) {
+  const size_t row_bytes = rows.layer->tensors[int(rows.kind)]->nb[1];
+  if (rows.layer != waiting_.layer || rows.kind != waiting_.kind || rows.number < waiting_.number) settle();
+  throw_of_refusal(comes_again);
+  waiting_.layer = rows.layer;
+  waiting_.kind = rows.kind;
+  waiting_.number = rows.number;
+  for (int64_t i = 0; i < rows.count; i++) {
+    const auto [place, is_new] = waiting_.places.try_emplace(rows.first + i, waiting_.rows.size());
+    if (is_new) {
+      waiting_.cells.push_back(rows.first + i);
+      waiting_.rows.resize(waiting_.rows.size() + row_bytes);
+    }
+    std::copy_n(data + i * sizeof(uint16_t), sizeof(uint16_t),
+                &waiting_.rows[place->second + rows.number * sizeof(uint16_t)]);
+  }
+}
+
+// llama.cpp reads the tensors of a file into one buffer, so their data are at the same address again. Those of a state
+// in memory have different addresses; there an exception must not be thrown, nor to a program at the far end of RPC.
+void KvBuffer::throw_of_refusal(bool comes_again) {
+  if (std::exchange(has_new_refusal_, false) && comes_again && far_.empty()) throw std::runtime_error(kOtherSettings);
+}
+
 void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offset, size_t size) {
   constexpr int64_t kFewRows = 64;
   constexpr size_t kManyBytes = size_t(64) << 20;
+  saved_ = {};
   const Rows rows = rows_of(tensor, offset, size);
   const bool comes_again = data == std::exchange(last_data_, data);
+  if (rows.number >= 0) return load_numbers(rows, data, comes_again);
   std::vector<int64_t> cells(rows.count);
   std::iota(cells.begin(), cells.end(), rows.first);
   const bool others = rows.layer != waiting_.layer || rows.kind != waiting_.kind;
   const bool again =  // some of these cells wait already
       std::find_first_of(cells.begin(), cells.end(), waiting_.cells.begin(), waiting_.cells.end()) != cells.end();
   if (others || again || rows.count >= kFewRows || waiting_.rows.size() > kManyBytes) settle();
-  // llama.cpp reads the tensors of a file into one buffer, so `data` is the same address again. Those of a state in
-  // memory have different addresses; there an exception must not be thrown, nor to a program at the far end of RPC.
-  if (std::exchange(has_new_refusal_, false) && comes_again && far_.empty()) throw std::runtime_error(kOtherSettings);
+  throw_of_refusal(comes_again);
   if (rows.count >= kFewRows) return load_rows(*rows.layer, rows.kind, cells, data);
   waiting_.layer = rows.layer;
   waiting_.kind = rows.kind;
@@ -125,6 +183,7 @@ bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
   const size_t stream_bytes = cache_of(to)->nb[2];
   if (ggml_nbytes(from) != stream_bytes || ggml_nbytes(to) != stream_bytes || !layer->plan) return false;
   settle();
+  saved_ = {};
   const Rows source = rows_of(from, 0, stream_bytes), target = rows_of(to, 0, stream_bytes);
   try {
     cache_->copy_stream(layer->index, kind, int(source.first / source.count), int(target.first / target.count));

@@ -63,6 +63,19 @@ public:
     return true;
   }
 
+  std::string refusal(const ReadTask&) const override { return {}; }
+
+  void read(const Lane& lane, const ReadTask& task) override {
+    Layer& from = layers_.at(task.layer);
+    const int64_t n = int64_t(from.row_size(task.kind)), n_cells = task.n_cells;
+    for (int64_t i = lane.team->thread(); i < task.n_streams * n_cells; i += lane.team->size()) {
+      const int64_t stream = i / n_cells, cell = i % n_cells;
+      const uint16_t* row = from.row(task.kind, (task.first_stream + stream) * from.shape.cells_per_stream + cell);
+      uint16_t* to = task.rows + stream * n_cells * n;
+      for (int64_t k = 0; k < n; k++) to[task.transposed ? k * n_cells + cell : cell * n + k] = row[k];
+    }
+  }
+
   void read_cells(int layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) override {
     Layer& from = layers_.at(layer);
     std::memcpy(rows, from.row(kind, first), n * from.row_size(kind) * sizeof(uint16_t));

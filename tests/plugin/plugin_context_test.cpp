@@ -181,12 +181,6 @@ void expect_refused(const llama_context_params& params, const std::string& sente
   EXPECT_NE(log.find(sentence), std::string::npos) << "not in the log: " << sentence << "\n" << log;
 }
 
-TEST_F(PluginRefuses, FlashAttentionOff) {
-  llama_context_params params = context_params(Options{}.with_bits(4));
-  params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
-  expect_refused(params, "flash attention is off, which a coded cache needs: start with --flash-attn on");
-}
-
 TEST_F(PluginRefuses, OtherCacheTypes) {
   llama_context_params params = context_params(Options{}.with_bits(4));
   params.type_k = GGML_TYPE_Q8_0;
@@ -219,9 +213,9 @@ TEST_F(PluginRefuses, AProfileThatIsNotThere) {
 
 // After all refusals the process makes and runs contexts as before.
 TEST_F(PluginRefuses, AndGoesOn) {
-  llama_context_params params = context_params(Options{}.with_bits(4));
   const auto before = told_alone(Options{}.with_bits(4), 0);
-  params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  const llama_context_params params = context_params(Options{}.with_bits(4));
+  setenv("THIMBLE_KV", "bits=4,small=0,profile=/no/such/file.thimble.gguf", 1);
   for (int i = 0; i < 3; i++) EXPECT_EQ(llama_init_from_model(load_model(true).get(), params), nullptr);
   EXPECT_TRUE(told_alone(Options{}.with_bits(4), 0) == before);
 }

@@ -153,8 +153,8 @@ llama_context_params context_params(const Options& options) {
   params.kv_unified = options.unified;
   params.swa_full = false;  // as llama.cpp's programs have it
   params.n_threads = params.n_threads_batch = options.n_threads;
-  params.flash_attn_type =
-      options.coded() || options.plain_flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  const bool flash_attention = options.coded() ? options.coded_flash_attention : options.plain_flash_attention;
+  params.flash_attn_type = flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   return params;
 }
 

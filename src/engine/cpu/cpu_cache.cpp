@@ -96,26 +96,92 @@ bool CpuCache::attend(const Lane& lane, const AttendTask& task, DenseAttention*)
     team.wait();
   }
   attention_.attend(team.thread());
-  if (!task.ends_batch) return true;
-  team.wait();  // cells that leave the window are coded into blocks that other threads are still reading
-  layer.cache->code_leaving(team.thread(), team.size());
-  if (team.is_last()) layer.cache->end_commit();
+  if (task.ends_batch) end_batch(*layer.cache, team);
   return true;
 }
 
 void CpuCache::begin_attend(Layer& layer, const AttendTask& task, int n_threads) {
   CacheLayer& cache = *layer.cache;
   const AttentionProblem& problem = task.problem;
-  const BatchSight sight = task.sight();
-  const int64_t per_stream = cache.keys().shape().cells_per_stream;
-  const bool rows_match = int64_t(cache.window().batch().size()) == int64_t(problem.n_tokens) * problem.n_streams;
-  if (rows_match) cache.settle([&](int row, int64_t cell) { return sight.sees(row, cell, per_stream); });
+  settle(cache, task.sight());
   attention_.prepare(cache, problem, layer.retrieval, n_threads, kernels());
   if (!task.ends_batch) return;
-  const BatchQueries queries{problem.q,       problem.n_heads, task.key_dim,    problem.n_tokens,
-                             problem.q_token, problem.q_head,  problem.q_stream};
-  cache.begin_commit([&](int row, int64_t cell) { return !rows_match || sight.sees(row, cell, per_stream); },
-                     rows_match ? queries : BatchQueries{});
+  begin_commit(
+      cache, task.sight(),
+      {problem.q, problem.n_heads, task.key_dim, problem.n_tokens, problem.q_token, problem.q_head, problem.q_stream});
+}
+
+void CpuCache::read(const Lane& lane, const ReadTask& task) {
+  Layer& layer = layers_.at(task.layer);
+  const Team& team = *lane.team;
+  if (!team.lead([&] { begin_read(layer, task); })) return;
+  read_rows(layer, task, team.thread(), team.size());
+  if (task.ends_batch) end_batch(*layer.cache, team);
+}
+
+void CpuCache::begin_read(Layer& layer, const ReadTask& task) {
+  CacheLayer& cache = *layer.cache;
+  const CacheSide& side = cache.side(task.kind);
+  const int64_t per_stream = side.shape().cells_per_stream;
+  settle(cache, task.sight);
+  layer.exact.assign(size_t(task.n_streams) * task.n_cells, nullptr);
+  const auto keep = [&](int64_t cell, const uint16_t* row) {
+    const int64_t stream = cell / per_stream - task.first_stream, in_stream = cell % per_stream;
+    if (stream < 0 || stream >= task.n_streams || in_stream >= task.n_cells) return;
+    layer.exact[stream * task.n_cells + in_stream] = row;
+  };
+  for (int64_t i = 0; side.store() && i < task.n_streams * task.n_cells; i++) {
+    const int64_t cell = (task.first_stream + i / task.n_cells) * per_stream + i % task.n_cells;
+    keep(cell, side.stored_row(cell));
+  }
+  for (const Window::Row& row : cache.window().rows()) keep(row.cell, side.row_data(row));
+  if (task.ends_batch) begin_commit(cache, task.sight, task.queries);
+}
+
+void CpuCache::read_rows(const Layer& layer, const ReadTask& task, int thread, int n_threads) {
+  const CacheSide& side = layer.cache->side(task.kind);
+  const size_t row_size = side.row_size(), n_cells = task.n_cells;
+  std::vector<float> decoded(row_size);
+  std::vector<uint16_t> row(row_size);
+  const size_t total = task.n_streams * n_cells;
+  for (size_t i = total * thread / n_threads; i < total * (thread + 1) / n_threads; i++) {
+    const size_t stream = i / n_cells, in_stream = i % n_cells;
+    if (layer.exact[i]) {
+      std::copy_n(layer.exact[i], row_size, row.begin());
+    } else if (side.coded()) {
+      side.decode_row((task.first_stream + stream) * side.shape().cells_per_stream + in_stream, decoded.data());
+      std::transform(decoded.begin(), decoded.end(), row.begin(), float_to_half);
+    } else {
+      std::fill(row.begin(), row.end(), 0);  // never written
+    }
+    uint16_t* to = task.rows + stream * n_cells * row_size + in_stream * (task.transposed ? 1 : row_size);
+    for (size_t k = 0; k < row_size; k++) to[task.transposed ? k * n_cells : k] = row[k];
+  }
+}
+
+// Whether the batch that was written is the one that attends now.
+static bool is_of_batch(const CacheLayer& cache, const BatchSight& sight) {
+  return int64_t(cache.window().batch().size()) == sight.n_tokens * sight.n_streams;
+}
+
+// Lets cells leave that the batch before made too many.
+void CpuCache::settle(CacheLayer& cache, const BatchSight& sight) {
+  if (!is_of_batch(cache, sight)) return;
+  const int64_t per_stream = cache.keys().shape().cells_per_stream;
+  cache.settle([&](int row, int64_t cell) { return sight.sees(row, cell, per_stream); });
+}
+
+void CpuCache::begin_commit(CacheLayer& cache, const BatchSight& sight, const BatchQueries& queries) {
+  const bool matches = is_of_batch(cache, sight);
+  const int64_t per_stream = cache.keys().shape().cells_per_stream;
+  cache.begin_commit([&](int row, int64_t cell) { return !matches || sight.sees(row, cell, per_stream); },
+                     matches ? queries : BatchQueries{});
+}
+
+void CpuCache::end_batch(CacheLayer& cache, const Team& team) {
+  team.wait();  // cells that leave the window are coded into blocks that other threads are still reading
+  cache.code_leaving(team.thread(), team.size());
+  if (team.is_last()) cache.end_commit();
 }
 
 void CpuCache::read_cells(int layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) {

@@ -22,6 +22,8 @@ public:
   void add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) override;
   void write(const Lane& lane, const WriteTask& task) override;
   bool attend(const Lane& lane, const AttendTask& task, DenseAttention* dense) override;
+  std::string refusal(const ReadTask&) const override { return {}; }
+  void read(const Lane& lane, const ReadTask& task) override;
   void read_cells(int layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) override;
   RefusedRows write_cells(int layer, Kind kind, std::span<const int64_t> cells, const uint8_t* rows) override;
   KeyRows read_keys(int layer, std::span<const int64_t> cells, std::span<const int32_t> shifts) override;
@@ -34,11 +36,17 @@ private:
   struct Layer {
     std::unique_ptr<CacheLayer> cache;
     Retrieval retrieval;
-    std::vector<int64_t> cells[2];  // by Kind: the cells that the current write writes to
+    std::vector<int64_t> cells[2];       // by Kind: the cells that the current write writes to
+    std::vector<const uint16_t*> exact;  // of the current read: by stream and cell, the exact row or null
   };
   CacheLayer& cache_of(int layer) { return *layers_.at(layer).cache; }
   void begin_write(Layer& layer, const WriteTask& task);
   void begin_attend(Layer& layer, const AttendTask& task, int n_threads);
+  static void settle(CacheLayer& cache, const BatchSight& sight);
+  static void begin_commit(CacheLayer& cache, const BatchSight& sight, const BatchQueries& queries);
+  static void end_batch(CacheLayer& cache, const Team& team);
+  static void begin_read(Layer& layer, const ReadTask& task);
+  static void read_rows(const Layer& layer, const ReadTask& task, int thread, int n_threads);
   static void write_rows(Layer& layer, const WriteTask& task, int thread, int n_threads);
 
   Settings settings_;

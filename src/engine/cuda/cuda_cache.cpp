@@ -58,6 +58,7 @@ void CudaCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint
 }
 
 std::string CudaCache::refusal(const WriteTask& task) const {
+  if (task.stream_places > 0) return kReadsNoRows;
   if (!task.is_f16 && task.is_i64) return {};
   return "new keys and values must be f32 and their cells 64-bit numbers on a CUDA device";
 }
