@@ -15,6 +15,7 @@
 
 #include "commands.h"
 #include "context_options.h"
+#include "devices.h"
 #include "engine/settings.h"
 #include "eval/cache.h"
 #include "layout.h"
@@ -25,7 +26,9 @@ namespace thimble {
 namespace {
 
 struct Options {
-  std::string model, profile, json;
+  std::string model, profile, json, device = "THIMBLE0";
+  MeasuredDevices devices;
+  llama_split_mode split = LLAMA_SPLIT_MODE_LAYER;  // of a model over several devices
   int window = Settings().window.last, pool = Settings().window.pool, small_cells = Settings().small_cells;
   ContextShape context;
   std::vector<int> depths = {0, 4096, 8000};
@@ -101,21 +104,6 @@ void read_log(ggml_log_level level, const char* text, void*) {
   if (level == GGML_LOG_LEVEL_ERROR) std::fputs(text, stderr);
 }
 
-// The device that THIMBLE0 wraps: the one with the same hardware. Plain caches are measured on it.
-std::string wrapped_device() {
-  const auto hardware = [](ggml_backend_dev_t device) {
-    ggml_backend_dev_props props;
-    ggml_backend_dev_get_props(device, &props);
-    return std::string(props.device_id ? props.device_id : "");
-  };
-  ggml_backend_dev_t ours = ggml_backend_dev_by_name("THIMBLE0");
-  for (size_t i = 0; ours && !hardware(ours).empty() && i < ggml_backend_dev_count(); i++) {
-    ggml_backend_dev_t device = ggml_backend_dev_get(i);
-    if (device != ours && hardware(device) == hardware(ours)) return ggml_backend_dev_name(device);
-  }
-  return "CPU";
-}
-
 // The number of cells and the bytes of each layer's cache.
 std::vector<std::pair<int64_t, double>> layer_bytes(const Options& options, const EvalCache& cache,
                                                     const CacheLayout& layout) {
@@ -141,7 +129,8 @@ Cache make_cache(const Options& options, const EvalCache& kind, const CacheLayou
   llama_context_params params = context_params(options.context, options.n_threads);
   params.type_k = params.type_v = kind.type;
   if (kind.coded) setenv("THIMBLE_KV", options.settings(kind).c_str(), 1);
-  cache.model = load_model(options.model, kind.coded ? "THIMBLE0" : wrapped_device());
+  cache.model = load_model(options.model, kind.coded ? options.devices.coded : options.devices.plain, /*repack=*/true,
+                           options.split);
   logged_bytes = 0;
   cache.context = make_context(cache.model.get(), params);
   cache.bytes = logged_bytes;
@@ -150,8 +139,9 @@ Cache make_cache(const Options& options, const EvalCache& kind, const CacheLayou
 }
 
 void run(Options options) {
-  start_llama();
+  options.devices = start_llama_on(options.device);
   load_plugin();
+  options.context.device = options.devices.host;
   llama_log_set(read_log, nullptr);
   const int deepest = *std::max_element(options.depths.begin(), options.depths.end());
   const int n_cells = deepest + std::max(options.n_decode, options.n_prompt);
@@ -178,7 +168,7 @@ void run(Options options) {
     for (Cache& cache : caches) {
       if (depth == cache.depth) continue;
       const auto start = Clock::now();
-      decode_tokens(cache.context.get(), &tokens[cache.depth], depth - cache.depth, cache.depth, false);
+      decode_tokens(cache.context.get(), &tokens[cache.depth], depth - cache.depth, cache.depth, /*n_logits=*/0);
       llama_synchronize(cache.context.get());
       std::printf("%6d %-6s filled from %d at %.1f tokens/s\n", depth, cache.name.c_str(), cache.depth,
                   (depth - cache.depth) / seconds_since(start));
@@ -189,13 +179,13 @@ void run(Options options) {
         const auto rewind = [&] { llama_memory_seq_rm(llama_get_memory(cache.context.get()), 0, depth, -1); };
         auto start = Clock::now();
         for (int i = 0; i < options.n_decode; i++) {
-          decode_tokens(cache.context.get(), &tokens[depth + i], 1, depth + i, true);
+          decode_tokens(cache.context.get(), &tokens[depth + i], 1, depth + i, /*n_logits=*/1);
           llama_synchronize(cache.context.get());
         }
         const double decoding = seconds_since(start);
         rewind();
         start = Clock::now();
-        decode_tokens(cache.context.get(), &tokens[depth], options.n_prompt, depth, true);
+        decode_tokens(cache.context.get(), &tokens[depth], options.n_prompt, depth, /*n_logits=*/1);
         llama_synchronize(cache.context.get());
         const double reading = seconds_since(start);
         rewind();
@@ -245,6 +235,7 @@ void run(Options options) {
                     {"rounds", options.rounds},
                     {"memory_bytes_per_s", bandwidth},
                     {"device", ggml_backend_dev_description(ggml_backend_dev_by_name("THIMBLE0"))},
+                    {"devices", options.devices.plain},
                     {"rows", rows}};
   std::ofstream(options.json) << out.dump(1) << "\n";
 }
@@ -264,6 +255,12 @@ void add_bench_command(CLI::App& app) {
                       "Calibration of the model (default: <model>.thimble.gguf beside it)");
   add_exact_options(*command, options.window, options.pool, options.small_cells);
   add_context_options(*command, options.context);
+  add_device_option(*command, options.device);
+  command
+      ->add_option("--split-mode", options.split,
+                   "How several devices share a model: layer, or tensor (llama.cpp's Meta device)")
+      ->transform(CLI::CheckedTransformer(std::map<std::string, llama_split_mode>{
+          {"layer", LLAMA_SPLIT_MODE_LAYER}, {"tensor", LLAMA_SPLIT_MODE_TENSOR}}));
   command->add_option("--decode", options.n_decode, "Tokens to decode in a round")->capture_default_str();
   command->add_option("--prompt", options.n_prompt, "Tokens to read in a round")->capture_default_str();
   command->add_option("--rounds", options.rounds)->capture_default_str();

@@ -147,7 +147,7 @@ void run(Options options) {
       for (int at = begin; at < end; at += int(params.n_ubatch)) {
         const int n = std::min(int(params.n_ubatch), end - at);
         reader.begin(at - begin, at + n == end, n, int(kind));
-        decode_tokens(context.get(), &tokens[at], n, at - begin, true);
+        decode_tokens(context.get(), &tokens[at], n, at - begin, /*n_logits=*/1);
         watch.check();
         n_read += size_t(n);
         reading.update(double(n_read) / double(n_tokens));

@@ -21,6 +21,15 @@ inline void add_context_options(CLI::App& command, ContextShape& shape) {
       ->capture_default_str();
 }
 
+/// Adds --device (devices.h).
+inline void add_device_option(CLI::App& command, std::string& names) {
+  command
+      .add_option("--device", names,
+                  "ggml's devices to measure on (CPU, CUDA0, CUDA0,CUDA1), with coded caches on the plugin's devices "
+                  "around them; or the plugin's (THIMBLE0)")
+      ->capture_default_str();
+}
+
 /// Adds --window, --pool and --small, the keys of THIMBLE_KV that say which cells stay exact.
 inline void add_exact_options(CLI::App& command, int& window, int& pool, int& small_cells) {
   command.add_option("--last,--window", window, "Exact cells at the end")->capture_default_str();

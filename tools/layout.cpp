@@ -4,9 +4,8 @@
 #include <cstdio>
 #include <stdexcept>
 
-#include "engine/cpu/cpu_engine.h"
-#include "model.h"
 #include "calibrate/model_file.h"
+#include "model.h"
 
 namespace thimble {
 namespace {
@@ -84,6 +83,7 @@ CacheLayout read_layout(const std::string& path, const ContextShape& shape) {
   layout.shape.architecture = file.architecture();
   layout.layers.resize(file.n_layers());
   layout.n_streams = shape.unified ? 1 : shape.n_sequences;
+  layout.device = shape.device;
   layout.context_length = file.context_length();
   llama_model_params params = llama_model_default_params();
   ggml_backend_dev_t none = nullptr;
@@ -110,7 +110,8 @@ CacheLayout read_layout(const std::string& path, const ContextShape& shape) {
 }
 
 std::vector<LayerPlan> plan_layers(const Settings& settings, const CacheLayout& layout) {
-  const std::unique_ptr<Engine> engine = make_cpu_engine({"CPU", ""});
+  const std::unique_ptr<Engine> engine = make_engine(layout.device);
+  if (!engine) throw std::runtime_error("this build of Thimble has no engine for " + layout.device.backend);
   const CachePlanner planner(*engine, settings);
   std::vector<LayerPlan> plans;
   for (size_t i = 0; i < layout.layers.size(); i++) {

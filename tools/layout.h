@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/engine.h"
 #include "engine/layer_plan.h"
 #include "profile/profile.h"
 
@@ -20,6 +21,7 @@ struct ContextShape {
   int n_sequences = 4;  // -np
   bool unified = true;  // -kvu: all sequences in one stream of n_cells; else a stream of n_cells each
   int n_batch = 2048, n_ubatch = 512;
+  HostDevice device = {"CPU", ""};  // that the caches are on; of several the first
 };
 
 /// The parameters of such a context, with flash attention. `n_cells` is rounded up as llama.cpp pads it.
@@ -34,6 +36,7 @@ struct CacheLayout {
   };
   std::vector<Layer> layers;  // in the order of shape.layers
   int n_streams = 1;
+  HostDevice device = {"CPU", ""};
   int context_length = 0;  // that the model was trained for; 0 where its file does not say
 
   int64_t cells(int layer) const { return layers[layer].cells_per_stream * n_streams; }
@@ -45,7 +48,8 @@ struct CacheLayout {
 /// where the file is no model or llama.cpp cannot make such a context of it.
 CacheLayout read_layout(const std::string& model, const ContextShape& shape);
 
-/// The plans of all layers that have a cache, as the plugin makes them on the CPU. Throws as CachePlanner does.
+/// The plans of all layers that have a cache, as the plugin makes them on the layout's device. Throws as CachePlanner
+/// does.
 std::vector<LayerPlan> plan_layers(const Settings& settings, const CacheLayout& layout);
 PlanTotals plan_totals(const Settings& settings, const CacheLayout& layout);
 

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <fstream>
 #include <iterator>
+#include <sstream>
 #include <stdexcept>
 
 #include "paths.h"
@@ -31,18 +32,29 @@ void load_plugin() {
   }
 }
 
-ModelPtr load_model(const std::string& path, const std::string& device, bool repack) {
+std::vector<std::string> device_names(const std::string& names) {
+  std::vector<std::string> list;
+  std::istringstream each(names);
+  for (std::string name; std::getline(each, name, ',');) list.push_back(name);
+  return list;
+}
+
+ModelPtr load_model(const std::string& path, const std::string& devices, bool repack, llama_split_mode split) {
   llama_model_params params = llama_model_default_params();
   params.use_extra_bufts = repack;
-  ggml_backend_dev_t devices[2] = {nullptr, nullptr};
-  if (device == "CPU") {
+  std::vector<ggml_backend_dev_t> chosen;
+  if (devices == "CPU") {
     params.n_gpu_layers = 0;
   } else {
-    devices[0] = ggml_backend_dev_by_name(device.c_str());
-    if (!devices[0]) throw std::runtime_error("no device " + device + " here: is its backend loaded?");
+    for (const std::string& name : device_names(devices)) {
+      chosen.push_back(ggml_backend_dev_by_name(name.c_str()));
+      if (!chosen.back()) throw std::runtime_error("no device " + name + " here: is its backend loaded?");
+    }
     params.n_gpu_layers = 999;
+    params.split_mode = split;
   }
-  params.devices = devices;
+  chosen.push_back(nullptr);
+  params.devices = chosen.data();
   ModelPtr model(llama_model_load_from_file(path.c_str(), params));
   if (!model)
     throw std::runtime_error("cannot load the model " + path + ": check the path and that it is a GGUF model");
@@ -93,7 +105,7 @@ std::string piece(const llama_model* model, llama_token token) {
   return text;
 }
 
-void decode_tokens(llama_context* context, const llama_token* tokens, int n, int first, bool logits_of_last) {
+void decode_tokens(llama_context* context, const llama_token* tokens, int n, int first, int n_logits) {
   const int n_batch = int(llama_n_batch(context));
   llama_batch batch = llama_batch_init(n_batch, 0, 1);
   const std::unique_ptr<llama_batch, void (*)(llama_batch*)> owner(&batch,
@@ -105,7 +117,7 @@ void decode_tokens(llama_context* context, const llama_token* tokens, int n, int
       batch.pos[i] = first + at + i;
       batch.n_seq_id[i] = 1;
       batch.seq_id[i][0] = 0;
-      batch.logits[i] = logits_of_last && at + i == n - 1;
+      batch.logits[i] = at + i >= n - n_logits;
     }
     if (const int status = llama_decode(context, batch)) {
       throw std::runtime_error("the model failed to run (llama_decode returned " + std::to_string(status) + ")");

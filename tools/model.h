@@ -26,10 +26,15 @@ void start_llama();
 /// std::runtime_error where it does not load.
 void load_plugin();
 
-/// Loads a model. `device` is ggml's name ("THIMBLE0", "CUDA0"); "CPU" keeps the model off every other device.
-/// `repack`: lays weights out for this CPU, as llama.cpp's programs do by default; without it, results do not depend on
-/// that layout. Throws std::runtime_error where the file or the device is missing.
-ModelPtr load_model(const std::string& path, const std::string& device, bool repack = true);
+/// Each of names that are separated by commas.
+std::vector<std::string> device_names(const std::string& names);
+
+/// Loads a model. `devices` has ggml's names ("THIMBLE0", "CUDA0,CUDA1"), between which `split` divides the model;
+/// "CPU" keeps it off every other device. `repack`: lays weights out for this CPU, as llama.cpp's programs do by
+/// default; without it, results do not depend on that layout. Throws std::runtime_error where the file or a device is
+/// missing.
+ModelPtr load_model(const std::string& path, const std::string& devices, bool repack = true,
+                    llama_split_mode split = LLAMA_SPLIT_MODE_LAYER);
 
 /// Loads a model's vocabulary alone, for `tokenize`: quick, whatever the model's size.
 ModelPtr load_vocabulary(const std::string& path);
@@ -46,8 +51,8 @@ std::vector<llama_token> tokenize(const llama_model* model, const std::string& t
 std::string piece(const llama_model* model, llama_token token);
 
 /// Runs `n` tokens of sequence 0 at positions from `first` on, in batches of n_batch; computes the logits of the last
-/// one if asked to. Throws std::runtime_error where libllama fails.
-void decode_tokens(llama_context* context, const llama_token* tokens, int n, int first, bool logits_of_last);
+/// `n_logits` of them. Throws std::runtime_error where libllama fails.
+void decode_tokens(llama_context* context, const llama_token* tokens, int n, int first, int n_logits);
 
 /// A progress line that rewrites itself on a terminal; elsewhere only its end is printed, with the seconds it took.
 class ProgressBar {

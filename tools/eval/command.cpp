@@ -19,7 +19,7 @@ namespace {
 
 struct Options {
   SessionOptions session;
-  std::string task = "text", file, json;
+  std::string device = "CPU", task = "text", file, json;
   int n_decode = 0;  // 0: the task's own
   TextTask text;
   NeedleTask needle;
@@ -78,6 +78,7 @@ json describe(const Options& options, const std::string& task) {
           {"first", session.reference ? session.first : 0},
           {"small", session.small_cells},
           {"threads", session.n_threads},
+          {"device", session.devices.plain},
           {"by", session.reference ? "reference" : "plugin"},
           {"policy", session.policy},
           {"profile", describe(session.ours)},
@@ -98,6 +99,7 @@ json run_text(Options& options, const std::vector<EvalCache>& caches) {
   options.text.run.context = options.session.context.n_cells;
   options.text.run.n_decode = decoded_tokens(options, options.text.run.n_decode);
   return {{"decode", options.text.run.n_decode},
+          {"batch", options.text.run.n_batch},
           {"chunks", options.text.run.n_chunks},
           {"rows", measure_text(options.text, options.session, caches)}};
 }
@@ -149,7 +151,8 @@ json run_task(Options& options, const std::vector<EvalCache>& caches, const std:
 }
 
 void run(Options options) {
-  start_llama();
+  options.session.devices = start_llama_on(options.device);
+  options.session.context.device = options.session.devices.host;
   if (options.session.reference) {
     std::fprintf(
         stderr,
@@ -220,15 +223,20 @@ void add_eval_command(CLI::App& app) {
       ->check(CLI::IsMember({"all", "auto"}))
       ->capture_default_str();
   command->add_flag("--reference", session.reference, "Emulate coded caches inside f16 ones, without the plugin");
-  command->add_option("--device", session.device, "Device of the caches that are llama.cpp's own")
-      ->capture_default_str();
+  add_device_option(*command, options->device);
   command->add_option("-t,--threads", session.n_threads)->capture_default_str();
   command->add_option("--json", options->json, "Write the rows here");
 
   command
-      ->add_option("--decode", options->n_decode,
-                   "text, generate: tokens to decode one by one (default: text 512, generate 2048, at most half of the context)")
+      ->add_option(
+          "--decode", options->n_decode,
+          "text, generate: tokens to decode one by one (default: text 512, generate 2048, at most half of the context)")
       ->check(CLI::Range(1, 1 << 30));
+  command
+      ->add_option("--batch", options->text.run.n_batch,
+                   "text: tokens to decode at once (8: as with a draft model; 512: as prompts are read)")
+      ->check(CLI::Range(1, ContextShape().n_batch))
+      ->capture_default_str();
   command->add_option("--chunks", options->text.run.n_chunks, "text: stretches of text to measure")
       ->capture_default_str();
   command->add_option("--exact-run", options->text.exact_run,

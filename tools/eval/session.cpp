@@ -59,7 +59,7 @@ Session::Session(const SessionOptions& options, const EvalCache& cache, const Ca
   const bool plugin = cache.coded && !emulated;
   // The plugin reads its settings when a context's cache is allocated.
   if (plugin) setenv("THIMBLE_KV", options.settings(cache).c_str(), 1);
-  model_ = load_model(options.model, plugin ? "THIMBLE0" : emulated ? "CPU" : options.device);
+  model_ = load_model(options.model, plugin ? options.devices.coded : emulated ? "CPU" : options.devices.plain);
   llama_context_params params = context_params(options.context, options.n_threads);
   params.type_k = params.type_v = cache.type;
   if (emulated) {
@@ -119,11 +119,24 @@ std::vector<float> Session::decode(const llama_token* tokens, int n, int first,
   const int n_batch = int(llama_n_batch(context_.get()));
   for (int at = 0; at < n; at += n_batch) {
     const int n_here = std::min(n_batch, n - at);
-    decode_tokens(context_.get(), tokens + at, n_here, first + at, at + n_here == n);
+    decode_tokens(context_.get(), tokens + at, n_here, first + at, at + n_here == n ? 1 : 0);
     if (progress) progress(at + n_here);
   }
   if (emulated_) emulated_->check();
-  const float* logits = llama_get_logits_ith(context_.get(), -1);
+  return log_probs(-1);
+}
+
+std::vector<std::vector<float>> Session::decode_each(const llama_token* tokens, int n, int first) {
+  decode_tokens(context_.get(), tokens, n, first, n);
+  if (emulated_) emulated_->check();
+  std::vector<std::vector<float>> rows;
+  for (int i = 0; i < n; i++) rows.push_back(log_probs(i));
+  return rows;
+}
+
+// Of the token behind the i-th of the last batch, or behind the last where it is -1.
+std::vector<float> Session::log_probs(int row) const {
+  const float* logits = llama_get_logits_ith(context_.get(), row);
   std::vector<float> out(logits, logits + llama_vocab_n_tokens(llama_model_get_vocab(model_.get())));
   const float greatest = *std::max_element(out.begin(), out.end());
   double sum = 0;

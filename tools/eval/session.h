@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "devices.h"
 #include "eval/answer_score.h"
 #include "eval/cache.h"
 #include "eval/emulated_cache.h"
@@ -24,7 +25,8 @@ struct CalibratedProfile {
 };
 
 struct SessionOptions {
-  std::string model, device = "CPU";
+  std::string model;
+  MeasuredDevices devices;
   CalibratedProfile ours, vecinfer;
   int first = 8;                             // first cells that emulated caches keep exact; they have no pool
   int last = Settings().window.last;         // window= of THIMBLE_KV
@@ -59,6 +61,9 @@ public:
   /// `progress` is called with the number of tokens that were run.
   std::vector<float> decode(const llama_token* tokens, int n, int first,
                             const std::function<void(int)>& progress = nullptr);
+  /// Runs tokens at positions from `first` on in one batch, which has at most n_batch of them; returns the
+  /// log-probabilities, [n][vocabulary], of the token behind each.
+  std::vector<std::vector<float>> decode_each(const llama_token* tokens, int n, int first);
 
   /// Clears the cache and reads a text; `progress` is called with the share that was read. Returns its tokens.
   int read(const std::string& text, const std::function<void(double)>& progress = nullptr);
@@ -74,6 +79,8 @@ public:
   llama_model* model() const { return model_.get(); }
 
 private:
+  std::vector<float> log_probs(int row) const;
+
   ModelPtr model_;
   std::unique_ptr<EmulatedCache> emulated_;
   ContextPtr context_;

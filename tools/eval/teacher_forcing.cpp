@@ -1,5 +1,6 @@
 #include "eval/teacher_forcing.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 
@@ -40,12 +41,13 @@ double decode_chunks(const ForcedRun& run, Session& session, const std::vector<i
     session.decode(text, n_prefill, 0, [&](int n) { reading.update(double(n) / n_prefill); });
     reading.finish();
     ProgressBar decoding(of + ", decoding");
-    for (int i = 0; i < run.n_decode; i++) {
+    for (int i = 0; i < run.n_decode; i += run.n_batch) {
+      const int n = std::min(run.n_batch, run.n_decode - i);
       const auto start = std::chrono::steady_clock::now();
-      std::vector<float> log_p = session.decode(text + n_prefill + i, 1, n_prefill + i);
+      std::vector<std::vector<float>> log_p = session.decode_each(text + n_prefill + i, n, n_prefill + i);
       seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      decoded(size_t(chunk) * run.n_decode + i, std::move(log_p));
-      decoding.update(double(i + 1) / run.n_decode);
+      for (int j = 0; j < n; j++) decoded(size_t(chunk) * run.n_decode + i + j, std::move(log_p[j]));
+      decoding.update(double(i + n) / run.n_decode);
     }
     decoding.finish();
   }

@@ -12,9 +12,9 @@
 
 namespace thimble {
 
-/// Which tokens are decoded: the last `n_decode` of each of `n_chunks` chunks of `context` tokens.
+/// Which tokens are decoded: the last `n_decode` of each of `n_chunks` chunks of `context` tokens, `n_batch` at once.
 struct ForcedRun {
-  int context = 8192, n_decode = 512, n_chunks = 1;
+  int context = 8192, n_decode = 512, n_chunks = 1, n_batch = 1;
 };
 
 /// Called with each decode step's index and its log-probabilities, [vocabulary].
