@@ -18,11 +18,18 @@
 #               <server_cases.py>, of THIMBLE_MODEL, at 4 and 2 bits, with THIMBLE_PROFILE=<GGUF> and without a profile; THIMBLE_CASE
 #               names the latter (default: two_chats many_chats bad_slot). f16 is CUDA0's. With quantized weights llama.cpp's own
 #               rounding hides what 4 bits do: take f32 ones (tests/support/dequantize_model.cpp)
-# The last five run programs from THIMBLE_BUILD, a build directory whose bin has thimble, the plugin for CUDA, llama.cpp's
+#   eval        only when named: KL divergence of 4, 2, 1 and 2+64 on CUDA0 beside the CPU's, of THIMBLE_MODEL on THIMBLE_TEXT
+#               (default: the GPL), with THIMBLE_PROFILE=<GGUF> (calibrated with --even) and without (gpu_eval.py)
+#   archs       only when named: random models of every architecture, f16's logits and 4 bits', and the Meta device
+#               (tests/plugin/llama_archs.py). THIMBLE_ARCHS=<regular expression> takes some of them
+#   moe         only when named: a decoded token and prompts of a mixture of experts, f16 and 2 bits, at depths 0 and 65536
+# Parts from end_to_end on run programs from THIMBLE_BUILD, a build directory whose bin has thimble, the plugin for CUDA, llama.cpp's
 # programs and its ggml-cuda. Without it they are built in build-cuda while the kernels are measured, from the source of
 # llama.cpp at THIMBLE_LLAMA_CPP or where scripts/fetch-llama-cpp has left it. A first build takes half of the ten minutes,
-# so the first call may end before the last parts; the next call runs them all. The random model (16 GB) stays in the
-# output folder; THIMBLE_RANDOM=<GGUF> names one that is there.
+# so the first call may end before the last parts; the next call runs them all. The random models (16 and 11 GB) stay in the
+# output folder; THIMBLE_RANDOM=<GGUF> and THIMBLE_MOE=<GGUF> name those that are there.
+#
+# THIMBLE_DEVICE=<name of ggml's> takes the place of CUDA0 in eval and archs.
 #
 # Each part's output is in <output folder>/<part>.txt. A part that fails, or is ended after its own time or THIMBLE_SECONDS
 # (590) in all, does not stop the others: the table and the exit status show it.
@@ -30,14 +37,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/gpu}
 all=(check attention step limiters hf end_to_end retrieval prefill quality)
+named=(server eval archs moe)
 parts=("${@:2}")
 [ ${#parts[@]} -eq 0 ] && parts=("${all[@]}")
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-for part in status "${all[@]}" server; do rm -f "$out/$part.txt"; done  # the table is of one run
+for part in status "${all[@]}" "${named[@]}"; do rm -f "$out/$part.txt"; done  # the table is of one run
 export PYTHONUNBUFFERED=1
 bin=${THIMBLE_BUILD:-build-cuda}/bin
 model=${THIMBLE_RANDOM:-$out/llama-8b-random.gguf}
+moe=${THIMBLE_MOE:-$out/moe-random.gguf}
+device=${THIMBLE_DEVICE:-CUDA0}
 not_run=77
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee "$out/card.txt"
@@ -114,9 +124,11 @@ programs() { # in the background: thimble, the plugin and llama.cpp
   source=${THIMBLE_LLAMA_CPP:-$(scripts/fetch-llama-cpp)} &&
     api=$(sed -n 's/^#define GGML_BACKEND_API_VERSION //p' "$source/ggml/src/ggml-backend-impl.h") &&
     cmake -S . -B build-cuda -DTHIMBLE_CUDA=ON -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DTHIMBLE_TESTS=OFF \
-      -DTHIMBLE_APIS="$api" -DCMAKE_CUDA_ARCHITECTURES="$capability" -DTHIMBLE_LLAMA_CPP="$source" &&
+      -DLLAMA_BUILD_TESTS="$(wants archs && echo ON || echo OFF)" -DTHIMBLE_APIS="$api" -DCMAKE_CUDA_ARCHITECTURES="$capability" -DTHIMBLE_LLAMA_CPP="$source" &&
     within 590 nice cmake --build build-cuda -j "$(nproc)" --target thimble ggml-thimble llama-perplexity \
-      $(! wants server || echo llama-server)
+      $(! wants server || echo llama-server) $(! wants archs || echo test-llama-archs) &&
+    { ! wants archs || c++ -std=c++20 -shared -fPIC -I"$source/ggml/include" tests/support/preload_backends.cpp \
+      -o build-cuda/bin/libpreload_backends.so; }
 }
 
 has() { # program...: says what is missing, if anything is
@@ -129,21 +141,36 @@ has() { # program...: says what is missing, if anything is
   done
 }
 
-bench() { # seconds, arguments
+bench() { # seconds, model, arguments
   has thimble
-  within "$1" "$bin/thimble" bench -m "$model" --rounds 3 --ubatch 2048 "${@:2}"
+  within "$1" "$bin/thimble" bench -m "$2" --rounds 3 --ubatch 2048 "${@:3}"
 }
 
-end_to_end() { bench 280 --depths 0,131072,196608 --kv f16,2 --decode 64 --prompt 2048; }
+end_to_end() { bench 280 "$model" --depths 0,131072,196608 --kv f16,2 --decode 64 --prompt 2048; }
 
 retrieval() {
   nvidia-smi -i 0 --query-gpu=memory.used --format=csv,noheader,nounits -lms 500 > "$out/memory.txt" 2>&1 &
   trap "kill $!" EXIT
-  bench 150 --depths 131072 --kv 2+64 --decode 64 --prompt 2048
+  bench 150 "$model" --depths 131072 --kv 2+64 --decode 64 --prompt 2048
   echo "GPU memory: $(grep -x '[0-9]*' "$out/memory.txt" | sort -n | tail -1) MiB at most"
 }
 
-prefill() { bench 90 --depths 0 --kv f16,2 --decode 1 --prompt 32768; }
+prefill() { bench 90 "$model" --depths 0 --kv f16,2 --decode 1 --prompt 32768; }
+
+moe() { bench 280 "$moe" --depths 0,65536 --kv f16,2 --decode 128 --prompt 2048; }
+
+eval_on_device() { # of a part's name, as eval is a word of the shell's
+  [ -n "${THIMBLE_MODEL:-}" ] || { echo "THIMBLE_MODEL says which small model to measure."; exit $not_run; }
+  has thimble
+  within 400 python3 bench/gpu_eval.py "$bin/thimble" --model "$THIMBLE_MODEL" --text "${THIMBLE_TEXT:-examples/gpl-3.0.txt}" \
+    --profile "${THIMBLE_PROFILE:-}" --device "$device" --jobs 4 --threads $(($(nproc) / 4 > 1 ? $(nproc) / 4 : 1)) --out "$out/eval"
+}
+
+archs() {
+  has test-llama-archs libpreload_backends.so
+  within 560 python3 tests/plugin/llama_archs.py "$bin" --device "$device" --coded bits=4,small=0,window=16,pool=4 \
+    --only "${THIMBLE_ARCHS:-}" --jobs $(($(nproc) / 2 > 1 ? $(nproc) / 2 : 1)) --table "$out/archs.md"
+}
 
 quality() {
   [ -n "${THIMBLE_MODEL:-}" ] && [ -n "${THIMBLE_TEXT:-}" ] ||
@@ -206,11 +233,11 @@ END
 }
 
 failed=0
-run() { # part
+run() { # part, its function where that has another name
   echo "== $1"
   local start=$SECONDS status
   set +e
-  (set -e; "$1") 2>&1 | tee "$out/$1.txt"
+  (set -e; "${2:-$1}") 2>&1 | tee "$out/$1.txt"
   status=${PIPESTATUS[0]}
   set -e
   echo "$1 $status $((SECONDS - start))" >> "$out/status.txt"
@@ -222,15 +249,20 @@ if wants 'end_to_end|retrieval|prefill'; then
   [ -f "$model" ] || { python3 bench/random_gguf.py "$model" & jobs+=($!); }
 fi
 if wants 'check|attention|step|limiters'; then run kernels; fi
-if [ -z "${THIMBLE_BUILD:-}" ] && wants 'end_to_end|retrieval|prefill|quality|server'; then
+if wants moe; then
+  shape=(--layers 16 --hidden 2048 --heads 32 --kv-heads 4 --ffn 768 --experts 64)
+  [ -f "$moe" ] || { python3 bench/random_gguf.py "$moe" "${shape[@]}" & jobs+=($!); }
+fi
+programs='end_to_end|retrieval|prefill|quality|server|eval|archs|moe'
+if [ -z "${THIMBLE_BUILD:-}" ] && wants "$programs"; then
   programs > "$out/programs.txt" 2>&1 & jobs+=($!)
 fi
 for part in "${parts[@]}"; do
-  if [[ $part =~ ^(hf|end_to_end|retrieval|prefill|quality|server)$ ]]; then  # the host's time counts in all of these
+  if [[ $part =~ ^(hf|$programs)$ ]]; then  # the host's time counts in all of these
     for job in "${jobs[@]}"; do wait "$job" || true; done  # what is missing then, the part says
     jobs=()
   fi
-  run "$part"
+  if [ "$part" = eval ]; then run eval eval_on_device; else run "$part"; fi
 done
 echo
 python3 bench/gpu_table.py "$out" | tee "$out/table.txt"

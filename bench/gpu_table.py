@@ -108,6 +108,9 @@ def rows(run):
     yield 'GPU memory of that', '-', figure(gib, 'GiB', 1), '-', judge(None if isinstance(gib, str) else gib[0], '< 24 GiB')
     yield compare('prompt of 32768, 2 bits', 'llama.cpp f16', run.bench('prefill', 0, 'f16', 'prompt'),
                   run.bench('prefill', 0, '2', 'prompt'), 'tokens/s', times_as_much, '>= 0.9x', 0)
+    for depth, bound in ((0, '>= 0.98x'), (65536, '>= 1.25x')):
+        yield compare(f'a token of a mixture of experts at {depth}, 2 bits', 'llama.cpp f16', token(depth, 'f16', 'moe'),
+                      token(depth, '2', 'moe'), 'ms', faster, bound)
     for batch in (512, 8):
         peer, *ours = (run.find('quality', rf'^{kv}, batches of {batch}: PPL = (\S+)') for kv in ('f16', 4, 2))
         for bits, found in zip((4, 2), ours):

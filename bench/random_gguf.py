@@ -2,9 +2,12 @@
 """Writes a GGUF model of Llama's architecture with random f16 weights: speed and memory can be measured on it, not quality.
 
 usage: random_gguf.py <out.gguf> [--layers 32] [--hidden 4096] [--ffn 14336] [--heads 32] [--kv-heads 8]
-       [--vocab 128256] [--context 262144]
+       [--experts 0] [--experts-used 8] [--vocab 128256] [--context 262144]
 
 The defaults are Llama-3.1-8B's shape: 16 GB, which take as long as the disk does. It has no tokenizer.
+With --experts, each layer has so many feed-forward networks of --ffn numbers, --experts-used of them for each token. The
+mixture of experts that bench/gpu.sh measures, 11 GB:
+    --layers 16 --hidden 2048 --heads 32 --kv-heads 4 --ffn 768 --experts 64
 """
 import argparse
 import math
@@ -41,24 +44,32 @@ def metadata(a):
             entry('llama.rope.dimension_count', U32, a.hidden // a.heads),
             entry('llama.rope.freq_base', F32, 500000.0),
             entry('llama.vocab_size', U32, a.vocab),
+            *([entry('llama.expert_count', U32, a.experts),
+               entry('llama.expert_used_count', U32, a.experts_used)] if a.experts else []),
             entry('tokenizer.ggml.model', STRING, 'no_vocab')]
 
 
 def tensors(a):
-    """(name, columns, rows) of each; norms have no rows."""
+    """(name, shape) of each, as GGUF has it: columns first. Norms have one dimension."""
     kv = a.hidden // a.heads * a.kv_heads
-    yield 'token_embd.weight', a.hidden, a.vocab
-    yield 'output.weight', a.hidden, a.vocab
-    yield 'output_norm.weight', a.hidden, 0
+    yield 'token_embd.weight', (a.hidden, a.vocab)
+    yield 'output.weight', (a.hidden, a.vocab)
+    yield 'output_norm.weight', (a.hidden,)
+    each, suffix = ((a.experts,), '_exps') if a.experts else ((), '')
     for i in range(a.layers):
-        for name, columns, rows in (('attn_norm', a.hidden, 0), ('attn_q', a.hidden, a.hidden), ('attn_k', a.hidden, kv),
-                                    ('attn_v', a.hidden, kv), ('attn_output', a.hidden, a.hidden), ('ffn_norm', a.hidden, 0),
-                                    ('ffn_gate', a.hidden, a.ffn), ('ffn_up', a.hidden, a.ffn), ('ffn_down', a.ffn, a.hidden)):
-            yield f'blk.{i}.{name}.weight', columns, rows
+        yield f'blk.{i}.attn_norm.weight', (a.hidden,)
+        for name, columns, rows in (('attn_q', a.hidden, a.hidden), ('attn_k', a.hidden, kv), ('attn_v', a.hidden, kv),
+                                    ('attn_output', a.hidden, a.hidden)):
+            yield f'blk.{i}.{name}.weight', (columns, rows)
+        yield f'blk.{i}.ffn_norm.weight', (a.hidden,)
+        if a.experts:
+            yield f'blk.{i}.ffn_gate_inp.weight', (a.hidden, a.experts)
+        for name, columns, rows in (('ffn_gate', a.hidden, a.ffn), ('ffn_up', a.hidden, a.ffn), ('ffn_down', a.ffn, a.hidden)):
+            yield f'blk.{i}.{name}{suffix}.weight', (columns, rows, *each)
 
 
-def n_bytes(columns, rows):
-    return columns * rows * 2 if rows else columns * 4
+def n_bytes(shape):
+    return math.prod(shape) * (2 if len(shape) > 1 else 4)
 
 
 def padding(n):
@@ -69,11 +80,10 @@ def write(file, a):
     listed = list(tensors(a))
     header = [struct.pack('<4sIQQ', b'GGUF', 3, len(listed), len(metadata(a))), *metadata(a)]
     offset = 0
-    for name, columns, rows in listed:
-        shape = (columns, rows) if rows else (columns,)
+    for name, shape in listed:
         header.append(text(name) + struct.pack(f'<I{len(shape)}QIQ', len(shape), *shape,
-                                               F16_TENSOR if rows else F32_TENSOR, offset))
-        offset += n_bytes(columns, rows) + padding(n_bytes(columns, rows))
+                                               F16_TENSOR if len(shape) > 1 else F32_TENSOR, offset))
+        offset += n_bytes(shape) + padding(n_bytes(shape))
     header = b''.join(header)
     file.write(header + bytes(padding(len(header))))
 
@@ -81,15 +91,15 @@ def write(file, a):
     normal = [random.gauss(0, 1) for _ in range(POOL)]
     pools = {columns: memoryview(struct.pack(f'<{POOL}e', *(x / math.sqrt(columns) for x in normal)))
              for columns in {a.hidden, a.ffn}}
-    for _, columns, rows in listed:
-        left = n_bytes(columns, rows)
+    for _, shape in listed:
+        left = n_bytes(shape)
         end = bytes(padding(left))
-        if not rows:
-            file.write(struct.pack('<f', 1) * columns)
+        if len(shape) == 1:
+            file.write(struct.pack('<f', 1) * shape[0])
             left = 0
         start = 2 * random.randrange(POOL)
         while left:
-            piece = pools[columns][start:start + left]
+            piece = pools[shape[0]][start:start + left]
             file.write(piece)
             left -= len(piece)
             start = 0
@@ -100,7 +110,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('out')
     for name, value in (('layers', 32), ('hidden', 4096), ('ffn', 14336), ('heads', 32), ('kv-heads', 8),
-                        ('vocab', 128256), ('context', 262144)):
+                        ('experts', 0), ('experts-used', 8), ('vocab', 128256), ('context', 262144)):
         parser.add_argument('--' + name, type=int, default=value)
     args = parser.parse_args()
     # A file that is there is whole.

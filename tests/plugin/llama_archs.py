@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
-"""Runs llama.cpp's test-llama-archs (random models of every architecture) on the plain CPU, on THIMBLE0 and on the Meta
-device over THIMBLE0, each architecture in a process of its own, and fails where one passes on the CPU but neither passes
-on THIMBLE0 nor is refused with a sentence. With --table, writes the outcome as Markdown.
+"""Runs llama.cpp's test-llama-archs (random models of every architecture) on a plain device, on THIMBLE0 around it and on the
+Meta device over THIMBLE0, each architecture in a process of its own. Fails where one passes on the plain device but neither
+passes on THIMBLE0 nor is refused with a sentence, and the same of Meta. With --table, writes the outcome as Markdown.
 
-usage: llama_archs.py <bin directory> [--table table.md] [--kv bits=16,small=0]
+With --coded, runs THIMBLE0 a second time with these settings, around the device and around the CPU, and fails where the device's
+logits are more than twice as far from plain llama.cpp's on the CPU as coding and the plain device make them. The program's prompts
+have 128 tokens, so a window= of less leaves cells to be coded.
+
+usage: llama_archs.py <bin directory> [--device CPU] [--kv bits=16,small=0] [--coded bits=4,small=0,window=16,pool=4]
+       [--only REGEX] [--jobs 1] [--table table.md]
 """
 import argparse
 import collections
+import concurrent.futures
 import os
 import re
 import subprocess
@@ -14,21 +20,36 @@ import sys
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("bin")
-parser.add_argument("--table")
+parser.add_argument("--device", default="CPU")
 parser.add_argument("--kv", default="bits=16,small=0")
+parser.add_argument("--coded")
+parser.add_argument("--only", default="")
+parser.add_argument("--jobs", type=int, default=1)
+parser.add_argument("--table")
 args = parser.parse_args()
 
 program = os.path.join(args.bin, "test-llama-archs")
 for name in ("THIMBLE_KV", "GGML_BACKEND_PATH"):
     os.environ.pop(name, None)
-plain_env = dict(os.environ, LD_PRELOAD=os.path.join(args.bin, "libpreload_backends.so"))
-plugin_env = dict(plain_env, THIMBLE_KV=args.kv, GGML_BACKEND_PATH=os.path.join(args.bin, "libggml-thimble.so"))
+Row = collections.namedtuple("Row", "outcome nmse")
 
 
-def run(arch, env):
+def environment(device, kv=None):
+    """That in which the program sees one device: a plain one, or THIMBLE0 around it."""
+    env = dict(os.environ, LD_PRELOAD=os.path.join(args.bin, "libpreload_backends.so"),
+               THIMBLE_TEST_ONLY_DEVICE="THIMBLE0" if kv else device)
+    if kv:
+        env.update(THIMBLE_KV=f"{kv},device={device}", GGML_BACKEND_PATH=os.path.join(args.bin, "libggml-thimble.so"))
+    return env
+
+
+def run(arch, env, *more):
     """The program's output, without colours, its last sentence of a refusal, and its exit code."""
-    command = [program, "--seed", "1"] + (["-a", arch] if arch else [])
-    done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=600)
+    command = [program, "--seed", "1", *more] + (["-a", arch] if arch else [])
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=600)
+    except subprocess.TimeoutExpired:
+        return "", "", "timeout"
     refusal = [l for l in done.stderr.splitlines() if "failed to initialize the context" in l or " thimble: " in l]
     # A thread of its own writes llama.cpp's log, which the table is part of; libpreload_backends waits for it.
     if not refusal and done.returncode == 0 and "Summary:" not in done.stdout:
@@ -37,55 +58,82 @@ def run(arch, env):
     return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout), refusal, done.returncode
 
 
-def rows(arch, env):
-    """{(device, config): 'OK' | 'FAIL' | 'SKIP' | 'none'}, the last sentence of a refusal, and the exit code."""
-    out, refusal, code = run(arch, env)
+def rows(arch, env, *more):
+    """{(arch, device, config): Row}, the device being 'plain', 'thimble' or 'meta', and the outcome 'OK', 'FAIL', 'SKIP' or
+    'none'; the last sentence of a refusal, and the exit code."""
+    out, refusal, code = run(arch, env, *more)
     found = collections.OrderedDict()
     for line in out.splitlines():
         cells = [c.strip() for c in line.split("|")[1:]]
         if len(cells) < 4 or cells[0].startswith("-") or cells[0] == "Model arch.":
             continue
-        device = "meta" if cells[1] == "Meta" else "thimble" if cells[1].startswith("coded KV cache") else "cpu"
-        outcome = re.match(r"OK|FAIL|SKIP", cells[3])
+        outcome, nmse = re.match(r"OK|FAIL|SKIP", cells[3]), re.search(r"\((\S+e\S+)\)", cells[3])
         outcome = outcome.group() if outcome else "none"
         if outcome == "OK" and len(cells) > 4 and cells[4].startswith("FAIL"):
             outcome = "FAIL"
-        found[cells[0], device, cells[2]] = outcome
+        device = "meta" if cells[1] == "Meta" else "thimble" if cells[1].startswith("coded KV cache") else "plain"
+        found[cells[0], device, cells[2]] = Row(outcome, float(nmse.group(1)) if nmse else None)
     return found, refusal, code
 
 
-plain, _, _ = rows(None, plain_env)
-archs = list(collections.OrderedDict.fromkeys(a for (a, d, c), o in plain.items() if d == "cpu" and o == "OK"))
-n_cpu = sum(o == "OK" for (a, d, c), o in plain.items() if d == "cpu")
-if not archs:
-    sys.exit("no architecture passed on the CPU: nothing was tested")
-table, failed = [], []
-counts = collections.Counter()
-for arch in archs:
-    found, refusal, code = rows(arch, plugin_env)
-    for (a, d, config), outcome in plain.items():
-        if a != arch or d != "cpu" or outcome != "OK":
-            continue
-        ours = found.get((a, "thimble", config), "none")
-        meta = found.get((a, "meta", config), "none")
-        if ours == "none" and refusal:
-            ours = "refused"
-        elif ours == "OK" and meta == "none" and refusal:
-            meta = "refused"
-        counts["THIMBLE0 " + ours] += 1
-        counts["Meta " + meta] += 1
-        if ours not in ("OK", "refused"):
-            failed.append(f"{arch} {config}: {ours} (exit {code})")
-        table.append((arch, config, ours, meta, refusal if "refused" in (ours, meta) else ""))
+def ours(arch, device, kv):
+    """The same on THIMBLE0. Where the program ended in the midst of a Meta row, the rows behind it are of a second run without."""
+    found, refusal, code = rows(arch, environment(device, kv))
+    if code not in (0, 1) and any(device == "meta" for _, device, _ in found):
+        for key, row in rows(arch, environment(device, kv), "-b", "THIMBLE0")[0].items():
+            if row.outcome != "none":
+                found[key] = row
+    return found, refusal, code
 
-print(f"{n_cpu} rows pass on the CPU; " + ", ".join(f"{k}: {v}" for k, v in sorted(counts.items())))
+
+none = Row("none", None)
+plain, _, _ = rows(args.only, environment(args.device))
+archs = list(collections.OrderedDict.fromkeys(a for (a, d, c), row in plain.items() if d == "plain" and row.outcome == "OK"))
+n_plain = sum(row.outcome == "OK" for (a, d, c), row in plain.items() if d == "plain")
+if not archs:
+    sys.exit(f"no architecture passed on {args.device}: nothing was tested")
+pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+exact = {arch: pool.submit(ours, arch, args.device, args.kv) for arch in archs}
+coded = {(arch, where): pool.submit(rows, arch, environment(where, args.coded), "-b", "THIMBLE0")
+         for arch in archs if args.coded for where in dict.fromkeys((args.device, "CPU"))}
+table, failed, counts = [], [], collections.Counter()
+for arch in archs:
+    found, refusal, code = exact[arch].result()
+    for (a, device, config), row in plain.items():
+        if a != arch or device != "plain" or row.outcome != "OK":
+            continue
+        single, meta = (found.get((a, kind, config), none).outcome for kind in ("thimble", "meta"))
+        if single == "none" and refusal:
+            single = "refused"
+        elif single == "OK" and meta == "none" and refusal:
+            meta = "refused"
+        counts["THIMBLE0 " + single] += 1
+        counts["Meta " + meta] += 1
+        if single not in ("OK", "refused"):
+            failed.append(f"{arch} {config}: {single} (exit {code})")
+        if plain.get((a, "meta", config), none).outcome == "OK" and single == "OK" and meta not in ("OK", "refused"):
+            failed.append(f"{arch} {config}: Meta {meta} (exit {code}), OK over {args.device}")
+        cells = [arch, config, single, meta]
+        if args.coded:
+            at = [coded[arch, where].result()[0].get((a, "thimble", config), none).nmse for where in (args.device, "CPU")]
+            cells += [f"{nmse:.1e}" if nmse is not None else "none" for nmse in at]
+            if single == "OK" and None in at:
+                failed.append(f"{arch} {config}, {args.coded}: NMSE {cells[-2]}, on the CPU {cells[-1]}")
+            elif None not in at and not at[0] <= 2 * (at[1] + row.nmse) + 1e-9:
+                failed.append(f"{arch} {config}, {args.coded}: NMSE {at[0]:.1e}, on the CPU {at[1]:.1e}, f16's {row.nmse:.1e}")
+            counts["coded " + ("none" if None in at else "OK")] += 1
+        table.append(cells + [refusal if "refused" in (single, meta) else ""])
+
+summary = ", ".join(f"{k}: {v}" for k, v in sorted(counts.items()))
+print(f"{n_plain} rows pass on {args.device}; {summary}")
 if args.table:
+    head = ["architecture", "config", "THIMBLE0", "Meta over THIMBLE0",
+            *([f"NMSE with {args.coded}", "the same on the CPU"] if args.coded else []), "why refused"]
     with open(args.table, "w") as f:
-        f.write(f"<!-- Made by tests/plugin/llama_archs.py. -->\n{n_cpu} rows pass on the plain CPU. With THIMBLE_KV=\"{args.kv}\": "
-                + ", ".join(f"{k}: {v}" for k, v in sorted(counts.items())) + ".\n\n")
-        f.write("| architecture | config | THIMBLE0 | Meta over THIMBLE0 | why refused |\n| --- | --- | --- | --- | --- |\n")
-        for row in table:
-            f.write("| " + " | ".join(row) + " |\n")
+        f.write(f"<!-- Made by tests/plugin/llama_archs.py. -->\n{n_plain} rows pass on plain {args.device}. With "
+                f"THIMBLE_KV=\"{args.kv}\": {summary}.\n\n")
+        for cells in [head, ["---"] * len(head), *table]:
+            f.write("| " + " | ".join(cells) + " |\n")
 for line in failed:
     print("FAILED:", line)
 sys.exit(1 if failed else 0)
