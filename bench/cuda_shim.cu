@@ -66,8 +66,8 @@ static AttendArgs make_args(const AttentionShape& s, const AttentionPointers& p)
   a.group = s.group;
   a.head_dim = s.head_dim;
   a.n_cells = s.n_cells;
-  a.key_codec = {s.head_dim, s.key_width, s.n_kv_heads, p.key_packed, p.key_scale, nullptr, nullptr};
-  a.value_codec = {s.head_dim, s.value_width, s.n_kv_heads, p.value_packed, p.value_scale, nullptr, nullptr};
+  a.key_codec = {s.head_dim, s.key_width, s.n_kv_heads, 0, 0, p.key_packed, p.key_scale, nullptr, nullptr};
+  a.value_codec = {s.head_dim, s.value_width, s.n_kv_heads, 0, 0, p.value_packed, p.value_scale, nullptr, nullptr};
   const auto view = [&](uint8_t* data, const CodecTables& codec) {
     const size_t head = codec.block_bytes() * (s.n_cells / 64);
     return CacheView{data, head * s.n_kv_heads, head, codec.block_bytes()};

@@ -18,7 +18,7 @@ Result for_head_dim(int head_dim, const F& f, Result none) {
   return for_value<64, 128, 256>(head_dim, f, none);
 }
 
-/// Numbers a subspace has, of keys or of values.
+/// Numbers a subspace has, of keys or of values, where all have the same.
 template <typename F, typename Result>
 Result for_width(int width, const F& f, Result none) {
   return for_value<2, 4, 8>(width, f, none);

@@ -1,9 +1,10 @@
-// The CUDA order of the code bytes in a block of 64 cells: a permutation of the record in codec/format.h, of the same
-// size, with the scales after the codes in natural order as there. `cuda_position` is the permutation.
+// The CUDA orders of the code bytes in a block of 64 cells: permutations of the record in codec/format.h, of the same
+// size, with the scales after the codes in natural order as there. A warp takes a whole block. Lanes are called (g, t)
+// = (lane / 4, lane % 4), as in the tensor cores' fragments.
 //
-// A warp takes a whole block. Thirty-two lanes load 16 bytes each, side by side, n_subspaces / 8 times; byte n of a
-// lane's stream lies at (n / 16) * 512 + lane * 16 + n % 16. Lanes are called (g, t) = (lane / 4, lane % 4), as in the
-// tensor cores' fragments.
+// For kernels with tables (attend/shape.h), which take one width for all subspaces, `cuda_position` is the permutation.
+// Thirty-two lanes load 16 bytes each, side by side, n_subspaces / 8 times; byte n of a lane's stream lies at (n / 16)
+// * 512 + lane * 16 + n % 16.
 //
 //   keys:   lane (g, t) holds the cells 8g .. 8g+7 and the subspaces that are t modulo 4. It walks them in an order
 //           rotated by g, so that at every step the 32 lanes look into 32 different subspaces, that is, into different
@@ -11,7 +12,13 @@
 //   values: lane (g, t) holds the subspaces that are g modulo 8 and the cells of 8t .. 8t+7 and 8t+32 .. 8t+39, four
 //           consecutive ones to a 32-bit word: the rows and columns of an 8-bit A fragment, V transposed.
 //
-// Formats: one width for all subspaces, head_dim 64, 128 or 256.
+// For the kernels that decode tiles (attend/tile_cells.h), `tile_position` is the permutation. A unit is 8 adjacent
+// numbers: 4, 2 or 1 subspaces of one width. A unit's codes of all 64 cells are adjacent, and in them each lane's:
+//
+//   keys:   lane (g, t) takes units that are t modulo 4, of the cells g, g + 8, ..., g + 56.
+//   values: lane (g, t) takes units that are g modulo 8, of the cells 2t, 2t + 1, 2t + 8, 2t + 9 of each 16.
+//
+// Head sizes are 64, 128 and 256.
 #pragma once
 
 #include <cstddef>
@@ -52,12 +59,50 @@ THIMBLE_HOST_DEVICE constexpr int cuda_position(Kind kind, int n_subspaces, int 
   return kind == Kind::key ? cuda_key_position(n_subspaces, subspace, cell) : cuda_value_position(subspace, cell);
 }
 
-/// Whether the kernels have code for this format.
-bool cuda_supports(const Format& format);
+/// Place of a code among those of a unit, whose subspaces are `in_unit` in number.
+THIMBLE_HOST_DEVICE constexpr int tile_position(Kind kind, int subspace, int number, int in_unit, int cell) {
+  const int of_key = cell % 8 * 8 + cell / 8;
+  const int of_value = cell % 8 / 2 * 16 + cell / 16 * 4 + cell % 16 / 8 * 2 + cell % 2;
+  return (subspace - number) * kBlockCells + (kind == Kind::key ? of_key : of_value) * in_unit + number;
+}
 
-// One block from the CPU's order to the GPU's and back, format.block_bytes() each. The two must not overlap, and the
-// format must be supported.
-void block_to_cuda(const Format& format, Kind kind, const uint8_t* block, uint8_t* cuda_block);
-void block_from_cuda(const Format& format, Kind kind, const uint8_t* cuda_block, uint8_t* block);
+/// What kernels know of a format: which numbers make a subspace, and where their codes lie.
+struct CodeOrder {
+  int head_dim = 0;
+  int width = 0;                   // of all subspaces, in the order for tables. 0: in the order for tiles
+  int n_width2 = 0, n_width4 = 0;  // as in Format: subspaces of width 2 come first, then 4, then 8
+
+  THIMBLE_HOST_DEVICE constexpr int n_subspaces() const {
+    if (width > 0) return head_dim / width;
+    return n_width2 + n_width4 + (head_dim - 2 * n_width2 - 4 * n_width4) / 8;
+  }
+  /// The subspace of component d.
+  THIMBLE_HOST_DEVICE constexpr int subspace_of(int d) const {
+    if (width > 0) return d / width;
+    const int behind2 = d - 2 * n_width2, behind4 = behind2 - 4 * n_width4;
+    return behind2 < 0 ? d / 2 : n_width2 + (behind4 < 0 ? behind2 / 4 : n_width4 + behind4 / 8);
+  }
+  /// Where a subspace's code of a cell, 0 to 63, lies in a block.
+  THIMBLE_HOST_DEVICE constexpr int position(Kind kind, int subspace, int cell) const {
+    if (width > 0) return cuda_position(kind, n_subspaces(), subspace, cell);
+    const int behind2 = subspace - n_width2;
+    if (behind2 < 0) return tile_position(kind, subspace, subspace % 4, 4, cell);
+    if (behind2 < n_width4) return tile_position(kind, subspace, behind2 % 2, 2, cell);
+    return tile_position(kind, subspace, 0, 1, cell);
+  }
+};
+
+/// Whether there are kernels with tables for this format.
+bool cuda_supports(const Format& format);
+/// Whether there are kernels that decode this format to tiles.
+bool tiles_support(const Format& format);
+
+/// The order of a format's codes. With `tiles` tiles_support(format) must hold, else cuda_supports(format).
+CodeOrder code_order(const Format& format, bool tiles = false);
+
+// One block from the CPU's order to the GPU's and back, format.block_bytes() each. The two must not overlap. `tiles` as
+// in code_order.
+void block_to_cuda(const Format& format, Kind kind, const uint8_t* block, uint8_t* cuda_block, bool tiles = false);
+void block_from_cuda(const Format& format, Kind kind, const uint8_t* cuda_block, uint8_t* block, bool tiles = false);
 
 }  // namespace thimble::cuda

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/layout.h"
+
 namespace thimble::cuda {
 
 /// Query rows of one KV head that one thread block attends for. More rows make more row groups.
@@ -20,9 +22,11 @@ inline constexpr int row_groups(int n_tokens, int group) {
 /// The codecs of one layer's keys or values; host/tables.h makes them from HeadCodecs.
 struct CodecTables {
   int head_dim = 0;
-  int width = 0;  // numbers a subspace: 2, 4 or 8
+  int width = 0;  // numbers a subspace: 2, 4 or 8. 0: coded in the order for tiles, see CodeOrder
   int n_kv_heads = 0;
-  const uint32_t* packed;          // [n_kv_heads][128][head_dim / 4]: int8 codewords in the kernels' table order
+  uint16_t n_width2 = 0, n_width4 = 0;  // as in CodeOrder
+  /// int8 codewords in the kernels' table order: [n_kv_heads][128][head_dim / 4], or those of tile_cells.h.
+  const uint32_t* packed;
   const float* scale;              // [n_kv_heads][n_subspaces]
   const float* words;              // [n_kv_heads][head_dim][128], scale applied
   const float* half_norms;         // [n_kv_heads][n_subspaces][128]
@@ -30,7 +34,8 @@ struct CodecTables {
   const float* forward = nullptr;  // [n_kv_heads][head_dim][head_dim]: A
   const float* undo = nullptr;     // the same for the other side of the product: keys B^T, values B = A^-1
 
-  int n_subspaces() const { return head_dim / width; }
+  THIMBLE_HOST_DEVICE CodeOrder order() const { return {head_dim, width, n_width2, n_width4}; }
+  int n_subspaces() const { return order().n_subspaces(); }
   size_t block_bytes() const { return size_t(n_subspaces() + 2) * 64; }
 };
 

@@ -29,6 +29,8 @@ public:
   virtual std::string refusal(const Settings& settings) const = 0;
   /// The same for a layer whose heads are known.
   virtual std::string refusal(const LayerPlan& plan) const = 0;
+  /// Why a layer takes slower kernels than the engine has for other formats, as half a sentence, or "".
+  virtual std::string why_slow(const LayerPlan&) const { return {}; }
   /// Whether the host program should keep a cache of these settings itself, as f16.
   virtual bool leaves_f16(const Settings& settings) const = 0;
   /// Bytes of memory that one side of a layer takes from the start.

@@ -96,6 +96,7 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
     plan.more_bytes += engine_.more_bytes(side, kind);
   }
   if (plan.top > 0) plan.store_bytes = plan.f16_bytes;
+  plan.why_slow = engine_.why_slow(plan);
   if (geometry.n_kv_heads == 0) return plan;
   if (const std::string why = engine_.refusal(plan); !why.empty()) throw std::runtime_error(name_of(plan.layer) + why);
   return plan;
@@ -123,6 +124,7 @@ void PlanTotals::add(const LayerPlan& plan) {
     return;
   }
   n_coded++;
+  if (!plan.why_slow.empty() && n_slow++ == 0) why_slow = plan.why_slow;
   n_retrieving += plan.top > 0;
   coded_bytes += plan.bytes[0] + plan.bytes[1];
   coded_f16_bytes += plan.f16_bytes;

@@ -39,6 +39,7 @@ struct LayerPlan {
   WindowSize window;
   int top = 0;  // cells to retrieve; above 0, the layer has an exact store
   bool drop_tail = false;
+  std::string why_slow;      // why it takes slower kernels than other formats; else empty
   size_t bytes[2] = {0, 0};  // of memory that a side takes from the start, by Kind
   size_t more_bytes = 0;     // that the exact rows of further sequences may take in addition
   size_t store_bytes = 0;    // that the exact store may take; 0 where there is none
@@ -83,12 +84,13 @@ std::string mebibytes(size_t bytes);
 
 /// The sums of the plans of all layers.
 struct PlanTotals {
-  int n_coded = 0, n_f16 = 0, n_retrieving = 0;
+  int n_coded = 0, n_f16 = 0, n_retrieving = 0, n_slow = 0;
   size_t coded_bytes = 0;      // of the coded layers
   size_t coded_f16_bytes = 0;  // that the coded layers would take as f16
   size_t f16_bytes = 0;        // of the layers left f16
   size_t more_bytes = 0, store_bytes = 0;
   std::string why_f16;   // of the first layer left f16
+  std::string why_slow;  // of the first layer that takes slower kernels
   std::set<int> layers;  // all layers that were added, and those of other devices
 
   void add(const LayerPlan& plan);

@@ -39,6 +39,7 @@ std::string report(const PlanTotals& totals, const Settings& settings, const Eng
   const std::string elsewhere = is_far ? "" : layers_elsewhere(totals.layers);  // other far ends have theirs
   if (!elsewhere.empty()) text += "; " + elsewhere;
   text += "; " + settings.to_string() + "; " + engine.kernels() + " kernels";
+  if (totals.n_slow > 0) text += "; " + std::to_string(totals.n_slow) + " layers are slower: " + totals.why_slow;
   if (totals.store_bytes > 0) {
     text += "; exact store of " + std::to_string(totals.n_retrieving) + " layers: up to " +
             mebibytes(totals.store_bytes) + " in " + engine.store_place(settings);

@@ -13,13 +13,14 @@ namespace thimble::cuda {
 
 double error_of(const EmulatedAttend& kernel, const AttendCase& c) {
   Random random(1);
-  const int d = kernel.format.head_dim, n_heads = c.n_kv_heads * c.group;
+  const int d = kernel.head_dim, n_heads = c.n_kv_heads * c.group;
   std::vector<HeadCodec> key_codecs, value_codecs;
   for (int h = 0; h < c.n_kv_heads; h++) {
-    key_codecs.push_back(random_codec(Kind::key, d, 8.0 / kernel.format.key_width, c.dense, random));
-    value_codecs.push_back(random_codec(Kind::value, d, 8.0 / kernel.format.value_width, c.dense, random));
+    key_codecs.push_back(random_codec(Kind::key, d, kernel.rates.keys, c.dense, random));
+    value_codecs.push_back(random_codec(Kind::value, d, kernel.rates.values, c.dense, random));
   }
-  const HostTables key_tables = pack_tables(key_codecs), value_tables = pack_tables(value_codecs);
+  const HostTables key_tables = pack_tables(key_codecs, kernel.tiles),
+                   value_tables = pack_tables(value_codecs, kernel.tiles);
 
   AttendArgs a = attend_args(c, d);
   a.key_codec = key_tables.view();
@@ -28,8 +29,8 @@ double error_of(const EmulatedAttend& kernel, const AttendCase& c) {
   std::vector<CodedHead> keys, values;  // [stream][KV head]
   std::vector<uint8_t> key_cache, value_cache;
   for (int i = 0; i < c.n_streams * c.n_kv_heads; i++) {
-    keys.push_back(random_head(key_codecs[i % c.n_kv_heads], c.n_cells, random));
-    values.push_back(random_head(value_codecs[i % c.n_kv_heads], c.n_cells, random));
+    keys.push_back(random_head(key_codecs[i % c.n_kv_heads], c.n_cells, random, kernel.tiles));
+    values.push_back(random_head(value_codecs[i % c.n_kv_heads], c.n_cells, random, kernel.tiles));
     key_cache.insert(key_cache.end(), keys.back().blocks.begin(), keys.back().blocks.end());
     value_cache.insert(value_cache.end(), values.back().blocks.begin(), values.back().blocks.end());
   }
@@ -181,11 +182,11 @@ double error_of(const EmulatedAttend& kernel, const AttendCase& c) {
 
 double share_of_codecs_error(const EmulatedAttend& kernel, bool outliers) {
   constexpr int kCells = 512, kGroup = 4;
-  const int dim = kernel.format.head_dim, n_streams = kernel.slots;
+  const int dim = kernel.head_dim, n_streams = kernel.slots;
   Random random(7);
-  const HeadCodec codecs[2] = {make_uncalibrated_codec(Kind::key, make_format(dim, 8.0 / kernel.format.key_width)),
-                               make_uncalibrated_codec(Kind::value, make_format(dim, 8.0 / kernel.format.value_width))};
-  const HostTables tables[2] = {pack_tables({codecs[0]}), pack_tables({codecs[1]})};
+  const HeadCodec codecs[2] = {make_uncalibrated_codec(Kind::key, make_format(dim, kernel.rates.keys)),
+                               make_uncalibrated_codec(Kind::value, make_format(dim, kernel.rates.values))};
+  const HostTables tables[2] = {pack_tables({codecs[0]}, kernel.tiles), pack_tables({codecs[1]}, kernel.tiles)};
   std::vector<float> rows[2], decoded[2];  // as the model has them; of the stream 0, which all others equal
   std::vector<uint8_t> cache[2];
   for (int kind = 0; kind < 2; kind++) {
@@ -202,7 +203,8 @@ double share_of_codecs_error(const EmulatedAttend& kernel, bool outliers) {
       decode_cell(codec, block.data(), cell % kBlockCells, y.data());
       codec.transform.output(y.data(), 1, &decoded[kind][size_t(cell) * dim]);
       if (cell % kBlockCells != kBlockCells - 1) continue;
-      block_to_cuda(codec.format, codec.kind, block.data(), &cache[kind][cell / kBlockCells * block_bytes]);
+      block_to_cuda(codec.format, codec.kind, block.data(), &cache[kind][cell / kBlockCells * block_bytes],
+                    kernel.tiles);
     }
   }
   std::vector<float> queries = random.normals(size_t(n_streams) * kGroup * dim);

@@ -17,6 +17,21 @@ struct AttendCase {
   bool nothing_coded = false;  // emulated only: all coded cells are hidden
 };
 
+/// Bits a number.
+struct Rates {
+  double keys, values;
+};
+
+/// Formats that are attended to by tiles.
+struct TileCase {
+  int head_dim;
+  Rates rates;
+};
+inline constexpr TileCase kTileCases[] = {{64, {3, 3}},    {64, {1.5, 1.25}},  {64, {1.25, 1.5}}, {64, {4, 1}},
+                                          {128, {3, 1.5}}, {128, {1.5, 3}},    {128, {1.25, 1}},  {128, {1, 1.25}},
+                                          {128, {1, 4}},   {128, {2, 4}},      {128, {4, 1.25}},  {256, {3, 3}},
+                                          {256, {1.5, 2}}, {256, {1.25, 1.5}}, {256, {4, 4}}};
+
 /// Head size and numbers a subspace of a format.
 struct FormatCase {
   int head_dim, key_width, value_width;

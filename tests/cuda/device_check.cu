@@ -67,6 +67,16 @@ struct Case {
   float softcap = 0;
   int n_window = 0, top = 0;
   int batch = 1;  // streams that a thread block is to take at once
+  Rates rates{};  // where widths are 0: by tiles
+
+  bool tiles() const { return key_width == 0; }
+  double key_bits() const { return tiles() ? rates.keys : 8.0 / key_width; }
+  double value_bits() const { return tiles() ? rates.values : 8.0 / value_width; }
+  /// Weights of exact rows are rounded to f16.
+  double error() const {
+    if (!tiles()) return tolerance(key_width, value_width);
+    return n_window + top > 0 ? 1.5e-3 : 5 * kTileTolerance;
+  }
 };
 
 /// A case of the emulated tests. Splits and thread blocks are the launcher's choice here; one row of each stream is new
@@ -89,13 +99,20 @@ Case case_of(const FormatCase& f, const AttendCase& c) {
           .n_window = c.n_exact};
 }
 
+/// The same of a format that is attended to by tiles.
+Case case_of(const TileCase& f, const AttendCase& c) {
+  Case made = case_of(FormatCase{f.head_dim, 0, 0}, c);
+  made.rates = f.rates;
+  return made;
+}
+
 int failures = 0;
 
 void report(const Case& c, const char* what, bool good, double value) {
-  std::printf("%s %s%sD=%d widths %d/%d streams %d tokens %d group %d cells %d%s%s%s%s window %d top %d: %s %.2e\n",
-              good ? "ok  " : "FAIL", c.name, *c.name ? ": " : "", c.head_dim, c.key_width, c.value_width, c.n_streams,
-              c.n_tokens, c.group, c.n_cells, c.dense ? " dense" : "", c.mask ? " mask" : "", c.alibi ? " ALiBi" : "",
-              c.sinks ? " sinks" : "", c.n_window, c.top, what, value);
+  std::printf("%s %s%sD=%d bits %g/%g%s streams %d tokens %d group %d cells %d%s%s%s%s window %d top %d: %s %.2e\n",
+              good ? "ok  " : "FAIL", c.name, *c.name ? ": " : "", c.head_dim, c.key_bits(), c.value_bits(),
+              c.tiles() ? " by tiles" : "", c.n_streams, c.n_tokens, c.group, c.n_cells, c.dense ? " dense" : "",
+              c.mask ? " mask" : "", c.alibi ? " ALiBi" : "", c.sinks ? " sinks" : "", c.n_window, c.top, what, value);
   if (!good) failures++;
 }
 
@@ -103,7 +120,7 @@ void report(const Case& c, const char* what, bool good, double value) {
 bool accept(const Case& c, const Status& status, const char* what) {
   if (status.ok()) return true;
   const bool unsupported = status.code == Status::Code::unsupported;
-  std::printf("%s D=%d widths %d/%d %s: %s\n", unsupported ? "none" : "FAIL", c.head_dim, c.key_width, c.value_width,
+  std::printf("%s D=%d bits %g/%g %s: %s\n", unsupported ? "none" : "FAIL", c.head_dim, c.key_bits(), c.value_bits(),
               what, status.message);
   if (!unsupported) failures++;
   return false;
@@ -114,12 +131,12 @@ void run(const DeviceInfo& device, const Case& c) {
   const int d = c.head_dim, pairs = c.n_streams * c.n_kv_heads, n_heads = c.n_kv_heads * c.group;
   std::vector<HeadCodec> key_codecs, value_codecs;
   for (int h = 0; h < c.n_kv_heads; h++) {
-    key_codecs.push_back(random_codec(Kind::key, d, 8.0 / c.key_width, c.dense, random));
-    value_codecs.push_back(random_codec(Kind::value, d, 8.0 / c.value_width, c.dense, random));
+    key_codecs.push_back(random_codec(Kind::key, d, c.key_bits(), c.dense, random));
+    value_codecs.push_back(random_codec(Kind::value, d, c.value_bits(), c.dense, random));
   }
   DeviceTables key_tables, value_tables;
-  if (!accept(c, key_tables.upload(pack_tables(key_codecs)), "tables")) return;
-  if (!accept(c, value_tables.upload(pack_tables(value_codecs)), "tables")) return;
+  if (!accept(c, key_tables.upload(pack_tables(key_codecs, c.tiles())), "tables")) return;
+  if (!accept(c, value_tables.upload(pack_tables(value_codecs, c.tiles())), "tables")) return;
   const Format key_format = key_codecs[0].format, value_format = value_codecs[0].format;
 
   // Encode every cell of every stream; the last ones of each are in the window, too.
@@ -257,7 +274,7 @@ void run(const DeviceInfo& device, const Case& c) {
         const uint16_t scale = encode_vector(codecs[h], y.data(), row.data());
         std::memcpy(&row[format.n_subspaces()], &scale, 2);
         block_from_cuda(format, codecs[h].kind, &cache[(size_t(pair) * n_blocks + cell / kBlockCells) * block.size()],
-                        block.data());
+                        block.data(), c.tiles());
         copy_cell_out(format, codecs[h].kind, block.data(), cell % kBlockCells, got.data());
         wrong += got != row;
         decode_vector(codecs[h], row.data(), scale, &coded[(size_t(pair) * c.n_cells + cell) * d]);
@@ -318,7 +335,7 @@ void run(const DeviceInfo& device, const Case& c) {
   std::vector<char> is_exact(pairs * c.n_cells);
   for (int i = 0; i < pairs * c.n_cells; i++) is_exact[i] = i % c.n_cells >= c.n_cells - c.n_window;
   double error = relative_error(output.download(), attention(is_exact));
-  report(c, "attention, relative error", error < tolerance(c.key_width, c.value_width), error);
+  report(c, "attention, relative error", error < c.error(), error);
   const std::vector<float> first = output.host;
   if (!accept(c, attend(device, a, workspace.device(), workspace.host.size(), nullptr), "attend")) return;
   if (c.n_window > 0) {
@@ -419,7 +436,8 @@ void run(const DeviceInfo& device, const Case& c) {
         const uint16_t scale = encode_vector(key_codecs[h], y.data(), row.data());
         std::memcpy(&row[key_format.n_subspaces()], &scale, 2);
         block_from_cuda(key_format, Kind::key,
-                        &coded.host[(size_t(pair) * n_blocks + cell / kBlockCells) * block.size()], block.data());
+                        &coded.host[(size_t(pair) * n_blocks + cell / kBlockCells) * block.size()], block.data(),
+                        c.tiles());
         copy_cell_out(key_format, Kind::key, block.data(), cell % kBlockCells, got.data());
         wrong += got != row;
       }
@@ -486,7 +504,7 @@ void run(const DeviceInfo& device, const Case& c) {
     report(c,
            drop_tail ? "attention to retrieved cells alone, relative error"
                      : "attention with retrieved cells, relative error",
-           error < tolerance(c.key_width, c.value_width), error);
+           error < c.error(), error);
   }
   require(cudaFreeHost(store));
 }
@@ -574,6 +592,41 @@ int main(int argc, char** argv) {
     for (const AttendCase& c : kAttendCases) {
       if (!quick) run(device, case_of(f, c));
     }
+  }
+  for (const TileCase& f : kTileCases) {
+    run(device, {.head_dim = f.head_dim, .key_width = 0, .value_width = 0, .rates = f.rates});
+    if (quick) break;
+  }
+  for (const AttendCase& c : kAttendCases) {
+    if (!quick) run(device, case_of(TileCase{64, {3, 1.25}}, c));
+  }
+  run(device, {.head_dim = 128,
+               .key_width = 0,
+               .value_width = 0,
+               .n_streams = 2,
+               .n_tokens = 2,
+               .n_cells = 512,
+               .dense = true,
+               .mask = true,
+               .sinks = true,
+               .n_window = 24,
+               .top = 16,
+               .rates = {1.5, 3}});
+  if (!quick) {
+    run(device, {.head_dim = 128,
+                 .key_width = 0,
+                 .value_width = 0,
+                 .n_cells = 16384,
+                 .n_window = 136,
+                 .top = 64,
+                 .rates = {3, 1.5}});
+    run(device, {.head_dim = 128,
+                 .key_width = 0,
+                 .value_width = 0,
+                 .n_streams = 35,
+                 .n_cells = 192,
+                 .n_window = 20,
+                 .rates = {3, 1.5}});
   }
   DeviceInfo narrow = device;  // whose thread blocks take many streams at once
   narrow.multiprocessors = 4;

@@ -18,10 +18,10 @@
 
 namespace thimble::cuda {
 
-/// Runs the kernel on `blocks_x` blocks a KV head and row group; `a` is dealt out already. Returns the output,
+/// Runs the kernel `body` on `blocks_x` blocks a KV head and row group; `a` is dealt out already. Returns the output,
 /// [n_streams][n_tokens][n_heads][head_dim].
 template <typename S>
-std::vector<float> emulate_attend(AttendArgs a, int blocks_x) {
+std::vector<float> emulate_attend(AttendArgs a, int blocks_x, void (*body)(const AttendArgs&)) {
   const int pairs = a.n_kv_heads * a.row_groups;
   std::vector<float> partials(size_t(a.n_streams) * (a.n_splits + 1) * pairs * S::kPartialFloats, NAN);
   std::vector<int> arrived(a.n_streams * pairs);
@@ -29,19 +29,24 @@ std::vector<float> emulate_attend(AttendArgs a, int blocks_x) {
   a.partials = partials.data();
   a.arrived = arrived.data();
   a.output = output.data();
-  simt::Machine::launch({blocks_x, a.n_kv_heads, a.row_groups}, S::kThreads, shared_bytes<S>(),
-                        [&] { AttendKernel<S>::run(a); });
+  simt::Machine::launch({blocks_x, a.n_kv_heads, a.row_groups}, S::kThreads, shared_bytes<S>(), [&] { body(a); });
   for (int n : arrived) EXPECT_EQ(n, 0);
   return output;
+}
+template <typename S>
+std::vector<float> emulate_attend(AttendArgs a, int blocks_x) {
+  return emulate_attend<S>(a, blocks_x, AttendKernel<S>::run);
 }
 
 /// A kernel as a value, so that code that does not depend on its shape is compiled once. A kernel takes seconds to
 /// compile, so each is compiled in one file only: large tables in attend_test.cpp, small ones in attend_small_test.cpp,
 /// batches in attend_batch_test.cpp.
 struct EmulatedAttend {
-  FormatCase format;
+  int head_dim;
+  Rates rates;
   int slots;  // items that a thread block takes at once, at most
   std::vector<float> (*run)(AttendArgs a, int blocks_x);
+  bool tiles = false;
 };
 
 /// Whether this build has the kernel. Builds with sanitizers, in which ten kernels take a minute to compile, have one
@@ -58,7 +63,8 @@ constexpr bool is_compiled() {
 }
 
 template <typename S>
-inline constexpr EmulatedAttend kEmulated{{S::kHeadDim, S::kKeyWidth, S::kValueWidth}, S::kSlots, emulate_attend<S>};
+inline constexpr EmulatedAttend kEmulated{
+    S::kHeadDim, {8.0 / S::kKeyWidth, 8.0 / S::kValueWidth}, S::kSlots, emulate_attend<S>};
 
 /// The relative error of a case's output, compared with the codec's specification in double (attend_problem.cpp).
 double error_of(const EmulatedAttend& kernel, const AttendCase& c);

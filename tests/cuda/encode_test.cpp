@@ -5,6 +5,7 @@
 
 #include <set>
 
+#include "cuda/encode/decode_kernel.h"
 #include "cuda/encode/encode_kernel.h"
 #include "cuda/encode/transform_kernel.h"
 #include "cuda/encode/window_kernel.h"
@@ -16,7 +17,7 @@ namespace thimble::cuda {
 namespace {
 
 template <int D>
-void check(double key_bits, double value_bits, bool dense, int n_tokens, int tokens_per_block) {
+void check(double key_bits, double value_bits, bool dense, int n_tokens, int tokens_per_block, bool tiles = false) {
   constexpr int kHeads = 2, kStreams = 2, kCells = 192, kCapacity = 5;
   Random random(7);
   std::vector<HeadCodec> key_codecs, value_codecs;
@@ -24,7 +25,7 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
     key_codecs.push_back(random_codec(Kind::key, D, key_bits, dense, random));
     value_codecs.push_back(random_codec(Kind::value, D, value_bits, dense, random));
   }
-  const HostTables key_tables = pack_tables(key_codecs), value_tables = pack_tables(value_codecs);
+  const HostTables key_tables = pack_tables(key_codecs, tiles), value_tables = pack_tables(value_codecs, tiles);
   const size_t key_block = key_codecs[0].format.block_bytes(), value_block = value_codecs[0].format.block_bytes();
   const int n_blocks = kCells / kBlockCells;
 
@@ -71,7 +72,7 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
     std::vector<uint8_t> expected(size_t(format.vector_bytes())), got(expected.size()), cpu(format.block_bytes());
     const uint16_t scale = encode_vector(codec, y.data(), expected.data());
     std::memcpy(&expected[format.n_subspaces()], &scale, 2);
-    block_from_cuda(format, codec.kind, block, cpu.data());
+    block_from_cuda(format, codec.kind, block, cpu.data(), tiles);
     copy_cell_out(format, codec.kind, cpu.data(), cell, got.data());
     EXPECT_EQ(got, expected);
   };
@@ -217,6 +218,47 @@ void check_transform(bool dense) {
   }
 }
 
+template <int D, int Width>
+void check_decode(double bits) {
+  constexpr int kHeads = 2, kStreams = 2, kCells = 128;
+  Random random(3);
+  for (Kind kind : {Kind::key, Kind::value}) {
+    std::vector<HeadCodec> codecs;
+    for (int h = 0; h < kHeads; h++) codecs.push_back(random_codec(kind, D, bits, false, random));
+    const HostTables tables = pack_tables(codecs, Width == 0);
+    std::vector<uint8_t> cache;
+    std::vector<uint16_t> expected;
+    for (int i = 0; i < kStreams * kHeads; i++) {
+      const CodedHead head = random_head(codecs[i % kHeads], kCells, random, Width == 0);
+      cache.insert(cache.end(), head.blocks.begin(), head.blocks.end());
+      for (float x : head.decoded) expected.push_back(float_to_half(x));
+    }
+    std::vector<uint16_t> rows(expected.size(), 0x7e00);
+    DecodeArgs a;
+    a.n_streams = kStreams;
+    a.n_kv_heads = kHeads;
+    a.n_cells = kCells;
+    a.codec = tables.view();
+    const size_t block = a.codec.block_bytes(), head = block * (kCells / kBlockCells);
+    a.cache = {cache.data(), kHeads * head, head, block};
+    a.is_key = kind == Kind::key;
+    a.rows = rows.data();
+    using Kernel = DecodeKernel<D, Width>;
+    simt::Machine::launch({kCells / kBlockCells, kStreams * kHeads}, Kernel::kThreads, 0, [&] { Kernel::run(a); });
+    EXPECT_EQ(rows, expected) << D << " at " << bits;
+  }
+}
+
+TEST(CudaDecode, EqualsTheCodecBitForBit) {
+  check_decode<64, 2>(4);
+  check_decode<128, 8>(1);
+  check_decode<256, 4>(2);
+  check_decode<64, 0>(1.25);
+  check_decode<128, 0>(3);
+  check_decode<128, 0>(4);
+  check_decode<256, 0>(1.5);
+}
+
 TEST(CudaTransform, Rows) {
   for (bool dense : {false, true}) {
     check_transform<64>(dense);
@@ -231,6 +273,10 @@ TEST(CudaEncode, EqualsTheCodecBitForBit) {
   check<128>(2, 2, false, 11, 8);
   check<128>(1, 4, true, 3, 2);
   check<256>(2, 1, false, 2, 1);
+  check<64>(3, 1.5, true, 5, 4, /*tiles=*/true);
+  check<128>(1.25, 3, false, 3, 2, /*tiles=*/true);
+  check<128>(4, 1, false, 2, 1, /*tiles=*/true);
+  check<256>(1.5, 1.25, false, 2, 1, /*tiles=*/true);
 }
 
 // The scripts that every implementation is held to: those without a judge (judge_test.cpp), in which no states are

@@ -52,7 +52,7 @@ struct CodedHead {
   std::vector<float> decoded;   // [cells][head_dim]
 };
 
-inline CodedHead random_head(const HeadCodec& codec, int n_cells, Random& random) {
+inline CodedHead random_head(const HeadCodec& codec, int n_cells, Random& random, bool tiles = false) {
   const Format& format = codec.format;
   const int d = format.head_dim, n_blocks = n_cells / kBlockCells;
   CodedHead head;
@@ -65,7 +65,7 @@ inline CodedHead random_head(const HeadCodec& codec, int n_cells, Random& random
       encode_cell(codec, y.data(), block.data(), cell);
       decode_cell(codec, block.data(), cell, &head.decoded[(size_t(b) * kBlockCells + cell) * d]);
     }
-    block_to_cuda(format, codec.kind, block.data(), &head.blocks[b * format.block_bytes()]);
+    block_to_cuda(format, codec.kind, block.data(), &head.blocks[b * format.block_bytes()], tiles);
   }
   return head;
 }
@@ -99,6 +99,9 @@ AttendArgs attend_args(const Case& c, int head_dim) {
 inline constexpr double tolerance(int key_width, int value_width) {
   return key_width != 2 ? 0.03162 : value_width != 2 ? 0.015 : 1.5e-3;
 }
+
+/// The same where tiles are decoded: numbers of the codebook, and queries and weights in two halves each.
+inline constexpr double kTileTolerance = 2e-5;
 
 /// The cells of the k greatest scores, in order of cells. Of equal scores the lower cells are taken; cells of score
 /// -infinity are not.

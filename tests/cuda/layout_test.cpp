@@ -10,21 +10,27 @@
 namespace thimble::cuda {
 namespace {
 
-std::vector<Format> formats() {
-  std::vector<Format> all;
+struct Order {
+  Format format;
+  bool tiles;
+};
+
+std::vector<Order> orders() {
+  std::vector<Order> all;
   for (int head_dim : {64, 128, 256}) {
-    for (double bits : {4.0, 2.0, 1.0}) all.push_back(make_format(head_dim, bits));
+    for (double bits : {4.0, 2.0, 1.0}) all.push_back({make_format(head_dim, bits), false});
+    for (double bits : {4.0, 3.0, 2.0, 1.5, 1.25, 1.0}) all.push_back({make_format(head_dim, bits), true});
   }
   return all;
 }
 
 TEST(CudaLayout, IsAPermutationOfTheRecord) {
-  for (const Format& format : formats()) {
+  for (const auto& [format, tiles] : orders()) {
     for (Kind kind : {Kind::key, Kind::value}) {
       std::set<int> seen;
       for (int m = 0; m < format.n_subspaces(); m++) {
         for (int cell = 0; cell < kBlockCells; cell++) {
-          seen.insert(cuda_position(kind, format.n_subspaces(), m, cell));
+          seen.insert(code_order(format, tiles).position(kind, m, cell));
         }
       }
       EXPECT_EQ(seen.size(), format.codes_bytes());
@@ -36,17 +42,17 @@ TEST(CudaLayout, IsAPermutationOfTheRecord) {
 
 TEST(CudaLayout, BlocksSurviveTheRoundTrip) {
   Random random(1);
-  for (const Format& format : formats()) {
+  for (const auto& [format, tiles] : orders()) {
     for (Kind kind : {Kind::key, Kind::value}) {
       std::vector<uint8_t> block(format.block_bytes()), cuda(block.size()), back(block.size());
       for (uint8_t& b : block) b = uint8_t(random.below(256));
-      block_to_cuda(format, kind, block.data(), cuda.data());
-      block_from_cuda(format, kind, cuda.data(), back.data());
+      block_to_cuda(format, kind, block.data(), cuda.data(), tiles);
+      block_from_cuda(format, kind, cuda.data(), back.data(), tiles);
       EXPECT_EQ(block, back);
       std::vector<uint8_t> row(size_t(format.vector_bytes()));
       copy_cell_out(format, kind, block.data(), 37, row.data());
       for (int m = 0; m < format.n_subspaces(); m++) {
-        EXPECT_EQ(row[m], cuda[cuda_position(kind, format.n_subspaces(), m, 37)]);
+        EXPECT_EQ(row[m], cuda[code_order(format, tiles).position(kind, m, 37)]);
       }
     }
   }
@@ -71,11 +77,38 @@ TEST(CudaLayout, KeysOfAStepAreInDifferentBanks) {
   }
 }
 
+// What a lane of the kernels over tiles reads of a unit is adjacent, in the order in which it reads.
+TEST(CudaLayout, CodesOfATilesLaneAreAdjacent) {
+  const CodeOrder order = code_order(make_format(128, 3), true);  // 32 subspaces of width 2, then 16 of width 4
+  for (int i = 0; i < 8; i++) {
+    for (int k = 0; k < 4; k++) EXPECT_EQ(order.position(Kind::key, 4 + k, 8 * i + 5), 256 + 5 * 32 + 4 * i + k);
+    for (int k = 0; k < 2; k++) EXPECT_EQ(order.position(Kind::key, 34 + k, 8 * i + 5), 34 * 64 + 5 * 16 + 2 * i + k);
+  }
+  for (int i = 0; i < 16; i++) {
+    const int cell = i / 4 * 16 + i / 2 % 2 * 8 + 2 * 3 + i % 2;
+    for (int k = 0; k < 4; k++) EXPECT_EQ(order.position(Kind::value, 8 + k, cell), 512 + 3 * 64 + 4 * i + k);
+    for (int k = 0; k < 2; k++) EXPECT_EQ(order.position(Kind::value, 32 + k, cell), 32 * 64 + 3 * 32 + 2 * i + k);
+  }
+}
+
+TEST(CudaLayout, SubspacesOfComponents) {
+  for (const auto& [format, tiles] : orders()) {
+    const CodeOrder order = code_order(format, tiles);
+    EXPECT_EQ(order.n_subspaces(), format.n_subspaces());
+    for (int m = 0; m < format.n_subspaces(); m++) {
+      for (int i = 0; i < format.width(m); i++) EXPECT_EQ(order.subspace_of(format.offset(m) + i), m);
+    }
+  }
+}
+
 TEST(CudaLayout, SupportsOneWidthAlone) {
   EXPECT_TRUE(cuda_supports(make_format(128, 2)));
   EXPECT_FALSE(cuda_supports(make_format(128, 1.5)));
   EXPECT_FALSE(cuda_supports(make_format(128, 16)));
   EXPECT_FALSE(cuda_supports(make_format(96, 2)));
+  EXPECT_TRUE(tiles_support(make_format(128, 1.5)));
+  EXPECT_FALSE(tiles_support(make_format(128, 16)));
+  EXPECT_FALSE(tiles_support(make_format(96, 2)));
 }
 
 }  // namespace

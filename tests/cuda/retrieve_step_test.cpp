@@ -9,6 +9,8 @@
 #include "cuda/attend/score_kernel.h"
 #include "cuda/attend/shape.h"
 #include "cuda/attend/shared.h"
+#include "cuda/attend/tile_kernel.h"
+#include "cuda/attend/tile_shape.h"
 #include "cuda/encode/encode_kernel.h"
 #include "cuda/retrieve/kernel.h"
 #include "emulated_attend.h"
@@ -24,13 +26,33 @@ struct Case {
   float softcap = 0;
 };
 
+/// The kernels of a shape, and what they are run on.
+template <typename S>
+struct Kernels {
+  static constexpr bool kTiles = false;
+  static constexpr Rates kRates{8.0 / S::kKeyWidth, 8.0 / S::kValueWidth};
+  static constexpr double kTolerance = tolerance(S::kKeyWidth, S::kValueWidth);
+  // What the codec itself costs is ten times as much.
+  static constexpr double kScoreTolerance = S::kWideKeys ? 1e-3 : 0.03;
+  static void attend(const AttendArgs& a) { AttendKernel<S>::run(a); }
+  static void score(const ScoreArgs& a) { ScoreKernel<S>::run(a); }
+};
+template <int HeadDim>
+struct Kernels<TileShape<HeadDim>> {
+  static constexpr bool kTiles = true;
+  static constexpr Rates kRates{HeadDim == 64 ? 1.25 : 3, 1.5};
+  static constexpr double kTolerance = 1.5e-3, kScoreTolerance = kTileTolerance;
+  static void attend(const AttendArgs& a) { TileKernel<TileShape<HeadDim>>::attend(a); }
+  static void score(const ScoreArgs& a) { TileKernel<TileShape<HeadDim>>::score(a); }
+};
+
 template <typename S>
 class Step {
 public:
   explicit Step(const Case& c) : c_(c), pairs_(c.n_streams * c.n_kv_heads), store_cells_(c.n_cells + c.spare_cells) {
     for (int h = 0; h < c.n_kv_heads; h++) {
-      codecs_[0].push_back(random_codec(Kind::key, D, 8.0 / S::kKeyWidth, c.dense, random_));
-      codecs_[1].push_back(random_codec(Kind::value, D, 8.0 / S::kValueWidth, c.dense, random_));
+      codecs_[0].push_back(random_codec(Kind::key, D, K::kRates.keys, c.dense, random_));
+      codecs_[1].push_back(random_codec(Kind::value, D, K::kRates.values, c.dense, random_));
     }
     for (int kind = 0; kind < 2; kind++) make_cells(kind);
   }
@@ -43,6 +65,7 @@ public:
   }
 
 private:
+  using K = Kernels<S>;
   static constexpr int D = S::kHeadDim;
 
   // Codes and, near to what they stand for, stored rows; every other cell of the store must stay unread.
@@ -51,7 +74,7 @@ private:
     exact_[kind].resize(size_t(pairs_) * c_.n_cells * D);
     coded_[kind].resize(exact_[kind].size());
     for (int i = 0; i < pairs_; i++) {
-      heads_[kind].push_back(random_head(codecs_[kind][i % c_.n_kv_heads], c_.n_cells, random_));
+      heads_[kind].push_back(random_head(codecs_[kind][i % c_.n_kv_heads], c_.n_cells, random_, K::kTiles));
       const CodedHead& head = heads_[kind].back();
       cache_[kind].insert(cache_[kind].end(), head.blocks.begin(), head.blocks.end());
       for (int cell = 0; cell < c_.n_cells; cell++) undo(kind, i, cell);
@@ -62,7 +85,7 @@ private:
         exact_[kind][at] = half_to_float(half);
       }
     }
-    tables_[kind] = pack_tables(codecs_[kind]);
+    tables_[kind] = pack_tables(codecs_[kind], K::kTiles);
   }
 
   // What a cell's codes are in the model's own domain.
@@ -195,7 +218,7 @@ private:
 
     const ScoreArgs score{a, r.scores, r.block_maxima, r.all_hidden};
     simt::Machine::launch({std::min(2, a.n_streams * a.n_splits), c_.n_kv_heads, a.row_groups}, S::kThreads,
-                          shared_bytes<S>(), [&] { ScoreKernel<S>::run(score); });
+                          shared_bytes<S>(), [&] { K::score(score); });
     best_.assign(size_t(pairs_) * c_.n_cells, -INFINITY);
     double error = 0, size = 0;
     for (size_t i = 0; i < best_.size(); i++) {
@@ -219,8 +242,7 @@ private:
         size += expected * expected;
       }
     }
-    // What the codec itself costs is ten times as much.
-    ASSERT_LT(std::sqrt(error / size), S::kWideKeys ? 1e-3 : 0.03);
+    ASSERT_LT(std::sqrt(error / size), K::kScoreTolerance);
   }
 
   size_t head_of(int pair, int row) const {  // among the query vectors
@@ -283,7 +305,7 @@ private:
     AttendArgs a = with_retrieved(attend_, retrieve_, c_.drop_tail);
     deal_out(a, c_.n_splits, 0);
     const int n_heads = c_.n_kv_heads * c_.group;
-    const std::vector<float> output = emulate_attend<S>(a, std::min(2, a.n_streams * a.n_splits));
+    const std::vector<float> output = emulate_attend<S>(a, std::min(2, a.n_streams * a.n_splits), K::attend);
 
     std::vector<double> expected;
     for (int i = 0; i < c_.n_streams * c_.n_tokens * n_heads; i++) {
@@ -302,7 +324,7 @@ private:
       }
       for (int d = 0; d < D; d++) expected.push_back(y[d] / total);
     }
-    EXPECT_LT(relative_error(output, expected), tolerance(S::kKeyWidth, S::kValueWidth));
+    EXPECT_LT(relative_error(output, expected), K::kTolerance);
   }
 
   static constexpr float kScale = 1.5f / 8;
@@ -341,6 +363,12 @@ TEST(CudaRetrieveStep, ManyRows) {
 TEST(CudaRetrieveStep, SmallDevicesAndOddWindows) {
   Step<AttendShape<64, 4, 4, false>>({.n_streams = 3, .group = 2, .n_window = 0, .mask = true}).check();
   Step<AttendShape<128, 8, 8, false>>({.n_tokens = 3, .group = 2, .top = 1, .n_window = 2}).check();
+}
+
+TEST(CudaRetrieveStep, Tiles) {
+  Step<TileShape<64>>({.n_tokens = 5, .group = 3, .top = 12, .mask = true}).check();
+  Step<TileShape<64>>({.n_cells = 192, .top = 20, .mask = true, .drop_tail = true, .softcap = 3}).check();
+  Step<TileShape<128>>({.n_streams = 2, .n_tokens = 2, .group = 7, .n_splits = 2, .dense = true}).check();
 }
 
 TEST(CudaRetrieveStep, TailDroppedAndAllCellsChosen) {

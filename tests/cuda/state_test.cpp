@@ -85,6 +85,7 @@ struct Setting {
   bool dense = false, with_store = false;
   int n_heads = 2, n_streams = 2;
   int64_t cells = 192;
+  bool tiles = false;
 };
 
 using Rows = std::vector<uint8_t>;
@@ -103,7 +104,7 @@ struct Layer {
             random_codec(kind, s.head_dim, kind == Kind::key ? s.key_bits : s.value_bits, s.dense, random));
       }
       format[k] = codecs->front().format;
-      tables[k] = pack_tables(*codecs);
+      tables[k] = pack_tables(*codecs, s.tiles);
       const int n_slots = s.with_store ? 0 : kSlots * s.n_streams;
       cpu_memory[k].resize(CacheSide::memory_bytes(shape, format[k], n_slots));
       auto store = s.with_store ? ExactStore::ram(shape.n_cells(), s.n_heads * s.head_dim) : nullptr;
@@ -197,6 +198,8 @@ const Setting kSettings[] = {
     {128, 2, 2, true, false, 3},
     {256, 1, 1, false, false, 1},
     {256, 2, 1, true, false, 2, 1, 128},
+    {.head_dim = 64, .key_bits = 3, .value_bits = 1.25, .tiles = true},
+    {.head_dim = 128, .key_bits = 1.5, .value_bits = 4, .dense = true, .tiles = true},
 };
 
 // What the CPU saved of a sequence of n cells is loaded into the device's cache, and saved from there.
@@ -220,7 +223,8 @@ TEST(CudaState, RowsAreTheCpusBothWays) {
               if (layer.device_window.slot_of(cell + i) >= 0) continue;
               const size_t index = (size_t(head) * setting.n_streams + stream) * per_stream + (first + i) / kBlockCells;
               std::vector<uint8_t> block(block_bytes), got(size_t(layer.format[k].vector_bytes())), expected(got);
-              block_from_cuda(layer.format[k], kind, &layer.blocks[k][index * block_bytes], block.data());
+              block_from_cuda(layer.format[k], kind, &layer.blocks[k][index * block_bytes], block.data(),
+                              setting.tiles);
               copy_cell_out(layer.format[k], kind, block.data(), int((first + i) % kBlockCells), got.data());
               const CacheSide& side = layer.cpu->side(kind);
               copy_cell_out(layer.format[k], kind, side.block(head, cell + i), side.in_block(cell + i),

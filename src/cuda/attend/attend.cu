@@ -5,6 +5,7 @@
 #include "cuda/attend/formats.h"
 #include "cuda/attend/launch.h"
 #include "cuda/attend/shape.h"
+#include "cuda/attend/tile_shape.h"
 #include "cuda/formats.h"
 #include "cuda/layout.h"
 
@@ -38,6 +39,11 @@ Status check_queries(const AttendArgs& args) {
     return Status::invalid("queries are missing or not aligned to 16 bytes");
   }
   return {};
+}
+
+/// Whether the codes are in the order for tiles.
+bool by_tiles(const AttendArgs& args) {
+  return args.key_codec.width == 0;
 }
 
 Status check(const AttendArgs& args) {
@@ -81,6 +87,10 @@ Status check(const AttendArgs& args) {
                           !args.fresh.window_values || args.exact[0].capacity == 0)) {
     return Status::invalid("new rows have no place in the window");
   }
+  if (by_tiles(args)) {
+    if (args.value_codec.width != 0) return Status::invalid("keys and values are not in the same order of codes");
+    if (pages.sequences) return Status::unsupported("no kernel for this format with a block table");
+  }
   if (Status s = check_cache(args.keys, args.key_codec, args); !s.ok()) return s;
   return check_cache(args.values, args.value_codec, args);
 }
@@ -92,9 +102,10 @@ void plan(const DeviceInfo& device, AttendArgs& args, bool batches) {
   const int n_blocks = args.n_cells / kBlockCells;
   const int n_exact = std::min(args.exact[0].capacity, kRowsOfASequence) + args.exact[1].capacity;
   const int lanes = blocks_per_pair(device, args.n_kv_heads * row_groups(args.n_tokens, args.group));
-  const Deal deal = choose_deal(args.n_streams, n_blocks, n_exact,
-                                deal_options(args.head_dim, args.key_codec.width, args.value_codec.width, lanes,
-                                             batches && has_large_tables(device)));
+  const DealOptions options = by_tiles(args) ? DealOptions{lanes, tile_warps(args.head_dim), false, false}
+                                             : deal_options(args.head_dim, args.key_codec.width, args.value_codec.width,
+                                                            lanes, batches && has_large_tables(device));
+  const Deal deal = choose_deal(args.n_streams, n_blocks, n_exact, options);
   deal_out(args, deal.n_splits, exact_blocks(n_blocks, n_exact, deal.n_splits), deal.batch_shift);
 }
 
@@ -119,6 +130,17 @@ bool attend_fits(const DeviceInfo& device, int head_dim, int key_width, int valu
   return fits(value_width) && (!scores || fits(key_width));
 }
 
+AttendBy attend_by(const DeviceInfo& device, const Format& keys, const Format& values, bool scores) {
+  if (keys.head_dim != values.head_dim) return AttendBy::nothing;
+  if (cuda_supports(keys) && cuda_supports(values) &&
+      attend_fits(device, keys.head_dim, keys.width(0), values.width(0), scores)) {
+    return AttendBy::tables;
+  }
+  const bool can =
+      tiles_support(keys) && tiles_support(values) && tile_shared_bytes(keys.head_dim) <= device.shared_bytes;
+  return can ? AttendBy::tiles : AttendBy::nothing;
+}
+
 int attend_batch(const DeviceInfo& device, const AttendArgs& args) {
   AttendArgs planned = args;
   plan(device, planned, true);
@@ -136,6 +158,7 @@ Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t
   args.arrived = static_cast<int*>(workspace);
   args.partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + kCounterBytes);
   const dim3 grid(std::min(blocks_per_pair(device, pairs), n_batches(args)), args.n_kv_heads, args.row_groups);
+  if (by_tiles(args)) return launch_attend_tiles(device, args, grid, stream);
   return for_head_dim(
       args.head_dim, [&]<int HeadDim>() { return launch_attend<HeadDim>(device, args, grid, stream); }, kNoHeadSize);
 }
@@ -155,6 +178,7 @@ Status score_cells(const DeviceInfo& device, ScoreArgs score, cudaStream_t strea
   const int pairs = args.n_kv_heads * args.row_groups;
   const dim3 grid(std::min(blocks_per_pair(device, pairs), args.n_streams * args.n_splits), args.n_kv_heads,
                   args.row_groups);
+  if (by_tiles(args)) return launch_score_tiles(device, score, grid, stream);
   return for_head_dim(
       args.head_dim, [&]<int HeadDim>() { return launch_score<HeadDim>(device, score, grid, stream); }, kNoHeadSize);
 }

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "codec/format.h"
 #include "cuda/host/device.h"
 #include "cuda/types.h"
 
@@ -11,13 +12,18 @@ namespace thimble::cuda {
 /// Counters come first in a workspace, in a part of constant size: calls of other shapes must find them zero.
 inline constexpr size_t kAttendCounterBytes = 64 << 10;
 
-/// Device memory for one attend call at a time (on one stream), aligned to 256 bytes. Its counters must be zeroed before
-/// its first use; then calls of any shape may share the largest.
+/// Device memory for one attend call at a time (on one stream), aligned to 256 bytes. Its counters must be zeroed
+/// before its first use; then calls of any shape may share the largest.
 size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args);
 
-/// Whether the device has a kernel for keys and values of these widths, and the shared memory for it; `scores`: for
-/// score_cells as well.
+/// Whether the device has a kernel with tables (shape.h) for keys and values of these widths, and the shared memory for
+/// it; `scores`: for score_cells as well.
 bool attend_fits(const DeviceInfo& device, int head_dim, int key_width, int value_width, bool scores);
+
+/// How a layer's keys and values are coded and attended to on a device. Tiles (tile_shape.h) do for all formats of the
+/// head sizes that there are kernels for, and are slower than tables.
+enum class AttendBy { tables, tiles, nothing };
+AttendBy attend_by(const DeviceInfo& device, const Format& keys, const Format& values, bool scores);
 
 /// How many streams a thread block takes at once in such a call. With more than 2, scores come from the codewords
 /// themselves (direct.h); so they do with 2 in formats that have no kernel for pairs (shape.h).

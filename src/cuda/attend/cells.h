@@ -383,6 +383,25 @@ struct AttendCells {
       }
     }
   }
+
+  /// Leaves a warp's results to be added up (WarpParts); run.weight is over all lanes. It uses the place of the keys'
+  /// table.
+  SIMT static void leave(const Running& run, int warp, int lane) {
+    using Warps = WarpParts<S>;
+    const float* scales = simt::shared_at<float, offsetof(Shared, value_scales)>();
+    const int g = lane / 4, t = lane % 4;
+    float* sums = Warps::sums(warp, t);
+    SIMT_UNROLL
+    for (int i = 0; i < kLaneWords; i++) {
+      const int d = component(g, i);
+      const float scale = scales[d / S::kValueWidth];
+      float word[kWordComponents];
+      SIMT_UNROLL
+      for (int j = 0; j < kWordComponents; j++) word[j] = run.sum[i][j] * scale;
+      write_floats(sums + d, word);
+    }
+    if (g == 0) Warps::leave_state(warp, t, run.maximum, run.weight);
+  }
 };
 
 }  // namespace thimble::cuda

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstddef>
 
-#include "cuda/attend/cells.h"
 #include "cuda/attend/exact.h"
 #include "cuda/attend/items.h"
 #include "cuda/attend/matrix.h"
@@ -26,8 +25,6 @@ struct AttendCombine {
   using Items = AttendItems<S>;
   using Matrix = RowsTimesMatrix<S>;
   using Shared = AttendShared<S>;
-  using Cells = AttendCells<S>;
-  using Running = typename Cells::Running;
   using Exact = AttendExact<S>;
   using Warps = WarpParts<S>;
   using Partials = AttendPartials<S>;
@@ -113,24 +110,14 @@ struct AttendCombine {
     }
   }
 
-  /// Adds up the warps' results of each item. Then it finishes the rows, or leaves a partial result for the last thread
-  /// block of the stream. Returns whether this thread block finished the rows; write_output may follow after a barrier.
-  SIMT static bool finish_batch(const AttendArgs& a, Running& run, int batch) {
-    const float* scales = simt::shared_at<float, offsetof(Shared, value_scales)>();
-    run.weight = Cells::over_g(run.weight, typename Cells::Add());
-    simt::sync();  // the keys' table is used up
-    const int thread = simt::thread_again(), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    float* sums = Warps::sums(warp, t);
-    SIMT_UNROLL
-    for (int i = 0; i < Cells::kLaneWords; i++) {
-      const int d = Cells::component(g, i);
-      const float scale = scales[d / S::kValueWidth];
-      float word[Cells::kWordComponents];
-      SIMT_UNROLL
-      for (int j = 0; j < Cells::kWordComponents; j++) word[j] = run.sum[i][j] * scale;
-      write_floats(sums + d, word);
-    }
-    if (g == 0) Warps::leave_state(warp, t, run.maximum, run.weight);
+  /// Adds up the warps' results of each item, which leave(warp, lane) puts in the place of WarpParts for each warp:
+  /// call it when the keys' table is used up, after a barrier. Then it finishes the rows, or leaves a partial result
+  /// for the last thread block of the stream. Returns whether this thread block finished the rows; write_output may
+  /// follow after a barrier.
+  template <typename Leave>
+  SIMT static bool finish_batch(const AttendArgs& a, int batch, Leave leave) {
+    const int thread = simt::thread_again(), warp = thread / 32, lane = thread % 32;
+    leave(warp, lane);
     simt::sync();
     const int item = Items::first_item(a, batch), stream = Items::stream_of(a, item),
               split = item - stream * a.n_splits;

@@ -5,6 +5,7 @@
 
 #include "cuda/attend/shape.h"
 #include "cuda/attend/shared.h"
+#include "cuda/attend/tile_shape.h"
 #include "cuda/formats.h"
 
 namespace thimble::cuda {
@@ -20,6 +21,12 @@ inline size_t attend_shared_bytes(bool large, int head_dim, int key_width, int v
     return for_widths(key_width, value_width, of_widths, size_t(0));
   };
   return for_head_dim(head_dim, of_size, size_t(0));
+}
+
+/// The same for tiles.
+inline size_t tile_shared_bytes(int head_dim) {
+  return for_head_dim(
+      head_dim, []<int HeadDim>() { return shared_bytes<TileShape<HeadDim>>(); }, size_t(0));
 }
 
 }  // namespace thimble::cuda

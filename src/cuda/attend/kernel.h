@@ -9,13 +9,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/attend/batches.h"
 #include "cuda/attend/bytes.h"
 #include "cuda/attend/cells.h"
 #include "cuda/attend/combine.h"
 #include "cuda/attend/direct.h"
 #include "cuda/attend/exact.h"
 #include "cuda/attend/items.h"
-#include "cuda/attend/parts.h"
 #include "cuda/attend/queries.h"
 #include "cuda/attend/query_rows.h"
 #include "cuda/attend/score_table.h"
@@ -38,8 +38,8 @@ struct AttendKernel {
   using Direct = AttendDirect<S>;
   using Cells = AttendCells<S>;
   using Exact = AttendExact<S>;
+  using Batches = AttendBatches<S>;
   using Combine = AttendCombine<S>;
-  using Partials = AttendPartials<S>;
   using Shared = AttendShared<S>;
   using Lane = typename Cells::Lane;
   using Running = typename Cells::Running;
@@ -81,71 +81,6 @@ struct AttendKernel {
     }
   }
 
-  /// Whether any cell of a batch's streams is attended to from its codes. It looks at mask and hidden cells only where
-  /// every warp has at most one block of an item: in such a short context the window may hold all cells, and then no
-  /// tables need to be made.
-  SIMT static bool sees_codes(const AttendArgs& a, const Lane& l, int batch) {
-    const int n = a.n_cells / kBlockCells, n_slots = Items::n_slots(a, batch);
-    if (n > S::kWarps || !(a.mask || a.hidden)) return n > 0;
-    bool sees = false;
-    SIMT_NO_UNROLL
-    for (int i = l.warp; i < n * n_slots; i += S::kWarps) {
-      const int slot = i / n, block = i - slot * n, head = simt::block_y();
-      const int stream = Items::stream_of(a, Items::first_item(a, batch) + slot);
-      uint32_t cells = 3;  // two of them, a lane
-      if (a.hidden) {
-        const size_t word =
-            Items::cells_of(a, stream) * a.hidden_stream_stride + head * a.hidden_head_stride + block * 2 + l.lane / 16;
-        cells = ~(a.hidden[word] >> l.lane % 16 * 2) & 3;
-      }
-      uint32_t masked = a.mask ? 3 : 0;
-      for (int token = 0; masked != 0 && token < a.n_tokens; token++) {
-        const size_t at = stream * a.mask_stream_stride + token * a.mask_token_stride + block * kBlockCells;
-        const uint32_t pair = reinterpret_cast<const uint32_t*>(a.mask + at)[l.lane];
-        masked &= uint32_t((pair & 0xffff) == 0xfc00) | uint32_t(pair >> 16 == 0xfc00) << 1;  // minus infinity
-      }
-      sees |= (cells & ~masked) != 0;
-    }
-    return simt::any_in_block(sees);
-  }
-
-  /// Writes the new rows of a batch's streams to the window.
-  SIMT static void write_new_rows(const AttendArgs& a, int batch) {
-    const int first = Items::first_item(a, batch), n_slots = Items::n_slots(a, batch);
-    SIMT_NO_UNROLL
-    for (int slot = 0; slot < n_slots; slot++) Exact::write_new_rows(a, Items::stream_of(a, first + slot));
-  }
-  /// Whether a batch attends to exact rows, which the first split of each stream does.
-  SIMT static bool has_exact(const AttendArgs& a, int batch) {
-    return batch == Items::stream_of(a, batch) * a.n_splits;
-  }
-
-  /// Attends to the exact rows of this block's batches, before any codes take registers. The first batch's queries and
-  /// new rows must be on their way. Unless cells are `coded`, there is one batch, and this finishes its rows.
-  SIMT static void attend_exact(const AttendArgs& a, bool coded) {
-    const int first = simt::block_x();
-    SIMT_NO_UNROLL
-    for (int batch = first; batch < Items::n_batches(a); batch += simt::blocks_x()) {
-      if (!has_exact(a, batch)) continue;
-      if (batch != first) {
-        Queries::fetch(a, batch);
-        write_new_rows(a, batch);
-      }
-      simt::wait_for_copies();
-      simt::sync();
-      Exact::attend(a, batch, [&](int slot, int r, int lane, const typename Combine::Part& part) {
-        if (coded) {
-          const int stream = Items::stream_of(a, Items::first_item(a, batch) + slot);
-          Partials::leave(Partials::at(a, stream, a.n_splits), r, lane, part);
-        } else {
-          Combine::finish_row(a, batch, slot, r, lane, {}, part);
-        }
-      });
-      simt::sync();
-    }
-    if (first + simt::blocks_x() < Items::n_batches(a)) Queries::fetch(a, first);
-  }
-
   SIMT static void run(const AttendArgs& a) {
     simt::launch_dependents();
     typename Values::Words value_words;
@@ -174,7 +109,7 @@ struct AttendKernel {
     simt::prefetch_l2<kShare>(reinterpret_cast<const uint8_t*>(a.key_codec.packed),
                               (simt::block_y() * S::kWarps + l.warp) * kShare, l.lane);
     const int first = simt::block_x();
-    if (Exact::any(a) && has_exact(a, first)) {
+    if (Exact::any(a) && Batches::has_exact(a, first)) {
       const int n_slots = Items::n_slots(a, first);
       SIMT_NO_UNROLL
       for (int slot = 0; slot < n_slots; slot++) {
@@ -196,11 +131,11 @@ struct AttendKernel {
     bool coded = true;
     if (Exact::any(a)) {
       const bool is_alone = first + simt::blocks_x() >= Items::n_batches(a);
-      coded = !is_alone || a.n_splits > 1 || sees_codes(a, l, first);
-      if (has_exact(a, first)) write_new_rows(a, first);
+      coded = !is_alone || a.n_splits > 1 || Batches::sees_codes(a, l.warp, l.lane, first);
+      if (Batches::has_exact(a, first)) Batches::write_new_rows(a, first);
     }
     if (coded && is_short) Values::fill(value_words);
-    if (Exact::any(a)) attend_exact(a, coded);
+    if (Exact::any(a)) Batches::attend_exact(a, coded);
     if (!coded) {
       Combine::write_output(a, first);
       return;
@@ -350,7 +285,9 @@ struct AttendKernel {
       }
       run.maximum += row.offset();
       simt::wait_for_copies();
-      if (!Combine::finish_batch(a, run, batch)) continue;
+      run.weight = Cells::over_g(run.weight, typename Cells::Add());
+      simt::sync();  // the keys' table is used up
+      if (!Combine::finish_batch(a, batch, [&](int warp, int lane) { Cells::leave(run, warp, lane); })) continue;
       simt::sync();
       Combine::write_output(a, batch);
       if constexpr (!Shared::kOwnOutputs) simt::sync();

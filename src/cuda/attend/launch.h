@@ -21,4 +21,8 @@ Status launch_attend(const DeviceInfo& device, const AttendArgs& args, dim3 grid
 template <int HeadDim>
 Status launch_score(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream);
 
+/// The same for codes in the order for tiles (tiles.cu).
+Status launch_attend_tiles(const DeviceInfo& device, const AttendArgs& args, dim3 grid, cudaStream_t stream);
+Status launch_score_tiles(const DeviceInfo& device, const ScoreArgs& args, dim3 grid, cudaStream_t stream);
+
 }  // namespace thimble::cuda

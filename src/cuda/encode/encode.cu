@@ -60,7 +60,7 @@ Status launch_leave(const DeviceInfo& device, const LeaveArgs& args, dim3 grid, 
 
 template <int HeadDim>
 Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, dim3 grid, cudaStream_t stream) {
-  return for_width(
+  return for_value<0, 2, 4, 8>(
       args.codec.width,
       [&]<int Width>() { return launch(device, decode_kernel<HeadDim, Width>, args, grid, 256, 0, stream); },
       Status::unsupported("no kernel for this width"));
@@ -70,7 +70,8 @@ const Status kNoHeadSize = Status::unsupported("head size must be 64, 128 or 256
 
 bool complete(const CodecTables& codec, int head_dim, int n_kv_heads) {
   return codec.head_dim == head_dim && codec.n_kv_heads == n_kv_heads && codec.words && codec.half_norms &&
-         (codec.width == 2 || codec.width == 4 || codec.width == 8) && (!codec.forward || (codec.mean && codec.undo));
+         (codec.width == 0 || codec.width == 2 || codec.width == 4 || codec.width == 8) &&
+         (!codec.forward || (codec.mean && codec.undo));
 }
 
 }  // namespace

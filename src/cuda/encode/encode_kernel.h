@@ -73,19 +73,21 @@ struct EncodeKernel {
     simt::sync();
   }
 
-  /// The nearest of a subspace's 256 codewords, for every vector. A warp has 4 of the 128 to a lane.
+  /// The nearest of a subspace's 256 codewords, for every vector and each of `count` subspaces: those from `first` on,
+  /// of `all`, which begin with component d0. A warp has 4 of the 128 to a lane.
   template <int W>
-  SIMT static void find_codes(Shared& s, int n, const CodecTables& codec, int head) {
-    constexpr int M = D / W;
+  SIMT static void find_codes(Shared& s, int n, const CodecTables& codec, int head, int all, int first, int count,
+                              int d0) {
     const int lane = simt::thread() % 32;
-    for (int m = simt::thread() / 32; m < M; m += kWarps) {
+    for (int i_subspace = simt::thread() / 32; i_subspace < count; i_subspace += kWarps) {
+      const int m = first + i_subspace, d = d0 + i_subspace * W;
       float words[4][W], half_norms[4];
       SIMT_UNROLL
       for (int k = 0; k < 4; k++) {
-        half_norms[k] = simt::load_constant(codec.half_norms + (size_t(head) * M + m) * kCodewords + lane + 32 * k);
+        half_norms[k] = simt::load_constant(codec.half_norms + (size_t(head) * all + m) * kCodewords + lane + 32 * k);
         SIMT_UNROLL
         for (int j = 0; j < W; j++) {
-          words[k][j] = simt::load_constant(codec.words + (size_t(head) * D + m * W + j) * kCodewords + lane + 32 * k);
+          words[k][j] = simt::load_constant(codec.words + (size_t(head) * D + d + j) * kCodewords + lane + 32 * k);
         }
       }
       for (int i = 0; i < n; i++) {
@@ -96,7 +98,7 @@ struct EncodeKernel {
           float dot = 0;
           SIMT_UNROLL
           for (int j = 0; j < W; j++) {
-            dot = simt::add_rn(dot, simt::mul_rn(simt::mul_rn(s.y[i][m * W + j], s.inverse_rms[i]), words[k][j]));
+            dot = simt::add_rn(dot, simt::mul_rn(simt::mul_rn(s.y[i][d + j], s.inverse_rms[i]), words[k][j]));
           }
           const float gain = simt::sub_rn(fabsf(dot), half_norms[k]);
           if (best < 0 || gain > best_gain) {
@@ -116,13 +118,21 @@ struct EncodeKernel {
         if (lane == 0) s.codes[i][m] = s.inverse_rms[i] != 0 ? uint8_t(best) : uint8_t(0);
       }
     }
+  }
+
+  /// The same for all subspaces.
+  SIMT static void find_codes(Shared& s, int n, const CodecTables& codec, int head) {
+    const int n2 = codec.n_width2, n4 = codec.n_width4, all = codec.order().n_subspaces();
+    if (n2 > 0) find_codes<2>(s, n, codec, head, all, 0, n2, 0);
+    if (n4 > 0) find_codes<4>(s, n, codec, head, all, n2, n4, 2 * n2);
+    if (all > n2 + n4) find_codes<8>(s, n, codec, head, all, n2 + n4, all - n2 - n4, 2 * n2 + 4 * n4);
     simt::sync();
   }
 
   /// Least-squares scales. The products are summed by one thread a vector, in order.
   SIMT static void find_scales(Shared& s, int n, const CodecTables& codec, int head) {
     for (int i = simt::thread(); i < n * D; i += kThreads) {
-      const int v = i / D, d = i % D, code = s.codes[v][d / codec.width];
+      const int v = i / D, d = i % D, code = s.codes[v][codec.order().subspace_of(d)];
       const float w = simt::load_constant(codec.words + (size_t(head) * D + d) * kCodewords + (code & 0x7f));
       s.x[v][d] = code & 0x80 ? -w : w;
     }
@@ -176,7 +186,8 @@ struct EncodeKernel {
     uint16_t* window = kIsKey ? a.window.keys : a.window.values;
     Shared& s = memory();
     const int left = a.n_tokens - first;
-    const int n = left < a.tokens_per_block ? left : a.tokens_per_block, n_subspaces = D / codec.width;
+    const int n = left < a.tokens_per_block ? left : a.tokens_per_block;
+    const int n_subspaces = codec.order().n_subspaces();
     if (n <= 0) return;
     const auto row = [&](const Place& p) {
       return window + ((size_t(p.stream) * a.n_kv_heads + head) * a.window.capacity + p.slot) * D;
@@ -210,9 +221,7 @@ struct EncodeKernel {
     }
     if (coding) {
       normalize(s, n);
-      if (codec.width == 2) find_codes<2>(s, n, codec, head);
-      if (codec.width == 4) find_codes<4>(s, n, codec, head);
-      if (codec.width == 8) find_codes<8>(s, n, codec, head);
+      find_codes(s, n, codec, head);
       find_scales(s, n, codec, head);
     }
 
@@ -222,7 +231,7 @@ struct EncodeKernel {
       uint8_t* block = cache.data + p.stream * cache.stream_stride + head * cache.head_stride +
                        p.cell / kBlockCells * cache.block_stride;
       for (int m = simt::thread(); coding && m < n_subspaces; m += kThreads) {
-        block[cuda_position(K, n_subspaces, m, p.cell % kBlockCells)] = s.codes[i][m];
+        block[codec.order().position(K, m, p.cell % kBlockCells)] = s.codes[i][m];
       }
       if (coding && simt::thread() == 0) {
         reinterpret_cast<uint16_t*>(block + n_subspaces * kBlockCells)[p.cell % kBlockCells] = s.scale[i];

@@ -25,13 +25,14 @@ size_t DeviceLayer::side_bytes(Kind kind, const CacheShape& shape, const Format&
 
 Status DeviceLayer::init(const CacheShape& shape, const std::vector<HeadCodec>& keys,
                          const std::vector<HeadCodec>& values, WindowSize window, int capacity,
-                         uint8_t* const memory[2], bool values_coded) {
+                         uint8_t* const memory[2], bool values_coded, bool tiles) {
   shape_ = shape;
   capacity_ = capacity;
   values_coded_ = values_coded;
   for (Kind kind : {Kind::key, Kind::value}) {
     memory_[int(kind)] = memory[int(kind)];
-    if (Status s = tables_[int(kind)].upload(pack_tables(kind == Kind::key ? keys : values)); !s.ok()) return s;
+    const HostTables tables = pack_tables(kind == Kind::key ? keys : values, tiles);
+    if (Status s = tables_[int(kind)].upload(tables); !s.ok()) return s;
   }
   const size_t books = aligned_bytes(shape, keys.front().format, capacity, true);
   return window_.init(shape, window, capacity, memory[int(Kind::key)] + books, rows(Kind::key, 0), head_dim());

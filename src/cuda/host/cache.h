@@ -21,9 +21,10 @@ public:
   static size_t side_bytes(Kind kind, const CacheShape& shape, const Format& format, int capacity, bool coded);
 
   /// `memory`, by Kind: device memory of side_bytes, which outlives the layer. Values of which only the window's and
-  /// retrieved ones are read need not be coded. `capacity`: rows of a stream's window.
+  /// retrieved ones are read need not be coded. `capacity`: rows of a stream's window. `tiles`: how cells are attended
+  /// to (AttendBy), which the order of codes depends on.
   Status init(const CacheShape& shape, const std::vector<HeadCodec>& keys, const std::vector<HeadCodec>& values,
-              WindowSize window, int capacity, uint8_t* const memory[2], bool values_coded);
+              WindowSize window, int capacity, uint8_t* const memory[2], bool values_coded, bool tiles);
 
   const CacheShape& shape() const { return shape_; }
   int head_dim() const { return codec(Kind::key).head_dim; }

@@ -16,6 +16,24 @@ int packed_position(const Format& format, Kind kind, int component) {
   return ((unit * 8 + g) * 2 + high) * 2 + component % 2;
 }
 
+std::vector<uint32_t> pack_words(const HeadCodec& codec, bool tiles) {
+  const Format& format = codec.format;
+  std::vector<uint32_t> packed(size_t(kCodewords) * format.head_dim / 4);
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(packed.data());
+  for (int d = 0; d < format.head_dim; d++) {
+    const int m = code_order(format, tiles).subspace_of(d), width = format.width(m), first = format.offset(m);
+    for (int c = 0; c < kCodewords; c++) {
+      const uint8_t number = uint8_t(codec.codebook.word(d, c));
+      if (tiles) {
+        bytes[first * kCodewords + c * width + d - first] = number ^ 0x80;
+      } else {
+        bytes[size_t(c) * format.head_dim + packed_position(format, codec.kind, d)] = number;
+      }
+    }
+  }
+  return packed;
+}
+
 bool is_hadamard(const Transform& transform) {
   std::vector<float> x(transform.head_dim()), y(x.size());
   x[0] = 1;
@@ -30,29 +48,23 @@ void append(std::vector<T>& to, const std::vector<T>& from) {
 
 }  // namespace
 
-HostTables pack_tables(const std::vector<HeadCodec>& heads) {
+HostTables pack_tables(const std::vector<HeadCodec>& heads, bool tiles) {
   if (heads.empty()) throw std::invalid_argument("no heads");
   const Format& format = heads[0].format;
   const Kind kind = heads[0].kind;
   const bool dense = heads[0].transform.is_dense();
-  if (!cuda_supports(format)) throw std::invalid_argument("the CUDA kernels do not support this format");
+  if (!(tiles ? tiles_support(format) : cuda_supports(format))) {
+    throw std::invalid_argument("the CUDA kernels do not support this format");
+  }
   HostTables tables;
-  tables.head_dim = format.head_dim;
-  tables.width = format.width(0);
+  tables.order = code_order(format, tiles);
   tables.n_kv_heads = int(heads.size());
   for (const HeadCodec& codec : heads) {
     if (codec.format != format || codec.kind != kind || codec.transform.is_dense() != dense) {
       throw std::invalid_argument("the heads of a layer differ in format or kind of transform");
     }
     if (!dense && !is_hadamard(codec.transform)) throw std::invalid_argument("transform is neither Hadamard nor dense");
-    std::vector<uint32_t> packed(size_t(kCodewords) * format.head_dim / 4);
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(packed.data());
-    for (int c = 0; c < kCodewords; c++) {
-      for (int d = 0; d < format.head_dim; d++) {
-        bytes[size_t(c) * format.head_dim + packed_position(format, kind, d)] = uint8_t(codec.codebook.word(d, c));
-      }
-    }
-    append(tables.packed, packed);
+    append(tables.packed, pack_words(codec, tiles));
     append(tables.scale, codec.codebook.scale);
     append(tables.words, codec.words);
     append(tables.half_norms, codec.half_norms);
@@ -67,9 +79,11 @@ HostTables pack_tables(const std::vector<HeadCodec>& heads) {
 
 CodecTables HostTables::view() const {
   CodecTables t;
-  t.head_dim = head_dim;
-  t.width = width;
+  t.head_dim = order.head_dim;
+  t.width = order.width;
   t.n_kv_heads = n_kv_heads;
+  t.n_width2 = uint16_t(order.n_width2);
+  t.n_width4 = uint16_t(order.n_width4);
   t.packed = packed.data();
   t.scale = scale.data();
   t.words = words.data();

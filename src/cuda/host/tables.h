@@ -10,15 +10,17 @@ namespace thimble::cuda {
 
 /// The arrays in host memory; `view` points into them. DeviceTables (device.h) owns a copy in device memory.
 struct HostTables {
-  int head_dim = 0, width = 0, n_kv_heads = 0;
+  int n_kv_heads = 0;
+  CodeOrder order;
   std::vector<uint32_t> packed;
   std::vector<float> scale, words, half_norms, mean, forward, undo;
 
   CodecTables view() const;
 };
 
-/// Throws std::invalid_argument where the heads disagree in kind, format or kind of transform, where the kernels have
-/// no code for the format, or where a transform is neither Hadamard nor dense.
-HostTables pack_tables(const std::vector<HeadCodec>& heads);
+/// `tiles`: for the kernels that decode tiles, else for those with tables. Throws std::invalid_argument where the heads
+/// disagree in kind, format or kind of transform, where there are no such kernels for the format, or where a transform
+/// is neither Hadamard nor dense.
+HostTables pack_tables(const std::vector<HeadCodec>& heads, bool tiles = false);
 
 }  // namespace thimble::cuda

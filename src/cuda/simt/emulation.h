@@ -360,6 +360,15 @@ inline float2 unpack_half2(uint32_t x) {
 inline uint32_t pack_half2(float low, float high) {
   return uint32_t(float_to_half(high)) << 16 | float_to_half(low);
 }
+inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
+  const float2 x = unpack_half2(a), y = unpack_half2(b);
+  return pack_half2(x.x - y.x, x.y - y.y);
+}
+inline uint2 load_stream_8(const uint8_t* p) {
+  uint2 r;
+  std::memcpy(&r, p, 8);
+  return r;
+}
 inline uint4 load_stream(const uint8_t* p) {
   uint4 r;
   std::memcpy(&r, p, 16);

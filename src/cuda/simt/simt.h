@@ -214,6 +214,12 @@ SIMT uint32_t pack_half2(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
+/// The differences of two pairs of halves.
+SIMT uint32_t subtract_halves(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 
 /// Returns 0, as addresses in shared memory are below 2^31; the compiler does not know that. A load from
 /// p + after(address) therefore waits until `address` has been computed. This keeps the compiler from moving the load
@@ -228,6 +234,12 @@ SIMT uint4 load_stream(const uint8_t* p) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
                : "l"(p));
+  return r;
+}
+/// The same of 8 bytes.
+SIMT uint2 load_stream_8(const uint8_t* p) {
+  uint2 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1},[%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
   return r;
 }
 /// Loads 16 bytes.

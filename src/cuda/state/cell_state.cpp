@@ -45,7 +45,7 @@ size_t row_bytes(const CellArgs& side) {
 }
 
 size_t vectors_bytes(const CellArgs& side) {
-  return size_t(side.n_kv_heads) * CodePacker{Kind::key, side.codec.n_subspaces()}.vector_bytes();
+  return size_t(side.n_kv_heads) * CodePacker{Kind::key, side.codec.order()}.vector_bytes();
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ struct CodesKernel {
   SIMT static void run(const CellArgs& a) {
     simt::launch_dependents();
     simt::wait_for_previous_grid();
-    const CodePacker packer{a.is_key ? Kind::key : Kind::value, a.codec.head_dim / a.codec.width};
+    const CodePacker packer{a.is_key ? Kind::key : Kind::value, a.codec.order()};
     const int head = simt::block_y(), first = simt::block_x() * kCells, bytes = packer.vector_bytes();
     const int n = a.n - first < kCells ? a.n - first : kCells;
     uint8_t* head_data = a.cache.data + head * a.cache.head_stride;
@@ -62,17 +62,18 @@ struct RowsKernel {
   /// The vector that codes stand for, its transform undone, bit for bit as CacheSide::decode_row does it: numbers
   /// lane * N to lane * N + N - 1 of it. `y`: D numbers of shared memory that are the warp's.
   SIMT static void decode(const CellArgs& a, const Row& r, int head, float* y, float (&x)[1][N]) {
-    const int lane = simt::thread() % 32, width = a.codec.width;
-    const CodePacker packer{a.is_key ? Kind::key : Kind::value, a.codec.head_dim / a.codec.width};
+    const int lane = simt::thread() % 32;
+    const CodePacker packer{a.is_key ? Kind::key : Kind::value, a.codec.order()};
+    const int n_subspaces = packer.order.n_subspaces();
     const uint8_t* block = a.cache.data + r.stream * a.cache.stream_stride + head * a.cache.head_stride +
                            r.cell / kBlockCells * a.cache.block_stride;
     const int in_block = r.cell % kBlockCells;
-    const int low = block[packer.place(packer.n_subspaces, in_block)];
-    const int high = block[packer.place(packer.n_subspaces + 1, in_block)];
+    const int low = block[packer.place(n_subspaces, in_block)];
+    const int high = block[packer.place(n_subspaces + 1, in_block)];
     const float scale = simt::half_to_float(uint16_t(low | high << 8));
     const float* words = a.codec.words + size_t(head) * D * kCodewords;
     for (int k = 0; k < N; k++) {
-      const int d = lane * N + k, code = block[packer.place(d / width, in_block)];
+      const int d = lane * N + k, code = block[packer.place(packer.order.subspace_of(d), in_block)];
       x[0][k] = simt::mul_rn(code & 0x80 ? -scale : scale, words[size_t(d) * kCodewords + (code & 0x7f)]);
     }
     if (!a.codec.undo) return hadamard_warp<D>(x, lane);

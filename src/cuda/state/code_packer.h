@@ -8,15 +8,16 @@ namespace thimble::cuda {
 
 struct CodePacker {
   Kind kind = Kind::key;
-  int n_subspaces = 0;
+  CodeOrder order;
 
   /// Bytes of a canonical vector.
-  THIMBLE_HOST_DEVICE constexpr int vector_bytes() const { return n_subspaces + int(sizeof(uint16_t)); }
+  THIMBLE_HOST_DEVICE constexpr int vector_bytes() const { return order.n_subspaces() + int(sizeof(uint16_t)); }
 
   /// The byte of a block that holds byte `i` of the vector of cell `cell`, 0 to 63.
   THIMBLE_HOST_DEVICE constexpr int place(int i, int cell) const {
-    if (i < n_subspaces) return cuda_position(kind, n_subspaces, i, cell);
-    return n_subspaces * kBlockCells + cell * int(sizeof(uint16_t)) + i - n_subspaces;
+    const int n = order.n_subspaces();
+    if (i < n) return order.position(kind, i, cell);
+    return n * kBlockCells + cell * int(sizeof(uint16_t)) + i - n;
   }
 };
 

@@ -46,9 +46,11 @@ void CudaCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint
   auto layer = std::make_unique<Layer>();
   layer->top = plan.top;
   layer->drop_tail = plan.drop_tail;
-  require(layer->device.init(shape, codecs.of(Kind::key), codecs.of(Kind::value), window_size(plan),
-                             scratch_.capacity(), memory, plan.has_codes[int(Kind::value)]),
-          where.c_str());
+  const cuda::AttendBy by = cuda::attend_by(device_, plan.side(Kind::key), plan.side(Kind::value), plan.top > 0);
+  require(
+      layer->device.init(shape, codecs.of(Kind::key), codecs.of(Kind::value), window_size(plan), scratch_.capacity(),
+                         memory, plan.has_codes[int(Kind::value)], by == cuda::AttendBy::tiles),
+      where.c_str());
   if (const cuda::Status status = plan.top > 0 ? layer->device.add_store() : cuda::Status(); !status.ok()) {
     throw std::runtime_error(where + "no pinned RAM for its exact store (" + status.message +
                              "), which takes as much as an f16 cache: use a smaller context, a machine or a limit "

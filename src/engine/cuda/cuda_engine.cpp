@@ -43,24 +43,26 @@ public:
 
   std::string refusal(const LayerPlan& plan) const override {
     const Format &k = plan.side(Kind::key), &v = plan.side(Kind::value);
-    if (!cuda::cuda_supports(k) || !cuda::cuda_supports(v) || k.head_dim != v.head_dim ||
-        (v.width(0) != k.width(0) && v.width(0) != 2 * k.width(0))) {
-      return "on a CUDA device there are kernels for heads of 64, 128 and 256 numbers, keys and values alike, at "
-             "bits=4, 2, 1, 4/2 and 2/1, of one width in each vector (thimble calibrate --even); use one of these, "
+    if (!cuda::tiles_support(k) || !cuda::tiles_support(v) || k.head_dim != v.head_dim) {
+      return "on a CUDA device there are kernels for heads of 64, 128 and 256 numbers, keys and values alike; use "
              "bits=16 or device=CPU";
     }
-    const cuda::DeviceInfo& device = this->device();
-    const bool retrieves = plan.top > 0;
-    if (!cuda::attend_fits(device, k.head_dim, k.width(0), v.width(0), retrieves)) {
-      const bool fewer_bits = cuda::attend_fits(device, k.head_dim, 4, 4, retrieves);
-      return "at this rate heads of " + std::to_string(k.head_dim) +
-             " numbers take more shared memory than this GPU has: use " + (fewer_bits ? "bits=2, " : "") +
-             "bits=16 or device=CPU";
+    if (cuda::attend_by(device(), k, v, plan.top > 0) == cuda::AttendBy::nothing) {
+      return "heads of " + std::to_string(k.head_dim) +
+             " numbers take more shared memory than this GPU has: use bits=16 or device=CPU";
     }
     if (plan.shape.cells_per_stream % kBlockCells != 0) {
       return "on a CUDA device the context must be a multiple of 64 cells";
     }
     return {};
+  }
+
+  std::string why_slow(const LayerPlan& plan) const override {
+    if (plan.side(Kind::key).f16) return {};
+    return cuda::attend_by(device(), plan.side(Kind::key), plan.side(Kind::value), plan.top > 0) ==
+                   cuda::AttendBy::tiles
+               ? "at their rates cells are decoded to tiles (docs/guide/gpu.md)"
+               : "";
   }
 
   bool leaves_f16(const Settings& settings) const override { return settings.passthrough(); }
