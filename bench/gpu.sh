@@ -43,24 +43,10 @@ parts=("${@:2}")
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 for part in status "${all[@]}" "${named[@]}"; do rm -f "$out/$part.txt"; done  # the table is of one run
-export PYTHONUNBUFFERED=1
-bin=${THIMBLE_BUILD:-build-cuda}/bin
 model=${THIMBLE_RANDOM:-$out/llama-8b-random.gguf}
 moe=${THIMBLE_MOE:-$out/moe-random.gguf}
 device=${THIMBLE_DEVICE:-CUDA0}
-not_run=77
-
-nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee "$out/card.txt"
-capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
-[ "$capability" = 90 ] && capability=90a
-
-within() { # seconds, command: nor past the end of all
-  local left=$((${THIMBLE_SECONDS:-590} - SECONDS))
-  [ $left -gt 0 ] || { echo "no time is left for $2"; return 124; }
-  timeout -k 10 $(($1 < left ? $1 : left)) "${@:2}"
-}
-
-wants() { [[ " ${parts[*]} " =~ \ ($1)\  ]]; }
+source bench/parts.sh
 
 kernels() {
   local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests
@@ -119,45 +105,20 @@ hf() {
   within 120 python3 bench/hf_decode.py
 }
 
-programs() { # in the background: thimble, the plugin and llama.cpp
-  local source api
-  source=${THIMBLE_LLAMA_CPP:-$(scripts/fetch-llama-cpp)} &&
-    api=$(sed -n 's/^#define GGML_BACKEND_API_VERSION //p' "$source/ggml/src/ggml-backend-impl.h") &&
-    cmake -S . -B build-cuda -DTHIMBLE_CUDA=ON -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DTHIMBLE_TESTS=OFF \
-      -DLLAMA_BUILD_TESTS="$(wants archs && echo ON || echo OFF)" -DTHIMBLE_APIS="$api" -DCMAKE_CUDA_ARCHITECTURES="$capability" -DTHIMBLE_LLAMA_CPP="$source" &&
-    within 590 nice cmake --build build-cuda -j "$(nproc)" --target thimble ggml-thimble llama-perplexity \
-      $(! wants server || echo llama-server) $(! wants archs || echo test-llama-archs) &&
-    { ! wants archs || c++ -std=c++20 -shared -fPIC -I"$source/ggml/include" tests/support/preload_backends.cpp \
-      -o build-cuda/bin/libpreload_backends.so; }
-}
+large_batches=(--rounds 3 --ubatch 2048)
 
-has() { # program...: says what is missing, if anything is
-  local program
-  for program in "$@" libggml-thimble.so; do
-    [ -e "$bin/$program" ] && continue
-    echo "No $bin/$program: give a build by THIMBLE_BUILD, or see $out/programs.txt for what building one lacks" \
-      "(llama.cpp's source by THIMBLE_LLAMA_CPP, the packages that scripts/install-deps names)."
-    exit $not_run
-  done
-}
-
-bench() { # seconds, model, arguments
-  has thimble
-  within "$1" "$bin/thimble" bench -m "$2" --rounds 3 --ubatch 2048 "${@:3}"
-}
-
-end_to_end() { bench 280 "$model" --depths 0,131072,196608 --kv f16,2 --decode 64 --prompt 2048; }
+end_to_end() { bench 280 "$model" "${large_batches[@]}" --depths 0,131072,196608 --kv f16,2 --decode 64 --prompt 2048; }
 
 retrieval() {
   nvidia-smi -i 0 --query-gpu=memory.used --format=csv,noheader,nounits -lms 500 > "$out/memory.txt" 2>&1 &
   trap "kill $!" EXIT
-  bench 150 "$model" --depths 131072 --kv 2+64 --decode 64 --prompt 2048
+  bench 150 "$model" "${large_batches[@]}" --depths 131072 --kv 2+64 --decode 64 --prompt 2048
   echo "GPU memory: $(grep -x '[0-9]*' "$out/memory.txt" | sort -n | tail -1) MiB at most"
 }
 
-prefill() { bench 90 "$model" --depths 0 --kv f16,2 --decode 1 --prompt 32768; }
+prefill() { bench 90 "$model" "${large_batches[@]}" --depths 0 --kv f16,2 --decode 1 --prompt 32768; }
 
-moe() { bench 280 "$moe" --depths 0,65536 --kv f16,2 --decode 128 --prompt 2048; }
+moe() { bench 280 "$moe" "${large_batches[@]}" --depths 0,65536 --kv f16,2 --decode 128 --prompt 2048; }
 
 eval_on_device() { # of a part's name, as eval is a word of the shell's
   [ -n "${THIMBLE_MODEL:-}" ] || { echo "THIMBLE_MODEL says which small model to measure."; exit $not_run; }
@@ -232,18 +193,6 @@ END
   return $failed
 }
 
-failed=0
-run() { # part, its function where that has another name
-  echo "== $1"
-  local start=$SECONDS status
-  set +e
-  (set -e; "${2:-$1}") 2>&1 | tee "$out/$1.txt"
-  status=${PIPESTATUS[0]}
-  set -e
-  echo "$1 $status $((SECONDS - start))" >> "$out/status.txt"
-  [ "$status" -eq 0 ] || [ "$status" -eq $not_run ] || { echo "exit status $status"; failed=1; }
-}
-
 jobs=()
 if wants 'end_to_end|retrieval|prefill'; then
   [ -f "$model" ] || { python3 bench/random_gguf.py "$model" & jobs+=($!); }
@@ -255,7 +204,8 @@ if wants moe; then
 fi
 programs='end_to_end|retrieval|prefill|quality|server|eval|archs|moe'
 if [ -z "${THIMBLE_BUILD:-}" ] && wants "$programs"; then
-  programs > "$out/programs.txt" 2>&1 & jobs+=($!)
+  programs thimble ggml-thimble llama-perplexity $(! wants server || echo llama-server) $(! wants archs || echo test-llama-archs) \
+    > "$out/programs.txt" 2>&1 & jobs+=($!)
 fi
 for part in "${parts[@]}"; do
   if [[ $part =~ ^(hf|$programs)$ ]]; then  # the host's time counts in all of these

@@ -172,6 +172,7 @@ void run(Options options) {
       llama_synchronize(cache.context.get());
       std::printf("%6d %-6s filled from %d at %.1f tokens/s\n", depth, cache.name.c_str(), cache.depth,
                   (depth - cache.depth) / seconds_since(start));
+      std::fflush(stdout);
       cache.depth = depth;
     }
     for (int round = 0; round < options.rounds + 1; round++) {

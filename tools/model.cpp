@@ -43,12 +43,15 @@ ModelPtr load_model(const std::string& path, const std::string& devices, bool re
   llama_model_params params = llama_model_default_params();
   params.use_extra_bufts = repack;
   std::vector<ggml_backend_dev_t> chosen;
-  if (devices == "CPU") {
+  if (devices == "CPU" && split != LLAMA_SPLIT_MODE_TENSOR) {
     params.n_gpu_layers = 0;
   } else {
     for (const std::string& name : device_names(devices)) {
       chosen.push_back(ggml_backend_dev_by_name(name.c_str()));
       if (!chosen.back()) throw std::runtime_error("no device " + name + " here: is its backend loaded?");
+      if (split == LLAMA_SPLIT_MODE_TENSOR && ggml_backend_dev_type(chosen.back()) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+        throw std::runtime_error("llama.cpp splits no tensors over the CPU: name GPUs");
+      }
     }
     params.n_gpu_layers = 999;
     params.split_mode = split;
