@@ -29,7 +29,6 @@
  *   bits             16, 4, 3, 2, 1.5, 1.25, 1          4, 2, 1; a profile made with `thimble calibrate --even`
  *   head_dim         even, 2 to 256                     64, 128, 256 (sm_80 and sm_90; at 4 bits sm_90)
  *   values           any codec                          of the keys' head size, at the keys' bits or half of them
- *   softcap          any codec of keys                  not calibrated keys
  *   query heads      any number to a KV head            at most 64
  *   cells            of a sequence: any number          at most 2^28
  *   vectors          of encode, decode: any number      at most 2^29

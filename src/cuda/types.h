@@ -181,6 +181,8 @@ struct DenseRows {
   uint16_t *keys = nullptr, *values = nullptr;
   int first_stream = 0, n_streams = 0;  // the streams that have rows here
   int n_cells = 0;                      // of each stream, from cell 0 on
+  // Of transformed rows, by number: x A instead of (x - mean) A, see DeviceLayer::shift. Null: none.
+  const float *key_shift = nullptr, *value_shift = nullptr;  // [n_kv_heads][head_dim]
 };
 
 /// One layer's keys and values to encode.
@@ -239,7 +241,8 @@ struct DecodeArgs {
   CacheView cache;
   CodecTables codec;
   bool is_key = true;
-  uint16_t* rows = nullptr;  // [n_streams][n_kv_heads][n_cells][head_dim]
+  uint16_t* rows = nullptr;      // [n_streams][n_kv_heads][n_cells][head_dim]
+  const float* shift = nullptr;  // added to them, [n_kv_heads][head_dim]; null: none
 };
 
 /// Rows of queries to transform, or of attention's outputs to transform back, for attention over decoded rows. Token
@@ -249,7 +252,7 @@ struct TransformArgs {
   const float* in = nullptr;
   size_t stream_stride = 0, token_stride = 0, head_stride = 0;
   CodecTables codec;      // of the keys for queries, of the values for outputs
-  bool add_mean = false;  // to outputs, whose weights sum up to 1
+  bool add_mean = false;  // to outputs, whose weights sum up to 1, of rows without a shift
   float* out = nullptr;   // [n_streams][n_tokens][n_heads][head_dim]; may be `in`, where that has this order
 };
 

@@ -266,7 +266,7 @@ TEST_F(ApiCuda, AttendsWithAProfile) {
   thimble_profile* opened = nullptr;
   ASSERT_TRUE(ok(thimble_profile_open(kProfile, &opened)));
   const Handle<thimble_profile> profile(opened);
-  for (unsigned options : {0u, unsigned(kExact), kMask | kExact | kSinks}) {
+  for (unsigned options : {0u, unsigned(kExact), kMask | kExact | kSinks, kExact | kSoftcap | kSinks}) {
     // Layer 2 has keys at 2 bits and values at 1. Random numbers are nothing that it was calibrated for.
     check({.shape = {64, 64, 3, 2, 1, profile.get(), 2}, .n_cells = {150, 65}, .n_tokens = {1, 2}, .options = options});
     check({.shape = {64, 64, 3, 4, 4, profile.get(), 5}, .n_cells = {70, 65}, .n_tokens = {1, 2}, .options = options});
@@ -313,7 +313,6 @@ TEST_F(ApiCuda, RefusesWhatThereAreNoKernelsFor) {
   refused("the keys' rate or half", {64, 64, 2, 2, 4}, Layout::pages, as_it_is);
   refused("the keys' rate or half", {64, 64, 2, 4, 1}, Layout::pages, as_it_is);
   refused("multiples of 16", kBytes, Layout::odd, as_it_is);
-  refused("without means", {64, 64, 2, 4, 4, profile.get(), 3}, Layout::pages, [](auto& a) { a.softcap = 20; });
   refused("q must be aligned", kBytes, Layout::pages, [](auto& a) { a.q++; });
   refused("q must be aligned", kBytes, Layout::pages, [](auto& a) { a.q_token_stride++; });
   refused("without gaps", kBytes, Layout::pages, [](auto& a) { a.out_token_stride += 4; });

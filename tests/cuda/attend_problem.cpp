@@ -141,7 +141,7 @@ double error_of(const EmulatedAttend& kernel, const AttendCase& c) {
         std::vector<float> transformed(d);
         transform.query(q, transformed.data());
         double along_mean = 0;
-        for (int i = 0; c.dense && c.softcap == 0 && i < d; i++) along_mean += double(q[i]) * transform.mean()[i];
+        for (int i = 0; c.dense && i < d; i++) along_mean += double(q[i]) * transform.mean()[i];
         double total = c.sinks ? std::exp(double(sinks[head])) : 0, weight = 0;
         std::vector<double> y(d, 0.0), y_exact(d, 0.0);
         for (int cell = 0; cell < c.n_cells; cell++) {

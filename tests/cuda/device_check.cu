@@ -299,9 +299,7 @@ void run(const DeviceInfo& device, const Case& c) {
           const float* q = &raw.host[(size_t(s * c.n_tokens + t) * n_heads + head) * d];
           key_codecs[kv_head].transform.query(q, transformed.data());
           double along_mean = 0;
-          // The kernels leave q.mean out, which a softmax alone does not see. A softcap does: the plugin refuses it
-          // there.
-          for (int i = 0; c.dense && c.softcap == 0 && i < d; i++) {
+          for (int i = 0; c.dense && i < d; i++) {
             along_mean += double(q[i]) * key_codecs[kv_head].transform.mean()[i];
           }
           double total = c.sinks ? std::exp(double(sinks.host[head])) : 0, weight = 0;

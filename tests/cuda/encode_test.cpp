@@ -57,7 +57,8 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
   a.window = {window_keys.data(), window_values.data(), slots.data(), kCapacity};
   constexpr int kDenseCells = 128;  // of the second stream only
   std::vector<uint16_t> dense_keys(kHeads * kDenseCells * D, 0x7e00), dense_values(dense_keys);
-  a.dense = {dense_keys.data(), dense_values.data(), 1, 1, kDenseCells};
+  const std::vector<float> shift = random.normals(kHeads * D);  // of values
+  a.dense = {dense_keys.data(), dense_values.data(), 1, 1, kDenseCells, nullptr, shift.data()};
 
   using Kernel = EncodeKernel<D>;
   const int blocks = (n_tokens + tokens_per_block - 1) / tokens_per_block;
@@ -92,7 +93,7 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
         key_codecs[h].transform.forward(&keys[at], y.data());
         for (int d = 0; d < D; d++) EXPECT_EQ(dense_keys[dense + d], float_to_half(y[d]));
         value_codecs[h].transform.forward(&values[at], y.data());
-        for (int d = 0; d < D; d++) EXPECT_EQ(dense_values[dense + d], float_to_half(y[d]));
+        for (int d = 0; d < D; d++) EXPECT_EQ(dense_values[dense + d], float_to_half(y[d] + shift[h * D + d]));
       }
     }
   }
@@ -226,12 +227,17 @@ void check_decode(double bits) {
     std::vector<HeadCodec> codecs;
     for (int h = 0; h < kHeads; h++) codecs.push_back(random_codec(kind, D, bits, false, random));
     const HostTables tables = pack_tables(codecs, Width == 0);
+    const std::vector<float> shift = random.normals(kHeads * D);
+    const bool is_shifted = kind == Kind::value;
     std::vector<uint8_t> cache;
     std::vector<uint16_t> expected;
     for (int i = 0; i < kStreams * kHeads; i++) {
       const CodedHead head = random_head(codecs[i % kHeads], kCells, random, Width == 0);
       cache.insert(cache.end(), head.blocks.begin(), head.blocks.end());
-      for (float x : head.decoded) expected.push_back(float_to_half(x));
+      for (size_t k = 0; k < head.decoded.size(); k++) {
+        const float x = head.decoded[k];
+        expected.push_back(float_to_half(is_shifted ? x + shift[i % kHeads * D + k % D] : x));
+      }
     }
     std::vector<uint16_t> rows(expected.size(), 0x7e00);
     DecodeArgs a;
@@ -243,6 +249,7 @@ void check_decode(double bits) {
     a.cache = {cache.data(), kHeads * head, head, block};
     a.is_key = kind == Kind::key;
     a.rows = rows.data();
+    if (is_shifted) a.shift = shift.data();
     using Kernel = DecodeKernel<D, Width>;
     simt::Machine::launch({kCells / kBlockCells, kStreams * kHeads}, Kernel::kThreads, 0, [&] { Kernel::run(a); });
     EXPECT_EQ(rows, expected) << D << " at " << bits;

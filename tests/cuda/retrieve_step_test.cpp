@@ -225,9 +225,8 @@ private:
       const size_t pair = i / c_.n_cells, cell = i % c_.n_cells;
       double expected = -INFINITY;
       for (int row = 0; row < c_.n_tokens * c_.group; row++) {
-        const double x = 1.44269504 * (logit(int(pair), row, int(cell), transformed(int(pair), row),
-                                             &heads_[0][pair].decoded[cell * D]) +
-                                       kScale * along_mean(int(pair), row));
+        const double x = 1.44269504 * logit(int(pair), row, int(cell), transformed(int(pair), row),
+                                            &heads_[0][pair].decoded[cell * D], along_mean(int(pair), row));
         if (!in_window(int(cell))) expected = std::max(expected, x);
       }
       for (int g = 0; g < a.row_groups; g++) {
@@ -263,10 +262,9 @@ private:
     return q.data();
   }
 
-  // Scaled, masked.
-  double logit(int pair, int row, int cell, const float* query, const float* key) const {
+  // Scaled, capped, masked; x: what the product lacks.
+  double logit(int pair, int row, int cell, const float* query, const float* key, double x = 0) const {
     const int stream = pair / c_.n_kv_heads, token = row / c_.group;
-    double x = 0;
     for (int d = 0; d < D; d++) x += double(query[d]) * key[d];
     x *= kScale;
     if (c_.softcap != 0) x = c_.softcap * std::tanh(x / c_.softcap);
@@ -352,7 +350,7 @@ private:
 TEST(CudaRetrieveStep, OneToken) {
   Step<AttendShape<128, 4, 4, true>>({}).check();
   Step<AttendShape<64, 8, 8, true>>({.group = 1, .n_cells = 192, .top = 64, .mask = true, .softcap = 3}).check();
-  Step<AttendShape<64, 2, 4, true>>({.n_kv_heads = 1, .group = 3, .dense = true, .mask = true}).check();
+  Step<AttendShape<64, 2, 4, true>>({.n_kv_heads = 1, .group = 3, .dense = true, .mask = true, .softcap = 4}).check();
 }
 
 TEST(CudaRetrieveStep, ManyRows) {
@@ -367,7 +365,8 @@ TEST(CudaRetrieveStep, SmallDevicesAndOddWindows) {
 
 TEST(CudaRetrieveStep, Tiles) {
   Step<TileShape<64>>({.n_tokens = 5, .group = 3, .top = 12, .mask = true}).check();
-  Step<TileShape<64>>({.n_cells = 192, .top = 20, .mask = true, .drop_tail = true, .softcap = 3}).check();
+  Step<TileShape<64>>({.n_cells = 192, .top = 20, .dense = true, .mask = true, .drop_tail = true, .softcap = 3})
+      .check();
   Step<TileShape<128>>({.n_streams = 2, .n_tokens = 2, .group = 7, .n_splits = 2, .dense = true}).check();
 }
 

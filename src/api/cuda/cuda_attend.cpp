@@ -101,9 +101,6 @@ void check_formats(const Args& args, const CudaOps& ops) {
     return "heads of " + std::to_string(k.head_dim) + " numbers at " + std::to_string(k.bits()) +
            " bits take more shared memory than this GPU has: use fewer bits or a context on the CPU";
   });
-  require_supported(args.softcap == 0 || !args.keys->heads->front().transform.is_dense(),
-                    "on CUDA a softcap takes a codec of keys without means: make it without a profile, or use a "
-                    "context on the CPU");
   require_supported(args.n_heads / args.keys->n_heads() <= kMaxGroup, "on CUDA at most 64 query heads share a KV head");
 }
 

@@ -177,7 +177,7 @@ struct AttendCells {
     float unit = row.factor();
     if (a.softcap != 0) {
       SIMT_UNROLL
-      for (int j = 0; j < 8; j++) x[j] = QueryRows<S>::capped(x[j] * unit, a.softcap);
+      for (int j = 0; j < 8; j++) x[j] = QueryRows<S>::capped(x[j] * unit + row.offset(), a.softcap);
       unit = 1;
     }
     if (a.mask) {

@@ -283,7 +283,7 @@ struct AttendKernel {
         if constexpr (S::kDeep) load_values(values);
         load_value_scales();
       }
-      run.maximum += row.offset();
+      if (a.softcap == 0) run.maximum += row.offset();
       simt::wait_for_copies();
       run.weight = Cells::over_g(run.weight, typename Cells::Add());
       simt::sync();  // the keys' table is used up

@@ -65,7 +65,8 @@ struct AttendQueries {
   /// logits. The caller needs a barrier before it reads what `put` stored.
   ///
   /// Codes stand for a key less the codec's mean. The logits of coded cells therefore lack the query's product with the
-  /// mean, which is the same for all cells: Shared::offsets has it.
+  /// mean, which is the same for all cells: Shared::offsets has it. A softcap wants it in each cell's; else it is added
+  /// to their maximum.
   template <typename Put>
   SIMT static void transform(const AttendArgs& a, int n_slots, Put put) {
     const int thread = simt::thread_again(), warp = thread / 32, lane = thread % 32, r = warp % S::kRows;
@@ -132,7 +133,7 @@ private:
   SIMT static void put_rows(const AttendArgs& a, int slot, int r, int lane, const float (&x)[Rows][kLaneComponents],
                             Put put) {
     float along_mean[Rows] = {};
-    if (a.key_codec.mean && a.softcap == 0) {
+    if (a.key_codec.mean) {
       const float* mean = a.key_codec.mean + size_t(simt::block_y()) * D;
       SIMT_UNROLL
       for (int k = 0; k < Rows; k++) {

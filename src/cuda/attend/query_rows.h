@@ -25,7 +25,7 @@ struct QueryRows {
     SIMT float factor() const {
       return simt::shared_at<float, offsetof(AttendShared<S>, factors)>()[slot * S::kRows + t];
     }
-    /// What the logits of all coded cells lack, in the same units.
+    /// What the logits of all coded cells lack, before any softcap, in the same units.
     SIMT float offset() const {
       return simt::shared_at<float, offsetof(AttendShared<S>, offsets)>()[slot * S::kRows + t];
     }

@@ -104,8 +104,9 @@ struct ScoreKernel {
           x[2 * i + 1] *= scale.y;
         }
         const float unit = Cells::adjust(a, row, x, mask, skip >> l.g % 4 * 8 & 255);
+        const float offset = a.softcap == 0 ? row.offset() : 0.0f;
         SIMT_UNROLL
-        for (int j = 0; j < 8; j++) x[j] = pads ? -INFINITY : x[j] * unit + row.offset();
+        for (int j = 0; j < 8; j++) x[j] = pads ? -INFINITY : x[j] * unit + offset;
         const float2 two = over_rows(l, x);
         *reinterpret_cast<float2*>(scores + index * kBlockCells + l.g * 8 + l.t * 2) = two;
         float greatest = fmaxf(two.x, two.y);

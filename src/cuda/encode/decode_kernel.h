@@ -22,6 +22,7 @@ struct DecodeKernel {
     const uint8_t* block = a.cache.data + stream * a.cache.stream_stride + head * a.cache.head_stride +
                            simt::block_x() * a.cache.block_stride;
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + M * kBlockCells);
+    const float* shift = a.shift ? a.shift + head * D : nullptr;
     const float* words = a.codec.words + size_t(head) * D * kCodewords;
     uint16_t* rows = a.rows + (size_t(simt::block_y()) * a.n_cells + simt::block_x() * kBlockCells) * D;
     // Two components each: no subspace has fewer.
@@ -34,7 +35,12 @@ struct DecodeKernel {
       SIMT_UNROLL
       for (int j = 0; j < kStep; j += 2) {
         const float* word = words + (d + j) * kCodewords + (code & 0x7f);
-        out[j / 2] = simt::pack_half2(simt::mul_rn(scale, word[0]), simt::mul_rn(scale, word[kCodewords]));
+        float low = simt::mul_rn(scale, word[0]), high = simt::mul_rn(scale, word[kCodewords]);
+        if (shift) {
+          low = simt::add_rn(low, shift[d + j]);
+          high = simt::add_rn(high, shift[d + j + 1]);
+        }
+        out[j / 2] = simt::pack_half2(low, high);
       }
     }
   }

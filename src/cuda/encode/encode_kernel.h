@@ -165,12 +165,18 @@ struct EncodeKernel {
   /// One head's row of a cell, two numbers a thread: full lines, should they go over a bus.
   SIMT static void put(const DenseRows& rows, bool is_key, int n_kv_heads, int stream, int head, int cell,
                        const float* y) {
+    const float* shift = is_key ? rows.key_shift : rows.value_shift;
+    if (shift) shift += head * D;
     uint16_t* to = is_key ? rows.keys : rows.values;
     const int in_rows = stream - rows.first_stream;
     if (!to || in_rows < 0 || in_rows >= rows.n_streams || cell >= rows.n_cells) return;
     uint32_t* pairs =
         reinterpret_cast<uint32_t*>(to + ((size_t(in_rows) * n_kv_heads + head) * rows.n_cells + cell) * D);
-    for (int i = simt::thread(); i < D / 2; i += kThreads) pairs[i] = simt::pack_half2(y[2 * i], y[2 * i + 1]);
+    for (int i = simt::thread(); i < D / 2; i += kThreads) {
+      const float low = shift ? simt::add_rn(y[2 * i], shift[2 * i]) : y[2 * i];
+      const float high = shift ? simt::add_rn(y[2 * i + 1], shift[2 * i + 1]) : y[2 * i + 1];
+      pairs[i] = simt::pack_half2(low, high);
+    }
   }
 
   template <Kind K>

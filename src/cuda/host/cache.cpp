@@ -31,11 +31,26 @@ Status DeviceLayer::init(const CacheShape& shape, const std::vector<HeadCodec>& 
   values_coded_ = values_coded;
   for (Kind kind : {Kind::key, Kind::value}) {
     memory_[int(kind)] = memory[int(kind)];
-    const HostTables tables = pack_tables(kind == Kind::key ? keys : values, tiles);
-    if (Status s = tables_[int(kind)].upload(tables); !s.ok()) return s;
+    const std::vector<HeadCodec>& codecs = kind == Kind::key ? keys : values;
+    if (Status s = tables_[int(kind)].upload(pack_tables(codecs, tiles)); !s.ok()) return s;
+    if (Status s = add_shift(kind, codecs); !s.ok()) return s;
   }
   const size_t books = aligned_bytes(shape, keys.front().format, capacity, true);
   return window_.init(shape, window, capacity, memory[int(Kind::key)] + books, rows(Kind::key, 0), head_dim());
+}
+
+Status DeviceLayer::add_shift(Kind kind, const std::vector<HeadCodec>& codecs) {
+  if (!codecs.front().transform.is_dense()) return {};
+  const size_t dim = codecs.front().format.head_dim;
+  const std::vector<float> zero(dim);
+  std::vector<float> shift(codecs.size() * dim);
+  for (size_t head = 0; head < codecs.size(); head++) {
+    codecs[head].transform.forward(zero.data(), &shift[head * dim]);  // -mean A
+  }
+  for (float& x : shift) x = -x;
+  const size_t bytes = shift.size() * sizeof(float);
+  if (Status s = shift_[int(kind)].reserve(bytes); !s.ok()) return s;
+  return copy(shift_[int(kind)].as<float>(), shift.data(), bytes);
 }
 
 CacheView DeviceLayer::view(Kind kind, int stream) const {

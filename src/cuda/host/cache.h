@@ -31,6 +31,8 @@ public:
   /// Of a cell's keys or values as the model wrote them.
   size_t row_bytes() const { return size_t(shape_.n_kv_heads) * head_dim() * sizeof(uint16_t); }
   const CodecTables& codec(Kind kind) const { return tables_[int(kind)].view(); }
+  /// What transformed keys or values lack, [n_kv_heads][head_dim]: mean A. Null where the transform has no mean.
+  const float* shift(Kind kind) const { return shift_[int(kind)].as<float>(); }
   /// From `stream` on. Without data where there are no codes.
   CacheView view(Kind kind, int stream = 0) const;
   ExactRows window_rows(int stream) const;
@@ -62,7 +64,10 @@ private:
   CacheShape shape_;
   int capacity_ = 0;
   bool values_coded_ = true;
+  Status add_shift(Kind kind, const std::vector<HeadCodec>& codecs);
+
   DeviceTables tables_[2];
+  DeviceMemory shift_[2];
   DeviceWindow window_;
   uint8_t* memory_[2] = {nullptr, nullptr};
   PinnedMemory store_[2];

@@ -17,6 +17,12 @@ bool is_prefill(const AttendTask& task) {
   return task.problem.n_tokens > cuda::kMaxTokens;
 }
 
+// Whether dense attention must see what keys and values are with their means. A softmax alone sees no difference in
+// keys, and of weights that sum up to 1 the values' mean can be added to the outputs.
+bool needs_means(const AttentionProblem& problem) {
+  return problem.softcap != 0 || problem.sinks;
+}
+
 cuda::BatchMask mask_of(const BatchSight& sight) {
   return {sight.mask,      sight.mask_token,   sight.mask_stream, int(sight.n_tokens),
           sight.n_streams, sight.first_stream, int(sight.n_cells)};
@@ -66,13 +72,6 @@ std::string CudaCache::refusal(const WriteTask& task) const {
 }
 
 std::string CudaCache::refusal(const AttendTask& task) const {
-  const auto it = layers_.find(task.layer);
-  const bool has_means = it != layers_.end() && it->second->device.codec(Kind::key).mean;
-  if (has_means && (task.problem.softcap != 0 || task.has_sinks)) {
-    // Both need q.mean, which the kernels leave out: softmax alone does not see it.
-    return "this model has attention sinks or a softcap, which take a codec without means on a CUDA device: leave the "
-           "profile out, or use device=CPU";
-  }
   if (task.problem.n_cells % kBlockCells != 0) return "its cells are no multiple of 64";
   return {};
 }
@@ -335,6 +334,7 @@ void CudaCache::decode(const Layer& layer, const cuda::DenseRows& rows, bool bef
     d.codec = layer.device.codec(kind);
     d.is_key = kind == Kind::key;
     d.rows = kind == Kind::key ? rows.keys : rows.values;
+    d.shift = kind == Kind::key ? rows.key_shift : rows.value_shift;
     require(cuda::decode_cells(device_, d, stream), "decoding");
   }
   // The window's cells need not be coded. While new tokens' rows are not written, it holds those of before.
@@ -355,11 +355,15 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
   const int dim = p.head_dim;
   const size_t n_rows = size_t(problem.n_streams) * p.n_kv_heads * device.shape().cells_per_stream * dim;
   uint16_t* memory = queue.room<uint16_t>(queue.dense, 2 * n_rows);
-  const cuda::DenseRows rows{memory, memory + n_rows, problem.first_stream, problem.n_streams, int(problem.n_cells)};
+  cuda::DenseRows rows{memory, memory + n_rows, problem.first_stream, problem.n_streams, int(problem.n_cells)};
   *dense = {nullptr, rows.keys, rows.values, dim, p.n_kv_heads};
   if (device.has_store()) {
     require(cuda::encode(device_, p, queue.stream()), "encoding");
     return read_store(layer, rows, queue.stream());
+  }
+  if (needs_means(problem)) {
+    rows.key_shift = device.shift(Kind::key);
+    rows.value_shift = device.shift(Kind::value);
   }
   decode(layer, rows, /*before_batch=*/p.n_tokens > 0, queue.stream());
   p.dense = rows;
@@ -396,7 +400,7 @@ void CudaCache::end_dense(const Lane& lane, const AttendTask& task) {
   t.head_stride = problem.out_head;
   t.stream_stride = problem.out_stream;
   t.codec = device.codec(Kind::value);
-  t.add_mean = true;
+  t.add_mean = !needs_means(problem);
   require(cuda::transform_rows(device_, t, queue_of(lane).stream()), "outputs");
 }
 
