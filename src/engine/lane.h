@@ -92,6 +92,8 @@ public:
 
   virtual ~Queue() = default;
 
+  /// The device's architecture as CUDA numbers them (900 is 9.0), or 0.
+  virtual int architecture() const { return 0; }
   /// Makes the device the calling thread's.
   virtual void make_current() = 0;
   /// Waits until all work of the queue is done.

@@ -40,16 +40,12 @@ uint64_t hash_of(const ggml_cgraph* graph) {
   return hash;
 }
 
-// True for a decode step over all layers of one cache. A graph with MUL_MAT_ID cannot be recorded, as the inner backend
-// may make the host wait for it. Prompts, whose attention the inner backend does itself, are not worth recording, as
-// their graphs do not come again.
+// True for a decode step over all layers of one cache. Prompts, whose attention the inner backend does itself, are not
+// worth recording, as their graphs do not come again.
 bool worth_recording(const std::vector<Step>& steps) {
   std::set<const ManagedLayer*> written;
   KvBuffer* buffer = nullptr;
   for (const auto& [inner, cut] : steps) {
-    for (const ggml_tensor* node : inner) {
-      if (node->op == GGML_OP_MUL_MAT_ID) return false;
-    }
     if (!cut.layer) continue;
     if ((cut.attend && cut.attend->src[0]->ne[1] > kMaxCodeTokens) || (buffer && cut.buffer != buffer)) return false;
     buffer = cut.buffer;
@@ -78,7 +74,30 @@ BatchSight sight_of_batch(const std::vector<Step>& steps, const KvBuffer* buffer
   throw std::runtime_error("cells are written in a graph that does not attend to them");
 }
 
+// The first node for which the inner backend makes the host wait, or null.
+const ggml_tensor* first_wait(const std::vector<Step>& steps, const InnerBuild& build) {
+  for (const Step& step : steps) {
+    const auto it = std::find_if(step.inner.begin(), step.inner.end(),
+                                 [&](const ggml_tensor* node) { return host_waits(node, build); });
+    if (it != step.inner.end()) return *it;
+  }
+  return nullptr;
+}
+
+// What the inner backend says of itself, or null.
+const ggml_backend_feature* features_of(ggml_backend_t inner) {
+  ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(ggml_backend_get_device(inner));
+  const auto get = reinterpret_cast<ggml_backend_get_features_t>(
+      ggml_backend_reg_get_proc_address(registry, "ggml_backend_get_features"));
+  return get ? get(registry) : nullptr;
+}
+
 }  // namespace
+
+StreamRunner::StreamRunner(ggml_backend_t inner, std::unique_ptr<Queue> queue)
+    : inner_(inner),
+      queue_(std::move(queue)),
+      inner_build_(inner_build(features_of(inner), queue_->architecture(), ggml_version())) {}
 
 StreamRunner::~StreamRunner() {
   try {
@@ -138,6 +157,19 @@ void StreamRunner::replay(const Seen& seen) {
   go_to_inner();
 }
 
+// Whether a step that is worth recording can be.
+bool StreamRunner::can_record(const std::vector<Step>& steps) {
+  if (!can_record_) return false;
+  const ggml_tensor* wait = first_wait(steps, inner_build_);
+  if (wait && !std::exchange(said_host_waits_, true)) {
+    GGML_LOG_WARN(
+        "thimble: a token's graph cannot be recorded, so tokens take longer: for %s (%s, experts of type %s), "
+        "ggml-cuda makes the host wait, or this build of it (ggml %s) is not known to do without\n",
+        ggml_op_name(wait->op), wait->name, ggml_type_name(wait->src[0]->type), ggml_version());
+  }
+  return !wait;
+}
+
 void StreamRunner::record(const std::vector<Step>& steps, ggml_cgraph* graph, Seen& seen) {
   go_to_ours();
   queue_->begin_recording();
@@ -193,7 +225,7 @@ ggml_status StreamRunner::compute(ggml_cgraph* graph) {
     step.cut.buffer->use();
   }
   masks_.clear();
-  if (seen.was_run && !seen.recording && can_record_ && worth_recording(steps)) {
+  if (seen.was_run && !seen.recording && worth_recording(steps) && can_record(steps)) {
     record(steps, graph, seen);
     if (seen.recording) {
       replay(seen);

@@ -13,13 +13,14 @@
 #include <vector>
 
 #include "plugin/cuts.h"
+#include "plugin/host_waits.h"
 #include "plugin/runner.h"
 
 namespace thimble {
 
 class StreamRunner : public Runner {
 public:
-  StreamRunner(ggml_backend_t inner, std::unique_ptr<Queue> queue) : inner_(inner), queue_(std::move(queue)) {}
+  StreamRunner(ggml_backend_t inner, std::unique_ptr<Queue> queue);
   ~StreamRunner() override;
   ggml_status compute(ggml_cgraph* graph) override;
 
@@ -34,6 +35,7 @@ private:
   Seen& find(const ggml_cgraph* graph);
   void drop_stale_recordings();
   void replay(const Seen& seen);
+  bool can_record(const std::vector<Step>& steps);
   void record(const std::vector<Step>& steps, ggml_cgraph* graph, Seen& seen);
 
   // Makes the next work go to the queue, or to the inner backend's stream, and wait for the other's earlier work.
@@ -48,8 +50,9 @@ private:
 
   ggml_backend_t inner_;
   std::unique_ptr<Queue> queue_;
+  InnerBuild inner_build_;
   bool on_ours_ = false;
-  bool recording_ = false, can_record_ = true;
+  bool recording_ = false, can_record_ = true, said_host_waits_ = false;
   uint64_t clock_ = 0, memory_version_ = 0;
   std::vector<Seen> seen_;
   ggml_tensor marker_{};  // see run_inner

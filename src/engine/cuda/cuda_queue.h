@@ -18,6 +18,7 @@ public:
   explicit CudaQueue(const cuda::DeviceInfo& device);
   ~CudaQueue() override;
 
+  int architecture() const override { return 10 * device_.capability; }
   void make_current() override;
   void synchronize() override;
   void* theirs() override { return theirs_; }
