@@ -11,9 +11,10 @@ namespace {
 
 using Case = AttendCase;
 
-template <int HeadDim>
+template <int HeadDim, bool Words = true>
 std::vector<float> emulate(AttendArgs a, int blocks_x) {
-  return emulate_attend<TileShape<HeadDim>>(a, blocks_x, TileKernel<TileShape<HeadDim>>::attend);
+  using Shape = TileShape<HeadDim, Words>;
+  return emulate_attend<Shape>(a, blocks_x, TileKernel<Shape>::attend);
 }
 
 double error_of_tiles(const TileCase& format, const Case& c) {
@@ -39,6 +40,13 @@ TEST(CudaTiles, NewRows) {
   const Case c{.n_cells = 192, .mask = true, .n_exact = 150, .n_fresh = 3};
   EXPECT_LT(error_of_tiles({128, {1.5, 3}}, c), 1.5e-3);
   EXPECT_LT(error_of_tiles({256, {1.25, 1.5}}, c), 1.5e-3);
+}
+
+TEST(CudaTiles, CodewordsInGlobalMemory) {
+  Case c = kManyOptions;
+  EXPECT_LT(error_of({256, {3, 1.25}, 1, emulate<256, false>, /*tiles=*/true}, c), 1.5e-3);
+  c.n_exact = c.n_fresh = 0;
+  EXPECT_LT(error_of({256, {4, 1}, 1, emulate<256, false>, /*tiles=*/true}, c), kTileTolerance);
 }
 
 TEST(CudaTiles, NothingCoded) {

@@ -123,22 +123,11 @@ size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args) 
 }
 
 bool attend_fits(const DeviceInfo& device, int head_dim, int key_width, int value_width, bool scores) {
-  const auto fits = [&](int values) {
-    const size_t bytes = attend_shared_bytes(has_large_tables(device), head_dim, key_width, values);
-    return bytes > 0 && bytes <= device.shared_bytes;
-  };
-  return fits(value_width) && (!scores || fits(key_width));
+  return tables_fit(card_of(device), head_dim, key_width, value_width, scores);
 }
 
 AttendBy attend_by(const DeviceInfo& device, const Format& keys, const Format& values, bool scores) {
-  if (keys.head_dim != values.head_dim) return AttendBy::nothing;
-  if (cuda_supports(keys) && cuda_supports(values) &&
-      attend_fits(device, keys.head_dim, keys.width(0), values.width(0), scores)) {
-    return AttendBy::tables;
-  }
-  const bool can =
-      tiles_support(keys) && tiles_support(values) && tile_shared_bytes(keys.head_dim) <= device.shared_bytes;
-  return can ? AttendBy::tiles : AttendBy::nothing;
+  return attend_by(card_of(device), keys, values, scores);
 }
 
 int attend_batch(const DeviceInfo& device, const AttendArgs& args) {

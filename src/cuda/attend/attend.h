@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "codec/format.h"
+#include "cuda/attend/formats.h"
 #include "cuda/host/device.h"
 #include "cuda/types.h"
 
@@ -20,9 +21,7 @@ size_t attend_workspace_bytes(const DeviceInfo& device, const AttendArgs& args);
 /// it; `scores`: for score_cells as well.
 bool attend_fits(const DeviceInfo& device, int head_dim, int key_width, int value_width, bool scores);
 
-/// How a layer's keys and values are coded and attended to on a device. Tiles (tile_shape.h) do for all formats of the
-/// head sizes that there are kernels for, and are slower than tables.
-enum class AttendBy { tables, tiles, nothing };
+/// How a layer's keys and values are coded and attended to on a device (formats.h).
 AttendBy attend_by(const DeviceInfo& device, const Format& keys, const Format& values, bool scores);
 
 /// How many streams a thread block takes at once in such a call. With more than 2, scores come from the codewords

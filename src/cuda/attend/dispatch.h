@@ -20,7 +20,7 @@ template <typename S, bool Large>
 __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_constant__ AttendArgs args) {
 #if __CUDA_ARCH__ >= 900
   AttendKernel<S>::run(args);
-#else
+#elif __CUDA_ARCH__ >= 800
   if constexpr (!Large) AttendKernel<S>::run(args);  // the others do not fit these devices
 #endif
 }
@@ -29,7 +29,7 @@ template <typename S, bool Large>
 __global__ void __launch_bounds__(S::kThreads, 1) score_kernel(const __grid_constant__ ScoreArgs args) {
 #if __CUDA_ARCH__ >= 900
   ScoreKernel<S>::run(args);
-#else
+#elif __CUDA_ARCH__ >= 800
   if constexpr (!Large) ScoreKernel<S>::run(args);
 #endif
 }

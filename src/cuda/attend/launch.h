@@ -4,15 +4,18 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/attend/formats.h"
 #include "cuda/host/device.h"
 #include "cuda/host/status.h"
 #include "cuda/types.h"
 
 namespace thimble::cuda {
 
-/// Whether a device takes the kernels that use all of Hopper's shared memory.
+inline Card card_of(const DeviceInfo& device) {
+  return {device.capability, device.shared_bytes};
+}
 inline bool has_large_tables(const DeviceInfo& device) {
-  return device.capability >= 90 && device.shared_bytes >= 227 * 1024;
+  return has_large_tables(card_of(device));
 }
 
 /// Launch the kernel of a format, widths and batch that `args` tell. Defined for head sizes 64, 128 and 256.

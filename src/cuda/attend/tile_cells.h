@@ -50,9 +50,13 @@ struct TileCells {
 
   // ---- tables
 
-  /// Starts copying a head's codewords to a table in shared memory.
+  SIMT static const uint8_t* words_of(const CodecTables& codec) {
+    return reinterpret_cast<const uint8_t*>(codec.packed) + size_t(simt::block_y()) * kCodewords * D;
+  }
+  /// Starts copying a head's codewords to a table in shared memory, if they are to be there.
   SIMT static void copy_words(const CodecTables& codec, uint8_t* table) {
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(codec.packed) + size_t(simt::block_y()) * kCodewords * D;
+    if constexpr (!S::kWords) return;
+    const uint8_t* from = words_of(codec);
     SIMT_NO_UNROLL
     for (int i = simt::thread() * 16; i < kCodewords * D; i += S::kThreads * 16)
       simt::copy_async<16>(table + i, from + i);
@@ -108,10 +112,24 @@ struct TileCells {
     return simt::subtract_halves(simt::permute(bytes, 0x64646464u, selector), 0x64806480u) ^ sign;
   }
 
-  /// Decodes a unit of N subspaces of four cells. `codes` has 4 N bytes of them from byte `first` on; `table`: the
-  /// unit's codewords in shared memory.
+  /// A head's codewords, of which a unit's begin at `at`: an address in shared memory, or an offset from `global`.
+  struct Words {
+    const uint8_t* global;
+    uint32_t at;
+  };
+  SIMT static Words unit_words(const CodecTables& codec, size_t table, int u) {
+    if constexpr (S::kWords) return {nullptr, simt::shared_address() + uint32_t(table) + u * kUnitBytes};
+    return {words_of(codec), uint32_t(u * kUnitBytes)};
+  }
+  template <typename T>
+  SIMT static T load_word(const Words& words, uint32_t at) {
+    if constexpr (S::kWords) return simt::load_shared<T>(at);
+    return simt::load_constant(reinterpret_cast<const T*>(words.global + at));
+  }
+
+  /// Decodes a unit of N subspaces of four cells. `codes` has 4 N bytes of them from byte `first` on.
   template <int N>
-  SIMT static void decode(uint32_t table, const uint4& codes, int first, uint4 (&numbers)[4]) {
+  SIMT static void decode(const Words& words, const uint4& codes, int first, uint4 (&numbers)[4]) {
     constexpr int kWidth = 8 / N;
     SIMT_UNROLL
     for (int e = 0; e < 4; e++) {
@@ -121,20 +139,20 @@ struct TileCells {
         const int byte = first + e * N + k;
         const uint32_t four = word_of(codes, byte / 4);
         const uint32_t address =
-            simt::scale_byte(four & 0x7f7f7f7fu, byte % 4, kWidth, table + uint32_t(k * kWidth * kCodewords));
+            simt::scale_byte(four & 0x7f7f7f7fu, byte % 4, kWidth, words.at + uint32_t(k * kWidth * kCodewords));
         const uint32_t sign = simt::permute(four, 0, 0x8888u | uint32_t(byte % 4) * 0x1111u) & 0x80008000u;
         if constexpr (N == 1) {
-          const uint2 bytes = simt::load_shared<uint2>(address);
+          const uint2 bytes = load_word<uint2>(words, address);
           word[0] = halves(bytes.x, 0x4140, sign);
           word[1] = halves(bytes.x, 0x4342, sign);
           word[2] = halves(bytes.y, 0x4140, sign);
           word[3] = halves(bytes.y, 0x4342, sign);
         } else if constexpr (N == 2) {
-          const uint32_t bytes = simt::load_shared<uint32_t>(address);
+          const uint32_t bytes = load_word<uint32_t>(words, address);
           word[2 * k] = halves(bytes, 0x4140, sign);
           word[2 * k + 1] = halves(bytes, 0x4342, sign);
         } else {
-          word[k] = halves(simt::load_shared<uint16_t>(address), 0x4140, sign);
+          word[k] = halves(load_word<uint16_t>(words, address), 0x4140, sign);
         }
       }
       numbers[e] = make_uint4(word[0], word[1], word[2], word[3]);
@@ -143,21 +161,21 @@ struct TileCells {
 
   /// Decodes a lane's unit of the i-th four of its cells, whose codes begin at `p`. Codes are loaded 16 bytes at a time
   /// and stay in `codes` from one four to the next.
-  SIMT static void decode_four(const Unit& u, uint32_t table, const uint8_t* p, int i, bool eight_bytes, uint4& codes,
-                               uint4 (&numbers)[4]) {
+  SIMT static void decode_four(const Unit& u, const Words& words, const uint8_t* p, int i, bool eight_bytes,
+                               uint4& codes, uint4 (&numbers)[4]) {
     if (u.n == 4) {
       codes = simt::load_stream(p + i * 16);
-      decode<4>(table, codes, 0, numbers);
+      decode<4>(words, codes, 0, numbers);
     } else if (u.n == 2) {
       if (i % 2 == 0) codes = simt::load_stream(p + i * 8);
-      decode<2>(table, codes, i % 2 * 8, numbers);
+      decode<2>(words, codes, i % 2 * 8, numbers);
     } else {
       if (i == 0 && eight_bytes) {
         const uint2 two = simt::load_stream_8(p);
         codes = make_uint4(two.x, two.y, 0, 0);
       }
       if (i == 0 && !eight_bytes) codes = simt::load_stream(p);
-      decode<1>(table, codes, i * 4, numbers);
+      decode<1>(words, codes, i * 4, numbers);
     }
   }
 
@@ -166,19 +184,19 @@ struct TileCells {
   /// The logits of a block's cells for query row g % 4, in units of log2 e, and the bits of the hidden ones.
   SIMT static void score(const AttendArgs& a, const Row& row, int stream, const uint8_t* block, int index, Logits& x) {
     const int lane = simt::thread() % 32, g = lane / 4, t = lane % 4;
-    const uint32_t table = simt::shared_address();
     float d[8][4] = {};
-    SIMT_UNROLL
+    SIMT_NO_UNROLL
     for (int c = 0; c < kKeyChunks; c++) {
       const int u = 4 * c + t;
       const Unit unit = TileCells::unit(a.key_codec, u);
+      const Words words = unit_words(a.key_codec, 0, u);
       const uint4 q = *reinterpret_cast<const uint4*>(simt::shared() + offsetof(Shared, queries) + g % 4 * 4 * D +
                                                       g / 4 * 2 * D + c * 64 + t * 16);
       uint4 codes = make_uint4(0, 0, 0, 0);
       SIMT_UNROLL
       for (int i = 0; i < 2; i++) {
         uint4 k[4];
-        decode_four(unit, table + u * kUnitBytes, block + unit.begin + g * 8 * unit.n, i, true, codes, k);
+        decode_four(unit, words, block + unit.begin + g * 8 * unit.n, i, true, codes, k);
         SIMT_UNROLL
         for (int e = 0; e < 4; e++) {
           simt::mma_f16(d[4 * i + e], q.x, 0, q.y, 0, k[e].x, k[e].y);
@@ -256,17 +274,17 @@ struct TileCells {
     }
     const float unit0 = simt::shuffle(largest, t % 2 * 8), unit1 = simt::shuffle(largest, t % 2 * 8 + 4);
 
-    const uint32_t table = simt::shared_address() + uint32_t(offsetof(Shared, value_table));
     SIMT_UNROLL
     for (int c = 0; c < kValueChunks; c++) {
       const int u = 8 * c + g;
       const Unit unit = TileCells::unit(a.value_codec, u);
+      const Words words = unit_words(a.value_codec, offsetof(Shared, value_table), u);
       float d[4][4] = {};
       uint4 codes = make_uint4(0, 0, 0, 0);
       SIMT_UNROLL
       for (int i = 0; i < 4; i++) {
         uint4 v[4];
-        decode_four(unit, table + u * kUnitBytes, block + unit.begin + t * 16 * unit.n, i, false, codes, v);
+        decode_four(unit, words, block + unit.begin + t * 16 * unit.n, i, false, codes, v);
         SIMT_UNROLL
         for (int w = 0; w < 4; w++) {
           uint32_t word[4];

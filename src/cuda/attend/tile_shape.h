@@ -14,14 +14,16 @@ constexpr int tile_warps(int head_dim) {
 }
 
 /// The names are those of AttendShape, so that all but the loop over cells is shared.
-template <int HeadDim>
+template <int HeadDim, bool Words = true>
 struct TileShape {
+  static constexpr bool kWords = Words;  // whether codewords lie in shared memory; else they are read through L1
   static constexpr bool kDirect = false, kLarge = false, kPaged = false, kStaged = false, kStagesScales = false;
   static constexpr int kSlots = 1, kHeadDim = HeadDim, kRows = kRowGroup;
   static constexpr int kWarps = tile_warps(HeadDim), kThreads = kWarps * 32;
   static constexpr int kSlotStep = kWarps / kRowGroup, kWarpRows = 1;
   static constexpr int kKeySubspaces = HeadDim, kValueSubspaces = HeadDim;  // codewords' scales are by component here
-  static constexpr int kKeyTableBytes = 128 * HeadDim, kValueTableBytes = 128 * HeadDim;  // CodecTables::packed
+  // CodecTables::packed; shared.h wants some bytes in any case.
+  static constexpr int kKeyTableBytes = Words ? 128 * HeadDim : 1024, kValueTableBytes = kKeyTableBytes;
   static constexpr int kPartialFloats = kRows * HeadDim + 2 * kRows;
 };
 

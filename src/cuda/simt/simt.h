@@ -104,7 +104,12 @@ SIMT T shuffle_xor(T x, int mask) {
 }
 /// The greatest x of a warp's 32 lanes, in all of them.
 SIMT uint32_t max_of_warp(uint32_t x) {
+#if __CUDA_ARCH__ >= 800
   return __reduce_max_sync(~0u, x);
+#else
+  for (int mask = 1; mask < 32; mask *= 2) x = max(x, shuffle_xor(x, mask));
+  return x;
+#endif
 }
 
 /// Adds x to *p, which thread blocks count with, and returns what *p was before. It orders memory for the whole device
@@ -170,9 +175,13 @@ SIMT float reciprocal_fast(float x) {
 }
 /// The greater of a and b; NaN if either is NaN.
 SIMT float max_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
   float r;
   asm("max.NaN.f32 %0,%1,%2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
+#else
+  return a != a ? a : b != b ? b : fmaxf(a, b);
+#endif
 }
 // The compiler does not contract these into fused multiply-adds, as codes must equal the CPU's bit for bit.
 SIMT float add_rn(float a, float b) {
@@ -210,9 +219,13 @@ SIMT float2 unpack_half2(uint32_t x) {
   return make_float2(half_to_float(uint16_t(x)), half_to_float(uint16_t(x >> 16)));
 }
 SIMT uint32_t pack_half2(float low, float high) {
+#if __CUDA_ARCH__ >= 800
   uint32_t r;
   asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
+#else
+  return uint32_t(float_to_half(high)) << 16 | float_to_half(low);
+#endif
 }
 /// The differences of two pairs of halves.
 SIMT uint32_t subtract_halves(uint32_t a, uint32_t b) {
@@ -266,15 +279,25 @@ SIMT void prefetch_l2(const uint8_t* p, uint32_t offset, int lane) {
 template <int Bytes>
 SIMT void copy_async(void* shared_to, const void* from) {
   static_assert(Bytes == 4 || Bytes == 16);
+#if __CUDA_ARCH__ >= 800
   const uint32_t to = uint32_t(__cvta_generic_to_shared(shared_to));
   if constexpr (Bytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(to), "l"(from) : "memory");
   }
+#else
+  if constexpr (Bytes == 16) {
+    *static_cast<uint4*>(shared_to) = __ldcg(static_cast<const uint4*>(from));
+  } else {
+    *static_cast<uint32_t*>(shared_to) = *static_cast<const uint32_t*>(from);
+  }
+#endif
 }
 SIMT void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 /// Loads what nobody writes while the grid runs; the compiler may move the load ahead of stores.
@@ -288,11 +311,18 @@ SIMT T load_l2(const T* p) {
   return __ldcg(p);
 }
 
-// Tensor cores, D += A B, in the fragment layouts of the PTX manual.
+// Tensor cores, D += A B, in the fragment layouts of the PTX manual. Products of bytes are for sm_80 and later.
 SIMT void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5},{%8},{%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%6,%7},{%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
 }
 SIMT void mma_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
