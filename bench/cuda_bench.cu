@@ -83,6 +83,71 @@ void time(const char* what, int n, double bytes, const std::function<void(int, c
   require(cudaStreamDestroy(stream));
 }
 
+/// Attention to 131072 cells at several rates, by tables where there are any and by tiles.
+void time_rates(const DeviceInfo& device) {
+  constexpr int kCells = 131072, kBuffers = 3;
+  std::mt19937 engine(2);
+  AttendArgs a;
+  a.n_kv_heads = kKvHeads;
+  a.group = kGroup;
+  a.head_dim = kDim;
+  a.n_cells = kCells;
+  std::vector<float> queries(kHeads * kDim);
+  for (float& q : queries) q = std::normal_distribution<float>()(engine);
+  a.queries = copied(queries);
+  a.query_head_stride = kDim;
+  a.query_token_stride = a.query_stream_stride = kHeads * kDim;
+  a.scale = 0.088f;
+  a.mask = allocate<uint16_t>(kCells);
+  a.output = allocate<float>(kHeads * kDim);
+  struct Rate {
+    double keys, values;
+    bool tiles;
+  };
+  for (const Rate& rate : {Rate{2, 2, false},
+                           {2, 2, true},
+                           {4, 4, false},
+                           {4, 4, true},
+                           {3, 3, true},
+                           {1.5, 1.5, true},
+                           {1.25, 1.25, true},
+                           {3, 1.5, true},
+                           {1, 1, false},
+                           {1, 1, true}}) {
+    DeviceTables tables[2];
+    CacheView caches[2][kBuffers];
+    double bytes_read = 0;
+    for (Kind kind : {Kind::key, Kind::value}) {
+      const Format format = make_format(kDim, kind == Kind::key ? rate.keys : rate.values);
+      require(tables[int(kind)].upload(
+          pack_tables(std::vector<HeadCodec>(kKvHeads, make_uncalibrated_codec(kind, format)), rate.tiles)));
+      const size_t block = format.block_bytes(), head = block * (kCells / 64), cache = head * kKvHeads;
+      std::vector<uint8_t> bytes(head);
+      for (uint8_t& b : bytes) b = uint8_t(engine());
+      for (size_t i = 0; i < head; i += block) {  // scales: about 1
+        for (int c = 0; c < 64; c++) bytes[i + block - 128 + 2 * c + 1] = 0x3c;
+      }
+      bytes.resize(cache);
+      for (int h = 1; h < kKvHeads; h++) std::memcpy(&bytes[h * head], bytes.data(), head);
+      for (CacheView& view : caches[int(kind)]) view = {copied(bytes), cache, head, block};
+      bytes_read += double(cache);
+    }
+    a.key_codec = tables[0].view();
+    a.value_codec = tables[1].view();
+    const size_t workspace_bytes = attend_workspace_bytes(device, a);
+    void* workspace = allocate<char>(workspace_bytes);
+    char name[100];
+    std::snprintf(name, sizeof(name), "attend 1x%d, mask, %g/%g bits by %s", kCells, rate.keys, rate.values,
+                  rate.tiles ? "tiles" : "tables");
+    time(name, 24, bytes_read, [&](int i, cudaStream_t s) {
+      AttendArgs x = a;
+      x.keys = caches[0][i % kBuffers];
+      x.values = caches[1][i % kBuffers];
+      require(attend(device, x, workspace, workspace_bytes, s));
+    });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -98,6 +163,7 @@ int main(int argc, char** argv) {
   };
   if (!once) std::printf("| what | us | spread | GB/s |\n| --- | --- | --- | --- |\n");
 
+  if (!once) time_rates(device);
   constexpr int kCells = 131072, kPrefill = 512, kBuffers = 3;
   for (const bool dense : {false, true}) {
     std::vector<HeadCodec> key_codecs, value_codecs;

@@ -6,6 +6,8 @@
 #include <cstring>
 
 #include "cuda/attend/shape.h"
+#include "cuda/attend/tile_kernel.h"
+#include "cuda/attend/tile_shape.h"
 #include "cuda/encode/encode_kernel.h"
 #include "emulated_attend.h"
 #include "fixture.h"
@@ -16,19 +18,37 @@ namespace {
 
 constexpr int kDim = 64, kHeads = 2, kGroup = 2, kCells = 128, kLast = 6, kPool = 2, kSpare = 1,
               kSlots = kLast + kPool + 2 * kSpare, kCapacity = kSlots + kMaxTokens;
-using Shape = AttendShape<kDim, 4, 4, true>;
 using Encode = EncodeKernel<kDim>;
 
+/// Kernels with tables, and rates for them.
+struct Tables {
+  using Shape = AttendShape<kDim, 4, 4, true>;
+  static constexpr bool kTiles = false;
+  static constexpr Rates kRates{2, 2};
+  static constexpr double kTolerance = tolerance(4, 4);
+  static void attend(const AttendArgs& a) { AttendKernel<Shape>::run(a); }
+};
+
+/// Kernels over tiles.
+struct Tiles {
+  using Shape = TileShape<kDim>;
+  static constexpr bool kTiles = true;
+  static constexpr Rates kRates{1.25, 3};
+  static constexpr double kTolerance = 1.5e-3;
+  static void attend(const AttendArgs& a) { TileKernel<Shape>::attend(a); }
+};
+
 /// One stream and one layer; what llama.cpp would tell of a batch is the tokens' cells, and a causal mask.
+template <typename Kernels>
 class Layer {
 public:
   explicit Layer(bool dense) : random_(4) {
     for (int h = 0; h < kHeads; h++) {
-      codecs_[0].push_back(random_codec(Kind::key, kDim, 2, dense, random_));
-      codecs_[1].push_back(random_codec(Kind::value, kDim, 2, dense, random_));
+      codecs_[0].push_back(random_codec(Kind::key, kDim, Kernels::kRates.keys, dense, random_));
+      codecs_[1].push_back(random_codec(Kind::value, kDim, Kernels::kRates.values, dense, random_));
     }
     for (int k = 0; k < 2; k++) {
-      tables_[k] = pack_tables(codecs_[k]);
+      tables_[k] = pack_tables(codecs_[k], Kernels::kTiles);
       const size_t block = codecs_[k][0].format.block_bytes(), head = block * (kCells / kBlockCells);
       cache_[k].resize(kHeads * head);
       view_[k] = {cache_[k].data(), kHeads * head, head, block};
@@ -123,7 +143,7 @@ private:
     a.fresh.window_keys = rows_[0].data();
     a.fresh.window_values = rows_[1].data();
     deal_out(a, 1, 0);
-    const std::vector<float> output = emulate_attend<Shape>(a, 1);
+    const std::vector<float> output = emulate_attend<typename Kernels::Shape>(a, 1, Kernels::attend);
     for (int j = 0; j < kMaxTokens; j++) {
       if (window_.judges[j] < 0) continue;
       n_kept_++;
@@ -181,11 +201,11 @@ private:
   int last_ = 0, n_kept_ = 0;
 };
 
-constexpr double kTolerance = tolerance(4, 4);
-
-TEST(CudaStep, DecodesTokenByToken) {
+template <typename Kernels>
+void decode_token_by_token() {
+  constexpr double kTolerance = Kernels::kTolerance;
   for (const bool dense : {false, true}) {
-    Layer layer(dense);
+    Layer<Kernels> layer(dense);
     const auto next = [&](int n) {
       std::vector<int64_t> cells;
       for (int i = 0; i < n; i++) cells.push_back(layer.last() + i);
@@ -201,6 +221,14 @@ TEST(CudaStep, DecodesTokenByToken) {
     EXPECT_LT(layer.run(next(1)), kTolerance);
     EXPECT_GT(layer.n_kept(), 3);
   }
+}
+
+TEST(CudaStep, DecodesTokenByToken) {
+  decode_token_by_token<Tables>();
+}
+
+TEST(CudaStep, DecodesTokenByTokenOverTiles) {
+  decode_token_by_token<Tiles>();
 }
 
 }  // namespace
