@@ -181,7 +181,7 @@ struct DenseRows {
   uint16_t *keys = nullptr, *values = nullptr;
   int first_stream = 0, n_streams = 0;  // the streams that have rows here
   int n_cells = 0;                      // of each stream, from cell 0 on
-  // Of transformed rows, by number: x A instead of (x - mean) A, see DeviceLayer::shift. Null: none.
+  // Of transformed rows, by number: x A instead of (x - mean) A, see transformed_means (host/tables.h). Null: none.
   const float *key_shift = nullptr, *value_shift = nullptr;  // [n_kv_heads][head_dim]
 };
 

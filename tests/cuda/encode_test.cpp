@@ -266,6 +266,38 @@ TEST(CudaDecode, EqualsTheCodecBitForBit) {
   check_decode<256, 0>(1.5);
 }
 
+// With them a transformed query's product with a transformed key is that of the vectors themselves, and weights that do
+// not sum up to 1, as with sinks, weigh the values' means as they do the values.
+TEST(CudaTransform, RowsWithTheirMeans) {
+  constexpr int kDim = 64;
+  Random random(5);
+  const auto product = [](const std::vector<float>& a, const std::vector<float>& b) {
+    double sum = 0;
+    for (int d = 0; d < kDim; d++) sum += double(a[d]) * b[d];
+    return sum;
+  };
+  for (Kind kind : {Kind::key, Kind::value}) {
+    std::vector<HeadCodec> codecs;
+    for (int h = 0; h < 2; h++) codecs.push_back(random_codec(kind, kDim, 2, /*dense=*/true, random));
+    const std::vector<float> means = transformed_means(codecs);
+    ASSERT_EQ(means.size(), 2u * kDim);
+    const std::vector<float> x = random.normals(kDim), q = random.normals(kDim);
+    std::vector<float> y(kDim), turned(kDim), back(kDim);
+    const Transform& transform = codecs[1].transform;
+    transform.forward(x.data(), y.data());
+    for (int d = 0; d < kDim; d++) y[d] += means[kDim + d];
+    transform.query(q.data(), turned.data());
+    if (kind == Kind::key) {
+      EXPECT_NEAR(product(turned, y), product(q, x), 1e-3);
+    } else {
+      for (float& v : y) v *= 0.25f;
+      transform.output(y.data(), /*weight=*/0, back.data());
+      for (int d = 0; d < kDim; d++) EXPECT_NEAR(back[d], 0.25f * x[d], 1e-3);
+    }
+  }
+  EXPECT_TRUE(transformed_means({make_uncalibrated_codec(Kind::key, make_format(kDim, 2))}).empty());
+}
+
 TEST(CudaTransform, Rows) {
   for (bool dense : {false, true}) {
     check_transform<64>(dense);

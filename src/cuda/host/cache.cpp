@@ -40,15 +40,9 @@ Status DeviceLayer::init(const CacheShape& shape, const std::vector<HeadCodec>& 
 }
 
 Status DeviceLayer::add_shift(Kind kind, const std::vector<HeadCodec>& codecs) {
-  if (!codecs.front().transform.is_dense()) return {};
-  const size_t dim = codecs.front().format.head_dim;
-  const std::vector<float> zero(dim);
-  std::vector<float> shift(codecs.size() * dim);
-  for (size_t head = 0; head < codecs.size(); head++) {
-    codecs[head].transform.forward(zero.data(), &shift[head * dim]);  // -mean A
-  }
-  for (float& x : shift) x = -x;
+  const std::vector<float> shift = transformed_means(codecs);
   const size_t bytes = shift.size() * sizeof(float);
+  if (bytes == 0) return {};
   if (Status s = shift_[int(kind)].reserve(bytes); !s.ok()) return s;
   return copy(shift_[int(kind)].as<float>(), shift.data(), bytes);
 }

@@ -31,7 +31,7 @@ public:
   /// Of a cell's keys or values as the model wrote them.
   size_t row_bytes() const { return size_t(shape_.n_kv_heads) * head_dim() * sizeof(uint16_t); }
   const CodecTables& codec(Kind kind) const { return tables_[int(kind)].view(); }
-  /// What transformed keys or values lack, [n_kv_heads][head_dim]: mean A. Null where the transform has no mean.
+  /// transformed_means (tables.h) of keys or values. Null where there are none.
   const float* shift(Kind kind) const { return shift_[int(kind)].as<float>(); }
   /// From `stream` on. Without data where there are no codes.
   CacheView view(Kind kind, int stream = 0) const;

@@ -77,6 +77,18 @@ HostTables pack_tables(const std::vector<HeadCodec>& heads, bool tiles) {
   return tables;
 }
 
+std::vector<float> transformed_means(const std::vector<HeadCodec>& heads) {
+  if (!heads.front().transform.is_dense()) return {};
+  const size_t dim = size_t(heads.front().format.head_dim);
+  const std::vector<float> zero(dim);
+  std::vector<float> means(heads.size() * dim);
+  for (size_t head = 0; head < heads.size(); head++) {
+    heads[head].transform.forward(zero.data(), &means[head * dim]);  // -mean A
+  }
+  for (float& x : means) x = -x;
+  return means;
+}
+
 CodecTables HostTables::view() const {
   CodecTables t;
   t.head_dim = order.head_dim;

@@ -23,4 +23,7 @@ struct HostTables {
 /// is neither Hadamard nor dense.
 HostTables pack_tables(const std::vector<HeadCodec>& heads, bool tiles = false);
 
+/// What transformed vectors lack, (x - mean) A: mean A, [n_kv_heads][head_dim]. Empty where transforms have no mean.
+std::vector<float> transformed_means(const std::vector<HeadCodec>& heads);
+
 }  // namespace thimble::cuda

@@ -61,7 +61,7 @@ public:
     if (plan.side(Kind::key).f16) return {};
     return cuda::attend_by(device(), plan.side(Kind::key), plan.side(Kind::value), plan.top > 0) ==
                    cuda::AttendBy::tiles
-               ? "at their rates cells are decoded to tiles (docs/guide/gpu.md)"
+               ? "on this GPU cells are decoded to tiles at their rates (docs/guide/gpu.md)"
                : "";
   }
 
