@@ -181,7 +181,7 @@ struct TileCells {
 
   // ---- one block of 64 cells
 
-  /// The logits of a block's cells for query row g % 4, in units of log2 e, and the bits of the hidden ones.
+  /// The logits of a block's cells for query row g % 4, in units of log2 e; -infinity where a cell is hidden.
   SIMT static void score(const AttendArgs& a, const Row& row, int stream, const uint8_t* block, int index, Logits& x) {
     const int lane = simt::thread() % 32, g = lane / 4, t = lane % 4;
     float d[8][4] = {};
