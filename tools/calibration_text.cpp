@@ -24,7 +24,8 @@ std::vector<Chat> read_chats(const std::string& path) {
   for (std::string line; std::getline(lines, line);) {
     try {
       Chat chat;
-      for (const auto& message : nlohmann::json::parse(line).at("messages")) {
+      const nlohmann::json parsed = nlohmann::json::parse(line);  // outlives the loop over a part of it
+      for (const nlohmann::json& message : parsed.at("messages")) {
         chat.push_back({message.at("role"), message.at("content")});
       }
       chats.push_back(std::move(chat));
