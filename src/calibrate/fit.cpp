@@ -95,20 +95,23 @@ void fall_back(FittedHead& head) {
   head.is_built_in = true;
 }
 
-/// Measures a head by kind of text, and makes it the built-in codec where it serves some kind badly at a rate of
-/// `bits`.
+/// Measures a head by kind of text, and makes it the built-in codec where it serves some kind badly: where it makes more
+/// noise at the rates `bits` together, which is nearly the noise at the lowest of them.
 void measure_by_kind(FittedHead& head, const HeldOut& held_out, Kind kind, const std::vector<double>& bits) {
   head.power = held_out.power(head.transform.mean);
-  bool serves_badly = false;
+  std::vector<double> noise(head.power.size(), 0.0), built_in_noise = noise;
   for (FittedHead::Rate& rate : head.rates) {
     rate.noise = held_out.noise(codec_of(head, rate, kind));
     rate.built_in_noise = held_out.noise(make_uncalibrated_codec(kind, rate.format));
     const bool is_asked_for = std::any_of(
         bits.begin(), bits.end(), [&](double b) { return make_format(rate.format.head_dim, b) == rate.format; });
-    for (size_t k = 0; is_asked_for && k < rate.noise.size(); k++) {
-      serves_badly |= rate.noise[k] > kBadly * rate.built_in_noise[k];
+    for (size_t k = 0; is_asked_for && k < noise.size(); k++) {
+      noise[k] += rate.noise[k];
+      built_in_noise[k] += rate.built_in_noise[k];
     }
   }
+  bool serves_badly = false;
+  for (size_t k = 0; k < noise.size(); k++) serves_badly |= noise[k] > kBadly * built_in_noise[k];
   if (serves_badly) fall_back(head);
 }
 

@@ -66,7 +66,7 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
 ///   keys:    a score's error s moves the output by p s Wo (v - o), so sum p^2 * E[s^2] * E|Wo (v - mean v)|^2
 /// With several kinds of text these are measured for each kind, on samples that were held out, and rates are chosen for
 /// the kind that fares worst (allot_for_worst). A head's keys or values whose codec makes more noise on some kind, by a
-/// tenth, than the one without calibration get that one.
+/// tenth at all rates together, than the one without calibration get that one.
 Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>& layers,
                     const std::vector<std::vector<Eigen::MatrixXd>>& value_metrics, const FitOptions& options,
                     const std::function<void(double)>& progress, FitReport* report = nullptr);
