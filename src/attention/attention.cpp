@@ -203,6 +203,7 @@ void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& pl
   plain = {n_rows, group_, dim, memory.q.data(), nullptr, memory.slope.data(), p_.softcap};
   if (!coded) return;
   codec.transform.query(memory.q.data(), memory.q_coded.data(), n_rows, kernels_->transform);
+  for (int row = 0; row < n_rows; row++) memory.bias[row] += codec.score_bias(&memory.q_coded[size_t(row) * dim]);
   *coded = {n_rows, group_, dim, memory.q_coded.data(), memory.bias.data(), memory.slope.data(), p_.softcap};
 }
 

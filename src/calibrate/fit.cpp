@@ -60,6 +60,7 @@ HeadCodec codec_of(const FittedHead& head, const FittedHead::Rate& rate, Kind ki
   codec.kind = kind;
   codec.format = rate.format;
   codec.codebook = rate.codebook;
+  codec.error = rate.error;
   std::vector<float> a(size_t(dim) * dim);
   for (int i = 0; i < dim; i++) {
     for (int j = 0; j < dim; j++) a[size_t(i) * dim + j] = head.transform.matrix(i, rate.order[j]);
@@ -76,6 +77,24 @@ double distortion_of(const FittedHead& head, const FittedHead::Rate& rate, const
   Matrix some(n, samples.cols());
   for (Eigen::Index i = 0; i < n; i++) some.row(i) = samples.row(i * step);
   return noise_of(codec_of(head, rate, kind), some, metric);
+}
+
+/// The mean square of each coded component's error, over some of the samples.
+std::vector<float> errors_of(const HeadCodec& codec, const Matrix& samples) {
+  const Eigen::Index n = std::min<Eigen::Index>(kDistortionSamples, samples.rows()), step = samples.rows() / n;
+  const int dim = codec.format.head_dim;
+  std::vector<double> sums(dim, 0.0);
+  std::vector<float> y(dim), decoded(dim);
+  std::vector<uint8_t> codes(codec.format.n_subspaces());
+  for (Eigen::Index i = 0; i < n; i++) {
+    codec.transform.forward(samples.row(i * step).data(), y.data());
+    const uint16_t scale = encode_vector(codec, y.data(), codes.data());
+    decode_vector(codec, codes.data(), scale, decoded.data());
+    for (int d = 0; d < dim; d++) sums[d] += std::pow(double(y[d] - decoded[d]), 2);
+  }
+  std::vector<float> errors;
+  for (double sum : sums) errors.push_back(float(sum / double(n)));
+  return errors;
 }
 
 /// Makes a head's codec the one without calibration, at all rates: a Hadamard rotation and the built-in codebook.
@@ -95,8 +114,8 @@ void fall_back(FittedHead& head) {
   head.is_built_in = true;
 }
 
-/// Measures a head by kind of text, and makes it the built-in codec where it serves some kind badly: where it makes more
-/// noise at the rates `bits` together, which is nearly the noise at the lowest of them.
+/// Measures a head by kind of text, and makes it the built-in codec where it serves some kind badly: where it makes
+/// more noise at the rates `bits` together, which is nearly the noise at the lowest of them.
 void measure_by_kind(FittedHead& head, const HeldOut& held_out, Kind kind, const std::vector<double>& bits) {
   head.power = held_out.power(head.transform.mean);
   std::vector<double> noise(head.power.size(), 0.0), built_in_noise = noise;
@@ -133,6 +152,7 @@ LayerCodebooks assemble_codebooks(const std::vector<FittedHead>& heads, int rate
     books.order.insert(books.order.end(), rate.order.begin(), rate.order.end());
     books.words.insert(books.words.end(), rate.codebook.words.begin(), rate.codebook.words.end());
     books.scale.insert(books.scale.end(), rate.codebook.scale.begin(), rate.codebook.scale.end());
+    books.error.insert(books.error.end(), rate.error.begin(), rate.error.end());
   }
   return books;
 }
@@ -237,7 +257,7 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
   std::vector<double> variance;
   for (Eigen::Index d = 0; d < y.cols(); d++) variance.push_back(double(y.col(d).squaredNorm()) / double(y.rows()));
   for (const Format& format : formats) {
-    FittedHead::Rate rate{format, {}, {}, 0, {}, {}};
+    FittedHead::Rate rate{format, {}, {}, 0, {}, {}, {}};
     if (head.transform.ordered_by_variance) {
       rate.order = deal_components(variance, format);
     } else {
@@ -287,9 +307,12 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
     for (double bits : candidates) formats.push_back(make_format(int(samples.cols()), bits));
     FittedHead& head = fitted[job.layer][int(job.kind)][job.kv_head];
     head = fit_head(samples, metric_of(job), job.kind, formats, options, seed);
-    if (!several_kinds) return;
-    const HeldOut held_out(layer, job.kind, job.kv_head, value_metrics[job.layer][job.kv_head]);
-    measure_by_kind(head, held_out, job.kind, options.bits);
+    if (several_kinds) {
+      const HeldOut held_out(layer, job.kind, job.kv_head, value_metrics[job.layer][job.kv_head]);
+      measure_by_kind(head, held_out, job.kind, options.bits);
+    }
+    if (job.kind == Kind::value) return;
+    for (FittedHead::Rate& rate : head.rates) rate.error = errors_of(codec_of(head, rate, job.kind), samples);
   };
   for_each_in_threads(
       jobs.size(), options.n_threads, [&](size_t i) { fit(jobs[i], options.seed * 7919 + i); }, progress);

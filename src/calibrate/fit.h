@@ -29,7 +29,8 @@ struct FittedHead {
     Format format;
     std::vector<int16_t> order;  // as deal_components returns it
     Codebook codebook;
-    double distortion;  // mean e^T S e of an error e, in the units of the metric S
+    double distortion;         // mean e^T S e of an error e, in the units of the metric S
+    std::vector<float> error;  // of keys, as HeadCodec::error
     // The same by kind of text, on samples that were held out, and of the codec without calibration; empty with one
     // kind of text.
     std::vector<double> noise, built_in_noise;

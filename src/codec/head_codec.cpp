@@ -16,6 +16,9 @@ void HeadCodec::derive_tables() {
   if (codebook.scale.size() != n_subspaces || codebook.words.size() != size_t(format.head_dim) * kCodewords) {
     throw std::invalid_argument("codebook does not fit the format");
   }
+  if (!error.empty() && error.size() != size_t(format.head_dim)) {
+    throw std::invalid_argument("errors do not fit the head size");
+  }
   words.assign(codebook.words.size(), 0.0f);
   half_norms.assign(n_subspaces * kCodewords, 0.0f);
   for (size_t m = 0; m < n_subspaces; m++) {
@@ -28,6 +31,12 @@ void HeadCodec::derive_tables() {
       }
     }
   }
+}
+
+float HeadCodec::score_bias(const float* y) const {
+  float variance = 0;
+  for (size_t d = 0; d < error.size(); d++) variance += y[d] * y[d] * error[d];
+  return variance / 2;
 }
 
 HeadCodec make_uncalibrated_codec(Kind kind, const Format& format) {

@@ -16,6 +16,8 @@ struct HeadCodec {
   Format format;
   Transform transform = Transform::identity(0);
   Codebook codebook;  // empty for f16
+  /// Of keys, [head_dim]: the mean square of each transformed component's error; empty where it is not known.
+  std::vector<float> error;
 
   // Derived from the codebook by derive_tables().
   std::vector<float> words;       // [head_dim][128], codewords with their subspace's scale applied
@@ -23,6 +25,11 @@ struct HeadCodec {
 
   /// Fills the derived tables. Throws std::invalid_argument where codebook and transform do not fit the format.
   void derive_tables();
+
+  /// What coded cells' scores lack on average: half the variance of the error of (scaled) q.k, where `y` is the
+  /// transformed query. A code stands for the mean of the keys that it codes, so q.k has an error e of mean 0; yet
+  /// softmax weighs a cell by exp(q.k), and the mean of exp(e) is exp(var(e) / 2) for a normal e.
+  float score_bias(const float* y) const;
 };
 
 /// A codec without calibration: a Hadamard rotation and the built-in codebook. With format.f16 it changes nothing.

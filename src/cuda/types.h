@@ -33,6 +33,7 @@ struct CodecTables {
   const float* mean = nullptr;     // [n_kv_heads][head_dim]; the next three are null where the transform is Hadamard
   const float* forward = nullptr;  // [n_kv_heads][head_dim][head_dim]: A
   const float* undo = nullptr;     // the same for the other side of the product: keys B^T, values B = A^-1
+  const float* error = nullptr;    // [n_kv_heads][head_dim], HeadCodec::error; null where some head's is not known
 
   THIMBLE_HOST_DEVICE CodeOrder order() const { return {head_dim, width, n_width2, n_width4}; }
   int n_subspaces() const { return order().n_subspaces(); }

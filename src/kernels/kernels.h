@@ -31,7 +31,7 @@ struct Queries {
   int group = 1;
   int dim = 0;
   const float* q = nullptr;      // [n_rows][dim], times the attention scale, in the domain of the keys attended to
-  const float* bias = nullptr;   // [n_rows], added to q.k (the codec's mean), or null
+  const float* bias = nullptr;   // [n_rows], added to q.k (of codes: q.mean + HeadCodec::score_bias), or null
   const float* slope = nullptr;  // [n_rows], ALiBi, or null for 1
   float softcap = 0;             // 0: none
 };

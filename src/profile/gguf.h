@@ -60,6 +60,7 @@ public:
     const Value& found = find_array(key, type_of<T>(), max_count);
     return copy<T>(found.data, found.count);
   }
+  bool has_tensor(const std::string& name) const { return tensors_.contains(name); }
   template <typename T>
   std::vector<T> tensor(const std::string& name, size_t count) const {
     return copy<T>(find_tensor(name, tensor_type_of<T>(), count, sizeof(T)), count);

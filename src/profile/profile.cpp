@@ -71,6 +71,7 @@ HeadCodec Profile::codec(int layer_index, int kv_head, Kind kind, double rate) c
   codec.codebook.words.assign(words, words + dim * kCodewords);
   const float* scale = &books.scale[head * n_subspaces];
   codec.codebook.scale.assign(scale, scale + n_subspaces);
+  if (!books.error.empty()) codec.error.assign(&books.error[head * dim], &books.error[head * dim] + dim);
   codec.derive_tables();
   return codec;
 }

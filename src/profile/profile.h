@@ -17,6 +17,7 @@
 //                                                order[d] of A, so that rates share a matrix
 //             l<layer>.<k|v>.words.<bits>    i8  [n_kv_heads][head_dim][128], as Codebook::words
 //             l<layer>.<k|v>.scale.<bits>    f32 [n_kv_heads][n_subspaces], as Codebook::scale
+//             l<layer>.k.error.<bits>        f32 [n_kv_heads][head_dim], as HeadCodec::error; may be missing
 #pragma once
 
 #include <cstdint>
@@ -63,6 +64,7 @@ struct LayerCodebooks {
   std::vector<int16_t> order;  // [n_kv_heads][head_dim]
   std::vector<int8_t> words;   // [n_kv_heads][head_dim][128]
   std::vector<float> scale;    // [n_kv_heads][n_subspaces]
+  std::vector<float> error;    // [n_kv_heads][head_dim], as HeadCodec::error; empty for values and where not known
 };
 
 /// One layer's keys or values.

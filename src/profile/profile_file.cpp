@@ -51,6 +51,7 @@ public:
   std::vector<T> array(const std::string& key, size_t max_count) const {
     return checked(key, in_.array<T>(key, max_count));
   }
+  bool has_tensor(const std::string& name) const { return in_.has_tensor(name); }
   template <typename T>
   std::vector<T> tensor(const std::string& name, size_t count) const {
     return checked(name, in_.tensor<T>(name, count));
@@ -109,6 +110,9 @@ LayerProfile read_layer(const Reader& in, int layer, Kind kind, const LayerShape
     books.order = in.tensor<int16_t>(name("order" + rate), heads * dim);
     books.words = in.tensor<int8_t>(name("words" + rate), heads * dim * kCodewords);
     books.scale = in.tensor<float>(name("scale" + rate), heads * format.n_subspaces());
+    if (kind == Kind::key && in.has_tensor(name("error" + rate))) {
+      books.error = in.tensor<float>(name("error" + rate), heads * dim);
+    }
     for (size_t h = 0; h < heads; h++) {
       const std::set<int16_t> columns(&books.order[h * dim], &books.order[h * dim] + dim);
       if (columns.size() != dim || *columns.begin() != 0 || *columns.rbegin() != int(dim) - 1) {
@@ -118,6 +122,9 @@ LayerProfile read_layer(const Reader& in, int layer, Kind kind, const LayerShape
     for (float scale : books.scale) {
       // Normalized vectors have components of about 1; the bounds keep every product of codewords finite.
       if (!(scale >= 0 && scale < 1e6f)) damaged(name("scale" + rate) + " holds an absurd number");
+    }
+    for (float error : books.error) {
+      if (!(error >= 0 && error < 1e12f)) damaged(name("error" + rate) + " holds an absurd number");
     }
   }
   return profile;
@@ -202,6 +209,7 @@ void write_layer(const Profile& profile, int layer, gguf::Writer& out) {
       out.tensor(tensor_name(layer, kind, "order." + rate_name(rate)), books.order, n_heads);
       out.tensor(tensor_name(layer, kind, "words." + rate_name(rate)), books.words, n_heads);
       out.tensor(tensor_name(layer, kind, "scale." + rate_name(rate)), books.scale, n_heads);
+      if (!books.error.empty()) out.tensor(tensor_name(layer, kind, "error." + rate_name(rate)), books.error, n_heads);
     }
   }
 }

@@ -45,6 +45,8 @@ HeadCodec codec_for(const Case& c, Kind kind, unsigned seed) {
     for (float& v : matrix) v = 0.3f * normal(random);
     for (int i = 0; i < dim; i++) matrix[size_t(i) * dim + i] += 6;
     codec.transform = Transform::dense(std::move(mean), std::move(matrix));
+    // So much that a wrong sign, or a half too much, shows.
+    for (int d = 0; d < dim && kind == Kind::key; d++) codec.error.push_back(20.0f * float(d % 5));
     codec.derive_tables();
   }
   return codec;
@@ -75,6 +77,7 @@ std::vector<std::set<int>> retrieved(const Case& c, const Kernels& kernels, cons
         slope[r] = alibi_slope(c.max_bias, p.n_heads, head);
       }
       k.transform.query(q.data(), coded.data(), n_rows, kernels.transform);
+      for (int r = 0; r < n_rows; r++) bias[r] += k.score_bias(&coded[size_t(r) * c.k_dim]);
       const int64_t cell0 = int64_t(s) * c.cells;
       const CodedCells cells{
           &k, &v, layer.keys().block(h, cell0), layer.values().block(h, cell0), hidden.data(), 0, n_blocks, c.n_cells};
@@ -265,6 +268,7 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
   std::vector<float> k_row(layer.keys().row_size()), v_row(layer.values().row_size());
   for (int s = 0; s < c.n_streams; s++) {
     std::vector<std::vector<float>> ks, vs;
+    std::vector<std::vector<char>> is_coded(c.n_kv_heads, std::vector<char>(c.n_cells, 1));
     std::vector<char> in_window(c.n_cells, 0);
     for (int i = 0; i < c.n_cells; i++) {
       const int64_t cell = int64_t(s) * c.cells + i;
@@ -275,10 +279,12 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
         in_window[i] = 1;
         for (size_t d = 0; d < k_row.size(); d++) k_row[d] = half_to_float(layer.keys().row_data(row)[d]);
         for (size_t d = 0; d < v_row.size(); d++) v_row[d] = half_to_float(layer.values().row_data(row)[d]);
+        for (auto& of_head : is_coded) of_head[i] = 0;
       }
       for (int h = 0; h < c.n_kv_heads && c.top > 0; h++) {
         if (!from_store && !chosen[s * c.n_kv_heads + h].count(i)) continue;
         if (!layer.exact_row(Kind::key, cell) || !layer.exact_row(Kind::value, cell)) continue;  // the store is full
+        is_coded[h][i] = 0;
         const int k0 = h * c.k_dim, v0 = h * c.v_dim;
         for (int d = k0; d < k0 + c.k_dim; d++) k_row[d] = half_to_float(layer.exact_row(Kind::key, cell)[d]);
         for (int d = v0; d < v0 + c.v_dim; d++) v_row[d] = half_to_float(layer.exact_row(Kind::value, cell)[d]);
@@ -289,10 +295,19 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
     for (int t = 0; t < c.n_tokens; t++) {
       for (int h = 0; h < n_heads; h++) {
         std::vector<double> scores(c.n_cells), expected(c.v_dim, 0.0);
+        const float* query = &q[((size_t(s) * n_heads + h) * c.n_tokens + t) * c.k_dim];
+        // What the scores of coded cells lack: half the variance of their errors.
+        const HeadCodec& codec = layer.keys().codec(h / c.group);
+        std::vector<float> transformed(c.k_dim);
+        codec.transform.query(query, transformed.data());
+        double lacking = 0;
+        for (size_t d = 0; d < codec.error.size(); d++) {
+          lacking += std::pow(double(p.scale) * transformed[d], 2) * codec.error[d] / 2;
+        }
         double top = c.sinks ? sinks[h] : -1e300, sum = 0;
         for (int i = 0; i < c.n_cells; i++) {
-          double dot = p.scale * product(&q[((size_t(s) * n_heads + h) * c.n_tokens + t) * c.k_dim],
-                                         &ks[i][h / c.group * c.k_dim], c.k_dim);
+          double dot = p.scale * product(query, &ks[i][h / c.group * c.k_dim], c.k_dim);
+          if (is_coded[h / c.group][i]) dot += lacking;
           if (c.softcap != 0) dot = c.softcap * std::tanh(dot / c.softcap);
           if (c.mask) {
             const float m = half_to_float(mask[(size_t(s) * c.n_tokens + t) * c.n_cells + i]);

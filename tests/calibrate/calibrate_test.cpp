@@ -367,6 +367,43 @@ TEST(Outliers, KltHoldsWherePlainRotationCollapses) {
   }
 }
 
+TEST(Fit, CodedScoresLackHalfTheVarianceOfTheirErrors) {
+  // Softmax weighs cells by exp(score). With what their scores lack, coded cells together weigh what the exact ones do.
+  const Head head = synthetic_head(false, 40);
+  const LayerShape shape = {1, 1, 64, 64};
+  StatisticsOptions options;
+  options.n_tokens = size_t(head.keys.rows());
+  options.context = 1;
+  LayerStatistics layer(shape, Rope{}, 1.0f, options, 0);
+  const Matrix values = gaussian(int(head.keys.rows()), 64, 41);
+  const Matrix queries = head.queries.replicate((head.keys.rows() + head.queries.rows() - 1) / head.queries.rows(), 1);
+  layer.add({0, int(head.keys.rows()), head.keys.data(), values.data(), queries.data(), 0});
+  FitOptions fit;
+  fit.bits = {1};
+  fit.uneven = false;
+  const HeadCodec codec =
+      fit_profile({"test", {shape}, {}}, {layer}, {{{}}}, fit, [](double) {}).codec(0, 0, Kind::key, 1);
+  double without = 0, with = 0;  // mean log of the coded cells' weight over the exact cells'
+  for (Eigen::Index i = 0; i < head.queries.rows(); i++) {
+    std::vector<float> y(64), query(64), x(64);
+    codec.transform.query(head.queries.row(i).data(), query.data());
+    double exact = 0, coded = 0;
+    for (Eigen::Index k = 0; k < head.keys.rows(); k++) {
+      std::vector<uint8_t> codes(codec.format.n_subspaces());
+      codec.transform.forward(head.keys.row(k).data(), y.data());
+      decode_vector(codec, codes.data(), encode_vector(codec, y.data(), codes.data()), y.data());
+      codec.transform.inverse(y.data(), x.data());
+      exact += std::exp(double(head.queries.row(i).dot(head.keys.row(k))));
+      coded += std::exp(double(head.queries.row(i).dot(Eigen::Map<const Eigen::RowVectorXf>(x.data(), 64))));
+    }
+    without += std::log(coded / exact) / double(head.queries.rows());
+    with += (std::log(coded / exact) + codec.score_bias(query.data())) / double(head.queries.rows());
+  }
+  std::printf("log of the weight of coded cells: %.4f, with what their scores lack %.4f\n", without, with);
+  EXPECT_LT(without, 0);
+  EXPECT_LT(std::fabs(with), 0.35 * std::fabs(without));
+}
+
 TEST(Fit, MoreBitsCostLess) {
   const Head head = synthetic_head(false, 30);
   const Eigen::MatrixXd metric = Eigen::MatrixXd::Identity(64, 64);

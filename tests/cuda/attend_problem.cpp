@@ -140,15 +140,17 @@ double error_of(const EmulatedAttend& kernel, const AttendCase& c) {
         const Transform& transform = key_codecs[kv_head].transform;
         std::vector<float> transformed(d);
         transform.query(q, transformed.data());
-        double along_mean = 0;
-        for (int i = 0; c.dense && i < d; i++) along_mean += double(q[i]) * transform.mean()[i];
+        double lacking = 0;  // of coded cells' scores
+        if (c.dense) {
+          lacking = transform.query_bias(q) + scale * key_codecs[kv_head].score_bias(transformed.data());
+        }
         double total = c.sinks ? std::exp(double(sinks[head])) : 0, weight = 0;
         std::vector<double> y(d, 0.0), y_exact(d, 0.0);
         for (int cell = 0; cell < c.n_cells; cell++) {
           const int row = exact_of[s][cell];
           if (row < 0 && c.nothing_coded) continue;
           const size_t exact_at = (size_t(at) * c.n_exact + row) * d;
-          double x = row >= 0 ? 0 : along_mean;
+          double x = row >= 0 ? 0 : lacking;
           for (int i = 0; i < d; i++) {
             x += row >= 0 ? double(q[i]) * half_to_float(exact_keys[exact_at + i])
                           : double(transformed[i]) * keys[at].decoded[size_t(cell) * d + i];

@@ -298,9 +298,10 @@ void run(const DeviceInfo& device, const Case& c) {
           const int kv_head = head / c.group, pair = s * c.n_kv_heads + kv_head;
           const float* q = &raw.host[(size_t(s * c.n_tokens + t) * n_heads + head) * d];
           key_codecs[kv_head].transform.query(q, transformed.data());
-          double along_mean = 0;
+          double lacking = 0;  // of coded cells' scores
+          if (c.dense) lacking += a.scale * key_codecs[kv_head].score_bias(transformed.data());
           for (int i = 0; c.dense && i < d; i++) {
-            along_mean += double(q[i]) * key_codecs[kv_head].transform.mean()[i];
+            lacking += double(q[i]) * key_codecs[kv_head].transform.mean()[i];
           }
           double total = c.sinks ? std::exp(double(sinks.host[head])) : 0, weight = 0;
           std::vector<double> y(d), y_exact(d);
@@ -309,7 +310,7 @@ void run(const DeviceInfo& device, const Case& c) {
             const bool exact = is_exact[pair * c.n_cells + cell];
             if (drop_tail && !exact) continue;
             const float *k = &(exact ? exact_keys : coded_keys)[at], *v = &(exact ? exact_values : coded_values)[at];
-            double x = exact ? 0 : along_mean;
+            double x = exact ? 0 : lacking;
             for (int i = 0; i < d; i++) x += double(exact ? q[i] : transformed[i]) * k[i];
             x *= a.scale;
             if (c.softcap != 0) x = c.softcap * std::tanh(x / c.softcap);

@@ -41,6 +41,7 @@ inline HeadCodec random_codec(Kind kind, int head_dim, double bits, bool dense, 
     for (float& v : matrix) v = random.normal() / std::sqrt(float(head_dim));
     for (int i = 0; i < head_dim; i++) matrix[size_t(i) * head_dim + i] += 2;
     codec.transform = Transform::dense(random.normals(head_dim), std::move(matrix));
+    for (int d = 0; d < head_dim && kind == Kind::key; d++) codec.error.push_back(0.1f * float(random.below(8)));
   }
   codec.derive_tables();
   return codec;

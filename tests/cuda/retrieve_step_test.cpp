@@ -226,7 +226,7 @@ private:
       double expected = -INFINITY;
       for (int row = 0; row < c_.n_tokens * c_.group; row++) {
         const double x = 1.44269504 * logit(int(pair), row, int(cell), transformed(int(pair), row),
-                                            &heads_[0][pair].decoded[cell * D], along_mean(int(pair), row));
+                                            &heads_[0][pair].decoded[cell * D], lacking(int(pair), row));
         if (!in_window(int(cell))) expected = std::max(expected, x);
       }
       for (int g = 0; g < a.row_groups; g++) {
@@ -248,9 +248,12 @@ private:
     const int stream = pair / c_.n_kv_heads, h = pair % c_.n_kv_heads, token = row / c_.group;
     return size_t(stream * c_.n_tokens + token) * c_.n_kv_heads * c_.group + h * c_.group + row % c_.group;
   }
-  // A query's product with the mean, which codes lack. It is the same for all cells, but rows of a group compete.
-  double along_mean(int pair, int row) const {
-    return codecs_[0][pair % c_.n_kv_heads].transform.query_bias(&raw_[head_of(pair, row) * D]);
+  // What codes lack of a query's products: that with the mean, and score_bias. It is the same for all cells, but rows
+  // of a group compete.
+  double lacking(int pair, int row) {
+    const HeadCodec& codec = codecs_[0][pair % c_.n_kv_heads];
+    return codec.transform.query_bias(&raw_[head_of(pair, row) * D]) +
+           kScale * codec.score_bias(transformed(pair, row));
   }
   // A query as the codes want it.
   const float* transformed(int pair, int row) {
@@ -316,7 +319,8 @@ private:
         const bool exact = is_exact_[at];
         if (!exact && c_.drop_tail) continue;
         const auto row_of = [&](int kind) { return &(exact ? exact_ : coded_)[kind][at * D]; };
-        const double p = std::exp(logit(pair, row, cell, &raw_[size_t(i) * D], row_of(0)));
+        const double lacks = exact ? 0 : kScale * codecs_[0][h].score_bias(transformed(pair, row));
+        const double p = std::exp(logit(pair, row, cell, &raw_[size_t(i) * D], row_of(0), lacks));
         total += p;
         for (int d = 0; d < D; d++) y[d] += p * row_of(1)[d];
       }

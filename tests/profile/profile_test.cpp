@@ -31,6 +31,8 @@ LayerProfile random_layer(int n_heads, int head_dim, Kind kind, const std::vecto
     books.words.resize(size_t(n_heads) * head_dim * kCodewords);
     books.scale.assign(size_t(n_heads) * books.format.n_subspaces(), 0.02f);
     for (int8_t& w : books.words) w = int8_t(random() % 255 - 127);
+    for (int i = 0; i < n_heads * head_dim && kind == Kind::key && bits != 4; i++)
+      books.error.push_back(0.01f * float(i));
     for (int h = 0; h < n_heads; h++) {
       for (int d = 0; d < head_dim; d++) books.order.push_back(int16_t((d * 5 + h) % head_dim));
     }
@@ -92,6 +94,7 @@ TEST(Profile, IsReadAsWritten) {
         EXPECT_EQ(a.by_bits.at(bits).order, b.by_bits.at(bits).order);
         EXPECT_EQ(a.by_bits.at(bits).words, b.by_bits.at(bits).words);
         EXPECT_EQ(a.by_bits.at(bits).scale, b.by_bits.at(bits).scale);
+        EXPECT_EQ(a.by_bits.at(bits).error, b.by_bits.at(bits).error);
       }
     }
   }
@@ -109,6 +112,8 @@ TEST(Profile, CodecTakesTheMatrixInItsRatesOrder) {
   EXPECT_EQ(codec.transform.matrix()[7 * 32 + 3], layer.matrix[32 * 32 + 7 * 32 + column]);
   EXPECT_EQ(codec.transform.mean()[5], layer.mean[32 + 5]);
   EXPECT_EQ(codec.codebook.word(3, 9), layer.by_bits.at(4).words[size_t(32 + 3) * kCodewords + 9]);
+  EXPECT_TRUE(codec.error.empty());
+  EXPECT_EQ(p.codec(0, 1, Kind::key, 2).error[5], layer.by_bits.at(2).error[32 + 5]);
 }
 
 TEST(Profile, RefusesWhatItDoesNotHold) {
@@ -173,6 +178,8 @@ TEST(ProfileFile, RefusesAbsurdNumbers) {
   refused([](Profile& p) { p.values[2].matrix[3] = kInfinity; });
   refused([](Profile& p) { p.keys[0].by_bits.at(2).scale[0] = kNan; });
   refused([](Profile& p) { p.keys[0].by_bits.at(2).scale[0] = -1; });
+  refused([](Profile& p) { p.keys[0].by_bits.at(2).error[0] = kNan; });
+  refused([](Profile& p) { p.keys[0].by_bits.at(2).error[0] = -1; });
   refused([](Profile& p) { p.keys[0].by_bits.at(2).order[0] = p.keys[0].by_bits.at(2).order[1]; });
   refused([](Profile& p) { p.keys[0].by_bits.at(2).order[0] = -7; });
   refused([](Profile& p) { p.density[0] = kNan; });

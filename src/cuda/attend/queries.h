@@ -65,8 +65,8 @@ struct AttendQueries {
   /// logits. The caller needs a barrier before it reads what `put` stored.
   ///
   /// Codes stand for a key less the codec's mean. The logits of coded cells therefore lack the query's product with the
-  /// mean, which is the same for all cells: Shared::offsets has it. A softcap wants it in each cell's; else it is added
-  /// to their maximum.
+  /// mean, which is the same for all cells, as is HeadCodec::score_bias: Shared::offsets has both. A softcap wants them
+  /// in each cell's; else they are added to their maximum.
   template <typename Put>
   SIMT static void transform(const AttendArgs& a, int n_slots, Put put) {
     const int thread = simt::thread_again(), warp = thread / 32, lane = thread % 32, r = warp % S::kRows;
@@ -132,15 +132,30 @@ private:
   template <int Rows, typename Put>
   SIMT static void put_rows(const AttendArgs& a, int slot, int r, int lane, const float (&x)[Rows][kLaneComponents],
                             Put put) {
-    float along_mean[Rows] = {};
+    float offset[Rows] = {};
+    if (a.key_codec.error) {
+      const float* error = a.key_codec.error + size_t(simt::block_y()) * D + lane * kLaneComponents;
+      SIMT_UNROLL
+      for (int k = 0; k < Rows; k++) {
+        SIMT_UNROLL
+        for (int i = 0; i < kLaneComponents; i++) {
+          offset[k] += 0.5f * a.scale * x[k][i] * x[k][i] * simt::load_constant(error + i);
+        }
+      }
+    }
     if (a.key_codec.mean) {
       const float* mean = a.key_codec.mean + size_t(simt::block_y()) * D;
       SIMT_UNROLL
       for (int k = 0; k < Rows; k++) {
         const float* query = query_rows(slot + k * S::kSlotStep, r);
-        for (int d = lane; d < D; d += 32) along_mean[k] += query[d] * simt::load_constant(mean + d);
+        for (int d = lane; d < D; d += 32) offset[k] += query[d] * simt::load_constant(mean + d);
+      }
+    }
+    if (a.key_codec.error || a.key_codec.mean) {
+      SIMT_UNROLL
+      for (int k = 0; k < Rows; k++) {
         SIMT_UNROLL
-        for (int mask = 1; mask < 32; mask *= 2) along_mean[k] += simt::shuffle_xor(along_mean[k], mask);
+        for (int mask = 1; mask < 32; mask *= 2) offset[k] += simt::shuffle_xor(offset[k], mask);
       }
     }
     simt::sync_warp();
@@ -150,7 +165,7 @@ private:
       const float greatest = put(at, r, x[k], lane);
       if (lane != 0) continue;
       simt::shared_at<float, offsetof(Shared, factors)>()[at * S::kRows + r] = greatest * a.scale * kLog2e;
-      simt::shared_at<float, offsetof(Shared, offsets)>()[at * S::kRows + r] = along_mean[k] * a.scale * kLog2e;
+      simt::shared_at<float, offsetof(Shared, offsets)>()[at * S::kRows + r] = offset[k] * a.scale * kLog2e;
     }
   }
 };

@@ -68,6 +68,7 @@ HostTables pack_tables(const std::vector<HeadCodec>& heads, bool tiles) {
     append(tables.scale, codec.codebook.scale);
     append(tables.words, codec.words);
     append(tables.half_norms, codec.half_norms);
+    append(tables.error, codec.error);
     if (dense) {
       append(tables.mean, codec.transform.mean());
       append(tables.forward, codec.transform.matrix());
@@ -100,6 +101,7 @@ CodecTables HostTables::view() const {
   t.scale = scale.data();
   t.words = words.data();
   t.half_norms = half_norms.data();
+  if (error.size() == size_t(n_kv_heads) * order.head_dim) t.error = error.data();
   if (!forward.empty()) {
     t.mean = mean.data();
     t.forward = forward.data();

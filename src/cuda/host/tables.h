@@ -13,7 +13,7 @@ struct HostTables {
   int n_kv_heads = 0;
   CodeOrder order;
   std::vector<uint32_t> packed;
-  std::vector<float> scale, words, half_norms, mean, forward, undo;
+  std::vector<float> scale, words, half_norms, mean, forward, undo, error;
 
   CodecTables view() const;
 };
