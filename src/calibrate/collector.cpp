@@ -2,13 +2,57 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <utility>
+
+#include "cache/pool.h"
+#include "cache/window.h"
+#include "codec/half.h"
 
 namespace thimble {
 namespace {
 
 constexpr int kLastQueries = 32;  // of a prompt, as TailorKV takes them
 constexpr size_t kMostWaiting = 64;
+
+/// Of the cells that a run's last token sees, those that the cache keeps exact as its pool: [n_cells of `cached`].
+std::vector<bool> pool_of(const Run& run, const LayerShape& shape, const float* queries, int n_tokens_of_batch,
+                          const CachedKeys& cached) {
+  const WindowSize window;
+  std::vector<bool> in_pool(cached.n_cells, false);
+  const std::vector<int> cells = cached.seen_by(run.first_token + run.n_tokens - 1);
+  const size_t row = size_t(shape.n_kv_heads) * shape.key_dim;
+  std::vector<uint16_t> halves;
+  std::vector<const uint16_t*> keys;
+  halves.reserve(cells.size() * row);
+  for (int cell : cells) {
+    keys.push_back(halves.data() + halves.size());
+    for (int h = 0; h < shape.n_kv_heads; h++) {
+      const float* key = cached.keys + (size_t(h) * cached.n_cells + cell) * shape.key_dim;
+      for (int d = 0; d < shape.key_dim; d++) halves.push_back(float_to_half(key[d]));
+    }
+  }
+  const BatchQueries all{queries,
+                         shape.n_heads,
+                         shape.key_dim,
+                         n_tokens_of_batch,
+                         size_t(shape.n_heads) * shape.key_dim,
+                         size_t(shape.key_dim),
+                         0};
+  std::vector<int> rows(run.n_tokens);
+  std::iota(rows.begin(), rows.end(), run.first_token);
+  const size_t n_recent = std::min(keys.size(), size_t(window.last)), n_others = keys.size() - n_recent;
+  std::vector<float> scores(n_others);
+  const std::span<const uint16_t*const> others(keys.data(), n_others), recent(keys.data() + n_others, n_recent);
+  score_cells(mean_query(all, rows), shape.n_heads, shape.n_kv_heads, shape.key_dim, others, recent, scores);
+  std::vector<size_t> best(n_others);
+  std::iota(best.begin(), best.end(), size_t{0});
+  const size_t n_pool = std::min(n_others, size_t(window.pool));
+  std::partial_sort(best.begin(), best.begin() + ptrdiff_t(n_pool), best.end(),
+                    [&](size_t a, size_t b) { return scores[a] > scores[b]; });
+  for (size_t i = 0; i < n_pool; i++) in_pool[cells[best[i]]] = true;
+  return in_pool;
+}
 
 }  // namespace
 
@@ -25,7 +69,6 @@ void Collector::begin(std::vector<Run> runs) {
   runs_ = std::move(runs);
   measured_.assign(runs_.size(), {});
   for (size_t i = 0; i < runs_.size(); i++) {
-    measured_[i].text_kind = runs_[i].text_kind;
     if (!runs_[i].cells.empty()) measured_[i].last_cell = runs_[i].cells.back();
   }
   // What waits counts where its sequence does not go on with more of a prompt, or will not: its last cell is written
@@ -70,8 +113,13 @@ void Collector::add_attention(int layer, size_t run_index, const float* queries,
   const LayerShape& shape = layers_.at(layer)->shape();
   const float scale = layers_[layer]->score_scale();
   const int group = shape.n_heads / shape.n_kv_heads;
+  int n_tokens = 0;  // of the batch
+  for (const Run& r : runs_) n_tokens = std::max(n_tokens, r.first_token + r.n_tokens);
+  const std::vector<bool> is_pool = pool_of(run, shape, queries, n_tokens, cached);
   for (int t = std::max(0, run.n_tokens - kLastQueries); t < run.n_tokens; t++) {
     const std::vector<int> cells = cached.seen_by(run.first_token + t);
+    std::vector<bool> in_pool;
+    for (int cell : cells) in_pool.push_back(is_pool[cell]);
     for (int h = 0; h < shape.n_heads; h++) {
       using Row = Eigen::Map<const Eigen::VectorXf>;
       const Row query(queries + (size_t(run.first_token + t) * shape.n_heads + h) * shape.key_dim, shape.key_dim);
@@ -83,7 +131,7 @@ void Collector::add_attention(int layer, size_t run_index, const float* queries,
         greatest = std::max(greatest, weights[i]);
       }
       for (float& w : weights) w = std::exp(w - greatest);
-      if (const auto shares = shares_of(std::move(weights))) {
+      if (const auto shares = shares_of(std::move(weights), in_pool)) {
         measured_[run_index].of(layer).attention.push_back({h / group, *shares});
       }
     }
@@ -107,7 +155,7 @@ void Collector::count(const Measured& measured) {
     if (!has(int(i))) continue;
     LayerStatistics& layer = *layers_[i];
     for (const auto& [kv_head, shares] : measured.layers[i].attention) {
-      layer.add_attention(kv_head, shares, measured.text_kind);
+      layer.add_attention(kv_head, shares);
     }
     const auto& power = measured.layers[i].power;
     for (double square : power[int(Power::residual)]) layer.add_residual(square);

@@ -86,7 +86,6 @@ private:
       std::vector<double> power[3];  // by Power
     };
     int64_t last_cell = -1;
-    int text_kind = 0;
     std::vector<Layer> layers;
 
     Layer& of(int layer);

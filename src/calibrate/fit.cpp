@@ -189,7 +189,7 @@ std::array<SideCosts, 2> costs_of(const std::array<std::vector<FittedHead>, 2>& 
     return (built_in ? rate.built_in_noise : rate.noise)[text_kind];
   };
   for (int h = 0; h < layer.shape().n_kv_heads; h++) {
-    const double weight = layer.concentration(h, text_kind) * layer.output_weight();
+    const double weight = layer.concentration(h) * layer.output_weight();
     for (int kind : {0, 1}) {
       costs[kind].numbers += layer.shape().dim(Kind(kind));
       costs[kind].costs.resize(keys[h].rates.size(), 0.0);

@@ -23,12 +23,14 @@ bool is_held_out(int position) {
 
 }  // namespace
 
-std::optional<AttentionShares> shares_of(std::vector<float> weights) {
+std::optional<AttentionShares> shares_of(std::vector<float> weights, const std::vector<bool>& in_pool) {
   const size_t dominant = size_t(double(weights.size()) * kDominantShare);
   double all = 0, squares = 0;
   for (float w : weights) all += w;
   if (dominant == 0 || !(all > 0)) return std::nullopt;
-  for (size_t i = kSinks; i + kRecent < weights.size(); i++) squares += double(weights[i]) * weights[i];
+  for (size_t i = 0; i + kRecent < weights.size(); i++) {
+    if (in_pool.empty() || !in_pool[i]) squares += double(weights[i]) * weights[i];
+  }
   std::nth_element(weights.begin(), weights.begin() + dominant - 1, weights.end(), std::greater<>());
   double strongest = 0;
   for (size_t i = 0; i < dominant; i++) strongest += weights[i];
@@ -50,8 +52,6 @@ LayerStatistics::LayerStatistics(const LayerShape& shape, Rope rope, float score
   if (options.n_text_kinds > 1) {
     none.query_sum.assign(shape.n_kv_heads, Eigen::MatrixXf::Zero(shape.key_dim, shape.key_dim));
   }
-  none.concentration_sum.assign(shape.n_kv_heads, 0.0);
-  none.n_attentions.assign(shape.n_kv_heads, 0);
   of_text_kind_.assign(options.n_text_kinds, none);
 }
 
@@ -88,12 +88,10 @@ void LayerStatistics::add(const LayerActivations& in) {
   of_kind.n_queries += size_t(in.n_tokens) * group;
 }
 
-void LayerStatistics::add_attention(int kv_head, const AttentionShares& shares, int text_kind) {
+void LayerStatistics::add_attention(int kv_head, const AttentionShares& shares) {
   density_sum_ += shares.outside;
   concentration_sum_[kv_head] += shares.squares;
   n_attentions_[kv_head]++;
-  of_text_kind_.at(text_kind).concentration_sum[kv_head] += shares.squares;
-  of_text_kind_[text_kind].n_attentions[kv_head]++;
 }
 
 float LayerStatistics::density() const {
@@ -103,11 +101,6 @@ float LayerStatistics::density() const {
 
 double LayerStatistics::concentration(int kv_head) const {
   return n_attentions_[kv_head] ? concentration_sum_[kv_head] / double(n_attentions_[kv_head]) : 0.0;
-}
-
-double LayerStatistics::concentration(int kv_head, int text_kind) const {
-  const OfTextKind& of = of_text_kind_.at(text_kind);
-  return of.n_attentions[kv_head] ? of.concentration_sum[kv_head] / double(of.n_attentions[kv_head]) : 0.0;
 }
 
 Matrix LayerStatistics::rows(Kind kind, int kv_head, const std::vector<size_t>& chosen) const {

@@ -45,9 +45,9 @@ struct AttentionShares {
   double outside = 0;  // of the attention, outside the strongest 5 % of cells
   double squares = 0;  // sum of p^2 over the cells that the cache codes, p the normalized weights
 };
-/// `weights`: those of one query over the cells that it sees, in the order of the sequence, not normalized. Empty where
-/// there are too few cells to tell.
-std::optional<AttentionShares> shares_of(std::vector<float> weights);
+/// `weights`: those of one query over the cells that it sees, in the order of the sequence, not normalized. `in_pool`:
+/// which of them stay exact as the cache's pool; empty: none. Empty where there are too few cells to tell.
+std::optional<AttentionShares> shares_of(std::vector<float> weights, const std::vector<bool>& in_pool = {});
 
 class LayerStatistics {
 public:
@@ -57,7 +57,7 @@ public:
   void add(const LayerActivations& activations);
 
   /// Adds what the attention weights of one query show.
-  void add_attention(int kv_head, const AttentionShares& shares, int text_kind = 0);
+  void add_attention(int kv_head, const AttentionShares& shares);
   /// Adds |x|^2 of one token's residual stream behind the layer.
   void add_residual(double square) { residual_sum_ += square, n_residuals_++; }
   /// Takes |x|^2 of what the layer's attention puts out for one token, behind its output projection; and of the same
@@ -81,7 +81,6 @@ public:
   /// Mean over the queries of the sum of p^2 over coded cells, p the attention weights: the factor by which independent
   /// errors of single cells come through in the weighted sum.
   double concentration(int kv_head) const;
-  double concentration(int kv_head, int text_kind) const;
   /// Mean |x|^2 of the residual stream, 1 where it was not seen.
   double residual() const { return n_residuals_ ? residual_sum_ / double(n_residuals_) : 1.0; }
   /// What noise in the attention's output weighs, as power: one over the residual stream's, or, where a norm stands
@@ -98,8 +97,6 @@ private:
   struct OfTextKind {
     std::vector<Eigen::MatrixXf> query_sum;  // [n_kv_heads]; empty with one kind of text
     size_t n_queries = 0;
-    std::vector<double> concentration_sum;  // [n_kv_heads]
-    std::vector<size_t> n_attentions;       // [n_kv_heads]
   };
   Matrix rows(Kind kind, int kv_head, const std::vector<size_t>& chosen) const;
 

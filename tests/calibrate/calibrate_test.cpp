@@ -225,7 +225,7 @@ void expect_equal(const LayerStatistics& a, const LayerStatistics& b) {
   EXPECT_EQ(a.density(), b.density());
   EXPECT_EQ(a.residual(), b.residual());
   for (int h = 0; h < 2; h++) {
-    EXPECT_EQ(a.concentration(h), b.concentration(h));
+    EXPECT_DOUBLE_EQ(a.concentration(h), b.concentration(h));  // prompts are added in another order
     EXPECT_EQ(a.samples(Kind::key, h), b.samples(Kind::key, h));
     EXPECT_EQ(a.samples(Kind::value, h), b.samples(Kind::value, h));
     EXPECT_EQ(a.query_moment(h), b.query_moment(h));
@@ -250,6 +250,31 @@ TEST(Collector, FindsOutWherePromptsEnd) {
   EXPECT_DOUBLE_EQ(expected.residual(), (249.5 * 100 + 544.5 * 90) / 190);
   expect_equal(found.end(), expected);
   EXPECT_EQ(never.end().density(), 0);
+}
+
+TEST(Collector, LeavesOutWhatThePoolKeepsExact) {
+  // All queries attend to cell 60 above all, which is among the 40 best of the older cells.
+  Matrix keys = 0.1f * gaussian(300, 16, 1), values = gaussian(300, 16, 2), queries = 0.1f * gaussian(300, 16, 3);
+  queries.array() += 1.0f;
+  keys.row(60).array() += 1.0f;
+  Collector collector(StatisticsOptions{});
+  LayerBatch batch;
+  batch.shape = {1, 1, 16, 16};
+  batch.keys = keys.data();
+  batch.values = values.data();
+  batch.queries = queries.data();
+  collector.begin({run_of(0, 300, Run::Ends::yes)});
+  collector.add(0, batch);
+  const CachedKeys cached{keys.data(), 300, [](int token) {
+                            std::vector<int> cells(size_t(token) + 1);
+                            std::iota(cells.begin(), cells.end(), 0);
+                            return cells;
+                          }};
+  collector.add_attention(0, 0, queries.data(), cached);
+  collector.end();
+  const LayerStatistics layer = std::move(collector.take_layers(1)[0]);
+  EXPECT_GT(layer.concentration(0), 0);
+  EXPECT_LT(layer.concentration(0), 1e-6);  // cell 60 alone would make it nearly 1
 }
 
 TEST(Collector, SequencesOfOneBatchAreToldApart) {
@@ -490,7 +515,7 @@ LayerStatistics two_kinds(float other) {
     k.topRightCorner(kind == 1 ? 1536 : 2048, 8) *= 0.02f;
     if (kind == 1) k.bottomRightCorner(512, 8) *= other;
     layer.add({0, 2048, k.data(), v.data(), q.data(), kind});
-    layer.add_attention(0, *shares_of(std::vector<float>(400, 1.0f)), kind);
+    layer.add_attention(0, *shares_of(std::vector<float>(400, 1.0f)));
   }
   return layer;
 }
