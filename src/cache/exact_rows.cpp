@@ -13,14 +13,14 @@ public:
 
   void begin_batch(std::span<const int64_t> cells) override { in_flight_.resize(cells.size() * row_size_); }
   uint16_t* row(const Window::Row& row) const override {
-    if (row.in_flight) return const_cast<uint16_t*>(&in_flight_[size_t(row.index) * row_size_]);
+    if (row.in_flight) return const_cast<uint16_t*>(in_flight_.data()) + size_t(row.index) * row_size_;
     if (row.index < n_slots_) return memory_ + size_t(row.index) * row_size_;
     const size_t extra = size_t(row.index - n_slots_);
     return extra < more_.size() ? more_[extra].get() : nullptr;
   }
   void end_batch(std::span<const Window::Move> moves) override {
     for (const Window::Move& move : moves) {
-      std::copy_n(&in_flight_[size_t(move.batch_row) * row_size_], row_size_, slot(move.slot));
+      std::copy_n(in_flight_.data() + size_t(move.batch_row) * row_size_, row_size_, slot(move.slot));
     }
     in_flight_ = {};
   }

@@ -99,6 +99,11 @@ void CacheLayer::begin_write(Kind kind, std::span<const int64_t> cells) {
     window_.begin_batch(cells);
   }
   mine = true;
+  // A layer with keys alone has values of no numbers, which come with the keys.
+  if (values_.row_size() == 0 && !has_values_) {
+    values_.rows().begin_batch(cells);
+    has_values_ = true;
+  }
 }
 
 // Encodes the rows of a batch that was written but never attended to, and so never committed: they have no slots.

@@ -105,7 +105,8 @@ private:
   std::unique_ptr<ExactRows> rows_;
 };
 
-/// K and V of one layer, with the window they share.
+/// K and V of one layer, with the window they share. Where keys and values are one row (MLA), the layer has keys alone,
+/// and a values' side without numbers (head_dim 0, not coded).
 class CacheLayer {
 public:
   CacheLayer(CacheSide keys, CacheSide values, Window window)

@@ -24,15 +24,15 @@ float product(const float* a, const float* b, int n) {
 
 // products[head of the group][cell]
 void multiply(const float* query, int group, int kv_head, int dim, std::span<const uint16_t* const> keys, float* out) {
-  float tile[kBlockCells * kMaxHeadDim];
+  std::vector<float> tile(size_t(kBlockCells) * dim);
   const uint8_t* rows[kBlockCells];
   for (size_t first = 0; first < keys.size(); first += kBlockCells) {
     const int n = int(std::min<size_t>(kBlockCells, keys.size() - first));
     for (int i = 0; i < n; i++) rows[i] = reinterpret_cast<const uint8_t*>(keys[first + i] + size_t(kv_head) * dim);
-    kernels().load_rows(Kind::value, rows, n, dim, tile);  // as values: tile [cell][dim], not transposed
+    kernels().load_rows(Kind::value, rows, n, dim, tile.data());  // as values: tile [cell][dim], not transposed
     for (int i = 0; i < n; i++) {
       for (int g = 0; g < group; g++) {
-        out[g * keys.size() + first + i] = product(query + size_t(g) * dim, tile + size_t(i) * dim, dim);
+        out[g * keys.size() + first + i] = product(query + size_t(g) * dim, &tile[size_t(i) * dim], dim);
       }
     }
   }

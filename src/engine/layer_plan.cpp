@@ -13,10 +13,6 @@ namespace {
 // The head size where nothing tells it. Each head has a scale, so the memory of codes depends (a little) on it.
 constexpr int kAssumedHeadDim = 64;
 
-int assumed_head_dim(int64_t width) {
-  return std::clamp(width % kAssumedHeadDim == 0 ? kAssumedHeadDim : int(width & -width), 2, kMaxHeadDim);
-}
-
 // The cache of a sliding window has as many cells as the window and a batch. With this limit the size of a batch, up to
 // 2048 tokens, does not decide whether it is left f16: sliding windows of 512 and 1024 cells are, those of 4096 are
 // not.
@@ -30,6 +26,10 @@ std::string name_of(int layer) {
 }
 
 }  // namespace
+
+int piece_of_row(int64_t width) {
+  return std::clamp(width % kAssumedHeadDim == 0 ? kAssumedHeadDim : int(width & -width), 2, kMaxHeadDim);
+}
 
 CachePlanner::CachePlanner(const Engine& engine, const Settings& settings)
     : engine_(engine), settings_(settings), source_(std::make_shared<const CodecSource>(settings)) {
@@ -65,20 +65,22 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
   plan.why_f16 = why_f16(geometry);
   if (!plan.why_f16.empty()) return plan;
   plan.coded = true;
-  plan.window = settings_.passthrough() ? WindowSize{0, 0, 0} : settings_.window;
-  plan.top = source_->retrieves(geometry.layer) ? settings_.top : 0;
+  plan.as_f16 = geometry.as_f16;
+  plan.window = settings_.passthrough() || plan.as_f16 ? WindowSize{0, 0, 0} : settings_.window;
+  plan.top = source_->retrieves(geometry.layer) && !plan.as_f16 ? settings_.top : 0;
   plan.drop_tail = settings_.drop_tail;
   plan.has_codes[int(Kind::value)] = plan.top == 0 || !plan.drop_tail;
   for (Kind kind : {Kind::key, Kind::value}) {
     const int64_t width = geometry.width[int(kind)];
     if (width == 0) continue;
-    const int assumed = source_->head_dim(geometry.layer, kind).value_or(assumed_head_dim(width));
+    const int assumed = source_->head_dim(geometry.layer, kind).value_or(piece_of_row(width));
     const int dim = geometry.head_dim[int(kind)] == 0 ? assumed : geometry.head_dim[int(kind)];
     // Where n_kv_heads is not known, keys and values may get different assumed numbers.
     const auto side_of = [&](int head_dim, int n_kv_heads) {
       LayerPlan side = plan;
       side.shape.n_kv_heads = n_kv_heads;
-      side.format[int(kind)] = source_->format(geometry.layer, kind, head_dim);
+      side.format[int(kind)] =
+          plan.as_f16 ? make_format(head_dim, 16) : source_->format(geometry.layer, kind, head_dim);
       return side;
     };
     const LayerPlan side = side_of(dim, geometry.n_kv_heads == 0 ? int(width / dim) : geometry.n_kv_heads);
@@ -98,6 +100,7 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
   if (plan.top > 0) plan.store_bytes = plan.f16_bytes;
   plan.why_slow = engine_.why_slow(plan);
   if (geometry.n_kv_heads == 0) return plan;
+  if (plan.keys_alone()) plan.has_codes[int(Kind::value)] = false;
   if (const std::string why = engine_.refusal(plan); !why.empty()) throw std::runtime_error(name_of(plan.layer) + why);
   return plan;
 }
@@ -105,6 +108,14 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
 LayerCodecs CachePlanner::codecs(const LayerPlan& plan) const {
   LayerCodecs codecs;
   for (Kind kind : {Kind::key, Kind::value}) {
+    const Format& format = plan.side(kind);
+    if (plan.as_f16 || format.head_dim == 0) {
+      HeadCodec codec;
+      codec.kind = kind;
+      if (format.head_dim > 0) codec = make_uncalibrated_codec(kind, format);
+      codecs.sides[int(kind)] = std::make_shared<const std::vector<HeadCodec>>(plan.shape.n_kv_heads, codec);
+      continue;
+    }
     codecs.sides[int(kind)] = source_->codecs(plan.layer, kind, plan.side(kind).head_dim, plan.shape.n_kv_heads);
   }
   return codecs;
@@ -118,8 +129,8 @@ std::string mebibytes(size_t bytes) {
 
 void PlanTotals::add(const LayerPlan& plan) {
   layers.insert(plan.layer);
-  if (!plan.coded) {
-    if (n_f16++ == 0) why_f16 = plan.why_f16;
+  if (!plan.coded || plan.as_f16) {
+    if (n_f16++ == 0) why_f16 = plan.as_f16 ? "they choose which cells are attended to" : plan.why_f16;
     f16_bytes += plan.f16_bytes;
     return;
   }

@@ -27,14 +27,20 @@ struct LayerGeometry {
   int64_t cells_per_stream = 0;
   int n_streams = 1;
   bool is_window = false;  // of a sliding window
+  bool as_f16 = false;     // the engine keeps its rows as f16, whatever the settings say: few rows that choose others
 };
+
+/// Cuts a row that is no whole number of known heads, such as the row of a cell that keys and values share (MLA), into
+/// heads for the codec: the size of each.
+int piece_of_row(int64_t width);
 
 struct LayerPlan {
   int layer = 0;
   bool coded = false;   // the engine keeps the layer (with bits=16 as f16 blocks)
   std::string why_f16;  // why the layer is not coded; all that follows but f16_bytes is empty then
   CacheShape shape;
-  Format format[2];                  // by Kind
+  Format format[2];                  // by Kind; the values' head_dim is 0 where the layer has keys alone
+  bool as_f16 = false;               // LayerGeometry::as_f16
   bool has_codes[2] = {true, true};  // values have none with tail=drop, as only their exact rows are read
   WindowSize window;
   int top = 0;  // cells to retrieve; above 0, the layer has an exact store
@@ -46,6 +52,7 @@ struct LayerPlan {
   size_t f16_bytes = 0;      // that an f16 cache would take
 
   const Format& side(Kind kind) const { return format[int(kind)]; }
+  bool keys_alone() const { return format[int(Kind::value)].head_dim == 0; }
 };
 
 /// One codec a KV head, by Kind.

@@ -78,6 +78,7 @@ ggml_status InlineRunner::run_segment(ggml_cgraph* graph) {
 void InlineRunner::add_read(ggml_tensor* node, const BatchOfGraph& batch) {
   ReadingNode& reading = reading_nodes_.emplace_back(node);
   for (ReadingNode::Source& source : reading.sources()) {
+    if (!source.is_read) continue;
     Op& op = add_op(*source.buffer, *source.layer);
     op.read = &source.rows.task;
     op.read->sight = batch.sight(*source.layer, *op.read);

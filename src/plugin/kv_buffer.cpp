@@ -88,6 +88,20 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
     geometry.head_dim[int(kind)] = dim;
   }
   geometry.n_kv_heads = n_kv_heads;
+  make_layer(layer, geometry);
+}
+
+void KvBuffer::bind_keys_alone(ManagedLayer& layer, bool as_f16) {
+  if (layer.plan) return;
+  LayerGeometry geometry = caches_.at(layer.index);
+  geometry.as_f16 = as_f16;
+  geometry.head_dim[int(Kind::key)] = piece_of_row(geometry.width[int(Kind::key)]);
+  geometry.n_kv_heads = int(geometry.width[int(Kind::key)] / geometry.head_dim[int(Kind::key)]);
+  geometry.width[int(Kind::value)] = 0;  // where there is a tensor for values, nothing is ever written to it
+  make_layer(layer, geometry);
+}
+
+void KvBuffer::make_layer(ManagedLayer& layer, const LayerGeometry& geometry) {
   const LayerPlan plan = planner_->plan(geometry);
   uint8_t* const memory[2] = {memory_of(layer, plan, Kind::key), memory_of(layer, plan, Kind::value)};
   cache_->add_layer(plan, planner_->codecs(plan), memory);
@@ -98,6 +112,7 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
 // The tensor's memory, or new memory where that is too small for the true head size.
 uint8_t* KvBuffer::memory_of(const ManagedLayer& layer, const LayerPlan& plan, Kind kind) {
   const ggml_tensor* tensor = layer.tensors[int(kind)];
+  if (plan.bytes[int(kind)] == 0) return nullptr;
   if (far_.find(tensor)) {
     if (uint8_t* place = far_.place(tensor, plan.bytes[int(kind)])) return place;
   } else {
@@ -143,14 +158,20 @@ void KvBuffer::use() {
 }
 
 void KvBuffer::tell_of_reading(const ggml_tensor* node) {
-  if (std::exchange(told_of_reading_, true)) return;
-  const bool is_off = std::any_of(layers_.begin(), layers_.end(), [](const auto& l) { return l.second.transposed; });
+  const auto is_slow = [](const ggml_tensor* view) {
+    const ManagedLayer* layer = view ? layer_of(view) : nullptr;
+    return layer && !layer->plan->as_f16;
+  };
+  const auto* slow = std::find_if(std::begin(node->src), std::end(node->src), is_slow);
+  if (slow == std::end(node->src) || std::exchange(told_of_reading_, true)) return;
+  const ManagedLayer& layer = *layer_of(*slow);
+  std::string why =
+      std::string("this model's graph reads the cache by ") + ggml_op_desc(node) + " (" + node->name + ")";
+  if (layer.plan->keys_alone()) why = "keys and values of this model are one row (MLA), for which there are no kernels";
   GGML_LOG_WARN(
       "thimble: attention is computed from rows of the KV cache that are decoded for every batch, which is slow: %s\n",
-      is_off ? "flash attention is off; --flash-attn on attends to the codes, where the model can have it"
-             : (std::string("this model's graph reads the cache by ") + ggml_op_desc(node) + " (" + node->name +
-                "), which only an f16 cache serves faster (--device none, or thimble --kv f16)")
-                   .c_str());
+      layer.transposed ? "flash attention is off; --flash-attn on attends to the codes, where the model can have it"
+                       : (why + ". Only an f16 cache is faster (--device none, or thimble --kv f16)").c_str());
 }
 
 }  // namespace thimble

@@ -76,6 +76,8 @@ public:
   void load_early();
   /// Binds a layer to its head sizes. Throws std::runtime_error with a sentence that says what to change.
   void bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
+  /// Binds a layer that has keys alone, which are values too (MLA), or choose the cells to attend to (`as_f16`).
+  void bind_keys_alone(ManagedLayer& layer, bool as_f16);
   /// The caches by layer, those left f16 included.
   const std::map<int, LayerGeometry>& caches() const { return caches_; }
   /// Whether its layers have sliding windows: llama.cpp keeps those in a cache of their own.
@@ -131,8 +133,10 @@ private:
 
   const ggml_tensor* cache_of(const ggml_tensor* tensor) const;
   void zero(void* data, size_t size);
+  void make_layer(ManagedLayer& layer, const LayerGeometry& geometry);
   uint8_t* memory_of(const ManagedLayer& layer, const LayerPlan& plan, Kind kind);
   Rows rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const;
+  static bool is_never_written(const Rows& rows);
   void save_rows(const Rows& rows, uint8_t* data);
   void save_numbers(const Rows& rows, uint8_t* data);
   void load_numbers(const Rows& rows, const uint8_t* data, bool comes_again);

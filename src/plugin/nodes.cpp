@@ -93,8 +93,16 @@ void bind(const ggml_tensor* node, NodeKind kind) {
   for (const ggml_tensor* view : node->src) {
     Kind side = Kind::key;
     ManagedLayer* layer = view ? KvBuffer::layer_of(view, &side) : nullptr;
-    const bool is_plain = layer && layer->written[0] && layer->written[1];
-    if (!is_plain || layer->plan || (side == Kind::value && layer->transposed)) continue;
+    if (!layer || layer->plan || !layer->written[int(Kind::key)]) continue;
+    if (!layer->written[int(Kind::value)]) {
+      // Keys alone are values as well (MLA) where attention reads them. Other nodes find out with them which cells to
+      // attend to.
+      const bool attends =
+          node->op == GGML_OP_FLASH_ATTN_EXT || node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_CONT;
+      KvBuffer::of(view)->bind_keys_alone(*layer, /*as_f16=*/!attends);
+      continue;
+    }
+    if (side == Kind::value && layer->transposed) continue;
     // The dimension of adjacent numbers is a head.
     int64_t head = 0;
     for (int i = 0; i < GGML_MAX_DIMS; i++) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <set>
 #include <stdexcept>
 
 #include "ggml-impl.h"
@@ -15,15 +16,17 @@ constexpr size_t kNumber = sizeof(uint16_t);
 constexpr size_t kAlignment = 64;
 
 // The input that a mask is computed from: a tensor of as many cells that no node computes.
-const ggml_tensor* input_of(const ggml_tensor* tensor, int64_t n_cells, int depth = 12) {
-  if (!tensor || depth == 0) return nullptr;
+const ggml_tensor* input_of(const ggml_tensor* tensor, int64_t n_cells, std::set<const ggml_tensor*>& seen) {
+  constexpr size_t kEnough = 64;  // a mask is not far from its input
+  if (!tensor || seen.size() > kEnough || !seen.insert(tensor).second) return nullptr;
   if (tensor->op == GGML_OP_NONE && !tensor->view_src) {
     const bool fits = tensor->ne[0] == n_cells && tensor->ne[2] == 1 && tensor->data && tensor->buffer &&
                       (tensor->type == GGML_TYPE_F32 || tensor->type == GGML_TYPE_F16) && ggml_is_contiguous(tensor);
     return fits ? tensor : nullptr;
   }
-  for (const ggml_tensor* src : tensor->src) {
-    if (const ggml_tensor* found = input_of(src, n_cells, depth - 1)) return found;
+  // What is added to other numbers is the mask.
+  for (int i : {1, 0}) {
+    if (const ggml_tensor* found = input_of(tensor->src[i], n_cells, seen)) return found;
   }
   return nullptr;
 }
@@ -113,6 +116,15 @@ ReadingNode::ReadingNode(const ggml_tensor* node) : tensor_(*node) {
     std::fill(std::begin(views_[i].src), std::end(views_[i].src), nullptr);
     std::copy(std::begin(rows->nb), std::end(rows->nb), views_[i].nb);
     tensor_.src[i] = &views_[i];
+    const auto same = std::find_if(sources_.begin(), sources_.end(), [&](const Source& other) {
+      const ReadTask &a = other.rows.task, &b = rows->task;
+      return other.layer == layer && a.kind == b.kind && a.first_stream == b.first_stream &&
+             other.rows.bytes == rows->bytes;
+    });
+    if (same != sources_.end()) {
+      sources_.push_back({i, buffer, layer, *rows, same->place, /*is_read=*/false});
+      continue;
+    }
     sources_.push_back({i, buffer, layer, *rows, bytes_});
     bytes_ += (rows->bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
@@ -141,7 +153,8 @@ BatchOfGraph::BatchOfGraph(const ggml_cgraph* graph) {
 }
 
 void BatchOfGraph::note_mask(const ggml_tensor* mask, const ggml_tensor* keys) {
-  const ggml_tensor* input = mask ? input_of(mask, mask->ne[0]) : nullptr;
+  std::set<const ggml_tensor*> seen;
+  const ggml_tensor* input = mask ? input_of(mask, mask->ne[0], seen) : nullptr;
   if (!input) return;
   const ManagedLayer* layer = keys ? KvBuffer::layer_of(keys) : nullptr;
   masks_.push_back({input, layer, layer ? KvBuffer::of(keys) : nullptr});

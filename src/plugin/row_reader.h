@@ -41,7 +41,8 @@ public:
     KvBuffer* buffer;
     ManagedLayer* layer;
     RowsOfView rows;
-    size_t place;  // of the rows, in the memory of all sources
+    size_t place;         // of the rows, in the memory of all sources
+    bool is_read = true;  // false where an earlier source has the same rows, as values that are keys do (MLA)
   };
   std::vector<Source>& sources() { return sources_; }
   ggml_tensor* tensor() { return &tensor_; }

@@ -39,9 +39,9 @@ void shift_keys(const ggml_tensor* node, const std::function<void(ggml_tensor*)>
     if (shift_of[cell] != 0) moved.push_back(cell);
   }
 
-  const int64_t dim = layer.plan->side(Kind::key).head_dim, n_heads = layer.plan->shape.n_kv_heads;
+  const int64_t row_size = root_of(view)->ne[0], n_heads = view->ne[1];
   const int64_t first_number = view->view_offs % root_of(view)->nb[1] / sizeof(uint16_t);  // rotated part of a head
-  const size_t row = dim * sizeof(float);
+  const size_t row = size_t(row_size / n_heads) * sizeof(float);
   for (size_t first = 0; first < moved.size(); first += size_t(cache.keys_at_once())) {
     const size_t n = std::min(moved.size() - first, size_t(cache.keys_at_once()));
     const std::span<const int64_t> cells(moved.data() + first, n);

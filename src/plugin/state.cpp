@@ -68,6 +68,10 @@ KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_
   return rows;
 }
 
+bool KvBuffer::is_never_written(const Rows& rows) {
+  return rows.kind == Kind::value && rows.layer->plan->keys_alone();
+}
+
 void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size) {
   settle();
   const Rows rows = rows_of(tensor, offset, size);
@@ -76,6 +80,10 @@ void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, siz
 
 void KvBuffer::save_rows(const Rows& rows, uint8_t* data) {
   const size_t row_bytes = rows.layer->tensors[int(rows.kind)]->nb[1];
+  if (is_never_written(rows)) {
+    std::fill_n(data, rows.count * row_bytes, 0);
+    return;
+  }
   try {
     cache_->read_cells(rows.layer->index, rows.kind, rows.first, rows.count, data);
   } catch (const std::runtime_error& error) {
@@ -135,6 +143,7 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
   saved_ = {};
   const Rows rows = rows_of(tensor, offset, size);
   const bool comes_again = data == std::exchange(last_data_, data);
+  if (is_never_written(rows)) return;
   if (rows.number >= 0) return load_numbers(rows, data, comes_again);
   std::vector<int64_t> cells(rows.count);
   std::iota(cells.begin(), cells.end(), rows.first);
@@ -185,6 +194,7 @@ bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
   settle();
   saved_ = {};
   const Rows source = rows_of(from, 0, stream_bytes), target = rows_of(to, 0, stream_bytes);
+  if (is_never_written(source)) return true;
   try {
     cache_->copy_stream(layer->index, kind, int(source.first / source.count), int(target.first / target.count));
   } catch (const std::runtime_error&) {

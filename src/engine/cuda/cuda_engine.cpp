@@ -42,6 +42,7 @@ public:
   }
 
   std::string refusal(const LayerPlan& plan) const override {
+    if (plan.keys_alone()) return kReadsNoRows;
     const Format &k = plan.side(Kind::key), &v = plan.side(Kind::value);
     if (!cuda::tiles_support(k) || !cuda::tiles_support(v) || k.head_dim != v.head_dim) {
       return "on a CUDA device there are kernels for heads of 64, 128 and 256 numbers, keys and values alike; use "
