@@ -110,6 +110,21 @@ Transform Transform::dense(std::vector<float> mean, std::vector<float> matrix) {
   return t;
 }
 
+// x' = x R, so y = (x' R - mean) A = (x' - mean R) (R A), since R R = 1 and R is symmetric.
+Transform Transform::behind_hadamard(int block) const {
+  if (kind_ != Kind::dense) return identity(head_dim_);
+  const size_t n = size_t(head_dim_);
+  const float norm = 1.0f / std::sqrt(float(block));
+  std::vector<float> mean = mean_, matrix(n * n), column(n);
+  kPlainTransformOps.hadamard(mean.data(), head_dim_, block, norm);
+  for (size_t c = 0; c < n; c++) {
+    for (size_t r = 0; r < n; r++) column[r] = a_[r * n + c];
+    kPlainTransformOps.hadamard(column.data(), head_dim_, block, norm);
+    for (size_t r = 0; r < n; r++) matrix[r * n + c] = column[r];
+  }
+  return dense(std::move(mean), std::move(matrix));
+}
+
 void Transform::forward(const float* x, float* y, int n_rows, const TransformOps& ops) const {
   const int n = head_dim_;
   for (int r = 0; r < n_rows; r++, x += n, y += n) {

@@ -28,6 +28,10 @@ public:
   /// A is singular or anything is not finite.
   static Transform dense(std::vector<float> mean, std::vector<float> matrix);
 
+  /// This map for vectors that somebody has rotated by an orthonormal Walsh-Hadamard matrix before, in blocks of
+  /// `block` numbers. Where this is such a rotation itself, the one is as good as the other: theirs stays alone.
+  Transform behind_hadamard(int block) const;
+
   int head_dim() const { return head_dim_; }
 
   // Each reads and writes n_rows rows of [head_dim]; input and output must not overlap.

@@ -66,6 +66,7 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
   if (!plan.why_f16.empty()) return plan;
   plan.coded = true;
   plan.as_f16 = geometry.as_f16;
+  std::copy(std::begin(geometry.rotated), std::end(geometry.rotated), plan.rotated);
   plan.window = settings_.passthrough() || plan.as_f16 ? WindowSize{0, 0, 0} : settings_.window;
   plan.top = source_->retrieves(geometry.layer) && !plan.as_f16 ? settings_.top : 0;
   plan.drop_tail = settings_.drop_tail;
@@ -116,7 +117,13 @@ LayerCodecs CachePlanner::codecs(const LayerPlan& plan) const {
       codecs.sides[int(kind)] = std::make_shared<const std::vector<HeadCodec>>(plan.shape.n_kv_heads, codec);
       continue;
     }
-    codecs.sides[int(kind)] = source_->codecs(plan.layer, kind, plan.side(kind).head_dim, plan.shape.n_kv_heads);
+    auto known = source_->codecs(plan.layer, kind, format.head_dim, plan.shape.n_kv_heads);
+    if (const int block = plan.rotated[int(kind)]; block > 0 && !format.f16) {
+      auto rotated = std::make_shared<std::vector<HeadCodec>>(*known);
+      for (HeadCodec& codec : *rotated) codec.transform = codec.transform.behind_hadamard(block);
+      known = std::move(rotated);
+    }
+    codecs.sides[int(kind)] = std::move(known);
   }
   return codecs;
 }

@@ -27,7 +27,9 @@ struct LayerGeometry {
   int64_t cells_per_stream = 0;
   int n_streams = 1;
   bool is_window = false;  // of a sliding window
-  bool as_f16 = false;     // the engine keeps its rows as f16, whatever the settings say: few rows that choose others
+  // By Kind: the host program rotates heads by a Walsh-Hadamard matrix in blocks of so many numbers; 0: it does not.
+  int rotated[2] = {0, 0};
+  bool as_f16 = false;  // the engine keeps its rows as f16, whatever the settings say: few rows that choose others
 };
 
 /// Cuts a row that is no whole number of known heads, such as the row of a cell that keys and values share (MLA), into
@@ -41,6 +43,7 @@ struct LayerPlan {
   CacheShape shape;
   Format format[2];                  // by Kind; the values' head_dim is 0 where the layer has keys alone
   bool as_f16 = false;               // LayerGeometry::as_f16
+  int rotated[2] = {0, 0};           // LayerGeometry::rotated
   bool has_codes[2] = {true, true};  // values have none with tail=drop, as only their exact rows are read
   WindowSize window;
   int top = 0;  // cells to retrieve; above 0, the layer has an exact store

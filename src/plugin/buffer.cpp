@@ -1,5 +1,7 @@
 // ggml's tables of functions for our buffers and their type.
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -29,34 +31,44 @@ void* buffer_base(ggml_backend_buffer_t buffer) {
   return ggml_backend_buffer_get_base(context_of(buffer).inner());
 }
 
+ggml_status init_in_inner(KvBuffer& kv, ggml_tensor* tensor) {
+  tensor->buffer = kv.inner();
+  return kv.inner()->iface.init_tensor ? kv.inner()->iface.init_tensor(kv.inner(), tensor) : GGML_STATUS_SUCCESS;
+}
+
+// A cache of another type than f16 is taken with the first view of it that llama.cpp makes of it: a program that uses
+// this buffer over RPC shows its tensors alone, and they are gone when the call ends.
+ggml_status init_view(KvBuffer& kv, ggml_tensor* view) {
+  ggml_tensor* root = view->view_src;
+  const auto name = view->type == GGML_TYPE_F16 ? std::nullopt : parse_cache_name(root->name);
+  if (!name) return GGML_STATUS_SUCCESS;
+  if (kv.add_of_other_type(root, view, *name)) return GGML_STATUS_SUCCESS;
+  const ggml_status status = init_in_inner(kv, root);
+  return status == GGML_STATUS_SUCCESS ? init_in_inner(kv, view) : status;
+}
+
 ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   KvBuffer& kv = context_of(buffer);
-  if (tensor->view_src) {
+  const auto name = tensor->view_src ? std::nullopt : parse_cache_name(tensor->name);
+  try {
     // A view of a cache keeps this buffer. A view of another tensor got the inner buffer from its source already.
-    return GGML_STATUS_SUCCESS;
-  }
-  if (const auto name = parse_cache_name(tensor->name)) {
-    if (tensor->type != GGML_TYPE_F16) {
-      GGML_LOG_ERROR(
-          "thimble: cache type %s: Thimble codes the cache itself; leave --cache-type-k and --cache-type-v at f16\n",
-          ggml_type_name(tensor->type));
-      return GGML_STATUS_FAILED;
+    if (tensor->view_src) return init_view(kv, tensor);
+    if (name && tensor->type != GGML_TYPE_F16) {
+      if (!kv.device().planner()->settings().calibrates()) return GGML_STATUS_SUCCESS;
+      throw std::runtime_error(std::string("cache type ") + ggml_type_name(tensor->type) +
+                               ": calibrate= reads an f16 cache; leave --cache-type-k and --cache-type-v at f16");
     }
-    try {
-      if (kv.add(tensor, *name)) return GGML_STATUS_SUCCESS;
-    } catch (const std::exception& error) {
-      GGML_LOG_ERROR("thimble: %s\n", error.what());
-      return GGML_STATUS_FAILED;
-    }
+    if (name && kv.add(tensor, *name)) return GGML_STATUS_SUCCESS;
+  } catch (const std::exception& error) {
+    GGML_LOG_ERROR("thimble: %s\n", error.what());
+    return GGML_STATUS_FAILED;
   }
   if (is_recurrent_state(tensor->name)) kv.device().end_of_caches();
-  tensor->buffer = kv.inner();
   // llama.cpp marks buffers of weights as such, but it marks only this buffer, so the inner one is marked here.
-  const std::string_view name = tensor->name;
-  if (tensor->op == GGML_OP_NONE && name.ends_with(".weight")) {
+  if (tensor->op == GGML_OP_NONE && std::string_view(tensor->name).ends_with(".weight")) {
     ggml_backend_buffer_set_usage(kv.inner(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
   }
-  return kv.inner()->iface.init_tensor ? kv.inner()->iface.init_tensor(kv.inner(), tensor) : GGML_STATUS_SUCCESS;
+  return init_in_inner(kv, tensor);
 }
 
 // The inner buffer for a tensor that is no coded cache, or null. A caller may have placed such a tensor here without
@@ -149,9 +161,9 @@ size_t type_max_size(ggml_backend_buffer_type_t type) {
 size_t type_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor* tensor) {
   try {
     const auto name = tensor->view_src ? std::nullopt : parse_cache_name(tensor->name);
-    if (name && tensor->type == GGML_TYPE_F16) {
+    if (name) {
       const LayerPlan plan = device_of(type).planner()->plan(geometry_of(device_of(type), tensor, *name));
-      if (plan.coded) return plan.bytes[int(name->kind)];
+      if (plan.coded) return bytes_in_buffer(plan, tensor, name->kind);
     }
   } catch (const std::exception&) {
     // init_tensor will fail with the same error and report it; here the nominal size is good enough.

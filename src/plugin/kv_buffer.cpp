@@ -54,6 +54,10 @@ KvBuffer* buffer_of_cache(const ggml_tensor* node) {
   return nullptr;
 }
 
+size_t bytes_in_buffer(const LayerPlan& plan, const ggml_tensor* tensor, Kind kind) {
+  return tensor->type == GGML_TYPE_F16 ? plan.bytes[int(kind)] : std::max(plan.bytes[int(kind)], ggml_nbytes(tensor));
+}
+
 bool KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
   if (!planner_) planner_ = device_.planner();
   const LayerGeometry geometry = geometry_of(device_, tensor, name);
@@ -61,7 +65,7 @@ bool KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
   LayerGeometry& cache = caches_.try_emplace(name.layer, geometry).first->second;
   cache.width[int(name.kind)] = tensor->ne[0];
   const LayerPlan plan = planner_->plan(geometry);
-  const size_t bytes = plan.coded ? plan.bytes[int(name.kind)] : ggml_nbytes(tensor);
+  const size_t bytes = plan.coded ? bytes_in_buffer(plan, tensor, name.kind) : ggml_nbytes(tensor);
   used_ += bytes;
   least_ = least_ == 0 ? bytes : std::min(least_, bytes);
   if (!plan.coded) return false;
@@ -71,6 +75,38 @@ bool KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
   layer.tensors[int(name.kind)] = tensor;
   by_tensor_[tensor] = name;
   return true;
+}
+
+bool KvBuffer::add_of_other_type(ggml_tensor* tensor, ggml_tensor* view, const CacheName& name) {
+  const auto make_f16 = [](ggml_tensor* t) {
+    t->type = GGML_TYPE_F16;
+    t->nb[0] = sizeof(uint16_t);
+    for (int i = 1; i < GGML_MAX_DIMS; i++) t->nb[i] = t->nb[i - 1] * t->ne[i - 1];
+  };
+  const ggml_type type = tensor->type;
+  if (type != GGML_TYPE_F16) {
+    types_[name.layer] = type;
+    if (!add(tensor, name)) return false;
+    if (!std::exchange(told_of_type_, true)) {
+      GGML_LOG_WARN(
+          "thimble: cache type %s means %s here, since Thimble codes the cache itself. llama.cpp reserves memory for "
+          "that "
+          "type, of which only the codes take some; with --cache-type-k and --cache-type-v at f16 it reserves no "
+          "more\n",
+          ggml_type_name(type), planner_->settings().to_string().c_str());
+    }
+    stream_bytes_[tensor] = tensor->nb[2];
+    make_f16(tensor);
+  }
+  view->view_offs = view->view_offs / stream_bytes_.at(tensor) * tensor->nb[2];
+  view->data = static_cast<char*>(tensor->data) + view->view_offs;
+  make_f16(view);
+  return true;
+}
+
+bool KvBuffer::was_quantized(int layer) const {
+  const auto type = types_.find(layer);
+  return type != types_.end() && ggml_is_quantized(type->second);
 }
 
 void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads) {
@@ -101,7 +137,8 @@ void KvBuffer::bind_keys_alone(ManagedLayer& layer, bool as_f16) {
   make_layer(layer, geometry);
 }
 
-void KvBuffer::make_layer(ManagedLayer& layer, const LayerGeometry& geometry) {
+void KvBuffer::make_layer(ManagedLayer& layer, LayerGeometry geometry) {
+  std::copy(std::begin(layer.rotated), std::end(layer.rotated), geometry.rotated);
   const LayerPlan plan = planner_->plan(geometry);
   uint8_t* const memory[2] = {memory_of(layer, plan, Kind::key), memory_of(layer, plan, Kind::value)};
   cache_->add_layer(plan, planner_->codecs(plan), memory);
@@ -145,7 +182,11 @@ void KvBuffer::add_to(PlanTotals& totals) const {
                        size_t(geometry.cells_per_stream * geometry.n_streams);
       totals.add(plan);
     } else {
-      totals.add(layer == layers_.end() ? planner_->plan(geometry) : *layer->second.plan);
+      LayerPlan plan = layer == layers_.end() ? planner_->plan(geometry) : *layer->second.plan;
+      if (const auto type = types_.find(index); !plan.coded && type != types_.end()) {
+        plan.why_f16 += std::string(" (or ") + ggml_type_name(type->second) + ", as llama.cpp was told to keep them)";
+      }
+      totals.add(plan);
     }
   }
 }

@@ -32,12 +32,17 @@ const ggml_tensor* root_of(const ggml_tensor* tensor);
 /// The part of a layer's geometry that one cache tensor shows.
 LayerGeometry geometry_of(Device& device, const ggml_tensor* tensor, const CacheName& name);
 
+/// Bytes that a coded cache tensor takes in its buffer. One of another type than f16 takes no less than in that type:
+/// a program at the far end of RPC has it left as it is.
+size_t bytes_in_buffer(const LayerPlan& plan, const ggml_tensor* tensor, Kind kind);
+
 /// One layer of a KV cache as llama.cpp allocated it.
 struct ManagedLayer {
   int index = 0;
   ggml_tensor* tensors[2] = {nullptr, nullptr};  // by Kind; set by init_tensor
   std::optional<LayerPlan> plan;                 // once bound
   bool written[2] = {false, false};              // by Kind: whether a node was seen that writes this side
+  int rotated[2] = {0, 0};                       // by Kind: LayerGeometry::rotated
   bool transposed = false;                       // values are [number][cell], as with flash attention off
   RefusedCells refused;
 
@@ -66,6 +71,11 @@ public:
   /// Takes a cache tensor; false where its layer is left f16. The first tensor makes the cache, with the settings that
   /// THIMBLE_KV has at that moment. Throws as CachePlanner's constructor does.
   bool add(ggml_tensor* tensor, const CacheName& name);
+  /// Takes a cache tensor that llama.cpp made with another type than f16, and makes it and `view`, a view of it, f16.
+  /// False where its layer keeps its type. llama.cpp asks tensors for their types, so from then on all is as with f16.
+  bool add_of_other_type(ggml_tensor* tensor, ggml_tensor* view, const CacheName& name);
+  /// Whether llama.cpp made a layer with a quantized type.
+  bool was_quantized(int layer) const;
   /// The cache tensors of a program that uses this buffer over RPC.
   FarCaches& far() { return far_; }
   /// Takes such a cache tensor: codes it, or leaves its layer f16.
@@ -133,7 +143,7 @@ private:
 
   const ggml_tensor* cache_of(const ggml_tensor* tensor) const;
   void zero(void* data, size_t size);
-  void make_layer(ManagedLayer& layer, const LayerGeometry& geometry);
+  void make_layer(ManagedLayer& layer, LayerGeometry geometry);
   uint8_t* memory_of(const ManagedLayer& layer, const LayerPlan& plan, Kind kind);
   Rows rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const;
   static bool is_never_written(const Rows& rows);
@@ -159,6 +169,9 @@ private:
   bool is_reported_ = false;
   bool in_use_ = false;
   bool told_of_reading_ = false;
+  bool told_of_type_ = false;
+  std::map<int, ggml_type> types_;                               // of layers that llama.cpp made with another type
+  std::unordered_map<const ggml_tensor*, size_t> stream_bytes_;  // of tensors of another type than f16, in that type
   // Rows that wait to be loaded together: llama.cpp loads a sequence row by row where its cells are not adjacent, and
   // number by number where values are transposed.
   struct Waiting {

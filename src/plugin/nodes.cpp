@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string_view>
 
 #include "plugin/kv_buffer.h"
 #include "plugin/row_reader.h"
@@ -36,6 +37,19 @@ bool is_transposed_write(const ggml_tensor* node) {
   const ggml_tensor *rows = node->src[0], *cache = root_of(node);
   return node->ne[0] == 1 && cache->ne[0] > 1 && rows->ne[0] == 1 && rows->ne[1] % cache->ne[0] == 0 &&
          rows->nb[1] == ggml_type_size(rows->type);
+}
+
+// llama.cpp rotates what goes to a quantized cache by a Walsh-Hadamard matrix, which is an input of the graph. In
+// blocks of how many numbers it did so to these rows; 0: it did not.
+int rotated_by(const ggml_tensor* rows) {
+  for (int depth = 0; rows && depth < 8; depth++, rows = rows->src[0]) {
+    if (rows->op != GGML_OP_MUL_MAT) continue;
+    const ggml_tensor* matrix = rows->src[0];
+    const std::string_view name = matrix->name;
+    const bool is_rotation = name.find("attn_inp_k_rot") != name.npos || name.find("attn_inp_v_rot") != name.npos;
+    return is_rotation ? int(matrix->ne[0]) : 0;
+  }
+  return 0;
 }
 
 std::string refused(const ggml_tensor* node, const char* what) {
@@ -83,6 +97,8 @@ void bind(const ggml_tensor* node, NodeKind kind) {
     Kind side;
     ManagedLayer* layer = KvBuffer::layer_of(node, &side);
     layer->written[int(side)] = true;
+    // The f16 cache of an indexer is rotated too, and there llama.cpp itself shifts the rotated keys.
+    if (KvBuffer::of(node)->was_quantized(layer->index)) layer->rotated[int(side)] = rotated_by(node->src[0]);
     layer->transposed = layer->transposed || is_transposed_write(node);
   }
   if (kind == NodeKind::attend) {

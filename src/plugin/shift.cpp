@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <vector>
 
+#include "codec/transform.h"
 #include "plugin/kv_buffer.h"
 
 namespace thimble {
@@ -60,7 +62,15 @@ void shift_keys(const ggml_tensor* node, const std::function<void(ggml_tensor*)>
     rotate.src[0] = &keys;
     rotate.src[1] = &positions;
     rotate.src[2] = node->src[2];
+    // llama.cpp takes the rotation of a quantized cache back before it shifts, and the cache says that it is f16.
+    const auto rotate_heads = [&] {
+      const int block = layer.plan->rotated[int(Kind::key)];
+      const float norm = block > 0 ? 1.0F / std::sqrt(float(block)) : 1;
+      if (block > 0) kPlainTransformOps.hadamard(rows.keys, int(int64_t(n) * row_size), block, norm);
+    };
+    rotate_heads();
     run(&rotate);
+    rotate_heads();
     cache.write_keys(layer.index, cells);
   }
 }

@@ -106,6 +106,23 @@ TEST(Transform, InverseUndoesForwardAndQueriesKeepTheirScores) {
   }
 }
 
+TEST(Transform, BehindARotationIsAsWithoutIt) {
+  for (const auto& [head_dim, block] : {std::pair{64, 64}, {128, 64}, {192, 64}, {128, 128}}) {
+    const Transform t = transforms(head_dim).back(), behind = t.behind_hadamard(block);
+    const auto x = gaussian(head_dim, 1);
+    std::vector<float> rotated = x, y(head_dim), of_rotated(head_dim), back(head_dim);
+    kPlainTransformOps.hadamard(rotated.data(), head_dim, block, 1.0f / std::sqrt(float(block)));
+    t.forward(x.data(), y.data());
+    behind.forward(rotated.data(), of_rotated.data());
+    EXPECT_LT(relative_error(y, of_rotated), 1e-8);
+    behind.inverse(of_rotated.data(), back.data());
+    EXPECT_LT(relative_error(rotated, back), 1e-8);
+    // A rotation that is there already need not be done again.
+    Transform::hadamard(head_dim).behind_hadamard(block).forward(rotated.data(), y.data());
+    EXPECT_EQ(y, rotated);
+  }
+}
+
 TEST(Transform, OutputCountsTheMeanByTheWeight) {
   const auto t = Transform::dense({1, 2}, {1, 0, 0, 1});
   const float y[2] = {0.5f, 0.5f};

@@ -171,6 +171,81 @@ TEST_F(PluginContexts, EmbeddingsAsPlain) {
   EXPECT_LT(error / power, 1e-6);
 }
 
+// ---- other cache types are names for the cache that the settings ask for
+
+Options of_type(ggml_type type, double bits) {
+  Options options;
+  options.coded_type = type;
+  options.bits = bits;
+  return options;
+}
+
+void shift_and_reload(Session& session) {
+  session.feed(text(0, 120), 0, 8);
+  llama_memory_seq_rm(session.memory(), 0, 4, 34);
+  llama_memory_seq_add(session.memory(), 0, 34, -1, -30);
+  for (int i = 0; i < 4; i++) session.feed(text(120 + i, 1));
+  std::vector<uint8_t> state(llama_state_seq_get_size(session.context(), 0));
+  state.resize(llama_state_seq_get_data(session.context(), state.data(), state.size(), 0));
+  llama_memory_seq_rm(session.memory(), 0, -1, -1);
+  ASSERT_EQ(llama_state_seq_set_data(session.context(), state.data(), state.size(), 0), state.size());
+  for (int i = 0; i < 4; i++) session.feed(text(130 + i, 1));
+}
+
+TEST_F(PluginContexts, OfAnotherCacheTypeIsCodedAsAsked) {
+  Session plain(Options{});
+  ASSERT_NO_FATAL_FAILURE(shift_and_reload(plain));
+  for (double bits : {16.0, 4.0}) {
+    double kl_of_f16 = 0;
+    for (ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_F32}) {
+      Session session(of_type(type, bits));
+      ASSERT_NO_FATAL_FAILURE(shift_and_reload(session));
+      const Difference difference = compare(plain.logits, session.logits);
+      std::printf("%g bits, %s: NMSE %.1e, KL %.1e\n", bits, ggml_type_name(type), difference.nmse, difference.mean_kl);
+      const bool told =
+          session.log().find(std::string("cache type ") + ggml_type_name(type) + " means bits=") != std::string::npos;
+      EXPECT_EQ(told, type != GGML_TYPE_F16) << session.log();
+      EXPECT_NE(session.log().find("thimble: KV cache of 30 layers"), std::string::npos);
+      if (type == GGML_TYPE_F16) kl_of_f16 = difference.mean_kl;
+      if (bits == 16) {
+        EXPECT_LT(difference.nmse, 1e-5) << "q8_0 itself would be off by more";
+      } else {
+        EXPECT_LT(difference.mean_kl, 1.5 * kl_of_f16 + 1e-3) << "coded as well as with f16";
+        EXPECT_GT(difference.mean_kl, 1e-4) << "nothing was read from codes";
+      }
+    }
+  }
+}
+
+TEST_F(PluginContexts, OfAnotherCacheTypeThatIsNotCodedKeepsIt) {
+  Options options = of_type(GGML_TYPE_Q8_0, 4), plain;
+  options.small_cells = 4096;
+  Session session(options), exact(plain);
+  EXPECT_NE(session.log().find("cells (or q8_0, as llama.cpp was told to keep them)"), std::string::npos)
+      << session.log();
+  for (Session* s : {&session, &exact}) s->feed(text(0, 60), 0, 4);
+  const double nmse = compare(exact.logits, session.logits).nmse;
+  EXPECT_LT(nmse, 1e-3);
+  EXPECT_GT(nmse, 1e-6) << "not of type q8_0";
+}
+
+// A profile's transforms are of the model's own keys and values, and llama.cpp rotates those of quantized types.
+TEST_F(PluginContexts, OfAnotherCacheTypeKeepsItsProfile) {
+  std::vector<Logits> plain;
+  double kl[2];
+  for (int i = 0; i < 3; i++) {
+    Options options = of_type(i == 2 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16, i == 0 ? 0 : 2);
+    options.retrieval = "profile=" THIMBLE_TEST_DATA "/../../profiles/SmolLM2-135M-Instruct.Q4_1.thimble.gguf";
+    Session session(options);
+    session.feed(text(0, 200), 0, 64);
+    for (int k = 0; k < 4; k++) session.feed(text(200 + k, 1));
+    if (i == 0) plain = session.logits;
+    if (i > 0) kl[i - 1] = compare(plain, session.logits).mean_kl;
+  }
+  std::printf("2 bits with a profile: KL %.2e with f16, %.2e with q8_0\n", kl[0], kl[1]);
+  EXPECT_LT(kl[1], 1.2 * kl[0]);
+}
+
 // ---- refused, with a sentence
 
 void expect_refused(const llama_context_params& params, const std::string& sentence) {
@@ -179,17 +254,6 @@ void expect_refused(const llama_context_params& params, const std::string& sente
   const std::string log = take_log();
   EXPECT_EQ(context, nullptr) << sentence;
   EXPECT_NE(log.find(sentence), std::string::npos) << "not in the log: " << sentence << "\n" << log;
-}
-
-TEST_F(PluginRefuses, OtherCacheTypes) {
-  llama_context_params params = context_params(Options{}.with_bits(4));
-  params.type_k = GGML_TYPE_Q8_0;
-  expect_refused(params, "leave --cache-type-k and --cache-type-v at f16");
-  params.type_k = GGML_TYPE_F16;
-  params.type_v = GGML_TYPE_Q8_0;
-  expect_refused(params, "leave --cache-type-k and --cache-type-v at f16");
-  params.type_v = GGML_TYPE_F32;
-  expect_refused(params, "leave --cache-type-k and --cache-type-v at f16");
 }
 
 TEST_F(PluginRefuses, WrongSettings) {

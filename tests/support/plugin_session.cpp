@@ -153,6 +153,7 @@ llama_context_params context_params(const Options& options) {
   params.kv_unified = options.unified;
   params.swa_full = false;  // as llama.cpp's programs have it
   params.n_threads = params.n_threads_batch = options.n_threads;
+  if (options.coded()) params.type_k = params.type_v = options.coded_type;
   const bool flash_attention = options.coded() ? options.coded_flash_attention : options.plain_flash_attention;
   params.flash_attn_type = flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   return params;
@@ -180,7 +181,7 @@ Session::Session(const Options& options) : options_(options) {
   if (options.coded() && !options.model && std::count(mib.begin(), mib.end(), 0.0) > 0) {
     throw std::runtime_error("a device has no layers\n" + log_);
   }
-  if (!options.model) check_size();
+  if (!options.model && options.coded_type == GGML_TYPE_F16) check_size();
 }
 
 // A head of 64 numbers has a scale of 16 bits with its codes; cells of the window and the pool (32 more than asked for)

@@ -43,6 +43,10 @@ public:
 
   std::string refusal(const LayerPlan& plan) const override {
     if (plan.keys_alone()) return kReadsNoRows;
+    if (plan.rotated[0] > 0 || plan.rotated[1] > 0) {
+      return "on a CUDA device the cache types must be f16 (--cache-type-k, --cache-type-v), since llama.cpp rotates "
+             "quantized ones";
+    }
     const Format &k = plan.side(Kind::key), &v = plan.side(Kind::value);
     if (!cuda::tiles_support(k) || !cuda::tiles_support(v) || k.head_dim != v.head_dim) {
       return "on a CUDA device there are kernels for heads of 64, 128 and 256 numbers, keys and values alike; use "
