@@ -210,6 +210,10 @@ def left_f16():
             check(server.complete(text[:300], 4, 0)["content"] != "", "without flash attention there is an answer")
         check("KV cache not coded: 30 layers stay f16" in far.text() and "flash attention is off" in far.text(),
               "and the far end says that its cache is f16, and why")
+    with FarEnd(KV) as far:
+        with near_end(far, "-ctk", "q8_0", "-ctv", "q8_0") as server:
+            check(server.complete(text[:300], 4, 0)["content"] != "", "with a cache of another type there is an answer")
+        check("the cache type is q8_0" in far.text(), "and the far end says that it leaves this cache as it is")
 
 
 def killed():

@@ -70,6 +70,11 @@ with tempfile.TemporaryDirectory() as states, start("-np", "2", "--slot-save-pat
     check(size and float(size[1]) < 0.35 * 180, f"coded cache in the log: {size and size[1]} MiB of 180 as f16")
     check("thimble: KV cache of 30 layers" in s.text(), "what the cache is stands in the log")
 
+with start("-np", "1", "-ctk", "q8_0", "-ctv", "q8_0") as s:
+    check("Bingo" in s.ask(questions[0]), "a right answer with -ctk q8_0")
+    check("cache type q8_0 means bits=4" in s.text(), "the log says what the type means")
+    check("thimble: KV cache of 30 layers" in s.text(), "and the cache is coded")
+
 with start("-np", "1") as s:
     prompt = {"prompt": alice[:1500], "n_predict": 32, "temperature": 0, "cache_prompt": False}
     plain = s.request("/completion", prompt)

@@ -45,8 +45,6 @@ with tempfile.TemporaryDirectory() as directory:
     expect("bits=5 is not one of", *run[:-2], "-m", model, "--kv", "5")
     expect("bits=garbage is not one of", *run[:-2], "-m", model, "--kv", "garbage")
     expect("", *run, "-m", model, "--profile", file("bad.thimble.gguf", head))
-    expect("leave --cache-type-k and --cache-type-v at f16", *run, "-m", model, "-ctk", "q8_0")
-    expect("flash attention is off", *run, "-m", model, "-fa", "off")
     # Said before anything is read, however long the context is.
     expect("ask for less or give a longer text", thimble, "eval", "-m", model, "-f", file("short.txt", b"Few words."), "-c", "1000000")
     for settings, said in [("bits=4,foo=1", "unknown key 'foo'"), ("window=8+128", "window=8+128 must be a whole number"),
