@@ -250,8 +250,9 @@ void check_decode(double bits) {
     a.is_key = kind == Kind::key;
     a.rows = rows.data();
     if (is_shifted) a.shift = shift.data();
-    using Kernel = DecodeKernel<D, Width>;
-    simt::Machine::launch({kCells / kBlockCells, kStreams * kHeads}, Kernel::kThreads, 0, [&] { Kernel::run(a); });
+    simt::Machine::launch({kCells / kBlockCells, kStreams * kHeads}, DecodeKernel<D, Width, false>::kThreads, 0, [&] {
+      is_shifted ? DecodeKernel<D, Width, true>::run(a) : DecodeKernel<D, Width, false>::run(a);
+    });
     EXPECT_EQ(rows, expected) << D << " at " << bits;
   }
 }

@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(EncodeKernel<HeadDim>::kThreads) leave_kernel(
   EncodeKernel<HeadDim>::run_leaving(a);
 }
 
-template <int HeadDim, int Width>
+template <int HeadDim, int Width, bool Shifted>
 __global__ void __launch_bounds__(256) decode_kernel(const __grid_constant__ DecodeArgs a) {
-  DecodeKernel<HeadDim, Width>::run(a);
+  DecodeKernel<HeadDim, Width, Shifted>::run(a);
 }
 
 template <int HeadDim>
@@ -62,7 +62,10 @@ template <int HeadDim>
 Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, dim3 grid, cudaStream_t stream) {
   return for_value<0, 2, 4, 8>(
       args.codec.width,
-      [&]<int Width>() { return launch(device, decode_kernel<HeadDim, Width>, args, grid, 256, 0, stream); },
+      [&]<int Width>() {
+        const auto kernel = args.shift ? decode_kernel<HeadDim, Width, true> : decode_kernel<HeadDim, Width, false>;
+        return launch(device, kernel, args, grid, 256, 0, stream);
+      },
       Status::unsupported("no kernel for this width"));
 }
 
