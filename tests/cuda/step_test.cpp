@@ -25,7 +25,7 @@ struct Tables {
   using Shape = AttendShape<kDim, 4, 4, true>;
   static constexpr bool kTiles = false;
   static constexpr Rates kRates{2, 2};
-  static constexpr double kTolerance = tolerance(4, 4);
+  static constexpr double kTolerance = 1.2 * tolerance(4, 4);  // few cells: errors average out less
   static void attend(const AttendArgs& a) { AttendKernel<Shape>::run(a); }
 };
 
@@ -157,17 +157,20 @@ private:
     for (int i = 0; i < n * n_heads; i++) {
       const int h = i % n_heads / kGroup;
       const float* q = &queries[i * kDim];
+      codecs_[0][h].transform.query(q, transformed.data());
+      const double lacking = 0.125 * codecs_[0][h].score_bias(transformed.data());  // of coded cells' scores
       double total = 0;
       std::vector<double> y(kDim);
       for (int cell = 0; cell <= cells[i / n_heads]; cell++) {
         const size_t at = (size_t(cell) * kHeads + h) * kDim;
         std::copy_n(&all_[0][at], kDim, k.begin());
         std::copy_n(&all_[1][at], kDim, v.begin());
-        if (!(window_.hidden[cell / 32] >> cell % 32 & 1)) {
+        const bool coded = !(window_.hidden[cell / 32] >> cell % 32 & 1);
+        if (coded) {
           code(codecs_[0][h], k);
           code(codecs_[1][h], v);
         }
-        double x = 0;
+        double x = coded ? lacking : 0;
         for (int d = 0; d < kDim; d++) x += double(q[d]) * k[d];
         const double p = std::exp(x * 0.125);
         total += p;
