@@ -16,7 +16,8 @@
 namespace thimble::cuda {
 namespace {
 
-template <int D>
+/// With the kernel's form for few tokens a thread block or, where `tokens_per_block` is 32, that for many.
+template <int D, int MaxTokensPerBlock = 8>
 void check(double key_bits, double value_bits, bool dense, int n_tokens, int tokens_per_block, bool tiles = false) {
   constexpr int kHeads = 2, kStreams = 2, kCells = 192, kCapacity = 5;
   Random random(7);
@@ -60,7 +61,7 @@ void check(double key_bits, double value_bits, bool dense, int n_tokens, int tok
   const std::vector<float> shift = random.normals(kHeads * D);  // of values
   a.dense = {dense_keys.data(), dense_values.data(), 1, 1, kDenseCells, nullptr, shift.data()};
 
-  using Kernel = EncodeKernel<D>;
+  using Kernel = EncodeKernel<D, MaxTokensPerBlock>;
   const int blocks = (n_tokens + tokens_per_block - 1) / tokens_per_block;
   simt::Machine::launch({blocks, 2 * kHeads}, Kernel::kThreads, Kernel::kSharedBytes, [&] { Kernel::run(a); });
 
@@ -317,6 +318,15 @@ TEST(CudaEncode, EqualsTheCodecBitForBit) {
   check<128>(1.25, 3, false, 3, 2, /*tiles=*/true);
   check<128>(4, 1, false, 2, 1, /*tiles=*/true);
   check<256>(1.5, 1.25, false, 2, 1, /*tiles=*/true);
+}
+
+TEST(CudaEncode, EqualsTheCodecBitForBitWithAVectorALane) {
+  check<64, 32>(4, 2, false, 33, 32);
+  check<64, 32>(2, 1, true, 70, 32);
+  check<128, 32>(2, 2, false, 31, 32);
+  check<128, 32>(1, 4, true, 3, 32);
+  check<256, 32>(2, 1, false, 34, 32);
+  check<128, 32>(1.25, 3, true, 35, 32, /*tiles=*/true);
 }
 
 // The scripts that every implementation is held to: those without a judge (judge_test.cpp), in which no states are

@@ -12,14 +12,16 @@
 namespace thimble::cuda {
 namespace {
 
-template <int HeadDim>
-__global__ void __launch_bounds__(EncodeKernel<HeadDim>::kThreads) encode_kernel(const __grid_constant__ EncodeArgs a) {
-  EncodeKernel<HeadDim>::run(a);
+constexpr int kFewTokens = 8, kManyTokens = 32;  // of a thread block: the two forms of EncodeKernel
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) encode_kernel(const __grid_constant__ EncodeArgs a) {
+  Kernel::run(a);
 }
 
-template <int HeadDim>
-__global__ void __launch_bounds__(EncodeKernel<HeadDim>::kThreads) leave_kernel(const __grid_constant__ LeaveArgs a) {
-  EncodeKernel<HeadDim>::run_leaving(a);
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) leave_kernel(const __grid_constant__ LeaveArgs a) {
+  Kernel::run_leaving(a);
 }
 
 template <int HeadDim, int Width, bool Shifted>
@@ -46,16 +48,14 @@ __global__ void __launch_bounds__(JudgeKernel::kThreads) judge_kernel(const __gr
   JudgeKernel::run(a);
 }
 
-template <int HeadDim>
+template <typename Kernel>
 Status launch_encode(const DeviceInfo& device, const EncodeArgs& args, dim3 grid, cudaStream_t stream) {
-  using Kernel = EncodeKernel<HeadDim>;
-  return launch(device, encode_kernel<HeadDim>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
+  return launch(device, encode_kernel<Kernel>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
 }
 
-template <int HeadDim>
+template <typename Kernel>
 Status launch_leave(const DeviceInfo& device, const LeaveArgs& args, dim3 grid, cudaStream_t stream) {
-  using Kernel = EncodeKernel<HeadDim>;
-  return launch(device, leave_kernel<HeadDim>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
+  return launch(device, leave_kernel<Kernel>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
 }
 
 template <int HeadDim>
@@ -101,10 +101,17 @@ Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream) {
     return Status::invalid("a codec is incomplete");
   }
   // Few tokens spread over the multiprocessors, many share what they read.
-  args.tokens_per_block = std::clamp(args.n_tokens * 2 * args.n_kv_heads / (2 * device.multiprocessors), 1, 8);
+  const int vectors = args.n_tokens * args.n_kv_heads / device.multiprocessors;  // of keys, a multiprocessor
+  const bool many = vectors >= kManyTokens / 2;
+  args.tokens_per_block = many ? kManyTokens : std::clamp(vectors, 1, kFewTokens);
   const dim3 grid((args.n_tokens + args.tokens_per_block - 1) / args.tokens_per_block, args.n_kv_heads * 2);
   return for_head_dim(
-      args.head_dim, [&]<int HeadDim>() { return launch_encode<HeadDim>(device, args, grid, stream); }, kNoHeadSize);
+      args.head_dim,
+      [&]<int HeadDim>() {
+        return many ? launch_encode<EncodeKernel<HeadDim, kManyTokens>>(device, args, grid, stream)
+                    : launch_encode<EncodeKernel<HeadDim, kFewTokens>>(device, args, grid, stream);
+      },
+      kNoHeadSize);
 }
 
 Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream) {
@@ -112,18 +119,16 @@ Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cuda
   if (!args.layers || !args.windows) return Status::invalid("layers are missing");
   if (args.n_tokens == 0) return {};
   // Layers and heads are enough to fill a device. How many cells leave only the device knows: blocks take them in turn.
-  args.tokens_per_block = 8;
-  const dim3 grid(std::clamp(args.n_tokens / 8, 1, 16), args.n_layers * args.n_kv_heads * 2);
-  switch (head_dim) {
-    case 64:
-      return launch_leave<64>(device, args, grid, stream);
-    case 128:
-      return launch_leave<128>(device, args, grid, stream);
-    case 256:
-      return launch_leave<256>(device, args, grid, stream);
-    default:
-      return Status::unsupported("head size must be 64, 128 or 256");
-  }
+  const bool many = args.n_tokens >= 4 * kManyTokens;
+  args.tokens_per_block = many ? kManyTokens : kFewTokens;
+  const dim3 grid(std::clamp(args.n_tokens / args.tokens_per_block, 1, 16), args.n_layers * args.n_kv_heads * 2);
+  return for_head_dim(
+      head_dim,
+      [&]<int HeadDim>() {
+        return many ? launch_leave<EncodeKernel<HeadDim, kManyTokens>>(device, args, grid, stream)
+                    : launch_leave<EncodeKernel<HeadDim, kFewTokens>>(device, args, grid, stream);
+      },
+      kNoHeadSize);
 }
 
 Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream) {

@@ -1,8 +1,12 @@
 // Encoding of keys and values: the kernel's body, in the codec's own order of operations, so that codes and scales
 // equal encode_vector's bit for bit.
 //
-// Grid [keys, values][n_kv_heads][blocks], for cells that leave the window [n_layers] of these. A block codes a few
+// Grid [keys, values][n_kv_heads][blocks], for cells that leave the window [n_layers] of these. A block codes some
 // tokens' vectors of one head, so that codewords and matrices are read once for all of them.
+//
+// There are two forms. Of few tokens a block takes at most 8, and a warp shares the codewords of a subspace among its
+// lanes, for one vector after the other. Of many it takes 32, and each lane takes a vector of its own through all
+// codewords: lanes need not agree on the best, and a codeword is one read for all of them.
 #pragma once
 
 #include "cuda/encode/hadamard.h"
@@ -12,16 +16,25 @@
 
 namespace thimble::cuda {
 
-template <int HeadDim>
+template <int HeadDim, int MaxTokensPerBlock = 8>
 struct EncodeKernel {
   static constexpr int D = HeadDim;
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kMaxTokensPerBlock = 8;
+  static constexpr int kMaxTokensPerBlock = MaxTokensPerBlock;
+  static constexpr bool kVectorALane = kMaxTokensPerBlock == 32;
+  static_assert(kMaxTokensPerBlock <= 32);
 
-  struct Shared {
-    float x[kMaxTokensPerBlock][D];  // input; later the codewords' components
-    float y[kMaxTokensPerBlock][D];  // transformed
+  /// Where the i-th token belongs. Cell -1: nowhere; slot -1: not in the window.
+  struct Place {
+    int stream, cell, slot;
+  };
+
+  struct alignas(16) Shared {
+    // Lanes that read 16 bytes of a row each find them in different banks.
+    float x[kMaxTokensPerBlock][D + 4];  // input; later the codewords' components
+    float y[kMaxTokensPerBlock][D + 4];  // transformed
     float inverse_rms[kMaxTokensPerBlock];
+    Place place[kMaxTokensPerBlock];
     uint16_t scale[kMaxTokensPerBlock];
     uint8_t codes[kMaxTokensPerBlock][D / 2];
   };
@@ -32,14 +45,18 @@ struct EncodeKernel {
   /// y = x matrix for `n` vectors, without fused multiply-adds and in index order; or the Hadamard rotation.
   SIMT static void transform(Shared& s, int n, const float* matrix) {
     if (matrix) {
+      constexpr int kTogether = kVectorALane ? 4 : 1;  // vectors that share what is read of the matrix
       const int d = simt::thread() % D;
-      for (int i = simt::thread() / D; i < n; i += kThreads / D) {
-        float sum = 0;
-        SIMT_UNROLL_BY(32)
+      for (int i = simt::thread() / D * kTogether; i < n; i += kThreads / D * kTogether) {
+        float sum[kTogether] = {};
+        SIMT_UNROLL_BY(32 / kTogether)
         for (int k = 0; k < D; k++) {
-          sum = simt::add_rn(sum, simt::mul_rn(s.x[i][k], simt::load_constant(matrix + k * D + d)));
+          const float m = simt::load_constant(matrix + k * D + d);
+          SIMT_UNROLL
+          for (int j = 0; j < kTogether; j++) sum[j] = simt::add_rn(sum[j], simt::mul_rn(s.x[i + j][k], m));
         }
-        s.y[i][d] = sum;
+        SIMT_UNROLL
+        for (int j = 0; j < kTogether; j++) s.y[i + j][d] = sum[j];
       }
     } else {
       const int lane = simt::thread() % 32;
@@ -76,8 +93,8 @@ struct EncodeKernel {
   /// The nearest of a subspace's 256 codewords, for every vector and each of `count` subspaces: those from `first` on,
   /// of `all`, which begin with component d0. A warp has 4 of the 128 to a lane.
   template <int W>
-  SIMT static void find_codes(Shared& s, int n, const CodecTables& codec, int head, int all, int first, int count,
-                              int d0) {
+  SIMT static void find_codes_by_warp(Shared& s, int n, const CodecTables& codec, int head, int all, int first,
+                                      int count, int d0) {
     const int lane = simt::thread() % 32;
     for (int i_subspace = simt::thread() / 32; i_subspace < count; i_subspace += kWarps) {
       const int m = first + i_subspace, d = d0 + i_subspace * W;
@@ -120,7 +137,57 @@ struct EncodeKernel {
     }
   }
 
-  /// The same for all subspaces.
+  /// The same, with a vector to each lane. Of equal gains the lower code wins here, too.
+  template <int W>
+  SIMT static void find_codes_by_lane(Shared& s, int n, const CodecTables& codec, int head, int all, int first,
+                                      int count, int d0) {
+    const int i = simt::thread() % 32;
+    for (int i_subspace = simt::thread() / 32; i_subspace < count; i_subspace += kWarps) {
+      const int m = first + i_subspace, d = d0 + i_subspace * W;
+      const float* words = codec.words + (size_t(head) * D + d) * kCodewords;
+      const float* half_norms = codec.half_norms + (size_t(head) * all + m) * kCodewords;
+      float y[W];
+      SIMT_UNROLL
+      for (int j = 0; j < W; j++) y[j] = i < n ? simt::mul_rn(s.y[i][d + j], s.inverse_rms[i]) : 0.0f;
+      float best_gain = -INFINITY, dot_of_best = 0;
+      int best = 0;
+      SIMT_UNROLL_BY(2)
+      for (int c = 0; c < kCodewords; c += 4) {
+        const uint4 norms = simt::load_vector(half_norms + c);
+        uint4 word[W];
+        SIMT_UNROLL
+        for (int j = 0; j < W; j++) word[j] = simt::load_vector(words + j * kCodewords + c);
+        SIMT_UNROLL
+        for (int k = 0; k < 4; k++) {
+          const auto of_code = [&](const uint4& v) {
+            return simt::bits_to_float(k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w);
+          };
+          float dot = simt::mul_rn(y[0], of_code(word[0]));
+          SIMT_UNROLL
+          for (int j = 1; j < W; j++) dot = simt::add_rn(dot, simt::mul_rn(y[j], of_code(word[j])));
+          const float gain = simt::sub_rn(fabsf(dot), of_code(norms));
+          if (gain > best_gain) {
+            best_gain = gain;
+            dot_of_best = dot;
+            best = c + k;
+          }
+        }
+      }
+      if (i < n) s.codes[i][m] = s.inverse_rms[i] != 0 ? uint8_t(best | (dot_of_best < 0 ? 0x80 : 0)) : uint8_t(0);
+    }
+  }
+
+  template <int W>
+  SIMT static void find_codes(Shared& s, int n, const CodecTables& codec, int head, int all, int first, int count,
+                              int d0) {
+    if constexpr (kVectorALane) {
+      find_codes_by_lane<W>(s, n, codec, head, all, first, count, d0);
+    } else {
+      find_codes_by_warp<W>(s, n, codec, head, all, first, count, d0);
+    }
+  }
+
+  /// The codes of all subspaces.
   SIMT static void find_codes(Shared& s, int n, const CodecTables& codec, int head) {
     const int n2 = codec.n_width2, n4 = codec.n_width4, all = codec.order().n_subspaces();
     if (n2 > 0) find_codes<2>(s, n, codec, head, all, 0, n2, 0);
@@ -131,6 +198,7 @@ struct EncodeKernel {
 
   /// Least-squares scales. The products are summed by one thread a vector, in order.
   SIMT static void find_scales(Shared& s, int n, const CodecTables& codec, int head) {
+    SIMT_UNROLL_BY(4)
     for (int i = simt::thread(); i < n * D; i += kThreads) {
       const int v = i / D, d = i % D, code = s.codes[v][codec.order().subspace_of(d)];
       const float w = simt::load_constant(codec.words + (size_t(head) * D + d) * kCodewords + (code & 0x7f));
@@ -151,10 +219,6 @@ struct EncodeKernel {
     simt::sync();
   }
 
-  /// Where the i-th token belongs. Cell -1: nowhere; slot -1: not in the window.
-  struct Place {
-    int stream, cell, slot;
-  };
   SIMT static Place place(const EncodeArgs& a, int i) {
     if (a.window_cells) return {i / a.window.capacity, a.window_cells[i], i % a.window.capacity};
     const int64_t index = a.cells[i];
@@ -162,7 +226,7 @@ struct EncodeKernel {
     return {int(index / a.cells_per_stream), int(index % a.cells_per_stream), a.window.slots ? a.window.slots[i] : -1};
   }
 
-  /// One head's row of a cell, two numbers a thread: full lines, should they go over a bus.
+  /// One head's row of a cell, written by a warp, two numbers a lane: full lines, should they go over a bus.
   SIMT static void put(const DenseRows& rows, bool is_key, int n_kv_heads, int stream, int head, int cell,
                        const float* y) {
     const float* shift = is_key ? rows.key_shift : rows.value_shift;
@@ -172,7 +236,7 @@ struct EncodeKernel {
     if (!to || in_rows < 0 || in_rows >= rows.n_streams || cell >= rows.n_cells) return;
     uint32_t* pairs =
         reinterpret_cast<uint32_t*>(to + ((size_t(in_rows) * n_kv_heads + head) * rows.n_cells + cell) * D);
-    for (int i = simt::thread(); i < D / 2; i += kThreads) {
+    for (int i = simt::thread() % 32; i < D / 2; i += 32) {
       const float low = shift ? simt::add_rn(y[2 * i], shift[2 * i]) : y[2 * i];
       const float high = shift ? simt::add_rn(y[2 * i + 1], shift[2 * i + 1]) : y[2 * i + 1];
       pairs[i] = simt::pack_half2(low, high);
@@ -202,23 +266,24 @@ struct EncodeKernel {
       return kIsKey ? a.keys + token * a.key_token_stride + head * a.key_head_stride
                     : a.values + token * a.value_token_stride + head * a.value_head_stride;
     };
-    if (a.from_window) {
-      bool any = false;  // rows seldom leave
-      for (int i = 0; i < n; i++) any = any || place(a, first + i).cell >= 0;
-      if (!any) return;
-    }
+    const int token = simt::thread();
+    if (token < n) s.place[token] = place(a, first + token);
+    // Rows of the window seldom leave it.
+    if (!simt::any_in_block(token < n && (!a.from_window || s.place[token].cell >= 0))) return;
 
+    const int d = simt::thread() % D;
+    const float mean = codec.forward ? simt::load_constant(codec.mean + head * D + d) : 0.0f;
+    SIMT_UNROLL_BY(4)
     for (int i = simt::thread() / D; i < n; i += kThreads / D) {
-      const int d = simt::thread() % D;
-      const Place p = place(a, first + i);
+      const Place p = s.place[i];
       float x = 0;
       if (a.from_window) {
-        if (p.cell >= 0) x = simt::half_to_float(row(p)[d]);
+        if (p.cell >= 0) x = simt::half_to_float(simt::load_constant(row(p) + d));
       } else {
-        x = input(first + i)[d];
+        x = simt::load_constant(input(first + i) + d);
         if (p.slot >= 0) row(p)[d] = simt::float_to_half(x);
       }
-      s.x[i][d] = codec.forward ? simt::sub_rn(x, codec.mean[head * D + d]) : x;
+      s.x[i][d] = codec.forward ? simt::sub_rn(x, mean) : x;
     }
     simt::sync();
     const bool coding = cache.data && !a.window_cells;
@@ -231,15 +296,16 @@ struct EncodeKernel {
       find_scales(s, n, codec, head);
     }
 
-    for (int i = 0; i < n; i++) {
-      const Place p = place(a, first + i);
+    const int lane = simt::thread() % 32;
+    for (int i = simt::thread() / 32; i < n; i += kWarps) {
+      const Place p = s.place[i];
       if (p.cell < 0) continue;
       uint8_t* block = cache.data + p.stream * cache.stream_stride + head * cache.head_stride +
                        p.cell / kBlockCells * cache.block_stride;
-      for (int m = simt::thread(); coding && m < n_subspaces; m += kThreads) {
+      for (int m = lane; coding && m < n_subspaces; m += 32) {
         block[codec.order().position(K, m, p.cell % kBlockCells)] = s.codes[i][m];
       }
-      if (coding && simt::thread() == 0) {
+      if (coding && lane == 0) {
         reinterpret_cast<uint16_t*>(block + n_subspaces * kBlockCells)[p.cell % kBlockCells] = s.scale[i];
       }
       put(a.dense, kIsKey, a.n_kv_heads, p.stream, head, p.cell, s.y[i]);
