@@ -49,7 +49,8 @@ ggml_status init_view(KvBuffer& kv, ggml_tensor* view) {
 
 ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   KvBuffer& kv = context_of(buffer);
-  const auto name = tensor->view_src ? std::nullopt : parse_cache_name(tensor->name);
+  // A device that has none of a layer's heads has an empty cache of it.
+  const auto name = tensor->view_src || ggml_is_empty(tensor) ? std::nullopt : parse_cache_name(tensor->name);
   try {
     // A view of a cache keeps this buffer. A view of another tensor got the inner buffer from its source already.
     if (tensor->view_src) return init_view(kv, tensor);
@@ -113,7 +114,10 @@ void buffer_get(ggml_backend_buffer_t buffer, const ggml_tensor* tensor, void* d
 
 bool buffer_copy(ggml_backend_buffer_t buffer, const ggml_tensor* from, ggml_tensor* to) {
   if (auto* inner = inner_of_unmanaged(buffer, to)) {
-    return inner->iface.cpy_tensor && !KvBuffer::of(from) && inner->iface.cpy_tensor(inner, from, to);
+    if (!inner->iface.cpy_tensor || KvBuffer::layer_of(from)) return false;
+    const ggml_tensor source = KvBuffer::handed_over(from);
+    ggml_tensor target = KvBuffer::handed_over(to);
+    return inner->iface.cpy_tensor(inner, &source, &target);
   }
   return context_of(buffer).copy(from, to);
 }
@@ -160,7 +164,7 @@ size_t type_max_size(ggml_backend_buffer_type_t type) {
 
 size_t type_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor* tensor) {
   try {
-    const auto name = tensor->view_src ? std::nullopt : parse_cache_name(tensor->name);
+    const auto name = tensor->view_src || ggml_is_empty(tensor) ? std::nullopt : parse_cache_name(tensor->name);
     if (name) {
       const LayerPlan plan = device_of(type).planner()->plan(geometry_of(device_of(type), tensor, *name));
       if (plan.coded) return bytes_in_buffer(plan, tensor, name->kind);
@@ -187,6 +191,19 @@ ggml_backend_buffer_type make_buffer_type(Device& device) {
 
 bool is_kv_buffer_type(ggml_backend_buffer_type_t type) {
   return type->iface.get_name == type_name;
+}
+
+void KvBuffer::hand_over(ggml_tensor* tensor) {
+  ggml_backend_buffer_t buffer = tensor->buffer;
+  if (buffer && buffer->iface.get_base == buffer_base && !layer_of(tensor)) tensor->buffer = context_of(buffer).inner();
+}
+
+ggml_tensor KvBuffer::handed_over(const ggml_tensor* tensor) {
+  ggml_tensor copy = *tensor;
+  copy.buffer = root_of(tensor)->buffer;
+  copy.view_src = nullptr;
+  hand_over(&copy);
+  return copy;
 }
 
 KvBuffer* KvBuffer::of(const ggml_tensor* tensor) {

@@ -32,6 +32,9 @@ BackendContext& context_of(ggml_backend_t backend) {
 const char* backend_name(ggml_backend_t backend) {
   return device_of(backend->device).name().c_str();
 }
+bool is_ours(ggml_backend_t backend) {
+  return backend->iface.get_name == backend_name;
+}
 
 void backend_free(ggml_backend_t backend) {
   context_of(backend).runner.reset();  // before the backend that it uses
@@ -62,22 +65,55 @@ const ggml_backend_i kBackendInterface = [] {
 }();
 
 void backend_set_async(ggml_backend_t backend, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
-  ggml_backend_tensor_set_async(context_of(backend).inner, tensor, data, offset, size);
+  if (KvBuffer::layer_of(tensor)) {
+    ggml_backend_synchronize(context_of(backend).inner);
+    return ggml_backend_tensor_set(tensor, data, offset, size);
+  }
+  ggml_tensor ours = KvBuffer::handed_over(tensor);
+  ggml_backend_tensor_set_async(context_of(backend).inner, &ours, data, offset, size);
 }
 void backend_get_async(ggml_backend_t backend, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
-  ggml_backend_tensor_get_async(context_of(backend).inner, tensor, data, offset, size);
+  if (KvBuffer::layer_of(tensor)) {
+    ggml_backend_synchronize(context_of(backend).inner);
+    return ggml_backend_tensor_get(tensor, data, offset, size);
+  }
+  const ggml_tensor ours = KvBuffer::handed_over(tensor);
+  ggml_backend_tensor_get_async(context_of(backend).inner, &ours, data, offset, size);
+}
+// Copies between two devices. False where the inner backend cannot, or a coded cache takes part: the caller then waits
+// for both and copies.
+bool backend_copy_async(ggml_backend_t from, ggml_backend_t to, const ggml_tensor* source, ggml_tensor* target) {
+  ggml_backend_t inner = context_of(to).inner;
+  if (!inner->iface.cpy_tensor_async || KvBuffer::layer_of(source) || KvBuffer::layer_of(target)) return false;
+  const ggml_tensor inner_source = KvBuffer::handed_over(source);
+  ggml_tensor inner_target = KvBuffer::handed_over(target);
+  return inner->iface.cpy_tensor_async(is_ours(from) ? context_of(from).inner : from, inner, &inner_source,
+                                       &inner_target);
 }
 void backend_synchronize(ggml_backend_t backend) {
   ggml_backend_synchronize(context_of(backend).inner);
 }
 
-// For an inner backend that computes beside the host. llama.cpp reads and writes only tensors of the inner buffers by
-// these functions.
+// Our events hold one of the inner device's.
+ggml_backend_event_t inner_event(ggml_backend_event_t event) {
+  return static_cast<ggml_backend_event_t>(event->context);
+}
+void backend_record_event(ggml_backend_t backend, ggml_backend_event_t event) {
+  ggml_backend_event_record(inner_event(event), context_of(backend).inner);
+}
+void backend_wait_event(ggml_backend_t backend, ggml_backend_event_t event) {
+  ggml_backend_event_wait(context_of(backend).inner, inner_event(event));
+}
+
+// For an inner backend that computes beside the host.
 const ggml_backend_i kAsyncInterface = [] {
   ggml_backend_i i = kBackendInterface;
   i.set_tensor_async = backend_set_async;
   i.get_tensor_async = backend_get_async;
   i.synchronize = backend_synchronize;
+  i.cpy_tensor_async = backend_copy_async;
+  i.event_record = backend_record_event;
+  i.event_wait = backend_wait_event;
   return i;
 }();
 
@@ -106,8 +142,7 @@ void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
   props->name = device_name(device);
   props->description = device_description(device);
   props->type = device_type(device);
-  props->caps.async = false;
-  props->caps.events = false;
+  // The inner device's caps: with events, llama.cpp lets several devices work at a prompt at once.
 }
 
 ggml_backend_t device_init(ggml_backend_dev_t device, const char* params) {
@@ -134,6 +169,18 @@ ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t device) {
 
 ggml_backend_buffer_type_t device_host_buffer_type(ggml_backend_dev_t device) {
   return ggml_backend_dev_host_buffer_type(device_of(device).inner());
+}
+
+ggml_backend_event_t device_new_event(ggml_backend_dev_t device) {
+  ggml_backend_event_t inner = ggml_backend_event_new(device_of(device).inner());
+  return inner ? new ggml_backend_event{device, inner} : nullptr;
+}
+void device_free_event(ggml_backend_dev_t, ggml_backend_event_t event) {
+  ggml_backend_event_free(inner_event(event));
+  delete event;
+}
+void device_synchronize_event(ggml_backend_dev_t, ggml_backend_event_t event) {
+  ggml_backend_event_synchronize(inner_event(event));
 }
 
 bool device_offload_op(ggml_backend_dev_t device, const ggml_tensor* op) {
@@ -168,6 +215,13 @@ bool has_better_home(ggml_backend_dev_t inner, const ggml_tensor* op) {
   return better;
 }
 
+// Whether a tensor is divided among devices (--split-mode tensor): each of them then has a tensor of its own for its
+// part.
+bool is_meta(ggml_backend_buffer_t buffer) {
+  ggml_backend_dev_t device = buffer ? ggml_backend_buft_get_device(buffer->buft) : nullptr;
+  return device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_META;
+}
+
 // Reports a write to a cache that is not coded. A cache that the plan leaves f16 is in the report on all caches of the
 // context. A cache that llama.cpp put on another device, which the user may not have meant, gets a warning, once for
 // each buffer.
@@ -175,7 +229,7 @@ void report_uncoded(Device& device, const ggml_tensor* op) {
   if (op->op != GGML_OP_SET_ROWS) return;
   const ggml_tensor* cache = root_of(op);
   const auto name = parse_cache_name(cache->name);
-  if (!name) return;
+  if (!name || is_meta(cache->buffer)) return;
   const std::shared_ptr<const CachePlanner> planner = device.planner();
   const bool calibrates = planner->settings().calibrates();
   const std::vector<KvBuffer*> ours = calibrates ? device.calibrated({cache->buffer}) : std::vector<KvBuffer*>{};
@@ -242,6 +296,9 @@ const ggml_backend_device_i kDeviceInterface = [] {
   i.supports_op = device_supports_op;
   i.supports_buft = device_supports_buft;
   i.offload_op = device_offload_op;
+  i.event_new = device_new_event;
+  i.event_free = device_free_event;
+  i.event_synchronize = device_synchronize_event;
   return i;
 }();
 
@@ -249,7 +306,7 @@ Device& device_of(ggml_backend_dev_t device) {
   return *static_cast<Device*>(device->context);
 }
 ggml_backend_t inner_backend(ggml_backend_t backend) {
-  return context_of(backend).inner;
+  return is_ours(backend) ? context_of(backend).inner : nullptr;
 }
 
 }  // namespace thimble

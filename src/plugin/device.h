@@ -72,7 +72,7 @@ private:
 
 /// The device behind one of our ggml devices.
 Device& device_of(ggml_backend_dev_t device);
-/// The inner backend of one of our backends.
+/// The inner backend of one of our backends; null for any other.
 ggml_backend_t inner_backend(ggml_backend_t backend);
 
 /// Makes the devices of the plugin, once: one around each device that THIMBLE_KV's `device` names; without one, around

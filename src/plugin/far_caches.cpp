@@ -31,7 +31,7 @@ std::vector<Found> find_new(const ggml_cgraph* graph) {
     if (graph->nodes[i]->op != GGML_OP_SET_ROWS) continue;
     const ggml_tensor* root = root_of(graph->nodes[i]);
     KvBuffer* buffer = KvBuffer::of(root);
-    if (!buffer || KvBuffer::layer_of(root) || buffer->far().find(root)) continue;
+    if (!buffer || ggml_is_empty(root) || KvBuffer::layer_of(root) || buffer->far().find(root)) continue;
     const auto name = parse_cache_name(root->name);
     const bool again =
         std::any_of(found.begin(), found.end(), [&](const Found& f) { return f.tensor->data == root->data; });

@@ -68,6 +68,12 @@ public:
   /// The buffer of a tensor or a view of it, or null where that is not a KvBuffer.
   static KvBuffer* of(const ggml_tensor* tensor);
 
+  /// Gives a tensor to the inner buffer where it was placed in one of ours and is no coded cache. init_tensor does so
+  /// for most; ggml's Meta device places what it copies between devices, and ggml's RPC every tensor, without it.
+  static void hand_over(ggml_tensor* tensor);
+  /// A copy of a tensor that is no coded cache, in the inner buffer; for functions of the inner backend.
+  static ggml_tensor handed_over(const ggml_tensor* tensor);
+
   /// Takes a cache tensor; false where its layer is left f16. The first tensor makes the cache, with the settings that
   /// THIMBLE_KV has at that moment. Throws as CachePlanner's constructor does.
   bool add(ggml_tensor* tensor, const CacheName& name);

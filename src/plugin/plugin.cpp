@@ -1,6 +1,7 @@
 // The library that libggml-thimble.so opens (loader/build.h), and the registry that it gives to ggml.
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "engine/settings.h"
 #include "loader/build.h"
@@ -54,6 +55,36 @@ ggml_backend_feature* get_features(ggml_backend_reg_t) {
   return f ? f(ggml_backend_dev_backend_reg(device_at(0).inner())) : nullptr;
 }
 
+// Sums that devices make together, where tensors are divided among them (--split-mode tensor).
+struct Communication {
+  void* inner;
+  ggml_backend_comm_free_t free;
+  ggml_backend_comm_allreduce_tensor_t sum;
+};
+
+void* start_communication(ggml_backend_t* backends, size_t n_backends) {
+  std::vector<ggml_backend_t> inner;
+  for (size_t i = 0; i < n_backends; i++) {
+    inner.push_back(inner_backend(backends[i]));
+    if (!inner.back()) return nullptr;  // a device of another kind: ggml sums by itself
+  }
+  ggml_backend_dev_t device = ggml_backend_get_device(inner.front());
+  const auto init = inner_function<ggml_backend_comm_init_t>(device, "ggml_backend_comm_init");
+  const auto end = inner_function<ggml_backend_comm_free_t>(device, "ggml_backend_comm_free");
+  const auto sum = inner_function<ggml_backend_comm_allreduce_tensor_t>(device, "ggml_backend_comm_allreduce_tensor");
+  void* communication = init && end && sum ? init(inner.data(), inner.size()) : nullptr;
+  return communication ? new Communication{communication, end, sum} : nullptr;
+}
+void end_communication(void* communication) {
+  const auto* ours = static_cast<Communication*>(communication);
+  ours->free(ours->inner);
+  delete ours;
+}
+bool sum_tensors(void* communication, ggml_tensor** tensors) {
+  const auto* ours = static_cast<Communication*>(communication);
+  return ours->sum(ours->inner, tensors);
+}
+
 // Returns what is wrong with a text for THIMBLE_KV, or null. The sentence lives until the next call. It is for programs
 // that do not show the plugin's log when they make a context (a Python module): they can ask before.
 const char* settings_error(const char* text) {
@@ -73,6 +104,9 @@ void* registry_function(ggml_backend_reg_t, const char* name) {
   if (wanted == "ggml_backend_set_abort_callback") return reinterpret_cast<void*>(set_abort_callback);
   if (wanted == "ggml_backend_dev_get_extra_bufts") return reinterpret_cast<void*>(get_extra_bufts);
   if (wanted == "ggml_backend_get_features") return reinterpret_cast<void*>(get_features);
+  if (wanted == "ggml_backend_comm_init") return reinterpret_cast<void*>(start_communication);
+  if (wanted == "ggml_backend_comm_free") return reinterpret_cast<void*>(end_communication);
+  if (wanted == "ggml_backend_comm_allreduce_tensor") return reinterpret_cast<void*>(sum_tensors);
   if (wanted == "thimble_settings_error") return reinterpret_cast<void*>(settings_error);
   return nullptr;
 }

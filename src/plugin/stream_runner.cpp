@@ -214,6 +214,12 @@ ggml_status StreamRunner::compute(ggml_cgraph* graph) {
       return GGML_STATUS_SUCCESS;
     }
   }
+  for (int i = 0; i < graph->n_nodes; i++) {
+    KvBuffer::hand_over(graph->nodes[i]);
+    for (ggml_tensor* src : graph->nodes[i]->src) {
+      if (src) KvBuffer::hand_over(src);
+    }
+  }
   const std::vector<Step> steps = plan_cuts(graph);
   if (std::none_of(steps.begin(), steps.end(), [](const Step& step) { return step.cut.layer; })) {
     return ggml_backend_graph_compute_async(inner_, graph);
