@@ -152,6 +152,7 @@ private:
   void make_layer(ManagedLayer& layer, LayerGeometry geometry);
   uint8_t* memory_of(const ManagedLayer& layer, const LayerPlan& plan, Kind kind);
   Rows rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const;
+  static bool is_unused(const ggml_tensor* tensor);
   static bool is_never_written(const Rows& rows);
   void save_rows(const Rows& rows, uint8_t* data);
   void save_numbers(const Rows& rows, uint8_t* data);

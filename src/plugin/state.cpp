@@ -68,12 +68,22 @@ KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_
   return rows;
 }
 
+// Whether no graph touches a layer: that of an indexer, where llama.cpp attends to all cells instead.
+bool KvBuffer::is_unused(const ggml_tensor* tensor) {
+  const ManagedLayer* layer = layer_of(tensor);
+  return layer && !layer->plan;
+}
+
 bool KvBuffer::is_never_written(const Rows& rows) {
   return rows.kind == Kind::value && rows.layer->plan->keys_alone();
 }
 
 void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size) {
   settle();
+  if (is_unused(tensor)) {
+    std::fill_n(data, size, 0);
+    return;
+  }
   const Rows rows = rows_of(tensor, offset, size);
   return rows.number < 0 ? save_rows(rows, data) : save_numbers(rows, data);
 }
@@ -141,6 +151,7 @@ void KvBuffer::load(const ggml_tensor* tensor, const uint8_t* data, size_t offse
   constexpr int64_t kFewRows = 64;
   constexpr size_t kManyBytes = size_t(64) << 20;
   saved_ = {};
+  if (is_unused(tensor)) return;
   const Rows rows = rows_of(tensor, offset, size);
   const bool comes_again = data == std::exchange(last_data_, data);
   if (is_never_written(rows)) return;

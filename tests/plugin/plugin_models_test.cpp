@@ -85,6 +85,16 @@ TinyModel latent(const std::string& architecture, const Metadata& more) {
                                                     {"expert_shared_count", 1u}})};
 }
 
+TinyModel picked_by_an_indexer() {
+  return {"minimax-m3", with(with(kExperts, kIndexer), {{"attention.indexer.top_k", 8u},  // blocks
+                                                        {"leading_dense_block_count", 1u},
+                                                        {"expert_shared_count", 1u},
+                                                        {"expert_gating_func", 2u},
+                                                        {"attention.key_length", 64u},
+                                                        {"attention.value_length", 64u},
+                                                        {"rope.dimension_count", 64u}})};
+}
+
 std::vector<Case> cases() {
   return {
       heads(32),
@@ -137,19 +147,7 @@ std::vector<Case> cases() {
        true,
        1024,
        true},
-      {"RowsPickedByAnIndexer",
-       {"minimax-m3", with(with(kExperts, kIndexer), {{"attention.indexer.top_k", 8u},  // blocks
-                                                      {"leading_dense_block_count", 1u},
-                                                      {"expert_shared_count", 1u},
-                                                      {"expert_gating_func", 2u},
-                                                      {"attention.key_length", 64u},
-                                                      {"attention.value_length", 64u},
-                                                      {"rope.dimension_count", 64u}})},
-       {2},
-       true,
-       true,
-       1024,
-       true},
+      {"RowsPickedByAnIndexer", picked_by_an_indexer(), {2}, true, true, 1024, true},
       {"HybridInEveryLayer", {"falcon-h1", kStateSpace}, {2}, false, false},
       {"HybridByLayer",
        {"lfm2", {{"shortconv.l_cache", 3u}, {"attention.head_count_kv", std::vector<uint32_t>{4, 0}}}},
@@ -261,6 +259,29 @@ TEST(PluginLatentRows, OfSeveralSequences) {
       if (bits == 4) {
         EXPECT_GT(nmse, 1e-5) << "nothing was read from codes";
       }
+    }
+  }
+}
+
+// Where sequences share a stream, MiniMax-M3 attends to all cells, and no graph touches the indexer's cache.
+TEST(PluginIndexer, ThatIsNotUsed) {
+  std::vector<Logits> plain;
+  for (double bits : {0.0, 16.0}) {
+    Options options;
+    options.model = std::make_shared<TinyModel>(picked_by_an_indexer());
+    options.bits = bits;
+    options.n_seq = 2;
+    options.n_ctx = 2048;
+    Session session(options);
+    session.feed_together({{0, tokens(0, 40)}, {1, tokens(300, 30)}}, 4);
+    std::vector<uint8_t> state(llama_state_seq_get_size(session.context(), 0));
+    state.resize(llama_state_seq_get_data(session.context(), state.data(), state.size(), 0));
+    ASSERT_TRUE(llama_memory_seq_rm(session.memory(), 0, -1, -1));
+    ASSERT_EQ(llama_state_seq_set_data(session.context(), state.data(), state.size(), 0), state.size());
+    for (int i = 0; i < 4; i++) session.feed_together({{0, tokens(70 + i, 1)}, {1, tokens(360 + i, 1)}});
+    if (bits == 0) plain = session.logits;
+    if (bits > 0) {
+      EXPECT_LT(compare(plain, session.logits).nmse, 1e-6);
     }
   }
 }
