@@ -117,14 +117,18 @@ def rows(run):
             yield compare(f'perplexity, batches of {batch}, {bits} bits', 'llama.cpp f16', peer, found, '', times_as_much)
 
 
+def print_table(run, rows):
+    print('Measured on: ' + (run.text('card').strip().replace('\n', '; ') or 'an unknown card'))
+    print('\n| row | peer | measured | ratio | required |\n| --- | --- | --- | --- | --- |')
+    for row in rows:
+        print('| ' + ' | '.join(row) + ' |')
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__.strip())
     run = Run(Path(sys.argv[1]))
-    print('Measured on: ' + (run.text('card').strip().replace('\n', '; ') or 'an unknown card'))
-    print('\n| row | peer | measured | ratio | required |\n| --- | --- | --- | --- | --- |')
-    for row in rows(run):
-        print('| ' + ' | '.join(row) + ' |')
+    print_table(run, rows(run))
 
 
 if __name__ == '__main__':

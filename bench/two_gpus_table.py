@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from gpu_table import Run, compare, faster, times_as_much
+from gpu_table import Run, compare, faster, print_table, times_as_much
 
 
 def depths(run):
@@ -33,10 +33,7 @@ def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__.strip())
     run = Run(Path(sys.argv[1]))
-    print('Measured on: ' + (run.text('card').strip().replace('\n', '; ') or 'unknown cards'))
-    print('\n| row | peer | measured | ratio | required |\n| --- | --- | --- | --- | --- |')
-    for row in rows(run):
-        print('| ' + ' | '.join(row) + ' |')
+    print_table(run, rows(run))
     for line in re.findall(r'^server: .*', run.text('server'), re.M):
         print(line)
 

@@ -157,49 +157,43 @@ LayerCodebooks assemble_codebooks(const std::vector<FittedHead>& heads, int rate
   return books;
 }
 
-/// What the keys and the values of a layer cost at each rate (fit.h has the formula), by the samples that were fitted
-/// to.
-std::array<SideCosts, 2> costs_of(const std::array<std::vector<FittedHead>, 2>& fitted, const LayerStatistics& layer) {
+/// What the keys and the values of a layer cost at each rate (fit.h has the formula), by `noise(head, kind, rate)`.
+template <typename Noise>
+std::array<SideCosts, 2> costs_by(const std::array<std::vector<FittedHead>, 2>& fitted, const LayerStatistics& layer,
+                                  const Noise& noise) {
   std::array<SideCosts, 2> costs;
-  const auto& [keys, values] = fitted;
   for (int h = 0; h < layer.shape().n_kv_heads; h++) {
-    const double spread =
-        std::accumulate(values[h].transform.variance.begin(), values[h].transform.variance.end(), 0.0) *
-        values[h].transform.metric_scale;
     const double weight = layer.concentration(h) * layer.output_weight();
     for (int kind : {0, 1}) {
+      const std::vector<FittedHead::Rate>& rates = fitted[kind][h].rates;
       costs[kind].numbers += layer.shape().dim(Kind(kind));
-      costs[kind].costs.resize(keys[h].rates.size(), 0.0);
-      for (size_t r = 0; r < keys[h].rates.size(); r++) {
-        costs[kind].costs[r] +=
-            weight * (kind == 0 ? keys[h].rates[r].distortion * spread : values[h].rates[r].distortion);
-      }
+      costs[kind].costs.resize(rates.size(), 0.0);
+      for (size_t r = 0; r < rates.size(); r++) costs[kind].costs[r] += weight * noise(h, Kind(kind), rates[r]);
     }
   }
   return costs;
 }
 
-/// The same for a kind of text, by its samples that were held out; of the codec that was fitted, or of the built-in
-/// one.
+/// By the samples that were fitted to.
+std::array<SideCosts, 2> costs_of(const std::array<std::vector<FittedHead>, 2>& fitted, const LayerStatistics& layer) {
+  std::vector<double> spread;
+  for (const FittedHead& head : fitted[int(Kind::value)]) {
+    const std::vector<double>& variance = head.transform.variance;
+    spread.push_back(std::accumulate(variance.begin(), variance.end(), 0.0) * head.transform.metric_scale);
+  }
+  return costs_by(fitted, layer, [&](int h, Kind kind, const FittedHead::Rate& rate) {
+    return kind == Kind::key ? rate.distortion * spread[h] : rate.distortion;
+  });
+}
+
+/// By the samples of a kind of text that were held out; of the codec that was fitted, or of the built-in one.
 std::array<SideCosts, 2> costs_of(const std::array<std::vector<FittedHead>, 2>& fitted, const LayerStatistics& layer,
                                   int text_kind, bool built_in) {
-  std::array<SideCosts, 2> costs;
-  const auto& [keys, values] = fitted;
-  const auto noise = [&](const FittedHead::Rate& rate) {
-    return (built_in ? rate.built_in_noise : rate.noise)[text_kind];
-  };
-  for (int h = 0; h < layer.shape().n_kv_heads; h++) {
-    const double weight = layer.concentration(h) * layer.output_weight();
-    for (int kind : {0, 1}) {
-      costs[kind].numbers += layer.shape().dim(Kind(kind));
-      costs[kind].costs.resize(keys[h].rates.size(), 0.0);
-      for (size_t r = 0; r < keys[h].rates.size(); r++) {
-        costs[kind].costs[r] +=
-            weight * (kind == 0 ? noise(keys[h].rates[r]) * values[h].power[text_kind] : noise(values[h].rates[r]));
-      }
-    }
-  }
-  return costs;
+  const std::vector<FittedHead>& values = fitted[int(Kind::value)];
+  return costs_by(fitted, layer, [&](int h, Kind kind, const FittedHead::Rate& rate) {
+    const double noise = (built_in ? rate.built_in_noise : rate.noise)[text_kind];
+    return kind == Kind::key ? noise * values[h].power[text_kind] : noise;
+  });
 }
 
 FitReport::Rate compare(double bits, int budget, const std::vector<std::vector<SideCosts>>& sides,

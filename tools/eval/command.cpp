@@ -121,23 +121,22 @@ json run_needle(Options& options, const std::vector<EvalCache>& caches, bool mul
           {"rows", measure_needle(options.needle, options.session, caches)}};
 }
 
+template <typename Task>
+json run_samples(const Options& options, Task& task, const std::vector<EvalCache>& caches,
+                 json (*measure)(const Task&, const SessionOptions&, const std::vector<EvalCache>&)) {
+  task.context = options.session.context.n_cells;
+  task.n_samples = options.needle.n_samples;
+  task.seed = options.needle.seed;
+  return {{"samples", task.n_samples}, {"seed", task.seed}, {"rows", measure(task, options.session, caches)}};
+}
+
 json run_ruler(Options& options, const std::vector<EvalCache>& caches) {
   options.ruler.text = options.file;
-  options.ruler.context = options.session.context.n_cells;
-  options.ruler.n_samples = options.needle.n_samples;
-  options.ruler.seed = options.needle.seed;
-  return {{"samples", options.ruler.n_samples},
-          {"seed", options.ruler.seed},
-          {"rows", measure_ruler(options.ruler, options.session, caches)}};
+  return run_samples(options, options.ruler, caches, measure_ruler);
 }
 
 json run_tools(Options& options, const std::vector<EvalCache>& caches) {
-  options.tools.context = options.session.context.n_cells;
-  options.tools.n_samples = options.needle.n_samples;
-  options.tools.seed = options.needle.seed;
-  return {{"samples", options.tools.n_samples},
-          {"seed", options.tools.seed},
-          {"rows", measure_tools(options.tools, options.session, caches)}};
+  return run_samples(options, options.tools, caches, measure_tools);
 }
 
 json run_task(Options& options, const std::vector<EvalCache>& caches, const std::string& task) {

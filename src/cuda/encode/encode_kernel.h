@@ -90,100 +90,96 @@ struct EncodeKernel {
     simt::sync();
   }
 
-  /// The nearest of a subspace's 256 codewords, for every vector and each of `count` subspaces: those from `first` on,
-  /// of `all`, which begin with component d0. A warp has 4 of the 128 to a lane.
+  /// The nearest of the 256 codewords of subspace m, which begins with component d, for every vector. A warp has 4 of
+  /// the 128 to a lane. `words` and `half_norms` are the subspace's own.
   template <int W>
-  SIMT static void find_codes_by_warp(Shared& s, int n, const CodecTables& codec, int head, int all, int first,
-                                      int count, int d0) {
+  SIMT static void find_codes_by_warp(Shared& s, int n, const float* words, const float* half_norms, int m, int d) {
     const int lane = simt::thread() % 32;
-    for (int i_subspace = simt::thread() / 32; i_subspace < count; i_subspace += kWarps) {
-      const int m = first + i_subspace, d = d0 + i_subspace * W;
-      float words[4][W], half_norms[4];
+    float word[4][W], half_norm[4];
+    SIMT_UNROLL
+    for (int k = 0; k < 4; k++) {
+      half_norm[k] = simt::load_constant(half_norms + lane + 32 * k);
+      SIMT_UNROLL
+      for (int j = 0; j < W; j++) {
+        word[k][j] = simt::load_constant(words + j * kCodewords + lane + 32 * k);
+      }
+    }
+    for (int i = 0; i < n; i++) {
+      float best_gain = 0;
+      int best = -1;  // code with its sign
       SIMT_UNROLL
       for (int k = 0; k < 4; k++) {
-        half_norms[k] = simt::load_constant(codec.half_norms + (size_t(head) * all + m) * kCodewords + lane + 32 * k);
+        float dot = 0;
         SIMT_UNROLL
         for (int j = 0; j < W; j++) {
-          words[k][j] = simt::load_constant(codec.words + (size_t(head) * D + d + j) * kCodewords + lane + 32 * k);
+          dot = simt::add_rn(dot, simt::mul_rn(simt::mul_rn(s.y[i][d + j], s.inverse_rms[i]), word[k][j]));
+        }
+        const float gain = simt::sub_rn(fabsf(dot), half_norm[k]);
+        if (best < 0 || gain > best_gain) {
+          best_gain = gain;
+          best = (lane + 32 * k) | (dot < 0 ? 0x80 : 0);
         }
       }
-      for (int i = 0; i < n; i++) {
-        float best_gain = 0;
-        int best = -1;  // code with its sign
-        SIMT_UNROLL
-        for (int k = 0; k < 4; k++) {
-          float dot = 0;
-          SIMT_UNROLL
-          for (int j = 0; j < W; j++) {
-            dot = simt::add_rn(dot, simt::mul_rn(simt::mul_rn(s.y[i][d + j], s.inverse_rms[i]), words[k][j]));
-          }
-          const float gain = simt::sub_rn(fabsf(dot), half_norms[k]);
-          if (best < 0 || gain > best_gain) {
-            best_gain = gain;
-            best = (lane + 32 * k) | (dot < 0 ? 0x80 : 0);
-          }
+      SIMT_UNROLL
+      for (int mask = 1; mask < 32; mask *= 2) {
+        const float gain = simt::shuffle_xor(best_gain, mask);
+        const int code = simt::shuffle_xor(best, mask);
+        if (gain > best_gain || (gain == best_gain && (code & 0x7f) < (best & 0x7f))) {
+          best_gain = gain;
+          best = code;
         }
-        SIMT_UNROLL
-        for (int mask = 1; mask < 32; mask *= 2) {
-          const float gain = simt::shuffle_xor(best_gain, mask);
-          const int code = simt::shuffle_xor(best, mask);
-          if (gain > best_gain || (gain == best_gain && (code & 0x7f) < (best & 0x7f))) {
-            best_gain = gain;
-            best = code;
-          }
-        }
-        if (lane == 0) s.codes[i][m] = s.inverse_rms[i] != 0 ? uint8_t(best) : uint8_t(0);
       }
+      if (lane == 0) s.codes[i][m] = s.inverse_rms[i] != 0 ? uint8_t(best) : uint8_t(0);
     }
   }
 
   /// The same, with a vector to each lane. Of equal gains the lower code wins here, too.
   template <int W>
-  SIMT static void find_codes_by_lane(Shared& s, int n, const CodecTables& codec, int head, int all, int first,
-                                      int count, int d0) {
+  SIMT static void find_codes_by_lane(Shared& s, int n, const float* words, const float* half_norms, int m, int d) {
     const int i = simt::thread() % 32;
-    for (int i_subspace = simt::thread() / 32; i_subspace < count; i_subspace += kWarps) {
-      const int m = first + i_subspace, d = d0 + i_subspace * W;
-      const float* words = codec.words + (size_t(head) * D + d) * kCodewords;
-      const float* half_norms = codec.half_norms + (size_t(head) * all + m) * kCodewords;
-      float y[W];
+    float y[W];
+    SIMT_UNROLL
+    for (int j = 0; j < W; j++) y[j] = i < n ? simt::mul_rn(s.y[i][d + j], s.inverse_rms[i]) : 0.0f;
+    float best_gain = -INFINITY, dot_of_best = 0;
+    int best = 0;
+    SIMT_UNROLL_BY(2)
+    for (int c = 0; c < kCodewords; c += 4) {
+      const uint4 norms = simt::load_vector(half_norms + c);
+      uint4 word[W];
       SIMT_UNROLL
-      for (int j = 0; j < W; j++) y[j] = i < n ? simt::mul_rn(s.y[i][d + j], s.inverse_rms[i]) : 0.0f;
-      float best_gain = -INFINITY, dot_of_best = 0;
-      int best = 0;
-      SIMT_UNROLL_BY(2)
-      for (int c = 0; c < kCodewords; c += 4) {
-        const uint4 norms = simt::load_vector(half_norms + c);
-        uint4 word[W];
+      for (int j = 0; j < W; j++) word[j] = simt::load_vector(words + j * kCodewords + c);
+      SIMT_UNROLL
+      for (int k = 0; k < 4; k++) {
+        const auto of_code = [&](const uint4& v) {
+          return simt::bits_to_float(k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w);
+        };
+        float dot = simt::mul_rn(y[0], of_code(word[0]));
         SIMT_UNROLL
-        for (int j = 0; j < W; j++) word[j] = simt::load_vector(words + j * kCodewords + c);
-        SIMT_UNROLL
-        for (int k = 0; k < 4; k++) {
-          const auto of_code = [&](const uint4& v) {
-            return simt::bits_to_float(k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w);
-          };
-          float dot = simt::mul_rn(y[0], of_code(word[0]));
-          SIMT_UNROLL
-          for (int j = 1; j < W; j++) dot = simt::add_rn(dot, simt::mul_rn(y[j], of_code(word[j])));
-          const float gain = simt::sub_rn(fabsf(dot), of_code(norms));
-          if (gain > best_gain) {
-            best_gain = gain;
-            dot_of_best = dot;
-            best = c + k;
-          }
+        for (int j = 1; j < W; j++) dot = simt::add_rn(dot, simt::mul_rn(y[j], of_code(word[j])));
+        const float gain = simt::sub_rn(fabsf(dot), of_code(norms));
+        if (gain > best_gain) {
+          best_gain = gain;
+          dot_of_best = dot;
+          best = c + k;
         }
       }
-      if (i < n) s.codes[i][m] = s.inverse_rms[i] != 0 ? uint8_t(best | (dot_of_best < 0 ? 0x80 : 0)) : uint8_t(0);
     }
+    if (i < n) s.codes[i][m] = s.inverse_rms[i] != 0 ? uint8_t(best | (dot_of_best < 0 ? 0x80 : 0)) : uint8_t(0);
   }
 
+  /// The codes of `count` subspaces: those from `first` on, of `all`, which begin with component d0.
   template <int W>
   SIMT static void find_codes(Shared& s, int n, const CodecTables& codec, int head, int all, int first, int count,
                               int d0) {
-    if constexpr (kVectorALane) {
-      find_codes_by_lane<W>(s, n, codec, head, all, first, count, d0);
-    } else {
-      find_codes_by_warp<W>(s, n, codec, head, all, first, count, d0);
+    for (int i = simt::thread() / 32; i < count; i += kWarps) {
+      const int m = first + i, d = d0 + i * W;
+      const float* words = codec.words + (size_t(head) * D + d) * kCodewords;
+      const float* half_norms = codec.half_norms + (size_t(head) * all + m) * kCodewords;
+      if constexpr (kVectorALane) {
+        find_codes_by_lane<W>(s, n, words, half_norms, m, d);
+      } else {
+        find_codes_by_warp<W>(s, n, words, half_norms, m, d);
+      }
     }
   }
 
