@@ -131,6 +131,7 @@ const ggml_backend_buffer_i kBufferInterface = [] {
   i.free_buffer = buffer_free;
   i.get_base = buffer_base;
   i.init_tensor = buffer_init_tensor;
+  // rows of a coded tensor go through its cache
   i.memset_tensor = buffer_memset;
   i.set_tensor = buffer_set;
   i.get_tensor = buffer_get;

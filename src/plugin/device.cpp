@@ -112,6 +112,7 @@ const ggml_backend_i kAsyncInterface = [] {
   i.get_tensor_async = backend_get_async;
   i.synchronize = backend_synchronize;
   i.cpy_tensor_async = backend_copy_async;
+  // llama.cpp's pipeline of batches over several devices
   i.event_record = backend_record_event;
   i.event_wait = backend_wait_event;
   return i;
@@ -293,6 +294,7 @@ const ggml_backend_device_i kDeviceInterface = [] {
   i.get_buffer_type = device_buffer_type;
   i.get_host_buffer_type = device_host_buffer_type;
   i.buffer_from_host_ptr = device_from_host;
+  // what the scheduler gives to which device
   i.supports_op = device_supports_op;
   i.supports_buft = device_supports_buft;
   i.offload_op = device_offload_op;

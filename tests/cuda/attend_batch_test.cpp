@@ -81,17 +81,10 @@ TEST(CudaAttend, BatchesOfAllSizes) {
     const Case c{.n_streams = 11, .n_kv_heads = 2, .group = 3, .n_cells = 64 * 5, .blocks_x = 1, .batch_shift = shift};
     EXPECT_LT(share_of_tolerance<S>(c), 1) << shift;
   }
-  EXPECT_LT(share_of_tolerance<S>({.n_streams = 5,
-                                   .n_tokens = 3,
-                                   .n_cells = 192,
-                                   .dense = true,
-                                   .mask = true,
-                                   .alibi = true,
-                                   .sinks = true,
-                                   .softcap = 2,
-                                   .blocks_x = 2,
-                                   .batch_shift = 1}),
-            1);
+  Case many{.n_streams = 5, .n_tokens = 3, .n_cells = 192, .dense = true, .blocks_x = 2, .batch_shift = 1};
+  many.mask = many.alibi = many.sinks = true;
+  many.softcap = 2;
+  EXPECT_LT(share_of_tolerance<S>(many), 1);
   EXPECT_LT((share_of_tolerance<Direct<128, 2, 2>>({.n_streams = 9, .n_cells = 64, .dense = true, .batch_shift = 3})),
             1);
 }

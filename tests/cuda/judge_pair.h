@@ -182,26 +182,25 @@ private:
     a.judge = {jobs.data(), n_jobs.data(), entries.data(), scores.data(), n_entries};
     a.part = WindowArgs::begin;
     window_.run();
-    JudgeArgs j;
-    j.layer = window_.layer.data();
-    j.list = a.judge;
-    j.n_streams = s_.n_streams;
-    j.n_kv_heads = s_.n_kv_heads;
-    j.group = s_.group;
-    j.head_dim = kDim;
-    j.capacity = a.capacity;
-    j.n_judges = a.n_judges;
-    j.keys = keys.data();
-    j.key_token_stride = size_t(s_.n_kv_heads) * kDim;
-    j.key_head_stride = kDim;
-    j.queries = queries.data();
-    j.query_token_stride = size_t(n_heads()) * kDim;
-    j.query_head_stride = kDim;
-    j.query_stream_stride = j.query_token_stride * a.mask_tokens;
-    j.first_stream = first_stream;
-    j.n_batch_streams = a.n_batch_streams;
-    j.stream_tokens = a.mask_tokens;
-    Device::judge_cells(j);
+    const size_t token = size_t(n_heads()) * kDim;
+    Device::judge_cells({.layer = window_.layer.data(),
+                         .list = a.judge,
+                         .n_streams = s_.n_streams,
+                         .n_kv_heads = s_.n_kv_heads,
+                         .group = s_.group,
+                         .head_dim = kDim,
+                         .capacity = a.capacity,
+                         .n_judges = a.n_judges,
+                         .keys = keys.data(),
+                         .key_token_stride = size_t(s_.n_kv_heads) * kDim,
+                         .key_head_stride = kDim,
+                         .queries = queries.data(),
+                         .query_stream_stride = token * a.mask_tokens,
+                         .query_token_stride = token,
+                         .query_head_stride = kDim,
+                         .first_stream = first_stream,
+                         .n_batch_streams = a.n_batch_streams,
+                         .stream_tokens = a.mask_tokens});
     a.part = WindowArgs::end;
     window_.run();
     a.part = WindowArgs::whole;

@@ -143,10 +143,9 @@ TEST_P(PluginReadingState, GoesOnBitForBit) {
   original.feed(text(0, 95), 0, 1);
   original.feed(text(95, 1));
   restored.feed(text(500, 40), 0, 1);  // is replaced
-  const Bytes state = save(original);
-  ASSERT_TRUE(load(restored, state));
-  EXPECT_TRUE(save(restored) == state);
-  EXPECT_TRUE(go_on(restored) == go_on(original));
+  expect_goes_on_bit_for_bit(
+      original, restored, [](Session& s) { return save(s); },
+      [](Session& s, const Bytes& state) { return load(s, state); }, [](Session& s) { return go_on(s); });
 }
 
 // Of cells that are not adjacent, llama.cpp reads and writes each number of each stretch by itself.

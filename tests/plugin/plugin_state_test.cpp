@@ -59,11 +59,9 @@ TEST_P(PluginState, WholeStateGoesOnBitForBit) {
   original.feed(text(0, 90), 0, 1);
   for (int i = 0; i < 5; i++) original.feed(text(90 + i, 1));
   restored.feed(text(500, 40), 0, 1);  // is replaced
-
-  const Bytes state = save(original);
-  ASSERT_TRUE(load(restored, state));
-  EXPECT_TRUE(save(restored) == state);
-  EXPECT_TRUE(go_on(restored) == go_on(original));
+  expect_goes_on_bit_for_bit(
+      original, restored, [](Session& s) { return save(s); },
+      [](Session& s, const Bytes& state) { return load(s, state); }, [](Session& s) { return go_on(s); });
 }
 
 // After removal and reuse a sequence's cells are not in the order of its positions. (All that were removed are in use

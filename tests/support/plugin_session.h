@@ -34,7 +34,7 @@ struct Options {
   // Without flash attention plain llama.cpp is the more exact: with it, the CPU sums values in f16 (NMSE 1e-5).
   bool plain_flash_attention = false;
   ggml_type coded_type = GGML_TYPE_F16;  // --cache-type-k and --cache-type-v of a coded cache
-  bool coded_flash_attention = true;  // without it, the plugin decodes rows for llama.cpp's matrix products
+  bool coded_flash_attention = true;     // without it, the plugin decodes rows for llama.cpp's matrix products
 
   bool coded() const { return bits != 0; }
   std::string kv() const;
@@ -110,5 +110,16 @@ class PluginTest : public testing::Test {
 protected:
   void SetUp() override;
 };
+
+/// Saves `original`, loads the state into `restored`, and expects that this saves the same bytes and that both give the
+/// same logits from there on.
+template <typename Save, typename Load, typename GoOn>
+void expect_goes_on_bit_for_bit(Session& original, Session& restored, const Save& save, const Load& load,
+                                const GoOn& go_on) {
+  const auto state = save(original);
+  ASSERT_TRUE(load(restored, state));
+  EXPECT_TRUE(save(restored) == state);
+  EXPECT_TRUE(go_on(restored) == go_on(original));
+}
 
 }  // namespace thimble::test

@@ -195,7 +195,8 @@ struct TileCells {
       uint4 codes = make_uint4(0, 0, 0, 0);
       SIMT_UNROLL
       for (int i = 0; i < 2; i++) {
-        uint4 k[4];
+        uint4 k[4];  // of cells 4i .. 4i + 3 of the lane's eight
+        // Both halves of the queries are multiplied with them.
         decode_four(unit, words, block + unit.begin + g * 8 * unit.n, i, true, codes, k);
         SIMT_UNROLL
         for (int e = 0; e < 4; e++) {

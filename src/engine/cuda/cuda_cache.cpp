@@ -369,18 +369,18 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
   p.dense = rows;
   require(cuda::encode(device_, p, queue.stream()), "encoding");
 
-  cuda::TransformArgs t;
-  t.n_streams = problem.n_streams;
-  t.n_tokens = problem.n_tokens;
-  t.n_kv_heads = p.n_kv_heads;
-  t.group = problem.n_heads / p.n_kv_heads;
-  t.head_dim = dim;
-  t.in = problem.q;
-  t.token_stride = problem.q_token;
-  t.head_stride = problem.q_head;
-  t.stream_stride = problem.q_stream;
-  t.codec = p.key_codec;
-  t.out = queue.room<float>(queue.queries, size_t(problem.n_streams) * problem.n_tokens * problem.n_heads * dim);
+  const size_t n_numbers = size_t(problem.n_streams) * problem.n_tokens * problem.n_heads * dim;
+  const cuda::TransformArgs t{.n_streams = problem.n_streams,
+                              .n_tokens = problem.n_tokens,
+                              .n_kv_heads = p.n_kv_heads,
+                              .group = problem.n_heads / p.n_kv_heads,
+                              .head_dim = dim,
+                              .in = problem.q,
+                              .stream_stride = problem.q_stream,
+                              .token_stride = problem.q_token,
+                              .head_stride = problem.q_head,
+                              .codec = p.key_codec,
+                              .out = queue.room<float>(queue.queries, n_numbers)};
   require(cuda::transform_rows(device_, t, queue.stream()), "queries");
   dense->q = t.out;
 }
