@@ -219,12 +219,12 @@ SIMT float2 unpack_half2(uint32_t x) {
   return make_float2(half_to_float(uint16_t(x)), half_to_float(uint16_t(x >> 16)));
 }
 SIMT uint32_t pack_half2(float low, float high) {
-#if __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ < 800
+  return uint32_t(float_to_half(high)) << 16 | float_to_half(low);
+#else
   uint32_t r;
   asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
-#else
-  return uint32_t(float_to_half(high)) << 16 | float_to_half(low);
 #endif
 }
 /// The differences of two pairs of halves.
