@@ -45,6 +45,8 @@ public:
   /// To be called when llama.cpp makes the state of recurrent layers, which comes behind all caches of a model: a cache
   /// that leaves out layers then has no other cache for them.
   void end_of_caches();
+  /// Whether a graph has run on a cache here.
+  bool in_use();
   /// Whether there are caches here whose keys and values a calibration reads (calibration.h).
   bool calibrates();
   /// Of the buffers that wrap one of these, those with such caches, the oldest first.

@@ -147,6 +147,11 @@ void Device::end_of_caches() {
   }
 }
 
+bool Device::in_use() {
+  const std::lock_guard lock(mutex_);
+  return std::any_of(buffers_.begin(), buffers_.end(), [](const KvBuffer* buffer) { return buffer->in_use(); });
+}
+
 bool Device::calibrates() {
   const std::lock_guard lock(mutex_);
   return std::any_of(buffers_.begin(), buffers_.end(), [](const KvBuffer* buffer) { return buffer->calibrates(); });

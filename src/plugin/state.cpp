@@ -68,10 +68,11 @@ KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_
   return rows;
 }
 
-// Whether no graph touches a layer: that of an indexer, where llama.cpp attends to all cells instead.
+// Whether graphs have run, and none touches this layer: that of an indexer, where llama.cpp attends to all cells
+// instead. Before any graph the layer may only wait to be bound, and then a state must not be lost in silence.
 bool KvBuffer::is_unused(const ggml_tensor* tensor) {
   const ManagedLayer* layer = layer_of(tensor);
-  return layer && !layer->plan;
+  return layer && !layer->plan && of(tensor)->device().in_use();
 }
 
 bool KvBuffer::is_never_written(const Rows& rows) {
