@@ -23,6 +23,9 @@
 #   archs       only when named: random models of every architecture, f16's logits and 4 bits', and the Meta device
 #               (tests/plugin/llama_archs.py). THIMBLE_ARCHS=<regular expression> takes some of them
 #   moe         only when named: a decoded token and prompts of a mixture of experts, f16 and 2 bits, at depths 0 and 65536
+#   depths      only when named: a decoded token at five depths to 131072, f16, 2 bits and 2+64
+#   batched     only when named: 32 sequences of 8192 tokens and 128 of 2048, f16 and 2 bits, with llama.cpp's default batches
+#   restore     only when named: the state of a sequence of 32768 tokens to memory and to a file, and back (state_bench.cpp)
 # Parts from end_to_end on run programs from THIMBLE_BUILD, a build directory whose bin has thimble, the plugin for CUDA, llama.cpp's
 # programs and its ggml-cuda. Without it they are built in build-cuda while the kernels are measured, from the source of
 # llama.cpp at THIMBLE_LLAMA_CPP or where scripts/fetch-llama-cpp has left it. A first build takes half of the ten minutes,
@@ -37,7 +40,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/gpu}
 all=(check attention step limiters hf end_to_end retrieval prefill quality)
-named=(server eval archs moe)
+named=(server eval archs moe depths batched restore)
 parts=("${@:2}")
 [ ${#parts[@]} -eq 0 ] && parts=("${all[@]}")
 mkdir -p "$out"
@@ -45,6 +48,7 @@ out=$(cd "$out" && pwd)
 for part in status "${all[@]}" "${named[@]}"; do rm -f "$out/$part.txt"; done  # the table is of one run
 model=${THIMBLE_RANDOM:-$out/llama-8b-random.gguf}
 moe=${THIMBLE_MOE:-$out/moe-random.gguf}
+small=$out/small-random.gguf  # with the cache of Llama-3.1-8B, for what saved states cost
 device=${THIMBLE_DEVICE:-CUDA0}
 source bench/parts.sh
 
@@ -120,6 +124,29 @@ prefill() { bench 90 "$model" "${large_batches[@]}" --depths 0 --kv f16,2 --deco
 
 moe() { bench 280 "$moe" "${large_batches[@]}" --depths 0,65536 --kv f16,2 --decode 128 --prompt 2048; }
 
+depths() {
+  bench 320 "$model" "${large_batches[@]}" --depths 0,8192,32768,131072 --kv f16,2,2+64 --decode 64 --prompt 2048
+}
+
+# As `llama-batched-bench -npp 8192 -ntg 64 -npl 32` and `-npp 2048 -ntg 64 -npl 128`.
+batched() {
+  bench 200 "$model" --sequences 32 --streams --depths 0 --kv f16,2 --decode 1 --prompt 8192 --rounds 2
+  bench 150 "$model" --sequences 32 --streams --depths 8192 --kv f16,2 --decode 64 --prompt 64 --rounds 3
+  bench 150 "$model" --sequences 128 --streams --depths 2048 --kv f16,2 --decode 64 --prompt 64 --rounds 3
+}
+
+restore() {
+  has state_bench
+  [ -f "$small" ] || python3 bench/random_gguf.py "$small" --hidden 1024 --heads 8 --kv-heads 8 --ffn 256 --vocab 1024 --context 131072
+  local bits plugin
+  for bits in f16 4 2; do
+    plugin=(GGML_BACKEND_PATH="$bin/libggml-thimble.so" THIMBLE_KV="bits=$bits")
+    [ $bits = f16 ] && plugin=()
+    echo "$bits:"
+    within 60 env "${plugin[@]}" "$bin/state_bench" "$small" "$([ $bits = f16 ] && echo CUDA0 || echo THIMBLE0)" 32768 /dev/shm
+  done
+}
+
 eval_on_device() { # of a part's name, as eval is a word of the shell's
   [ -n "${THIMBLE_MODEL:-}" ] || { echo "THIMBLE_MODEL says which small model to measure."; exit $not_run; }
   has thimble
@@ -194,7 +221,7 @@ END
 }
 
 jobs=()
-if wants 'end_to_end|retrieval|prefill'; then
+if wants 'end_to_end|retrieval|prefill|depths|batched'; then
   [ -f "$model" ] || { python3 bench/random_gguf.py "$model" & jobs+=($!); }
 fi
 if wants 'check|attention|step|limiters'; then run kernels; fi
@@ -202,9 +229,10 @@ if wants moe; then
   shape=(--layers 16 --hidden 2048 --heads 32 --kv-heads 4 --ffn 768 --experts 64)
   [ -f "$moe" ] || { python3 bench/random_gguf.py "$moe" "${shape[@]}" & jobs+=($!); }
 fi
-programs='end_to_end|retrieval|prefill|quality|server|eval|archs|moe'
+programs='end_to_end|retrieval|prefill|quality|server|eval|archs|moe|depths|batched|restore'
 if [ -z "${THIMBLE_BUILD:-}" ] && wants "$programs"; then
   programs thimble ggml-thimble llama-perplexity $(! wants server || echo llama-server) $(! wants archs || echo test-llama-archs) \
+    $(! wants restore || echo state_bench) \
     > "$out/programs.txt" 2>&1 & jobs+=($!)
 fi
 for part in "${parts[@]}"; do

@@ -36,7 +36,7 @@ class Run:
 
     def bench(self, part, depth, kv, column):  # tokens/s: median, lowest, highest
         numbers = r'\s+(\S+) \[\s*(\S+),\s*(\S+)\]'
-        skipped = r'\s+\S+ \[[^]]*\]' if column == 'prompt' else ''
+        skipped = r'\s+\S+ \[[^]]*\](?: +\d+\.\d\d)?' if column == 'prompt' else ''  # and its ratio to f16
         return self.find(part, rf'^\s*{depth} {re.escape(kv)}\s+\S+{skipped}{numbers}')
 
     def token_ms(self, part, depth, kv):
@@ -111,6 +111,21 @@ def rows(run):
     for depth, bound in ((0, '>= 0.98x'), (65536, '>= 1.25x')):
         yield compare(f'a token of a mixture of experts at {depth}, 2 bits', 'llama.cpp f16', token(depth, 'f16', 'moe'),
                       token(depth, '2', 'moe'), 'ms', faster, bound)
+    for depth, bound, bound_64 in ((0, '>= 1x', '>= 0.97x'), (8192, '>= 1.05x', '>= 0.97x'), (32768, '>= 1.22x', '>= 1.1x'),
+                                   (131072, '>= 2.1x', '>= 1.7x')):
+        for kv, required in (('2', bound), ('2+64', bound_64)):
+            yield compare(f'a token at {depth}, {kv}{" bits" * (kv == "2")}', 'llama.cpp f16', token(depth, 'f16', 'depths'),
+                          token(depth, kv, 'depths'), 'ms', faster, required)
+    yield compare('prompts of 8192, 32 sequences, 2 bits', 'llama.cpp f16', run.bench('batched', 0, 'f16', 'prompt'),
+                  run.bench('batched', 0, '2', 'prompt'), 'tokens/s', times_as_much, '>= 0.97x', 0)
+    for sequences, depth, bound in ((32, 8192, '>= 1.8x'), (128, 2048, '>= 1.5x')):
+        yield compare(f'decoding, {sequences} sequences at {depth}, 2 bits', 'llama.cpp f16',
+                      run.bench('batched', depth, 'f16', 'decode'), run.bench('batched', depth, '2', 'decode'), 'tokens/s',
+                      times_as_much, bound, 0)
+    for kv, bound in (('f16', ''), ('4', '<= 200 ms'), ('2', '<= 200 ms')):
+        found = run.find('restore', rf'^{kv}:\n(?:.*\n)*?memory: saved in \S+ restored in (\d+)')
+        yield (f'a state of 32768 tokens from memory, {kv}', '-', figure(found, 'ms', 0), '-',
+               judge(None if isinstance(found, str) else found[0], bound))
     for batch in (512, 8):
         peer, *ours = (run.find('quality', rf'^{kv}, batches of {batch}: PPL = (\S+)') for kv in ('f16', 4, 2))
         for bits, found in zip((4, 2), ours):

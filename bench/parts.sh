@@ -20,7 +20,7 @@ programs() { # target...: builds them in build-cuda, and the library that test-l
   local source api
   source=${THIMBLE_LLAMA_CPP:-$(scripts/fetch-llama-cpp)} &&
     api=$(sed -n 's/^#define GGML_BACKEND_API_VERSION //p' "$source/ggml/src/ggml-backend-impl.h") &&
-    cmake -S . -B build-cuda -DTHIMBLE_CUDA=ON -DGGML_CUDA=ON -DGGML_CUDA_NCCL="${THIMBLE_NCCL:-OFF}" -DTHIMBLE_TESTS=OFF \
+    cmake -S . -B build-cuda -DTHIMBLE_CUDA=ON -DGGML_CUDA=ON -DGGML_CUDA_NCCL="${THIMBLE_NCCL:-OFF}" -DTHIMBLE_TESTS=OFF -DTHIMBLE_BENCH="$(wants restore && echo ON || echo OFF)" \
       -DLLAMA_BUILD_TESTS="$(wants archs && echo ON || echo OFF)" -DTHIMBLE_APIS="$api" -DCMAKE_CUDA_ARCHITECTURES="$capability" -DTHIMBLE_LLAMA_CPP="$source" &&
     within 590 nice cmake --build build-cuda -j "$(nproc)" --target "$@" &&
     { ! wants archs || c++ -std=c++20 -shared -fPIC -I"$source/ggml/include" tests/support/preload_backends.cpp \

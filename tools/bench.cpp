@@ -1,6 +1,6 @@
-// `thimble bench`: speed of decoding and of reading a prompt at several depths, caches side by side. Every cache has a
-// context of its own, and all use the same number of threads. Each round measures all caches in turn, so that other
-// work on the machine slows all of them alike.
+// `thimble bench`: speed of decoding and of reading a prompt at several depths, caches side by side, of one sequence or
+// of several at a time. Every cache has a context of its own, and all use the same number of threads. Each round
+// measures all caches in turn, so that other work on the machine slows all of them alike.
 #include <ggml-backend.h>
 
 #include <CLI/CLI.hpp>
@@ -33,7 +33,7 @@ struct Options {
   ContextShape context;
   std::vector<int> depths = {0, 4096, 8000};
   std::vector<std::string> caches = {"f16", "q8_0", "q4_0", "4", "2", "1"};
-  int n_decode = 32, n_prompt = 512, rounds = 5;
+  int n_sequences = 1, n_decode = 32, n_prompt = 512, rounds = 5;
   int n_threads = int(std::thread::hardware_concurrency());
 
   /// THIMBLE_KV for a coded cache.
@@ -85,16 +85,43 @@ struct Cache {
   ContextPtr context;
   double bytes = 0;                                // of the whole cache, as ggml reports it
   std::vector<std::pair<int64_t, double>> layers;  // cells, and bytes of them all
-  int depth = 0;                                   // cells filled
+  int n_sequences = 1;
+  int depth = 0;  // cells that each sequence fills
 
   /// Bytes that attention reads at this depth.
   double read_bytes() const {
     double sum = 0;
     for (const auto& [n_cells, of_layer] : layers) {
-      if (n_cells > 0) sum += of_layer * double(std::min<int64_t>(depth, n_cells)) / double(n_cells);
+      if (n_cells == 0) continue;
+      sum += of_layer * double(std::min<int64_t>(int64_t(depth) * n_sequences, n_cells)) / double(n_cells);
     }
     return sum;
   }
+
+  /// Every sequence reads tokens[first], ..., tokens[last - 1], one sequence after the other.
+  void read(const std::vector<llama_token>& tokens, int first, int last, int n_logits) {
+    for (int s = 0; s < n_sequences; s++) {
+      decode_tokens(context.get(), &tokens[first], last - first, first, n_logits, s);
+    }
+    llama_synchronize(context.get());
+  }
+  /// Every sequence decodes a token at `position`, all of them in one batch.
+  void decode(const std::vector<llama_token>& tokens, int position) {
+    // Each sequence has a token of its own, as a mixture of experts takes longer for tokens that differ.
+    std::vector<llama_token> step(n_sequences);
+    for (int s = 0; s < n_sequences; s++) step[s] = tokens[(size_t(position) + s) % tokens.size()];
+    decode_together(context.get(), step.data(), n_sequences, position);
+    llama_synchronize(context.get());
+  }
+  /// Leaves each sequence its first `depth` cells.
+  void rewind() {
+    for (int s = 0; s < n_sequences; s++) llama_memory_seq_rm(llama_get_memory(context.get()), s, depth, -1);
+  }
+};
+
+/// Tokens a second of all sequences together, a number for each round.
+struct Speed {
+  std::vector<double> decode, prompt;
 };
 
 // Sums up the "KV buffer size" lines of the log while a context is made.
@@ -126,6 +153,7 @@ std::vector<std::pair<int64_t, double>> layer_bytes(const Options& options, cons
 Cache make_cache(const Options& options, const EvalCache& kind, const CacheLayout& layout) {
   Cache cache;
   cache.name = kind.name;
+  cache.n_sequences = options.n_sequences;
   llama_context_params params = context_params(options.context, options.n_threads);
   params.type_k = params.type_v = kind.type;
   if (kind.coded) setenv("THIMBLE_KV", options.settings(kind).c_str(), 1);
@@ -138,95 +166,102 @@ Cache make_cache(const Options& options, const EvalCache& kind, const CacheLayou
   return cache;
 }
 
+void fill(Cache& cache, const std::vector<llama_token>& tokens, int depth) {
+  if (depth == cache.depth) return;
+  const auto start = Clock::now();
+  cache.read(tokens, cache.depth, depth, /*n_logits=*/0);
+  std::printf("%6d %-6s filled from %d at %.1f tokens/s\n", depth, cache.name.c_str(), cache.depth,
+              (depth - cache.depth) * cache.n_sequences / seconds_since(start));
+  std::fflush(stdout);
+  cache.depth = depth;
+}
+
+void measure_round(const Options& options, Cache& cache, const std::vector<llama_token>& tokens, Speed& speed) {
+  auto start = Clock::now();
+  for (int i = 0; i < options.n_decode; i++) cache.decode(tokens, cache.depth + i);
+  speed.decode.push_back(options.n_decode * options.n_sequences / seconds_since(start));
+  cache.rewind();
+  start = Clock::now();
+  cache.read(tokens, cache.depth, cache.depth + options.n_prompt, /*n_logits=*/1);
+  speed.prompt.push_back(options.n_prompt * options.n_sequences / seconds_since(start));
+  cache.rewind();
+}
+
+/// Prints a cache's row and returns it. `f16`: the speed of the f16 cache, null where there is none; `step_at_0`:
+/// seconds of a decode step of this cache at depth 0, 0 where that was not measured.
+json print_row(const Cache& cache, const Speed& speed, const Speed* f16, double step_at_0) {
+  const auto &d = speed.decode, &p = speed.prompt;
+  const auto [d_low, d_high] = std::minmax_element(d.begin(), d.end());
+  const auto [p_low, p_high] = std::minmax_element(p.begin(), p.end());
+  json row = {{"depth", cache.depth},      {"sequences", cache.n_sequences},
+              {"kv", cache.name},          {"kv_bytes", cache.bytes},
+              {"decode_tok_s", median(d)}, {"decode_tok_s_range", {*d_low, *d_high}},
+              {"prompt_tok_s", median(p)}, {"prompt_tok_s_range", {*p_low, *p_high}}};
+  char ratio[32] = "", prompt_ratio[32] = "", share[32] = "", rate[32] = "";
+  if (f16) {
+    // Ratios of the same round, since whatever slows the machine for a while slows both.
+    std::vector<double> decode_ratios, prompt_ratios;
+    for (size_t i = 0; i < d.size(); i++) decode_ratios.push_back(d[i] / f16->decode[i]);
+    for (size_t i = 0; i < p.size(); i++) prompt_ratios.push_back(p[i] / f16->prompt[i]);
+    row["decode_over_f16"] = median(decode_ratios);
+    row["prompt_over_f16"] = median(prompt_ratios);
+    std::snprintf(ratio, sizeof(ratio), "%.2f", median(decode_ratios));
+    std::snprintf(prompt_ratio, sizeof(prompt_ratio), "%.2f", median(prompt_ratios));
+  }
+  if (cache.depth > 0 && step_at_0 > 0) {
+    const double step = cache.n_sequences / median(d), attention = std::max(0.0, step - step_at_0);
+    const double bytes_per_s = attention > 0 ? cache.read_bytes() / attention : 0;
+    row["attention_share"] = attention / step;
+    row["attention_bytes_per_s"] = bytes_per_s;
+    std::snprintf(share, sizeof(share), "%.0f %%", 100 * attention / step);
+    std::snprintf(rate, sizeof(rate), "%.1f", bytes_per_s / 1e9);
+  }
+  std::printf("%6d %-6s %10.2f %9.1f [%6.1f, %7.1f] %6s %9.1f [%6.1f, %7.1f] %6s %9s %7s\n", cache.depth,
+              cache.name.c_str(), cache.bytes / (1 << 20), median(d), *d_low, *d_high, ratio, median(p), *p_low,
+              *p_high, prompt_ratio, share, rate);
+  return row;
+}
+
 void run(Options options) {
   options.devices = start_llama_on(options.device);
   load_plugin();
   options.context.device = options.devices.host;
   llama_log_set(read_log, nullptr);
-  const int deepest = *std::max_element(options.depths.begin(), options.depths.end());
-  const int n_cells = deepest + std::max(options.n_decode, options.n_prompt);
-  std::vector<Cache> caches;
-  options.context.n_cells = n_cells;
+  std::vector<int> depths = options.depths;
+  std::sort(depths.begin(), depths.end());
+  const int n_tokens = depths.back() + std::max(options.n_decode, options.n_prompt);  // of a sequence
+  options.context.n_sequences = std::max(options.context.n_sequences, options.n_sequences);
+  options.context.n_cells = n_tokens * (options.context.unified ? options.n_sequences : 1);
   const CacheLayout layout = read_layout(options.model, options.context);
+  std::vector<Cache> caches;
   for (const std::string& name : options.caches) caches.push_back(make_cache(options, parse_cache(name), layout));
   std::mt19937 random(1);
   const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(caches.front().model.get()));
-  std::vector<llama_token> tokens(n_cells);
+  std::vector<llama_token> tokens(n_tokens);
   for (llama_token& t : tokens) t = llama_token(random() % uint32_t(n_vocab));
 
   const double bandwidth = memory_bandwidth(options.n_threads);
-  std::printf("memory reads at %.1f GB/s with %d threads; medians of %d rounds, lowest and highest in brackets\n",
-              bandwidth / 1e9, options.n_threads, options.rounds);
-  std::printf("%6s %-6s %10s %28s %28s %9s %9s %7s\n", "depth", "kv", "KV MiB", "decode tokens/s", "prompt tokens/s",
-              "x f16", "attention", "GB/s");
-  std::vector<int> depths = options.depths;
-  std::sort(depths.begin(), depths.end());
+  std::printf(
+      "memory reads at %.1f GB/s with %d threads; medians of %d rounds, lowest and highest in brackets%s\n",
+      bandwidth / 1e9, options.n_threads, options.rounds,
+      options.n_sequences > 1 ? ("; " + std::to_string(options.n_sequences) + " sequences together").c_str() : "");
+  std::printf("%6s %-6s %10s %28s %6s %28s %6s %9s %7s\n", "depth", "kv", "KV MiB", "decode tokens/s", "x f16",
+              "prompt tokens/s", "x f16", "attention", "GB/s");
   std::map<std::string, double> step_at_0;
   json rows = json::array();
   for (int depth : depths) {
-    std::map<std::string, std::vector<double>> decode, prompt;
-    for (Cache& cache : caches) {
-      if (depth == cache.depth) continue;
-      const auto start = Clock::now();
-      decode_tokens(cache.context.get(), &tokens[cache.depth], depth - cache.depth, cache.depth, /*n_logits=*/0);
-      llama_synchronize(cache.context.get());
-      std::printf("%6d %-6s filled from %d at %.1f tokens/s\n", depth, cache.name.c_str(), cache.depth,
-                  (depth - cache.depth) / seconds_since(start));
-      std::fflush(stdout);
-      cache.depth = depth;
-    }
+    std::map<std::string, Speed> speeds;
+    for (Cache& cache : caches) fill(cache, tokens, depth);
     for (int round = 0; round < options.rounds + 1; round++) {
       for (Cache& cache : caches) {
-        const auto rewind = [&] { llama_memory_seq_rm(llama_get_memory(cache.context.get()), 0, depth, -1); };
-        auto start = Clock::now();
-        for (int i = 0; i < options.n_decode; i++) {
-          decode_tokens(cache.context.get(), &tokens[depth + i], 1, depth + i, /*n_logits=*/1);
-          llama_synchronize(cache.context.get());
-        }
-        const double decoding = seconds_since(start);
-        rewind();
-        start = Clock::now();
-        decode_tokens(cache.context.get(), &tokens[depth], options.n_prompt, depth, /*n_logits=*/1);
-        llama_synchronize(cache.context.get());
-        const double reading = seconds_since(start);
-        rewind();
-        if (round == 0) continue;  // warms up
-        decode[cache.name].push_back(options.n_decode / decoding);
-        prompt[cache.name].push_back(options.n_prompt / reading);
+        Speed warming_up;
+        measure_round(options, cache, tokens, round == 0 ? warming_up : speeds[cache.name]);
       }
     }
     for (const Cache& cache : caches) {
-      const auto &d = decode[cache.name], &p = prompt[cache.name];
-      const auto [d_low, d_high] = std::minmax_element(d.begin(), d.end());
-      const auto [p_low, p_high] = std::minmax_element(p.begin(), p.end());
-      const double step = 1 / median(d);
-      if (depth == 0) step_at_0[cache.name] = step;
-      json row = {{"depth", depth},
-                  {"kv", cache.name},
-                  {"kv_bytes", cache.bytes},
-                  {"decode_tok_s", median(d)},
-                  {"decode_tok_s_range", {*d_low, *d_high}},
-                  {"prompt_tok_s", median(p)},
-                  {"prompt_tok_s_range", {*p_low, *p_high}}};
-      char ratio[32] = "", share[32] = "", rate[32] = "";
-      if (decode.count("f16")) {
-        // Ratios of the same round, since whatever slows the machine for a while slows both.
-        std::vector<double> ratios;
-        for (size_t i = 0; i < d.size(); i++) ratios.push_back(d[i] / decode["f16"][i]);
-        row["decode_over_f16"] = median(ratios);
-        std::snprintf(ratio, sizeof(ratio), "%.2f", median(ratios));
-      }
-      if (depth > 0 && step_at_0.count(cache.name)) {
-        const double attention = std::max(0.0, step - step_at_0[cache.name]);
-        const double read = cache.read_bytes();
-        row["attention_share"] = attention / step;
-        row["attention_bytes_per_s"] = attention > 0 ? read / attention : 0;
-        std::snprintf(share, sizeof(share), "%.0f %%", 100 * attention / step);
-        std::snprintf(rate, sizeof(rate), "%.1f", attention > 0 ? read / attention / 1e9 : 0);
-      }
-      std::printf("%6d %-6s %10.2f %9.1f [%6.1f, %7.1f] %9.1f [%6.1f, %7.1f] %9s %9s %7s\n", depth, cache.name.c_str(),
-                  cache.bytes / (1 << 20), median(d), *d_low, *d_high, median(p), *p_low, *p_high, ratio, share, rate);
-      rows.push_back(row);
+      const Speed& speed = speeds[cache.name];
+      if (depth == 0) step_at_0[cache.name] = cache.n_sequences / median(speed.decode);
+      rows.push_back(print_row(cache, speed, speeds.count("f16") ? &speeds["f16"] : nullptr, step_at_0[cache.name]));
     }
     std::fflush(stdout);
   }
@@ -248,7 +283,14 @@ void add_bench_command(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("bench", "Measure decode and prompt speed at several depths, caches interleaved");
   command->add_option("-m,--model", options.model, "Model, GGUF")->required();
-  command->add_option("--depths", options.depths, "Cells already in the cache")->delimiter(',')->capture_default_str();
+  command->add_option("--depths", options.depths, "Cells already in the cache, of each sequence")
+      ->delimiter(',')
+      ->capture_default_str();
+  command
+      ->add_option("--sequences", options.n_sequences,
+                   "Sequences that decode a token each in one batch; their prompts are read one after the other")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
   command->add_option("--kv", options.caches, "Caches: f16, q8_0, q4_0, bits (2), bits and exact cells (2+64)")
       ->delimiter(',')
       ->capture_default_str();

@@ -11,7 +11,7 @@ namespace thimble {
 inline void add_context_options(CLI::App& command, ContextShape& shape) {
   command
       .add_option("--parallel", shape.n_sequences,
-                  "Sequences that the context is made for, as llama-server's -np; one is used")
+                  "Sequences that the context is made for, as llama-server's -np")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
   command.add_flag("!--streams", shape.unified,

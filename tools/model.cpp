@@ -14,6 +14,38 @@
 #include "paths.h"
 
 namespace thimble {
+namespace {
+
+/// Tokens for one call of llama_decode.
+class Batch {
+public:
+  explicit Batch(int n_tokens) : batch_(llama_batch_init(n_tokens, 0, 1)) {}
+  ~Batch() { llama_batch_free(batch_); }
+  Batch(const Batch&) = delete;
+  Batch& operator=(const Batch&) = delete;
+
+  void add(llama_token token, llama_pos position, llama_seq_id sequence, bool logits) {
+    const int i = batch_.n_tokens++;
+    batch_.token[i] = token;
+    batch_.pos[i] = position;
+    batch_.n_seq_id[i] = 1;
+    batch_.seq_id[i][0] = sequence;
+    batch_.logits[i] = logits;
+  }
+  /// Runs what was added, and is empty then.
+  void run(llama_context* context) {
+    const int status = llama_decode(context, batch_);
+    batch_.n_tokens = 0;
+    if (status) {
+      throw std::runtime_error("the model failed to run (llama_decode returned " + std::to_string(status) + ")");
+    }
+  }
+
+private:
+  llama_batch batch_;
+};
+
+}  // namespace
 
 void start_llama() {
   llama_log_set(
@@ -108,24 +140,21 @@ std::string piece(const llama_model* model, llama_token token) {
   return text;
 }
 
-void decode_tokens(llama_context* context, const llama_token* tokens, int n, int first, int n_logits) {
+void decode_tokens(llama_context* context, const llama_token* tokens, int n, int first, int n_logits,
+                   llama_seq_id sequence) {
   const int n_batch = int(llama_n_batch(context));
-  llama_batch batch = llama_batch_init(n_batch, 0, 1);
-  const std::unique_ptr<llama_batch, void (*)(llama_batch*)> owner(&batch,
-                                                                   [](llama_batch* b) { llama_batch_free(*b); });
+  Batch batch(n_batch);
   for (int at = 0; at < n; at += n_batch) {
-    batch.n_tokens = std::min(n_batch, n - at);
-    for (int i = 0; i < batch.n_tokens; i++) {
-      batch.token[i] = tokens[at + i];
-      batch.pos[i] = first + at + i;
-      batch.n_seq_id[i] = 1;
-      batch.seq_id[i][0] = 0;
-      batch.logits[i] = at + i >= n - n_logits;
-    }
-    if (const int status = llama_decode(context, batch)) {
-      throw std::runtime_error("the model failed to run (llama_decode returned " + std::to_string(status) + ")");
-    }
+    const int n_here = std::min(n_batch, n - at);
+    for (int i = at; i < at + n_here; i++) batch.add(tokens[i], first + i, sequence, /*logits=*/i >= n - n_logits);
+    batch.run(context);
   }
+}
+
+void decode_together(llama_context* context, const llama_token* tokens, int n_sequences, int position) {
+  Batch batch(n_sequences);
+  for (int i = 0; i < n_sequences; i++) batch.add(tokens[i], position, i, /*logits=*/true);
+  batch.run(context);
 }
 
 void ProgressBar::update(double share) {

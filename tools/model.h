@@ -50,9 +50,14 @@ std::vector<llama_token> tokenize(const llama_model* model, const std::string& t
 /// The text of a token; special tokens, too, by their names.
 std::string piece(const llama_model* model, llama_token token);
 
-/// Runs `n` tokens of sequence 0 at positions from `first` on, in batches of n_batch; computes the logits of the last
+/// Runs `n` tokens of a sequence at positions from `first` on, in batches of n_batch; computes the logits of the last
 /// `n_logits` of them. Throws std::runtime_error where libllama fails.
-void decode_tokens(llama_context* context, const llama_token* tokens, int n, int first, int n_logits);
+void decode_tokens(llama_context* context, const llama_token* tokens, int n, int first, int n_logits,
+                   llama_seq_id sequence = 0);
+
+/// Runs a token of each of the sequences 0 to n_sequences - 1 in one batch, at the same position of each, and computes
+/// their logits. Throws as decode_tokens does.
+void decode_together(llama_context* context, const llama_token* tokens, int n_sequences, int position);
 
 /// A progress line that rewrites itself on a terminal; elsewhere only its end is printed, with the seconds it took.
 class ProgressBar {
