@@ -84,7 +84,8 @@ std::string llama_program(const std::string& name, const std::string& chosen) {
   if (!chosen.empty()) return chosen_program(name, chosen);
   std::vector<fs::path> folders{bin_directory(), folder_of_build()};
   for (fs::path& folder : folders_of_path()) folders.push_back(folder);
-  folders.emplace_back("/home/linuxbrew/.linuxbrew/bin");
+  const char* homebrew = std::getenv("HOMEBREW_PREFIX");
+  folders.push_back(fs::path(homebrew ? homebrew : "/home/linuxbrew/.linuxbrew") / "bin");
   const std::string ollama = on_path("ollama");
   if (!ollama.empty()) folders.push_back(fs::canonical(ollama).parent_path().parent_path() / "lib" / "ollama");
   for (const fs::path& folder : folders) {

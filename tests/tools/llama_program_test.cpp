@@ -82,6 +82,25 @@ TEST_F(LlamaProgram, WithoutAChoiceIsFoundOnPath) {
   EXPECT_EQ(llama_program("llama-of-a-test", ""), folder_.file("llama-of-a-test"));
 }
 
+TEST_F(LlamaProgram, WithoutAChoiceIsFoundInHomebrewsFolder) {
+  fs::create_directory(folder_.file("bin"));
+  make_program(folder_.file("bin/llama-of-a-test"));
+  setenv("HOMEBREW_PREFIX", folder_.path().c_str(), 1);
+  EXPECT_EQ(llama_program("llama-of-a-test", ""), folder_.file("bin/llama-of-a-test"));
+  unsetenv("HOMEBREW_PREFIX");
+}
+
+// Ollama's archive: bin/ollama, to which PATH may have a link, and lib/ollama.
+TEST_F(LlamaProgram, WithoutAChoiceIsFoundBesideOllama) {
+  const test::TemporaryFolder links;
+  for (const char* folder : {"bin", "lib", "lib/ollama"}) fs::create_directory(folder_.file(folder));
+  make_program(folder_.file("bin/ollama"));
+  make_program(folder_.file("lib/ollama/llama-of-a-test"));
+  fs::create_symlink(folder_.file("bin/ollama"), links.file("ollama"));
+  setenv("PATH", links.path().c_str(), 1);
+  EXPECT_EQ(llama_program("llama-of-a-test", ""), folder_.file("lib/ollama/llama-of-a-test"));
+}
+
 TEST(ThimbleDevices, AreThoseThatAProgramLists) {
   EXPECT_EQ(thimble_devices("Available devices:\n  THIMBLE0: coded KV cache on CPU (1 MiB)\n"), "THIMBLE0");
   EXPECT_EQ(thimble_devices("Available devices:\n  CUDA0: THIMBLE1: no\n  THIMBLE0: one\n  THIMBLE1: two\n"),

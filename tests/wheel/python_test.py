@@ -1,19 +1,25 @@
 #!/usr/bin/env python3
-"""thimble_kv.enable() and llama-cpp-python, on the llama.cpp in the wheel: the example answers and restores a state, the cache
-is coded as was asked, and what cannot be is refused with a sentence.
+"""thimble_kv.enable() and llama-cpp-python, on the llama.cpp in the wheel or on its own build: the example answers and restores
+a state, the cache is coded as was asked, and what cannot be is refused with a sentence.
 
-usage: python_test.py <folder of the wheel> <examples/python/chat.py> <model> <virtual environment>
-
-Exits with 77 where llama-cpp-python cannot be had from PyPI. THIMBLE_TEST_LLAMA_CPP=<folder>: run on the libllama.so of that
-folder, too, a build of the llama.cpp that this version of llama-cpp-python vendors.
+Exits with 77 where llama-cpp-python cannot be had from PyPI.
 """
+import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-wheels, example, model, venv = (Path(argument).resolve() for argument in sys.argv[1:])
-VERSION = "0.3.36"  # its Python side and the llama.h of the wheel's llama.cpp fit (docs/guide/python.md)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("wheels", type=Path, help="folder of the wheel")
+parser.add_argument("example", type=Path, help="examples/python/chat.py")
+parser.add_argument("model", type=Path)
+parser.add_argument("venv", type=Path, help="virtual environment to make, or one that this test made")
+parser.add_argument("--version", default="0.3.36", help="of llama-cpp-python. The Python side of this one fits the wheel's llama.cpp")
+parser.add_argument("--own-build", action="store_true", help="have pip build llama-cpp-python with its llama.cpp, and test it on that")
+parser.add_argument("--only-install", action="store_true")
+args = parser.parse_args()
+wheels, example, model, venv = (path.resolve() for path in (args.wheels, args.example, args.model, args.venv))
 python = venv / "bin/python"
 pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
 
@@ -24,27 +30,30 @@ def check(condition, what):
     print("ok:", what, flush=True)
 
 
-def said_by(*arguments, **more):
+def said_by(*arguments):
     env = {name: value for name, value in os.environ.items() if name not in ("THIMBLE_KV", "GGML_BACKEND_PATH", "LLAMA_CPP_LIB_PATH")}
-    done = subprocess.run([python, *arguments], env={**env, **more}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    done = subprocess.run([python, *arguments], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, timeout=600)
     return done.returncode, done.stdout.decode(errors="replace")
 
 
 if not (venv / "ready").exists():
     subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
-    # Its Python side alone: the libraries are in the wheel.
-    env = dict(os.environ, CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF")
-    if subprocess.run([*pip, "--no-binary", "llama-cpp-python", "llama-cpp-python==" + VERSION], env=env).returncode != 0:
+    package = "llama-cpp-python==" + args.version
+    # Without a build of its own it is its Python side alone: the libraries are in the wheel.
+    env = dict(os.environ) if args.own_build else dict(os.environ, CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF")
+    if subprocess.run([*pip, "--no-binary", "llama-cpp-python", package], env=env).returncode != 0:
         print("skipped: cannot install llama-cpp-python")
         sys.exit(77)
     (venv / "ready").touch()
 wheel, = wheels.glob("thimble_kv-*.whl")
 subprocess.run([*pip, "--no-index", "--force-reinstall", wheel], check=True)
+if args.only_install:
+    sys.exit(0)
 
 
-def check_example(kv, arguments, environment):
-    code, said = said_by(example, model, kv, *arguments, **environment)
+def check_example(kv, arguments):
+    code, said = said_by(example, model, kv, *arguments)
     print("".join(f"    {line}\n" for line in said.splitlines()[-8:]), end="")
     check(code == 0 and "coded KV cache on" in said, f"the example runs with kv={kv}")
     answers = [line.partition(": ")[2] for line in said.splitlines() if line.startswith(("answer:", "from the saved state:"))]
@@ -60,9 +69,9 @@ def llama(**arguments):
 """
 
 
-def check_settings(own, environment):
+def check_settings(own):
     def code(text):
-        return said_by("-c", START + text.replace("ENABLE(", f"thimble_kv.enable(own_llama={own}, "), model, **environment)
+        return said_by("-c", START + text.replace("ENABLE(", f"thimble_kv.enable(own_llama={own}, "), model)
 
     for kv in ("4", "2"):
         exit_code, said = code(f"ENABLE(kv='{kv}', settings='pool=8'); llama(n_ctx=2048, verbose=True)")
@@ -83,11 +92,8 @@ def check_settings(own, environment):
 
 
 for kv in ("4", "2+64"):
-    check_example(kv, ["own"], {})
-check_settings(True, {})
-if "THIMBLE_TEST_LLAMA_CPP" in os.environ:
-    of_vendor = {"LLAMA_CPP_LIB_PATH": os.environ["THIMBLE_TEST_LLAMA_CPP"]}
-    exit_code, said = said_by("-c", "import thimble_kv, llama_cpp; thimble_kv.enable(own_llama=True)", **of_vendor)
+    check_example(kv, [] if args.own_build else ["own"])
+check_settings(not args.own_build)
+if args.own_build:
+    exit_code, said = said_by("-c", "import thimble_kv, llama_cpp; thimble_kv.enable(own_llama=True)")
     check(exit_code != 0 and "comes too late" in said, "own_llama after llama_cpp is imported is refused")
-    check_example("4", [], of_vendor)
-    check_settings(False, of_vendor)
