@@ -9,6 +9,8 @@ install(TARGETS ggml-thimble ${plugins} LIBRARY DESTINATION ${home} COMPONENT pr
 install(DIRECTORY ${CMAKE_SOURCE_DIR}/profiles DESTINATION ${home} COMPONENT programs FILES_MATCHING PATTERN *.gguf)
 install(DIRECTORY ${CMAKE_SOURCE_DIR}/texts DESTINATION ${home} COMPONENT programs)
 install(FILES ${CMAKE_SOURCE_DIR}/LICENSE DESTINATION ${home} COMPONENT programs)
+# Which builds of llama.cpp it was run in.
+install(FILES ${CMAKE_SOURCE_DIR}/docs/results/hosts.md DESTINATION ${home} COMPONENT programs)
 install(FILES ${THIMBLE_LLAMA_CPP_SOURCE}/LICENSE DESTINATION ${home} RENAME LICENSE.llama.cpp COMPONENT programs)
 if(IS_DIRECTORY ${THIMBLE_LLAMA_CPP_SOURCE}/licenses)  # of what llama.cpp has inside
   install(DIRECTORY ${THIMBLE_LLAMA_CPP_SOURCE}/licenses DESTINATION ${home} COMPONENT programs)

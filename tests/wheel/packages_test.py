@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""The packages that CPack makes, .deb and .tar.gz, unpacked into folders of their own: the command answers from there, and the
-two hold the same files.
+"""The packages that CPack makes, .deb and .tar.gz, and `cmake --install`, in folders of their own: the command answers from there,
+and the three hold the same files.
 
 usage: packages_test.py <build directory> <model>
 """
@@ -35,10 +35,11 @@ with tempfile.TemporaryDirectory() as folder:
     subprocess.run(["dpkg-deb", "-x", deb, folder / "deb"], check=True)
     with tarfile.open(tar) as archive:
         archive.extractall(folder / "tar")
-    roots = [folder / "deb" / "usr", *(folder / "tar").iterdir()]
+    subprocess.run(["cmake", "--install", build, "--prefix", folder / "installed"], check=True, stdout=subprocess.DEVNULL)
+    roots = [folder / "deb" / "usr", *(folder / "tar").iterdir(), folder / "installed"]
     contents = []
-    for package, root in zip((deb, tar), roots):
-        print(f"    {package.name}: {package.stat().st_size / 1e6:.1f} MB")
+    for package, root in zip((deb, tar, None), roots):
+        print(f"    {package.name}: {package.stat().st_size / 1e6:.1f} MB" if package else f"    {root}")
         contents.append({str(path.relative_to(root)) for path in root.rglob("*")})
         check("lists THIMBLE0" in said_by(root / "bin/thimble", "doctor"), "its plugin loads into its llama-server")
         answer = said_by(root / "bin/thimble", "run", "-m", model, "-c", "2048", "-t", "1", "-n", "4", "-no-cnv", "--temp", "0",
@@ -46,4 +47,4 @@ with tempfile.TemporaryDirectory() as folder:
         check("Rome" in answer and "thimble: KV cache of 30 layers" in answer, "its llama.cpp answers from a coded cache")
         named = [path.name for path in root.rglob("*") if path.is_file() and str(build).encode() in path.read_bytes()]
         check(not named, f"nothing names the build directory ({named})")
-    check(contents[0] == contents[1] and len(contents[0]) > 20, "both hold the same files")
+    check(contents[0] == contents[1] == contents[2] and len(contents[0]) > 20, "all hold the same files")

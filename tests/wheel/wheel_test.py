@@ -79,6 +79,13 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"    {sum(f.stat().st_size for f in home.rglob('*') if f.is_file()) / 1e6:.1f} MB installed")
     named = [file.name for file in home.parent.rglob("*") if file.is_file() and str(build).encode() in file.read_bytes()]
     check(not named, f"nothing names the build directory ({named})")
+    places = set()
+    for file in home.parent.parent.glob("thimble_kv*/**/*"):
+        if file.is_file() and file.read_bytes()[:4] == b"\x7fELF":
+            dynamic = subprocess.run(["readelf", "-d", file], check=True, stdout=subprocess.PIPE, text=True).stdout
+            places |= {place for found in re.findall(r"\(R(?:UN)?PATH\).*\[(.*)\]", dynamic) for place in found.split(":")}
+    check(places and all(place.startswith("$ORIGIN") for place in places), f"its parts find each other by where they lie ({sorted(places)})")
+    check("| llama-cpp-py-sync" in (home / "hosts.md").read_text(), "it says which builds of llama.cpp it was run in")
 
     said = run(thimble, "doctor", "-m", model, env=env)
     check("THIMBLE0: coded KV cache on" in said, "doctor finds the plugin")
