@@ -299,8 +299,17 @@ void add_encoding(int head_dim, double bits, bool dense, const Kernels& kernels)
 
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
-  // The shapes of SmolLM2-135M, Llama-3.1-8B, Qwen3-30B-A3B and Gemma 3.
-  for (Shape s : {Shape{64, 3, 3}, {128, 4, 8}, {128, 8, 4}, {256, 8, 2}}) {
+  // The shapes of SmolLM2-135M, Llama-3.1-8B, Qwen3-30B-A3B, Gemma 3, Qwen3.5 with 12 heads to a KV head, two of Gemma
+  // 4's global layers, Phi-3 and StableLM.
+  for (Shape s : {Shape{64, 3, 3},
+                  {128, 4, 8},
+                  {128, 8, 4},
+                  {256, 8, 2},
+                  {256, 12, 2},
+                  {512, 4, 2},
+                  {512, 8, 2},
+                  {96, 1, 32},
+                  {80, 1, 32}}) {
     for (int threads : {1, 2}) {
       for (int64_t cells : {1024, 8192, 32768, 131072}) {
         s.n_cells = cells;

@@ -27,7 +27,7 @@
  * What CUDA has no kernels for is refused with THIMBLE_UNSUPPORTED and a sentence that says what to change:
  *                    CPU                                CUDA
  *   bits             16, 4, 3, 2, 1.5, 1.25, 1          4, 2, 1; a profile made with `thimble calibrate --even`
- *   head_dim         even, 2 to 256                     64, 128, 256 (sm_80 and sm_90; at 4 bits sm_90)
+ *   head_dim         even, 2 to 512                     64, 128, 256 (sm_80 and sm_90; at 4 bits sm_90)
  *   values           any codec                          of the keys' head size, at the keys' bits or half of them
  *   query heads      any number to a KV head            at most 64
  *   cells            of a sequence: any number          at most 2^28
@@ -134,7 +134,7 @@ typedef struct thimble_codec_args {
   double bits;        /* a number: 16 (f16 as it is), 4, 3, 2, 1.5, 1.25, 1; with a profile a rate of it, or 16 */
   int32_t kind;       /* thimble_kind */
   int32_t n_heads;    /* KV heads; 0 with a profile: all from first_head on */
-  int32_t head_dim;   /* even, 2 to 256; 0 with a profile: the profile's */
+  int32_t head_dim;   /* even, 2 to 512; 0 with a profile: the profile's */
   int32_t layer;      /* of the profile */
   int32_t first_head; /* of the profile's layer; a codec may cover one head, or a device's share of them */
 } thimble_codec_args;

@@ -19,7 +19,7 @@ namespace thimble {
 
 inline constexpr int kBlockCells = 64;
 inline constexpr int kCodewords = 128;  // of a subspace; the sign bit doubles them
-inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kMaxHeadDim = 512;
 
 enum class Kind { key, value };
 

@@ -175,7 +175,7 @@ TEST(ApiCodec, RefusesWhatThereIsNoCodecFor) {
   refused("choose 16, 4, 3, 2", [](auto& args) { args.bits = 5; });
   refused("choose 16, 4, 3, 2", [](auto& args) { args.bits = NAN; });
   refused("head size 63", [](auto& args) { args.head_dim = 63; });
-  refused("head size 258", [](auto& args) { args.head_dim = 258; });
+  refused("head size 514", [](auto& args) { args.head_dim = 514; });
   refused("head size 0", [](auto& args) { args.head_dim = 0; });
   refused("n_heads", [](auto& args) { args.n_heads = 0; });
   refused("n_heads", [](auto& args) { args.n_heads = 1 << 30; });

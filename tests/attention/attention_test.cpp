@@ -346,7 +346,7 @@ protected:
 
 TEST_P(AttentionOn, EveryRateAndHeadSize) {
   for (double bits : {16.0, 4.0, 3.0, 2.0, 1.5, 1.25, 1.0}) {
-    for (int dim : {32, 64, 80, 96, 128, 256}) {
+    for (int dim : {32, 64, 80, 96, 128, 256, 512}) {
       Case c;
       c.bits = bits;
       c.k_dim = c.v_dim = dim;

@@ -53,7 +53,7 @@ protected:
 };
 
 TEST_P(KernelsOn, CodesAreBitExact) {
-  for (int dim : {32, 34, 36, 64, 80, 96, 100, 128, 256}) {
+  for (int dim : {32, 34, 36, 64, 80, 96, 100, 128, 256, 512}) {
     for (double bits : kRates) {
       const HeadCodec codec = make_uncalibrated_codec(Kind::key, make_format(dim, bits));
       const auto expect_same = [&](const std::vector<float>& y) {
@@ -84,7 +84,7 @@ TEST_P(KernelsOn, CodesAreBitExact) {
 }
 
 TEST_P(KernelsOn, TransformsAreBitExact) {
-  for (int dim : {32, 34, 36, 64, 72, 80, 96, 128, 256}) {
+  for (int dim : {32, 34, 36, 64, 72, 80, 96, 128, 256, 512}) {
     const int n_rows = dim == 64 ? 17 : 5;
     const auto x = gaussian(size_t(n_rows) * dim, 1), matrix = gaussian(size_t(dim) * dim, 2);
     for (const Transform& t :
@@ -105,7 +105,7 @@ TEST_P(KernelsOn, TransformsAreBitExact) {
 }
 
 TEST_P(KernelsOn, DecodedBlocksAreExact) {
-  for (int dim : {32, 34, 36, 64, 80, 96, 100, 128, 256}) {
+  for (int dim : {32, 34, 36, 64, 80, 96, 100, 128, 256, 512}) {
     for (double bits : {16.0, 4.0, 3.0, 2.0, 1.5, 1.25, 1.0}) {
       for (Kind kind : {Kind::key, Kind::value}) {
         const HeadCodec codec = make_uncalibrated_codec(kind, make_format(dim, bits));
@@ -257,9 +257,10 @@ double nmse(const Problem& p, const Result& result, const Result& expected) {
   return error / size;
 }
 
-// Tables and weights of 8 bits are for codes of 2 bits a number and less, whose own error is 100 times this.
+// Tables and weights of 8 bits are for codes of 2 bits a number and less, whose own error is 100 times this. Sums of
+// products are 16-bit numbers, whose steps are coarser the more numbers a head has.
 double codes_bound(const Problem& p) {
-  return p.bits > 2 ? 1e-4 : 1e-3;
+  return (p.bits > 2 ? 1e-4 : 1e-3) * std::max(1.0, p.dim / 256.0);
 }
 
 TEST_P(KernelsOn, AttentionFromCodesEqualsTheSpecification) {
@@ -269,7 +270,7 @@ TEST_P(KernelsOn, AttentionFromCodesEqualsTheSpecification) {
         << "dim " << p.dim << " bits " << p.bits << " group " << p.group << " tokens " << p.n_tokens << " cells "
         << p.n_cells;
   };
-  for (int dim : {32, 34, 36, 64, 80, 96, 100, 128, 256}) {
+  for (int dim : {32, 34, 36, 64, 80, 96, 100, 128, 256, 512}) {
     for (double bits : {16.0, 4.0, 3.0, 2.0, 1.5, 1.25, 1.0}) {
       Problem p;
       p.dim = dim;
@@ -548,7 +549,7 @@ TEST_P(KernelsOn, APartOfTheCellsAndThenTheRest) {
 }
 
 TEST_P(KernelsOn, DenseTilesEqualTheSpecification) {
-  for (int dim : {32, 36, 64, 80, 128, 256}) {
+  for (int dim : {32, 36, 64, 80, 128, 256, 512}) {
     for (int n_tokens : {1, 2, 7, 64}) {
       for (int n_cells : {1, 5, 63, 64}) {
         for (float softcap : {0.0f, 3.0f}) {

@@ -54,7 +54,8 @@ float build_pairs(const float* q, const int8_t* words, const uint8_t* width, int
     luts[m] = width[m] / 2;
     for (int j = 0; j < width[m]; j++, end++) total += *end < 0 ? -*end : *end;
   }
-  const float step = total > 1e-30f ? total / 32600.0f : 1e-30f;
+  // Rounding adds at most 1/2 to a product.
+  const float step = total > 1e-30f ? total / (32767.0f - float(end - q)) : 1e-30f;
   for (Pair* pair = reinterpret_cast<Pair*>(luts + pairs_at(n_subspaces)); q < end; pair++) {
     for (int j = 0; j < 2; j++, q++, words += 128) {
       TableWriter writer(pair->words[j]);

@@ -36,7 +36,8 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
     largest = maxima[m] > largest ? maxima[m] : largest;
     total += maxima[m];
   }
-  float step = wide ? total / 32600.0f : largest / 127.0f;
+  // Rounding, and the change to low bytes below, add at most 2 to an entry, so sums fit 16 bits.
+  float step = wide ? total / (32767.0f - 2.0f * n_subspaces) : largest / 127.0f;
   step = step > 1e-30f ? step : 1e-30f;
   const __m512 inverse = _mm512_set1_ps(1.0f / step), offset = _mm512_set1_ps(128.0f);
   const __m512i c128 = _mm512_set1_epi32(128), c255 = _mm512_set1_epi32(255);

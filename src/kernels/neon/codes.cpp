@@ -40,7 +40,8 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
     largest = greatest_one > largest ? greatest_one : largest;
     total += greatest_one;
   }
-  float step = wide ? total / 32600.0f : largest / 127.0f;
+  // Rounding, and the change to low bytes below, add at most 2 to an entry, so sums fit 16 bits.
+  float step = wide ? total / (32767.0f - 2.0f * n_subspaces) : largest / 127.0f;
   step = step > 1e-30f ? step : 1e-30f;
   const float inverse = 1.0f / step;
   const int32x4_t c128 = vdupq_n_s32(128), c255 = vdupq_n_s32(255);
