@@ -6,6 +6,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <utility>
 
 namespace thimble {
 namespace {
@@ -37,54 +38,67 @@ void Attention::prepare(const CacheLayer& layer, const AttentionProblem& problem
   group_ = p_.n_heads / layer_->keys().shape().n_kv_heads;
   memory_.resize(n_threads);
   n_blocks_ = int((p_.n_cells + kBlockCells - 1) / kBlockCells);
-  prepare_streams();
+  staged_ = !layer.window().stages().empty() && int64_t(layer.window().batch().size()) == p_.n_tokens * p_.n_streams;
+  prefills_ = p_.n_tokens > kMaxCodeTokens && !staged_;
+  prepare_views();
   leave_out_blocks();
   prepare_parts();
 }
 
-void Attention::prepare_streams() {
-  const int64_t cells_per_stream = layer_->keys().shape().cells_per_stream;
-  const std::vector<Window::Row>& rows = layer_->window().rows();  // in order of cells
-  streams_.resize(p_.n_streams);
-  for (int s = 0; s < p_.n_streams; s++) {
-    Stream& stream = streams_[s];
-    stream.hidden.assign(n_blocks_, 0);
-    stream.exact.clear();
-    if (from_store()) continue;  // all cells are attended to exactly, from the store, block by block
-    const int64_t cell0 = (p_.first_stream + s) * cells_per_stream;
-    auto row = std::partition_point(rows.begin(), rows.end(), [&](const Window::Row& r) { return r.cell < cell0; });
-    const Item all = all_tokens(s);
-    int block = -1;
-    uint64_t seen = ~uint64_t{0};
-    const auto take = [&](int cell, const uint16_t* key, const uint16_t* value) {
-      // Rows that no query sees, those of idle and of removed sequences, are left out. In a prefill, to find them would
-      // cost more than to attend to them.
-      if (!prefills() && block != cell / kBlockCells) {
-        block = cell / kBlockCells;
-        const int first = block * kBlockCells;
-        seen = seen_by(all, mask_of(all).at(first), int(std::min<int64_t>(kBlockCells, p_.n_cells - first)));
-      }
-      const uint64_t bit = uint64_t{1} << (cell % kBlockCells);
-      stream.hidden[cell / kBlockCells] |= bit;
-      if (seen & bit) add_row(stream.exact, cell, key, value);
-    };
-    for (; row != rows.end() && row->cell - cell0 < p_.n_cells; ++row) {
-      take(int(row->cell - cell0), layer_->keys().row_data(*row), layer_->values().row_data(*row));
+void Attention::prepare_views() {
+  views_.clear();
+  if (staged_) {
+    for (const Window::Stage& stage : layer_->window().stages()) {
+      views_.push_back({stage.first / p_.n_tokens, stage.first % p_.n_tokens, stage.n});
     }
-    for (const ExactCell& exact : p_.exact) take(exact.cell, exact.key, exact.value);
+  } else {
+    for (int stream = 0; stream < p_.n_streams; stream++) views_.push_back({stream, 0, p_.n_tokens});
   }
+  for (View& view : views_) {
+    view.hidden.assign(n_blocks_, 0);
+    // A prefill attends to all cells exactly from the store, block by block, where there is one.
+    if (!from_store()) list_exact(view);
+  }
+}
+
+// Lists the cells that a view attends to exactly, with their rows.
+void Attention::list_exact(View& view) const {
+  const std::vector<Window::Row>& rows = layer_->window().rows();  // in order of cells
+  const int64_t cell0 = (p_.first_stream + view.stream) * layer_->keys().shape().cells_per_stream;
+  const int first_row = view.stream * p_.n_tokens + view.first_token;
+  const Item all = all_tokens(int(&view - views_.data()));
+  int block = -1;
+  uint64_t seen = ~uint64_t{0};
+  const auto take = [&](int cell, const uint16_t* key, const uint16_t* value) {
+    // Rows that no query sees, those of idle and of removed sequences, are left out. In a prefill, to find them would
+    // cost more than to attend to them.
+    if (!prefills() && block != cell / kBlockCells) {
+      block = cell / kBlockCells;
+      const int first = block * kBlockCells;
+      seen = seen_by(all, mask_of(all).at(first), int(std::min<int64_t>(kBlockCells, p_.n_cells - first)));
+    }
+    const uint64_t bit = uint64_t{1} << (cell % kBlockCells);
+    view.hidden[cell / kBlockCells] |= bit;
+    if (seen & bit) add_row(view.exact, cell, key, value);
+  };
+  auto row = std::partition_point(rows.begin(), rows.end(), [&](const Window::Row& r) { return r.cell < cell0; });
+  for (; row != rows.end() && row->cell - cell0 < p_.n_cells; ++row) {
+    if (staged_ && row->exact_to < first_row) continue;
+    take(int(row->cell - cell0), layer_->keys().row_data(*row), layer_->values().row_data(*row));
+  }
+  for (const ExactCell& exact : p_.exact) take(exact.cell, exact.key, exact.value);
 }
 
 // Leaves out the last blocks of which no query sees a coded cell: llama.cpp pads the number of cells, and a short
 // context has all its cells in the window. Otherwise these blocks would count as work when threads get their shares.
 void Attention::leave_out_blocks() {
-  const auto seen = [this](int block) {
-    for (int stream = 0; stream < p_.n_streams; stream++) {
-      if (sees_codes(all_tokens(stream), streams_[stream].hidden.data(), block, block + 1)) return true;
-    }
-    return false;
-  };
-  while (n_blocks_ > 0 && !seen(n_blocks_ - 1)) n_blocks_--;
+  const int n_blocks = std::exchange(n_blocks_, 0);
+  for (View& view : views_) {
+    const Item all = all_tokens(int(&view - views_.data()));
+    view.n_blocks = n_blocks;
+    while (view.n_blocks > 0 && !sees_codes(all, view.hidden.data(), view.n_blocks - 1, view.n_blocks)) view.n_blocks--;
+    n_blocks_ = std::max(n_blocks_, view.n_blocks);
+  }
 }
 
 void Attention::add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t* key, const uint16_t* value) {
@@ -96,32 +110,50 @@ void Attention::add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t*
   tile.n_cells++;
 }
 
-// Cuts the units of all items, laid end to end, into one stretch a thread, so that one long sequence keeps all threads
-// busy, however many heads there are.
+// Tokens that are treated as if they had come one by one are dealt to the threads as one token alone would be. Where a
+// cut lies decides which blocks share a scale of their weights (attend_codes).
 void Attention::prepare_parts() {
-  const int n_kv_heads = layer_->keys().shape().n_kv_heads;
-  const int tokens_per_item = prefills() ? kPrefillTokens : std::max(p_.n_tokens, 1);
   items_.clear();
-  int64_t total = 0;
-  for (int stream = 0; stream < p_.n_streams; stream++) {
-    const int n_units = block_units() + units_of_tile() * (int(streams_[stream].exact.size()) + retrieved_tiles());
-    for (int head = 0; head < n_kv_heads; head++) {
-      for (int t = 0; t < p_.n_tokens; t += tokens_per_item) {
-        items_.push_back({stream, head, t, std::min(tokens_per_item, p_.n_tokens - t), n_units, 0, 0, 0, 0});
-        total += n_units;
-      }
-    }
-  }
   parts_.clear();
   size_t result = 0;
+  const int tokens_per_item = prefills() ? kPrefillTokens : retrieves() ? 1 : kMaxCodeTokens;
+  for (int view = 0; view < int(views_.size()); view++) {
+    const int end = views_[view].first_token + views_[view].n_tokens;
+    if (!staged_) add_items(view, views_[view].first_token, end, tokens_per_item);
+    for (int t = views_[view].first_token; staged_ && t < end; t += tokens_per_item) {
+      const size_t first = items_.size();
+      add_items(view, t, std::min(t + tokens_per_item, end), tokens_per_item);
+      deal_items(first, &result);
+    }
+  }
+  if (!staged_) deal_items(0, &result);
+  results_ = reinterpret_cast<float*>(results_memory_.room(result * sizeof(float)));
+  if (retrieves()) prepare_retrieval();
+}
+
+void Attention::add_items(int view, int first_token, int end_token, int tokens_per_item) {
+  const int n_units =
+      block_units(views_[view]) + units_of_tile() * (int(views_[view].exact.size()) + retrieved_tiles());
+  for (int head = 0; head < layer_->keys().shape().n_kv_heads; head++) {
+    for (int t = first_token; t < end_token; t += tokens_per_item) {
+      items_.push_back({view, head, t, std::min(tokens_per_item, end_token - t), n_units, 0, 0, 0, 0});
+    }
+  }
+}
+
+// Cuts the units of the items from `first` on, laid end to end, into one stretch a thread, so that one long sequence
+// keeps all threads busy, however many heads there are.
+void Attention::deal_items(size_t first, size_t* result) {
+  int64_t total = 0;
+  for (size_t i = first; i < items_.size(); i++) total += items_[i].n_units;
   int64_t begin = 0;  // of the item, in all units
   int thread = 0;
-  for (int i = 0; i < int(items_.size()); i++) {
+  for (size_t i = first; i < items_.size(); i++) {
     Item& item = items_[i];
     item.first_part = int(parts_.size());
     const auto add_part = [&](int first_unit, int last_unit) {
-      parts_.push_back({i, thread, first_unit, last_unit, result});
-      result += 2 * softmax_size(item.n_tokens * group_);
+      parts_.push_back({int(i), thread, first_unit, last_unit, *result});
+      *result += 2 * softmax_size(item.n_tokens * group_);
     };
     if (item.n_units == 0) add_part(0, 0);  // without a visible cell, combine_token writes zeros
     for (int unit = 0; unit < item.n_units;) {
@@ -137,8 +169,6 @@ void Attention::prepare_parts() {
     item.n_parts = item.parts_left = int(parts_.size()) - item.first_part;
     begin += item.n_units;
   }
-  results_ = reinterpret_cast<float*>(results_memory_.room(result * sizeof(float)));
-  if (retrieves()) prepare_retrieval();
 }
 
 // Cuts the blocks of all items, laid end to end, into one stretch a thread, as prepare_parts does: a thread then
@@ -157,7 +187,7 @@ void Attention::prepare_retrieval() {
 
 Mask Attention::mask_of(const Item& item) const {
   if (!p_.mask) return {};
-  return {p_.mask + size_t(item.stream) * p_.mask_stream + size_t(item.first_token) * p_.mask_token,
+  return {p_.mask + size_t(stream_of(item)) * p_.mask_stream + size_t(item.first_token) * p_.mask_token,
           ptrdiff_t(p_.mask_token)};
 }
 
@@ -181,7 +211,7 @@ bool Attention::sees_codes(const Item& item, const uint64_t* hidden, int first_b
 }
 
 const uint64_t* Attention::hidden_of(const Item& item) const {
-  return (retrieves() ? retrieved_[index_of(item)].hidden : streams_[item.stream].hidden).data();
+  return (retrieves() ? retrieved_[index_of(item)].hidden : views_[item.view].hidden).data();
 }
 
 void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries* coded) const {
@@ -193,8 +223,8 @@ void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& pl
   memory.slope.resize(n_rows);
   for (int row = 0; row < n_rows; row++) {
     const int head = item.kv_head * group_ + row % group_;
-    const float* q = p_.q + size_t(item.stream) * p_.q_stream + size_t(item.first_token + row / group_) * p_.q_token +
-                     size_t(head) * p_.q_head;
+    const float* q = p_.q + size_t(stream_of(item)) * p_.q_stream +
+                     size_t(item.first_token + row / group_) * p_.q_token + size_t(head) * p_.q_head;
     float* scaled = &memory.q[size_t(row) * dim];
     for (int d = 0; d < dim; d++) scaled[d] = q[d] * p_.scale;
     memory.bias[row] = codec.transform.query_bias(scaled);
@@ -209,7 +239,7 @@ void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& pl
 
 CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const {
   const CacheSide &keys = layer_->keys(), &values = layer_->values();
-  const int64_t block0 = (p_.first_stream + item.stream) * keys.shape().blocks_per_stream();
+  const int64_t block0 = (p_.first_stream + stream_of(item)) * keys.shape().blocks_per_stream();
   const int32_t* table = keys.places().table;  // which is the values', too
   return {&keys.codec(item.kv_head),
           &values.codec(item.kv_head),
@@ -238,7 +268,7 @@ void Attention::retrieve(int thread) {
 void Attention::score(const Item& item, int first_block, int last_block, ThreadMemory& memory) {
   Queries plain, coded;
   load_queries(item, memory, plain, &coded);
-  kernels_->score_codes(coded, coded_cells(item, streams_[item.stream].hidden.data(), first_block, last_block),
+  kernels_->score_codes(coded, coded_cells(item, views_[item.view].hidden.data(), first_block, last_block),
                         mask_of(item), scores_of(item), memory.scratch);
 }
 
@@ -299,10 +329,10 @@ void Attention::choose(const float* scores, ThreadMemory& memory) const {
 // Chooses the item's cells and starts reading their rows.
 void Attention::fetch(const Item& item, ThreadMemory& memory) {
   const CacheSide &keys = layer_->keys(), &values = layer_->values();
-  const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
+  const int64_t cell0 = (p_.first_stream + stream_of(item)) * keys.shape().cells_per_stream;
   choose(scores_of(item), memory);
   Retrieved& retrieved = retrieved_[index_of(item)];
-  retrieved.hidden = streams_[item.stream].hidden;
+  retrieved.hidden = views_[item.view].hidden;
   retrieved.tiles.clear();
   memory.rows.clear();
   for (int b = 0; b < n_blocks_; b++) {
@@ -356,7 +386,7 @@ void Attention::attend_decoded(const CodedCells& cells, int block, uint64_t want
 uint64_t Attention::attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
                                   Softmax& softmax) const {
   const CacheSide &keys = layer_->keys(), &values = layer_->values();
-  const int64_t cell0 = (p_.first_stream + item.stream) * keys.shape().cells_per_stream;
+  const int64_t cell0 = (p_.first_stream + stream_of(item)) * keys.shape().cells_per_stream;
   const int first = block * kBlockCells;
   std::vector<ExactTile>& tile = memory.stored;
   tile.clear();
@@ -405,8 +435,8 @@ void Attention::attend_exact(const Item& item, const ExactTile& exact, const Que
 
 void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   const Item& item = items_[part.item];
-  const int n_rows = item.n_tokens * group_;
-  const int last_block = std::min(part.last_unit, block_units());
+  const int n_rows = item.n_tokens * group_, n_blocks = block_units(views_[item.view]);
+  const int last_block = std::min(part.last_unit, n_blocks);
   const bool lacks_rows = from_store() && (layer_->keys().store()->is_full() || layer_->values().store()->is_full()) &&
                           layer_->values().coded();
   const bool codes = !from_store() && sees_codes(item, hidden_of(item), part.first_unit, last_block);
@@ -429,11 +459,11 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
   } else if (codes) {
     attend_coded(item, part.first_unit, last_block, coded, memory, softmax[0]);
   }
-  const std::vector<ExactTile>& exact = streams_[item.stream].exact;
-  for (int unit = std::max(part.first_unit, block_units()); unit < part.last_unit; unit++) {
+  const std::vector<ExactTile>& exact = views_[item.view].exact;
+  for (int unit = std::max(part.first_unit, n_blocks); unit < part.last_unit; unit++) {
     // A tile counts as several units; the part that has the first of them attends to the whole tile.
-    if ((unit - block_units()) % units_of_tile() != 0) continue;
-    const size_t at = (unit - block_units()) / units_of_tile();
+    if ((unit - n_blocks) % units_of_tile() != 0) continue;
+    const size_t at = (unit - n_blocks) / units_of_tile();
     if (at < exact.size()) {
       attend_exact(item, exact[at], plain, memory, softmax[1]);
       continue;
@@ -464,7 +494,7 @@ void Attention::combine_token(const Item& item, int token, ThreadMemory& memory)
   memory.weights.assign(group_, 0.0f);
   std::vector<float>& totals = memory.slope;
   totals.assign(group_, 0.0f);
-  float* results = p_.out + size_t(item.stream) * p_.out_stream + size_t(item.first_token + token) * p_.out_token;
+  float* results = p_.out + size_t(stream_of(item)) * p_.out_stream + size_t(item.first_token + token) * p_.out_token;
   for (int g = 0; g < group_; g++) {
     const int row = token * group_ + g, head = item.kv_head * group_ + g;
     float* result = results + size_t(head) * p_.out_head;

@@ -2,10 +2,13 @@
 // in flight from their exact rows, one softmax over both. Look-ups from codes are VecInfer's (arXiv 2510.06175).
 //
 // With retrieval (after TailorKV, arXiv 2505.19586), few query tokens (decoding) also attend exactly to the cells that
-// matter most to them. For each stream and KV head, all cells outside the window are scored from their codes, and the
-// `top` cells with the greatest scores are chosen. A cell's score is the greatest over the heads of the group and the
-// query tokens; of equal scores the lower cell is chosen. All other cells, the tail, are attended to from codes, or not
-// at all. Many query tokens (prefill) attend exactly to all cells.
+// matter most to them. For each query token and KV head, all cells outside the window are scored from their codes, and
+// the `top` cells with the greatest scores are chosen. A cell's score is the greatest over the heads of the group; of
+// equal scores the lower cell is chosen. All other cells, the tail, are attended to from codes, or not at all. Many
+// query tokens (prefill) attend exactly to all cells.
+//
+// Tokens that are decoded at once and treated as if they had come one by one (Window::stages) each get what they would
+// have got alone, but for the rounding of sums.
 #pragma once
 
 #include <algorithm>
@@ -39,11 +42,11 @@ public:
   void attend(int thread);
 
 private:
-  // Query tokens of one stream and KV head that are computed together. Their work is counted in units of about equal
+  // Query tokens of one view and KV head that are computed together. Their work is counted in units of about equal
   // time: one for each block of the stream, then units_of_tile() for each tile of exact rows, then as many for each
   // tile of retrieved rows.
   struct Item {
-    int stream, kv_head, first_token, n_tokens;
+    int view, kv_head, first_token, n_tokens;
     int n_units;
     int first_part, n_parts;
     // Threads count these down. The one that brings scorers_left to 0 chooses the item's cells; the one that brings
@@ -64,12 +67,15 @@ private:
     const uint16_t* rows[2][kBlockCells];  // by Kind, all KV heads
     bool adjacent() const { return cells[n_cells - 1] - cells[0] == n_cells - 1; }
   };
-  struct Stream {
-    std::vector<uint64_t> hidden;  // by block: a bit for each cell that is attended to exactly, so not from its codes
-    std::vector<ExactTile> exact;
+  // Query tokens of a stream that attend to the same cells exactly: a stage of the window's, or all.
+  struct View {
+    int stream, first_token, n_tokens;
+    std::vector<uint64_t> hidden = {};  // by block: a bit for each cell that is attended to exactly, so not from codes
+    std::vector<ExactTile> exact = {};
+    int n_blocks = 0;  // without those of leave_out_blocks
   };
   struct Retrieved {
-    std::vector<uint64_t> hidden;  // Stream::hidden and the retrieved cells
+    std::vector<uint64_t> hidden;  // View::hidden and the retrieved cells
     std::vector<ExactTile> tiles;
   };
   struct Scored {
@@ -89,9 +95,12 @@ private:
     Scratch scratch;
   };
 
-  void prepare_streams();
+  void prepare_views();
+  void list_exact(View& view) const;
   void leave_out_blocks();
   void prepare_parts();
+  void add_items(int view, int first_token, int end_token, int tokens_per_item);
+  void deal_items(size_t first, size_t* result);
   void prepare_retrieval();
   /// Calls f(item, first block, last block) for each range of blocks that a thread has to score.
   template <typename F>
@@ -104,12 +113,12 @@ private:
       at += last - first;
     }
   }
-  bool prefills() const { return p_.n_tokens > kMaxCodeTokens; }
+  bool prefills() const { return prefills_; }
   bool from_store() const { return retrieval_.top > 0 && prefills(); }
   int cells_of_block(int block) const {
     return int(std::min<int64_t>(kBlockCells, p_.n_cells - int64_t(block) * kBlockCells));
   }
-  int block_units() const { return retrieves() && retrieval_.drop_tail ? 0 : n_blocks_; }
+  int block_units(const View& view) const { return retrieves() && retrieval_.drop_tail ? 0 : view.n_blocks; }
   // 64 exact rows take as long as six blocks of codes, but the last tile is seldom full.
   int units_of_tile() const { return prefills() ? 1 : 5; }
   int retrieved_tiles() const {
@@ -134,7 +143,8 @@ private:
     const size_t stride = size_t(n_blocks_) * kBlockCells;
     return {kept_scores_ + index_of(item) * group_ * stride, stride};
   }
-  Item all_tokens(int stream) const { return {stream, 0, 0, p_.n_tokens, 0, 0, 0, 0, 0}; }
+  int stream_of(const Item& item) const { return views_[item.view].stream; }
+  Item all_tokens(int view) const { return {view, 0, views_[view].first_token, views_[view].n_tokens, 0, 0, 0, 0, 0}; }
   Mask mask_of(const Item& item) const;
   uint64_t seen_by(const Item& item, const Mask& mask, int n_cells) const;
 
@@ -164,9 +174,11 @@ private:
   Retrieval retrieval_;
   const Kernels* kernels_ = nullptr;
   int n_threads_ = 1;
-  int n_blocks_ = 0;  // of a stream, without those of leave_out_blocks
+  bool staged_ = false;  // by the window's stages
+  bool prefills_ = false;
+  int n_blocks_ = 0;  // the most of a view
   int group_ = 1;
-  std::vector<Stream> streams_;
+  std::vector<View> views_;  // in order of streams and their tokens
   std::vector<Item> items_;
   std::vector<float> scores_;  // [item][block][64], where retrieves()
   Scratch kept_scores_memory_;

@@ -135,29 +135,12 @@ Window::Judge CacheLayer::judge(const BatchQueries& queries) const {
 }
 
 void CacheLayer::settle(const Window::Visible& visible) {
-  if (!has_keys_ || !has_values_ || !window_.settles()) return;
-  for (const Window::Row& row : window_.settle(visible, judge(kept_queries_))) {
-    for (const CacheSide* s : {&keys_, &values_}) s->encode_row(s->row_data(row), row.cell);
-  }
+  if (has_keys_ && has_values_) window_.settle(visible);
 }
 
 void CacheLayer::begin_commit(const Window::Visible& visible, const BatchQueries& queries) {
   changes_ = {};
-  if (!has_keys_ || !has_values_) return;
-  const size_t n_rows = window_.batch().size();
-  changes_ = window_.commit(visible, judge(queries));
-  if (window_.settles()) keep_queries(queries, n_rows);
-}
-
-void CacheLayer::keep_queries(const BatchQueries& queries, size_t n_rows) {
-  const size_t head = queries.dim, row = head * queries.n_heads;
-  queries_.clear();
-  for (size_t r = 0; queries.data && r < n_rows; r++) {
-    for (int h = 0; h < queries.n_heads; h++)
-      queries_.insert(queries_.end(), queries.row(r, h), queries.row(r, h) + head);
-  }
-  kept_queries_ = {
-      queries.data ? queries_.data() : nullptr, queries.n_heads, queries.dim, int64_t(n_rows), row, head, 0};
+  if (has_keys_ && has_values_) changes_ = window_.begin_commit(visible, judge(queries));
 }
 
 // Goes head by head, as each has its own codebook, which is then read once for many rows.
@@ -172,6 +155,7 @@ void CacheLayer::code_leaving(int thread, int n_threads) {
 }
 
 void CacheLayer::end_commit() {
+  if (has_keys_ && has_values_) window_.end_commit();
   for (CacheSide* s : {&keys_, &values_}) {
     s->rows().end_batch(changes_.moves);
     s->rows().end_loans([this](int64_t cell) { return window_.find(cell) >= 0; });

@@ -131,16 +131,21 @@ public:
   void begin_write(Kind kind, std::span<const int64_t> cells);
   /// Writes row `row` of the batch, [n_kv_heads * head_dim] f16. Several threads may write rows at once.
   void write_row(Kind kind, int row, const uint16_t* data);
-  /// To be called before a batch is attended to, once both its sides are written: encodes the cells that leave because
-  /// of the batch before, if that had several tokens (Window::settle). `visible` as in Window::commit.
+  /// Whether attention reads a cell's codes now, or will when the cell has left the window (Window::settle).
+  bool needs_codes(int64_t cell) const { return window_.find(cell) < 0 || window_.waits(cell); }
+  /// To be called before a batch is attended to, once both its sides are written (Window::settle). `visible` as in
+  /// Window::commit.
   void settle(const Window::Visible& visible);
   /// Ends the batch, in three steps for a team of threads:
   ///   begin_commit   one thread: the window decides which cells leave and which rows get slots
   ///   code_leaving   all threads: each encodes its share of the cells that leave
   ///   end_commit     one thread: the batch's rows are copied to their slots
-  /// Rows do not move before end_commit, so the batch may be attended to until then. `visible` as in Window::commit;
-  /// `queries`, those of the batch's rows, decide which cells matter most (without them, older cells do).
+  /// The batch is attended to before begin_commit or, so that each token sees what it would have seen alone
+  /// (Window::stages), behind code_leaving: codes lie beside the rows, which do not move before end_commit. `visible`
+  /// as in Window::commit; `queries`, those of the batch's rows, decide which cells matter most (without them, older
+  /// cells do).
   void begin_commit(const Window::Visible& visible, const BatchQueries& queries = {});
+  bool codes_leaving() const { return !changes_.leaving.empty(); }
   void code_leaving(int thread, int n_threads);
   void end_commit();
   void commit(const Window::Visible& visible, const BatchQueries& queries = {}) {
@@ -160,15 +165,12 @@ public:
 private:
   void code_abandoned();
   Window::Judge judge(const BatchQueries& queries) const;
-  void keep_queries(const BatchQueries& queries, size_t n_rows);
 
   CacheSide keys_, values_;
   Window window_;
   bool has_keys_ = false, has_values_ = false;  // of the batch in flight
   Window::Changes changes_;                     // between begin_commit and end_commit
   Kind arrived_ = Kind::key;                    // of the row that take_row got last
-  std::vector<float> queries_;  // of the last batch, while cells wait for settle to leave: [row][head][dim]
-  BatchQueries kept_queries_;   // a view of queries_
 };
 
 }  // namespace thimble

@@ -39,7 +39,18 @@ void Window::forget(int64_t cell) {
   if (slot >= 0) empty(slots_[slot]);
 }
 
+bool Window::waits(int64_t cell) const {
+  const int slot = find(cell);
+  return slot >= 0 && slots_[slot].waits_for > 0;
+}
+
+void Window::wait(Slot& slot, uint64_t token) {
+  n_waiting_ += (token > 0) - (slot.waits_for > 0);
+  slot.waits_for = token;
+}
+
 void Window::empty(Slot& slot) {
+  wait(slot, 0);
   n_used_[stream_of(slot.cell)]--;
   slot_of_.erase(slot.cell);
   slot.cell = -1;
@@ -58,7 +69,7 @@ int Window::free_slot() {
 }
 
 void Window::fill(int slot, int64_t cell, uint64_t order, uint64_t sequence) {
-  slots_[slot] = {cell, order, sequence};
+  slots_[slot] = {cell, order, sequence, 0};
   slot_of_[cell] = slot;
   n_used_[stream_of(cell)]++;
   listed_ = false;
@@ -71,9 +82,11 @@ void Window::clear() {
   slot_of_.clear();
   batch_.clear();
   rows_.clear();
+  stages_.clear();
   listed_ = true;
+  commits_ = false;
   arriving_ = 0;
-  settles_ = false;
+  n_waiting_ = 0;
 }
 
 const std::vector<Window::Row>& Window::rows() const {
@@ -89,6 +102,7 @@ const std::vector<Window::Row>& Window::rows() const {
 }
 
 void Window::begin_batch(std::span<const int64_t> cells) {
+  if (commits_) end_commit();  // that of a graph that failed
   arriving_ = 0;
   rows();
   batch_.assign(cells.begin(), cells.end());
@@ -108,44 +122,65 @@ void Window::begin_batch(std::span<const int64_t> cells) {
   listed_ = true;
 }
 
-// Marks which of a sequence's exact cells stay: all, if they are no more than `most`; else the `last` that were written
-// last and, of the others, the size_.pool that matter most.
-void Window::keep(Members& sequence, int last, int spare, int most, const Judge& judge) const {
-  const int n = int(sequence.size());
-  if (n <= most) {
-    for (Candidate* c : sequence) c->keep = true;
-    return;
-  }
-  std::sort(sequence.begin(), sequence.end(), [](auto* a, auto* b) { return a->order < b->order; });
-  int n_new = 0;
-  for (const Candidate* c : sequence) n_new += c->row.in_flight;
-  // A batch of few tokens is treated as if its tokens had come one by one: cells leave when the sequence has one cell
-  // too many, and the tokens behind that one do not count yet. `end` is the number of cells at that moment.
-  const int end = n_new <= spare ? last + size_.pool + spare + 1 : n;
-  // Batch rows whose queries decide: of a prompt all; else the row that was one too many or, where that was in an
-  // earlier batch, the first of this batch.
-  std::vector<int> judges;
-  for (const Candidate* c : sequence) {
-    const bool is_one = judges.empty() && c->row.in_flight, decides = c == sequence[end - 1] && c->order > n_before_;
-    if (n_new <= spare && decides) judges.clear();
-    if (n_new > spare ? c->row.in_flight : decides || is_one) judges.push_back(int(c->order - n_before_ - 1));
-  }
-  for (int i = end - last; i < n; i++) sequence[i]->keep = true;
-
+// Of a sequence's first `end` exact cells, in order of writing, those that leave: the ones that are neither the `last`
+// that were written last nor, of the others, the size_.pool that matter most to the batch rows `judges`.
+Window::Members Window::leaving(const Members& sequence, int end, int last, std::span<const int> judges,
+                                const Judge& judge) const {
   const int n_others = end - last;
   std::vector<std::pair<float, int>> best(n_others);
   for (int i = 0; i < n_others; i++) best[i] = {float(-i), i};
   if (judge && size_.pool > 0 && !judges.empty()) {
-    std::vector<Row> rows(n);
+    std::vector<Row> rows(end);
     std::vector<float> scores(n_others);
-    for (int i = 0; i < n; i++) rows[i] = sequence[i]->row;
+    for (int i = 0; i < end; i++) rows[i] = sequence[i]->row;
     judge(judges, {rows.data(), size_t(n_others)}, {rows.data() + n_others, size_t(last)}, scores);
     for (int i = 0; i < n_others; i++) best[i].first = scores[i];
   }
   const int n_pool = std::min(size_.pool, n_others);
   std::partial_sort(best.begin(), best.begin() + n_pool, best.end(),
                     [](auto a, auto b) { return a.first != b.first ? a.first > b.first : a.second < b.second; });
-  for (int i = 0; i < n_pool; i++) sequence[best[i].second]->keep = true;
+  Members left;
+  for (int i = n_pool; i < n_others; i++) left.push_back(sequence[best[i].second]);
+  return left;
+}
+
+// Marks which of a sequence's exact cells stay behind the batch: all, if they are no more than `most`; else those that
+// would stay if the sequence had only its first `end` ones, and all behind these.
+void Window::keep(Members& sequence, int last, int most, int end, const Judge& judge) const {
+  Members left;
+  if (int(sequence.size()) > most) {
+    std::sort(sequence.begin(), sequence.end(), [](auto* a, auto* b) { return a->order < b->order; });
+    std::vector<int> judges;
+    for (const Candidate* c : sequence) {
+      if (c->row.in_flight) judges.push_back(c->row.index);
+    }
+    left = leaving(sequence, end, last, judges, judge);
+  }
+  const std::set<const Candidate*> leaves(left.begin(), left.end());
+  for (Candidate* c : sequence) c->keep = c->keep || !leaves.count(c);
+}
+
+// The same for `n_new` tokens of a sequence, as if each were a batch: cells leave with a token that is one too many.
+void Window::come_one_by_one(Members& sequence, int n_new, const Judge& judge) const {
+  if (int(sequence.size()) <= size_.total()) {
+    for (Candidate* c : sequence) c->keep = true;
+    return;
+  }
+  std::sort(sequence.begin(), sequence.end(), [](auto* a, auto* b) { return a->order < b->order; });
+  const auto first = sequence.end() - n_new;
+  Members exact(sequence.begin(), first);
+  for (auto token = first; token != sequence.end(); ++token) {
+    exact.push_back(*token);
+    // Cells beyond one too many, which a loaded state may have, do not count yet.
+    const int end = size_.total() + 1, row = (*token)->row.index;
+    if (int(exact.size()) < end) continue;
+    for (Candidate* c : leaving(exact, end, size_.last, {&row, 1}, judge)) {
+      std::erase(exact, c);
+      c->row.exact_to = row;
+      if (token != first) c->waits_for = (*token)->order;
+    }
+  }
+  for (Candidate* c : exact) c->keep = true;
 }
 
 // Where the sequences of one batch together keep more cells than there are slots, halves the last cells that each keeps
@@ -155,13 +190,17 @@ void Window::fit(std::vector<Candidate>& candidates, std::vector<Members>& seque
     std::vector<int> n(n_used_.size());
     int most = 0;
     for (const Candidate& c : candidates) {
-      if (c.keep) most = std::max(most, ++n[stream_of(c.row.cell)]);
+      if (c.stays()) most = std::max(most, ++n[stream_of(c.row.cell)]);
     }
     return most - max_slots_per_stream_;
   };
   for (int last = size_.last; excess() > 0; last /= 2) {
-    for (Candidate& c : candidates) c.keep = false;
-    for (Members& sequence : sequences) keep(sequence, last, 0, last + size_.pool, judge);
+    for (Candidate& c : candidates) {
+      c.keep = false;
+      c.waits_for = 0;
+      c.row.exact_to = kAllRows;
+    }
+    for (Members& sequence : sequences) keep(sequence, last, last + size_.pool, int(sequence.size()), judge);
     if (last > 0) continue;
     std::vector<int> n(n_used_.size());
     for (Candidate& c : candidates) c.keep = c.keep && ++n[stream_of(c.row.cell)] <= max_slots_per_stream_;
@@ -212,7 +251,7 @@ int Window::place(int64_t cell, std::vector<Row>& leaving) {
   candidates.push_back({{int32_t(cell), false, -1}, n_written_ + 1, arriving_});
   Members members;
   for (Candidate& c : candidates) members.push_back(&c);
-  keep(members, size_.last, size_.spare, size_.slots(), nullptr);
+  keep(members, size_.last, size_.total() + size_.spare, size_.total() + 1, nullptr);
   for (const Candidate& c : candidates) {
     if (!c.keep && c.row.index >= 0) empty(slots_[c.row.index]);
   }
@@ -234,7 +273,9 @@ void Window::copy_stream(int from, int to) {
   for (size_t i = 0; i < slots_.size(); i++) {
     const Slot source = slots_[i];
     if (source.cell < 0 || stream_of(source.cell) != from) continue;
-    fill(free_slot(), source.cell + (to - from) * n, source.order, source.sequence);
+    const int slot = free_slot();
+    fill(slot, source.cell + (to - from) * n, source.order, source.sequence);
+    wait(slots_[slot], source.waits_for);
   }
 }
 
@@ -270,71 +311,116 @@ std::vector<Window::Members> Window::sequences(std::vector<Candidate>& candidate
   return all;
 }
 
-std::vector<Window::Row> Window::settle(const Visible& visible, const Judge& judge) {
-  std::vector<Row> leaving;
-  if (!settles_) return leaving;
-  settles_ = false;
-  std::vector<Candidate> all = candidates();
-  for (Members& sequence : sequences(all, visible)) {
-    std::erase_if(sequence, [](const Candidate* c) { return c->row.in_flight; });
-    keep(sequence, size_.last, size_.spare, size_.total(), judge);
-    for (const Candidate* c : sequence) {
-      // Where several sequences see a cell, it has the number of one of them, and that one decides.
-      if (!c->keep && c->sequence == sequence.front()->sequence) leaving.push_back(c->row);
-    }
+void Window::settle(const Visible& visible) {
+  if (n_waiting_ == 0) return;
+  std::map<std::pair<int64_t, uint64_t>, int64_t> tokens;  // by stream and order: the cell
+  for (const Slot& slot : slots_) {
+    if (slot.cell >= 0) tokens[{stream_of(slot.cell), slot.order}] = slot.cell;
   }
-  for (const Row& row : leaving) empty(slots_[row.index]);
-  return leaving;
+  std::vector<Slot*> leaving;
+  for (Slot& slot : slots_) {
+    if (slot.waits_for == 0) continue;
+    const auto token = tokens.find({stream_of(slot.cell), slot.waits_for});
+    bool is_seen = false, leaves = false;
+    for (int row = 0; row < int(batch_.size()) && !leaves; row++) {
+      if (!visible(row, slot.cell)) continue;
+      is_seen = true;
+      leaves = token != tokens.end() && visible(row, token->second);
+    }
+    if (leaves) leaving.push_back(&slot);
+    if (is_seen && !leaves) wait(slot, 0);
+  }
+  for (Slot* slot : leaving) empty(*slot);
 }
 
-Window::Changes Window::commit(const Visible& visible, const Judge& judge) {
+// The stages of the batch, where no sequence has more tokens than are treated as if they had come one by one, and one
+// has several.
+void Window::find_stages(const std::vector<Candidate>& candidates) {
+  stages_.clear();
+  std::vector<uint64_t> sequences(batch_.size());
+  std::set<int> ends;  // rows that cells leave with
+  for (const Candidate& c : candidates) {
+    if (c.row.in_flight) sequences[c.row.index] = c.sequence;
+    if (!c.keep) ends.insert(c.row.exact_to);
+  }
+  std::map<uint64_t, int> n_tokens;
+  int most = 0;
+  for (uint64_t sequence : sequences) most = std::max(most, ++n_tokens[sequence]);
+  if (most < 2 || most > size_.one_by_one()) return;
+  for (int row = 0; row < int(batch_.size()); row++) {
+    if (row == 0 || sequences[row] != sequences[row - 1] || ends.count(row - 1)) stages_.push_back({row, 0});
+    stages_.back().n++;
+  }
+}
+
+Window::Changes Window::begin_commit(const Visible& visible, const Judge& judge) {
   const uint64_t seen_from = n_sequences_ + 1;
   std::vector<Candidate> all = candidates();
   std::vector<Members> seen;
   if (max_slots_ > 0) seen = sequences(all, visible);
-  n_before_ = n_written_;
   n_written_ += batch_.size();
-  settles_ = false;
   for (Members& sequence : seen) {
     int n_new = 0;
     for (const Candidate* c : sequence) n_new += c->row.in_flight;
-    const bool waits = n_new > 1 && n_new <= size_.spare;
-    keep(sequence, size_.last, size_.spare, waits ? size_.slots() : size_.total(), judge);
-    settles_ = settles_ || (waits && int(sequence.size()) > size_.total());
+    if (n_new <= size_.one_by_one()) {
+      come_one_by_one(sequence, n_new, judge);
+    } else {
+      keep(sequence, size_.last, size_.total(), int(sequence.size()), judge);
+    }
   }
   fit(all, seen, judge);
+  if (batch_.size() > 1 && max_slots_ > 0) find_stages(all);
+  rows();
+  if (!stages_.empty()) {
+    for (size_t i = 0; i < all.size(); i++) {  // candidates are in the order of rows
+      if (!all[i].keep) rows_[i].exact_to = all[i].row.exact_to;
+    }
+  }
 
   std::map<int64_t, int> arriving;  // by stream
   for (const Candidate& c : all) {
     if (c.row.in_flight) {
-      if (c.keep) arriving[stream_of(c.row.cell)]++;
+      if (c.stays()) arriving[stream_of(c.row.cell)]++;
       continue;
     }
+    Slot& slot = slots_[c.row.index];
     const bool is_seen = c.sequence >= seen_from, gone = !is_seen && overwritten_.count(c.sequence);
     // Cells of a sequence that is gone leave when their slots are needed, not at once: the next sequence will write
     // over most of them, and a cell that is written over need not be encoded.
-    slots_[c.row.index].sequence = gone ? kGone : c.sequence;
-    if (is_seen && !c.keep) empty(slots_[c.row.index]);
+    slot.sequence = gone ? kGone : c.sequence;
+    if (!is_seen) continue;
+    wait(slot, c.keep ? 0 : c.waits_for);
+    if (!c.stays()) empty(slot);
   }
   for (const auto& [stream, n] : arriving) make_room(stream, n, seen_from);
   Changes changes;
   for (const Candidate& c : all) {
-    if (!c.row.in_flight || !c.keep) continue;
+    if (!c.row.in_flight || !c.stays()) continue;
     const int slot = free_slot();
     fill(slot, c.row.cell, c.order, c.sequence);
+    if (!c.keep) wait(slots_[slot], c.waits_for);
     changes.moves.push_back({c.row.index, slot});
   }
-  std::erase_if(rows_, [&](Row& row) {
+  next_rows_.clear();
+  for (size_t i = 0; i < all.size(); i++) {
+    const Row& row = rows_[i];
     const int slot = row.in_flight ? find(row.cell) : row.index;
     const bool stays = slot >= 0 && slots_[slot].cell == row.cell;
-    if (!stays) changes.leaving.push_back(row);
-    if (stays) row = {row.cell, false, slot};
-    return !stays;
-  });
+    if (!stays || (!all[i].keep && all[i].waits_for > 0)) changes.leaving.push_back(row);
+    if (stays) next_rows_.push_back({row.cell, false, slot});
+  }
   listed_ = true;
+  commits_ = true;
+  return changes;
+}
+
+void Window::end_commit() {
+  rows_.swap(next_rows_);
+  listed_ = true;
+  commits_ = false;
+  stages_.clear();
   batch_.clear();
   overwritten_.clear();
-  return changes;
 }
 
 }  // namespace thimble

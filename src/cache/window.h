@@ -10,9 +10,13 @@
 // earlier one's cell, and the cells that the last row of a sequence sees are the sequence. The numbers of cells say
 // nothing: a restored, shifted or shared cache puts tokens into any cells.
 //
-// Some tokens of a batch of several may be drafts that llama.cpp takes back. So a batch of 2 to `spare` tokens of a
-// sequence makes no cell leave. The mask of the next batch shows which tokens stayed; before that batch is attended to,
-// those cells leave that would have left if the tokens had come one by one (settle).
+// A batch may have several tokens of a sequence, up to WindowSize::one_by_one(), that are decoded at once (speculative
+// decoding). They are treated as if they had come one by one: cells leave with the token that was one too many, chosen
+// by that token's queries, and the tokens behind it attend to those cells from their codes (Row::exact_to, stages).
+// Such a token may be a draft that llama.cpp takes back, and then its cells must not have left. So what leaves with any
+// but a sequence's first token of a batch keeps its slot, beside its codes, and waits: the mask of the sequence's next
+// batch shows which tokens stayed (settle). More tokens at once are a prompt: cells leave behind the batch, by the
+// queries of all its tokens.
 //
 // Rows of a loaded state count as written in the order in which they arrive. Rows that arrive together count as one
 // sequence until a batch shows which sequences there are.
@@ -25,8 +29,10 @@
 // This class only records which cell has which slot; ExactRows holds the rows themselves.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <map>
 #include <set>
 #include <span>
@@ -39,9 +45,12 @@ struct WindowSize {
   int last = 128;
   int pool = 40;
   int spare = 16;  // so many cells leave and are encoded together, so that a codebook is read once for all of them
+  int drafts = 0;  // tokens of a sequence that are decoded at once, where they may be more than `spare`
   int total() const { return last + pool + spare; }
-  /// Slots that a sequence may need: after a batch of several tokens, up to `spare` cells wait for settle to leave.
-  int slots() const { return total() + spare; }
+  /// So many tokens of a sequence in a batch are treated as if they had come one by one.
+  int one_by_one() const { return std::max({spare, drafts, 1}); }
+  /// Slots that a sequence may need: behind a batch of several tokens, so many cells may wait for settle.
+  int slots() const { return total() + std::max(spare, drafts); }
   bool operator==(const WindowSize&) const = default;
 };
 
@@ -56,11 +65,17 @@ public:
   /// four times size.slots(), one of several streams just size.slots(); none gets more than max(size.slots(), cells).
   static int slots_of_stream(WindowSize size, int64_t cells_per_stream, int n_streams);
 
+  static constexpr int32_t kAllRows = std::numeric_limits<int32_t>::max();
   /// An exact row: one in a slot, or one of the batch in flight.
   struct Row {
     int32_t cell;
     bool in_flight;
-    int32_t index;  // slot, or row of the batch
+    int32_t index;                // slot, or row of the batch
+    int32_t exact_to = kAllRows;  // batch rows behind this one attend to the cell from its codes
+  };
+  /// Adjacent rows of a batch, of one sequence, that attend to the same cells exactly.
+  struct Stage {
+    int32_t first, n;
   };
   /// A row of the batch that goes to a slot.
   struct Move {
@@ -69,7 +84,7 @@ public:
   };
   /// What the end of a batch changes. One slot may be both left by a cell and moved into by another.
   struct Changes {
-    std::vector<Row> leaving;  // cells to encode from these rows, which are void afterwards
+    std::vector<Row> leaving;  // cells to encode from these rows: those that leave, and those that wait to leave
     std::vector<Move> moves;
   };
 
@@ -86,12 +101,22 @@ public:
   /// the rows `recent`; a greater score matters more.
   using Judge = std::function<void(std::span<const int> batch_rows, std::span<const Row> rows,
                                    std::span<const Row> recent, std::span<float> scores)>;
-  /// To be called before a batch is attended to, where settles() is true: returns the rows that leave because of the
-  /// previous batch. `judge` gets rows of that previous batch.
-  std::vector<Row> settle(const Visible& visible, const Judge& judge = nullptr);
-  bool settles() const { return settles_; }
-  /// Ends the batch. Without a judge, older cells matter more.
-  Changes commit(const Visible& visible, const Judge& judge = nullptr);
+  /// To be called before a batch is attended to: cells that wait leave where the token that they were to leave with is
+  /// seen by this batch, and else stay. Those of sequences that this batch does not show go on waiting.
+  void settle(const Visible& visible);
+  /// Ends the batch, in two steps. begin_commit decides what the end of the batch changes; rows() stays as it is until
+  /// end_commit, but for exact_to. Without a judge, older cells matter more.
+  Changes begin_commit(const Visible& visible, const Judge& judge = nullptr);
+  void end_commit();
+  Changes commit(const Visible& visible, const Judge& judge = nullptr) {
+    Changes changes = begin_commit(visible, judge);
+    end_commit();
+    return changes;
+  }
+  /// Between begin_commit and end_commit: the stages of the batch's rows, in order, where several tokens of a sequence
+  /// are treated as if they had come one by one. Empty where all rows attend to the same cells exactly: where each
+  /// sequence has one token, or some sequence reads a prompt.
+  const std::vector<Stage>& stages() const { return stages_; }
 
   /// Finds a slot for a cell of a loaded state; -1 where there is none. Rows that have to leave for it are appended to
   /// `leaving`.
@@ -102,6 +127,8 @@ public:
   void copy_stream(int from, int to);
   /// Slot of a cell, or -1.
   int find(int64_t cell) const;
+  /// Whether a cell with a slot has codes as well, which are attended to when it has left.
+  bool waits(int64_t cell) const;
   void forget(int64_t cell);
   void clear();
 
@@ -111,25 +138,32 @@ public:
 private:
   struct Slot {
     int64_t cell = -1;
-    uint64_t order = 0;     // of writing
-    uint64_t sequence = 0;  // that saw it last. Each batch gives its sequences new, greater numbers: less is older
+    uint64_t order = 0;      // of writing
+    uint64_t sequence = 0;   // that saw it last. Each batch gives its sequences new, greater numbers: less is older
+    uint64_t waits_for = 0;  // order of the token that the cell leaves with if that token stays, or 0
   };
   struct Candidate {
     Row row;
     uint64_t order = 0;
     uint64_t sequence = 0;
     bool keep = false;
+    uint64_t waits_for = 0;
+    bool stays() const { return keep || waits_for > 0; }
   };
   using Members = std::vector<Candidate*>;
   int64_t stream_of(int64_t cell) const { return cell / cells_per_stream_; }
   std::vector<Candidate> candidates() const;
   std::vector<Members> sequences(std::vector<Candidate>& candidates, const Visible& visible);
-  void keep(Members& sequence, int last, int spare, int most, const Judge& judge) const;
+  Members leaving(const Members& sequence, int end, int last, std::span<const int> judges, const Judge& judge) const;
+  void keep(Members& sequence, int last, int most, int end, const Judge& judge) const;
+  void come_one_by_one(Members& sequence, int n_new, const Judge& judge) const;
   void fit(std::vector<Candidate>& candidates, std::vector<Members>& sequences, const Judge& judge) const;
   void make_room(int64_t stream, int n, uint64_t seen_from);
   int free_slot();
   void fill(int slot, int64_t cell, uint64_t order, uint64_t sequence);
   void empty(Slot& slot);
+  void wait(Slot& slot, uint64_t token);
+  void find_stages(const std::vector<Candidate>& candidates);
 
   WindowSize size_;
   int max_slots_;
@@ -137,15 +171,17 @@ private:
   int64_t cells_per_stream_;
   uint64_t n_sequences_ = 0;  // the greatest number that a sequence was given
   uint64_t n_written_ = 0;
-  uint64_t arriving_ = 0;  // number of the sequence that cells are placed for, or 0
-  uint64_t n_before_ = 0;  // n_written_ before the last committed batch
-  bool settles_ = false;
+  uint64_t arriving_ = 0;    // number of the sequence that cells are placed for, or 0
+  int n_waiting_ = 0;        // slots with waits_for
   std::vector<Slot> slots_;  // grows up to max_slots_
   std::vector<int> unused_;  // indices of empty slots
   std::vector<int> n_used_;  // by stream
   std::unordered_map<int64_t, int> slot_of_;
   std::vector<int64_t> batch_;
   std::set<uint64_t> overwritten_;  // sequences whose cells the batch took
+  std::vector<Stage> stages_;
+  std::vector<Row> next_rows_;  // of end_commit
+  bool commits_ = false;        // between begin_commit and end_commit
   mutable std::vector<Row> rows_;
   mutable bool listed_ = true;  // rows_ is up to date with slots_ and batch_
 };

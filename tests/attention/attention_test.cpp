@@ -52,26 +52,28 @@ HeadCodec codec_for(const Case& c, Kind kind, unsigned seed) {
   return codec;
 }
 
-// The cells that each stream and KV head retrieves: those of the `top` greatest scores, the lower cell of equal ones.
+// The cells that each stream, KV head and token retrieves: those of the `top` greatest scores, the lower cell of equal
+// ones.
 // By the kernel's own scores, since kernels may order nearly equal scores differently.
 std::vector<std::set<int>> retrieved(const Case& c, const Kernels& kernels, const CacheLayer& layer,
                                      const AttentionProblem& p) {
   std::vector<std::set<int>> chosen;
-  const int n_blocks = (c.n_cells + kBlockCells - 1) / kBlockCells, n_rows = c.n_tokens * c.group;
+  const int n_blocks = (c.n_cells + kBlockCells - 1) / kBlockCells, n_rows = c.group;
   for (int s = 0; s < c.n_streams; s++) {
     std::vector<uint64_t> hidden(n_blocks, 0);
     for (const auto& row : layer.window().rows()) {
       const int cell = row.cell % c.cells;
       if (row.cell / c.cells == s && cell < c.n_cells) hidden[cell / 64] |= uint64_t{1} << cell % 64;
     }
-    for (int h = 0; h < c.n_kv_heads; h++) {
+    for (int i = 0; i < c.n_kv_heads * c.n_tokens; i++) {
+      const int h = i / c.n_tokens, t = i % c.n_tokens;
       const HeadCodec &k = layer.keys().codec(h), &v = layer.values().codec(h);
       std::vector<float> q(size_t(n_rows) * c.k_dim), coded(q.size()), bias(n_rows), slope(n_rows);
       for (int r = 0; r < n_rows; r++) {
-        const int head = h * c.group + r % c.group;
+        const int head = h * c.group + r;
         float* row = &q[size_t(r) * c.k_dim];
         for (int d = 0; d < c.k_dim; d++) {
-          row[d] = p.scale * p.q[s * p.q_stream + head * p.q_head + r / c.group * p.q_token + d];
+          row[d] = p.scale * p.q[s * p.q_stream + head * p.q_head + t * p.q_token + d];
         }
         bias[r] = k.transform.query_bias(row);
         slope[r] = alibi_slope(c.max_bias, p.n_heads, head);
@@ -84,12 +86,11 @@ std::vector<std::set<int>> retrieved(const Case& c, const Kernels& kernels, cons
       std::vector<float> scores(size_t(n_blocks) * kBlockCells, NAN);
       Scratch scratch;
       kernels.score_codes({n_rows, c.group, c.k_dim, coded.data(), bias.data(), slope.data(), c.softcap}, cells,
-                          {p.mask ? p.mask + s * p.mask_stream : nullptr, ptrdiff_t(p.mask_token)}, scores.data(),
-                          scratch);
+                          {p.mask ? p.mask + s * p.mask_stream + t * p.mask_token : nullptr, ptrdiff_t(p.mask_token)},
+                          scores.data(), scratch);
       std::vector<int> order;
-      for (int i = 0; i < c.n_cells; i++) {
-        if (std::isinf(scores[i])) continue;
-        order.push_back(i);
+      for (int cell = 0; cell < c.n_cells; cell++) {
+        if (!std::isinf(scores[cell])) order.push_back(cell);
       }
       std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return scores[a] > scores[b]; });
       order.resize(std::min(order.size(), size_t(c.top)));
@@ -267,33 +268,34 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
   double error = 0, size = 0;
   std::vector<float> k_row(layer.keys().row_size()), v_row(layer.values().row_size());
   for (int s = 0; s < c.n_streams; s++) {
-    std::vector<std::vector<float>> ks, vs;
-    std::vector<std::vector<char>> is_coded(c.n_kv_heads, std::vector<char>(c.n_cells, 1));
-    std::vector<char> in_window(c.n_cells, 0);
+    std::vector<std::vector<float>> ks[2], vs[2];  // of codes, and of exact rows where there are any
+    std::vector<char> in_window(c.n_cells, 0), has_row(c.n_cells, 0);
     for (int i = 0; i < c.n_cells; i++) {
       const int64_t cell = int64_t(s) * c.cells + i;
       layer.keys().decode_row(cell, k_row.data());
       layer.values().decode_row(cell, v_row.data());
+      ks[0].push_back(k_row);
+      vs[0].push_back(v_row);
+      const uint16_t *key = layer.exact_row(Kind::key, cell), *value = layer.exact_row(Kind::value, cell);
       for (const auto& row : layer.window().rows()) {
         if (row.cell != cell) continue;
         in_window[i] = 1;
-        for (size_t d = 0; d < k_row.size(); d++) k_row[d] = half_to_float(layer.keys().row_data(row)[d]);
-        for (size_t d = 0; d < v_row.size(); d++) v_row[d] = half_to_float(layer.values().row_data(row)[d]);
-        for (auto& of_head : is_coded) of_head[i] = 0;
+        key = layer.keys().row_data(row);
+        value = layer.values().row_data(row);
       }
-      for (int h = 0; h < c.n_kv_heads && c.top > 0; h++) {
-        if (!from_store && !chosen[s * c.n_kv_heads + h].count(i)) continue;
-        if (!layer.exact_row(Kind::key, cell) || !layer.exact_row(Kind::value, cell)) continue;  // the store is full
-        is_coded[h][i] = 0;
-        const int k0 = h * c.k_dim, v0 = h * c.v_dim;
-        for (int d = k0; d < k0 + c.k_dim; d++) k_row[d] = half_to_float(layer.exact_row(Kind::key, cell)[d]);
-        for (int d = v0; d < v0 + c.v_dim; d++) v_row[d] = half_to_float(layer.exact_row(Kind::value, cell)[d]);
-      }
-      ks.push_back(k_row);
-      vs.push_back(v_row);
+      has_row[i] = key && value;  // else the store is full
+      for (size_t d = 0; d < k_row.size() && has_row[i]; d++) k_row[d] = half_to_float(key[d]);
+      for (size_t d = 0; d < v_row.size() && has_row[i]; d++) v_row[d] = half_to_float(value[d]);
+      ks[1].push_back(k_row);
+      vs[1].push_back(v_row);
     }
     for (int t = 0; t < c.n_tokens; t++) {
       for (int h = 0; h < n_heads; h++) {
+        const std::set<int>* mine =
+            chosen.empty() ? nullptr : &chosen[(s * c.n_kv_heads + h / c.group) * c.n_tokens + t];
+        const auto is_exact = [&](int i) {
+          return in_window[i] || (has_row[i] && c.top > 0 && (from_store || mine->count(i)));
+        };
         std::vector<double> scores(c.n_cells), expected(c.v_dim, 0.0);
         const float* query = &q[((size_t(s) * n_heads + h) * c.n_tokens + t) * c.k_dim];
         // What the scores of coded cells lack: half the variance of their errors.
@@ -306,16 +308,14 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
         }
         double top = c.sinks ? sinks[h] : -1e300, sum = 0;
         for (int i = 0; i < c.n_cells; i++) {
-          double dot = p.scale * product(query, &ks[i][h / c.group * c.k_dim], c.k_dim);
-          if (is_coded[h / c.group][i]) dot += lacking;
+          double dot = p.scale * product(query, &ks[is_exact(i)][i][h / c.group * c.k_dim], c.k_dim);
+          if (!is_exact(i)) dot += lacking;
           if (c.softcap != 0) dot = c.softcap * std::tanh(dot / c.softcap);
           if (c.mask) {
             const float m = half_to_float(mask[(size_t(s) * c.n_tokens + t) * c.n_cells + i]);
             dot += std::isinf(m) ? m : alibi_slope(c.max_bias, n_heads, h) * m;
           }
-          if (c.drop_tail && !in_window[i] && !chosen.empty() && !chosen[s * c.n_kv_heads + h / c.group].count(i)) {
-            dot = -INFINITY;
-          }
+          if (c.drop_tail && !in_window[i] && mine && !mine->count(i)) dot = -INFINITY;
           scores[i] = dot;
           top = std::max(top, dot);
         }
@@ -323,7 +323,7 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
         for (int i = 0; i < c.n_cells; i++) {
           const double w = std::exp(scores[i] - top);
           sum += w;
-          add(w, &vs[i][h / c.group * c.v_dim], c.v_dim, expected.data());
+          add(w, &vs[is_exact(i)][i][h / c.group * c.v_dim], c.v_dim, expected.data());
         }
         for (int d = 0; d < c.v_dim; d++) {
           const double e = sum > 0 ? expected[d] / sum : 0;  // nothing visible: zeros

@@ -19,12 +19,12 @@ public:
 
   // Writes one token for each given sequence, at the lowest free cells. Without a judge the oldest cells matter most.
   void decode(const std::vector<int>& sequences, const Window::Judge& judge = nullptr) {
-    begin(sequences, judge);
+    begin(sequences);
     window.commit([&](int row, int64_t cell) { return sees(row, cell); }, judge);
   }
   // Positions of a sequence that its next token finds exact.
-  std::set<int> exact_of_next(int sequence, const Window::Judge& judge) {
-    begin({sequence}, judge);
+  std::set<int> exact_of_next(int sequence) {
+    begin({sequence});
     return exact(sequence);
   }
   void take_back(int sequence, int n) {
@@ -60,7 +60,7 @@ public:
   Window window;
 
 private:
-  void begin(const std::vector<int>& sequences, const Window::Judge& judge) {
+  void begin(const std::vector<int>& sequences) {
     batch_.clear();
     for (int s : sequences) {
       int64_t cell = 0;
@@ -70,7 +70,7 @@ private:
     }
     window.begin_batch(batch_);
     EXPECT_GE(window.rows().size(), batch_.size());
-    window.settle([&](int row, int64_t cell) { return sees(row, cell); }, judge);
+    window.settle([&](int row, int64_t cell) { return sees(row, cell); });
   }
   bool sees(int row, int64_t cell) const {
     const auto it = owner_.find(cell);
@@ -243,10 +243,54 @@ TEST(Window, AfterSeveralTokensAtOnceWhatStaysIsAsOneByOne) {
         together.take_back(0, wrong);
         // Compares at the next token, which makes cells leave.
         Sequences next = together, next_alone = alone;
-        const std::set<int> exact = next.exact_of_next(0, judge), exact_alone = next_alone.exact_of_next(0, judge);
+        const std::set<int> exact = next.exact_of_next(0), exact_alone = next_alone.exact_of_next(0);
         EXPECT_EQ(exact, exact_alone) << n << " + " << batch << " - " << wrong;
       }
     }
+  }
+}
+
+// Cells that wait for a draft go on waiting while other sequences decode, and leave or stay as the draft did.
+TEST(Window, CellsWaitForTheirOwnSequence) {
+  constexpr WindowSize kSpare{10, 4, 5};
+  for (bool taken_back : {false, true}) {
+    Sequences s(kSpare, 4 * kSpare.slots(), 1000);
+    for (int n = 0; n < kSpare.total() - 1; n++) s.decode({0});
+    s.decode({0, 0, 0});  // cells leave with the second
+    EXPECT_EQ(s.exact(0).size(), size_t(kSpare.total() + 2));
+    if (taken_back) s.take_back(0, 2);
+    for (int n = 0; n < 3; n++) s.decode({1, 1});
+    EXPECT_EQ(s.exact_of_next(0).size(), size_t(taken_back ? kSpare.total() + 1 : kSpare.last + kSpare.pool + 2));
+  }
+}
+
+// What a token makes leave, tokens behind it attend to from codes; a sequence's first token is no draft.
+TEST(Window, StagesBeginBehindATokenThatIsOneTooMany) {
+  constexpr WindowSize kSpare{10, 4, 5};
+  const auto sees_all = [](int row, int64_t cell) { return cell < 500 || cell - 500 <= row; };
+  for (int before : {kSpare.total() - 3, kSpare.total() - 2, kSpare.total() - 1, kSpare.total()}) {
+    Window window(kSpare, kSpare.slots(), 1000);
+    for (int64_t cell = 0; cell < before; cell++) {
+      window.begin_batch({&cell, 1});
+      EXPECT_TRUE(window.begin_commit(sees_all).leaving.empty());
+      EXPECT_TRUE(window.stages().empty());
+      window.end_commit();
+    }
+    window.begin_batch(std::vector<int64_t>{500, 501, 502});
+    window.settle(sees_all);
+    const size_t n_left = window.begin_commit(sees_all).leaving.size();
+    const int last = kSpare.total() - before;  // the row that cells leave with
+    EXPECT_EQ(n_left, last < 3 ? size_t(kSpare.spare + 1) : 0);
+    std::vector<int> firsts;
+    for (const Window::Stage& stage : window.stages()) firsts.push_back(stage.first);
+    EXPECT_EQ(firsts, last < 2 ? (std::vector<int>{0, last + 1}) : std::vector<int>{0});
+    size_t n_marked = 0;
+    for (const Window::Row& row : window.rows()) n_marked += row.exact_to == last;
+    EXPECT_EQ(n_marked, n_left);
+    window.end_commit();
+    // Those that left with the first token are gone, others wait.
+    EXPECT_EQ(window.rows().size(), before + 3 - (last == 0 ? n_left : 0));
+    EXPECT_EQ(window.waits(4), last == 1 || last == 2);
   }
 }
 
@@ -393,7 +437,7 @@ TEST(Window, Vectors) {
       }
       const auto sees = [&](int row, int64_t cell) { return owners.sees(cells[row], cell); };
       window.begin_batch(cells);
-      window.settle(sees, judge);
+      window.settle(sees);
       std::vector<int64_t> exact;
       for (const Window::Row& row : window.rows()) exact.push_back(row.cell);
       ASSERT_EQ(exact, step.exact) << script.name << ", batch " << n_writes;

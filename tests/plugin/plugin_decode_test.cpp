@@ -225,18 +225,23 @@ std::vector<Logits> decode_drafts(const Options& options, int n, int wrong) {
   return accepted;
 }
 
+// What is left is the rounding of sums, which now and then tips a code over or has another cell retrieved.
 TEST_F(PluginDecode, SeveralTokensAtOnceSeeWhatEachWouldHaveSeenAlone) {
-  for (double bits : {2.0, 4.0}) {
-    Options options;
-    options.bits = bits;
-    options.last = 128;
-    options.pool = 40;
-    const std::vector<Logits> alone = decode_drafts(options, 1, 0);
-    for (const auto& [n, wrong] : {std::pair{2, 0}, {4, 3}, {8, 0}, {8, 5}, {16, 0}, {16, 9}}) {
-      const Difference difference = compare(alone, decode_drafts(options, n, wrong));
-      std::printf("%g bits, %d tokens, %d taken back: KL mean %.1e, max %.1e\n", bits, n, wrong, difference.mean_kl,
+  Options f16, bits4, bits2, retrieves;
+  f16.plain_flash_attention = true;
+  bits4.bits = 4;
+  bits2.bits = retrieves.bits = 2;
+  retrieves.retrieval = "top=64";
+  for (Options* options : {&f16, &bits4, &bits2, &retrieves}) {
+    options->last = 128;
+    options->pool = 40;
+    const std::string name = options->coded() ? options->kv() : "f16";
+    const std::vector<Logits> alone = decode_drafts(*options, 1, 0);
+    for (const auto& [n, wrong] : {std::pair{2, 0}, {4, 3}, {9, 0}, {8, 5}, {16, 0}, {16, 9}}) {
+      const Difference difference = compare(alone, decode_drafts(*options, n, wrong));
+      std::printf("%s, %d tokens, %d taken back: KL mean %.1e, max %.1e\n", name.c_str(), n, wrong, difference.mean_kl,
                   difference.max_kl);
-      EXPECT_LT(difference.mean_kl, 1e-3) << bits << " bits, " << n << " tokens, " << wrong << " taken back";
+      EXPECT_LT(difference.mean_kl, 1e-5) << name << ", " << n << " tokens, " << wrong << " taken back";
     }
   }
 }

@@ -21,7 +21,7 @@ class Model:
         self.importance = {}
         self.length = {}
         self.order = self.number = 0
-        self.waits = False
+        self.waits = {}      # stream: the greatest order before its last batch, where cells wait for the next
 
     def own(self, cell, sequence, importance):
         position = self.length.get(sequence, 0)
@@ -57,25 +57,30 @@ class Model:
         overwritten = {self.exact.pop(c)[1] for c in batch if c in self.exact}
         for token in tokens:
             self.own(*token)
-        if self.waits:
+        streams = {c // self.cells for c in batch}
+        if streams & set(self.waits):
             for _, members in self.sequences(batch, batch + list(self.exact)):
                 mine = {c: self.exact[c][0] for c in members if c in self.exact}
-                if len(mine) > total:
+                before = self.waits.get(members[0] // self.cells)
+                if before is not None and len(mine) > total:
                     anchor = sorted(mine, key=mine.get)[total]
-                    for c in set(mine) - self.stays(mine, 0, mine[anchor] > self.order_before):
+                    for c in set(mine) - self.stays(mine, 0, mine[anchor] > before):
                         del self.exact[c]
         shown = sorted(list(self.exact) + batch)
         # The end of the batch.
         orders = {c: e[0] for c, e in self.exact.items()}
         orders.update({c: self.order + 1 + i for i, c in enumerate(batch)})
-        self.order_before, self.order = self.order, self.order + len(batch)
-        kept, seen, self.waits = set(), {}, False
+        before, self.order = self.order, self.order + len(batch)
+        self.waits = {s: b for s, b in self.waits.items() if s not in streams}
+        kept, seen = set(), {}
         for number, members in self.sequences(batch, list(orders)):
             n_new = len(set(members) & set(batch))
             mine = {c: orders[c] for c in members}
-            most = total + self.spare if 1 < n_new <= self.spare else total
+            # A sequence's first token of a batch is no draft: what leaves with it need not wait.
+            most = total + self.spare if 1 < n_new <= self.spare and len(mine) - n_new < total else total
             kept |= set(mine) if len(mine) <= most else self.stays(mine, n_new, True)
-            self.waits |= most > total and len(mine) > total
+            if most > total and len(mine) > total:
+                self.waits[members[0] // self.cells] = before
             seen.update({c: number for c in members})
         for c in list(self.exact):
             if c in seen:

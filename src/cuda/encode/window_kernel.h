@@ -315,17 +315,18 @@ struct WindowKernel {
     const int n_new = in_order(s, a.n_tokens, is_member, [](int, int) {}), n = n_old + n_new;
 
     const bool few = n_new > 1 && n_new <= w.spare;
-    const bool all = !commits || n <= (few ? total + w.spare : total);
+    const bool by_draft = few && n_old < total;  // cells leave with a token that may be taken back
+    const bool all = !commits || n <= (by_draft ? total + w.spare : total);
     int decides = -1;  // which of the new tokens, where attention is to keep its queries
     if (few && n > total) {
-      books.waits |= 1;
-      if (n_old <= total) decides = total - n_old;
+      decides = by_draft ? total - n_old : 0;
+      if (by_draft) books.waits |= 1;
     }
     if (!commits && !few && n > total) decides = n_new - 1;
     const int judge = int(books.n_judged);
     if (decides >= 0 && all && judge < kMaxTokens) {
       if (simt::thread() == 0) books.judged[judge] = number;
-      if (!few) books.finishes |= 1u << judge;
+      if (!by_draft) books.finishes |= 1u << judge;
       if (n_new > w.spare) books.waits |= 2u << judge;  // all its tokens count
       books.n_judged++;
     } else {
@@ -429,8 +430,6 @@ struct WindowKernel {
     any = simt::any_in_block(any);
     if (a.part == WindowArgs::finish) finish_batch(stream, books);
     if (any && begins) begin(stream, books);
-    // Cells wait for the next batch, not for one behind it.
-    if (!any && begins && a.part != WindowArgs::finish) books.waits &= ~1u;
     if (a.kept_cells && begins) {
       for_rows(a.capacity, [&](int row) { a.kept_cells[first + row] = row < n_rows ? s.cell[row] : -1; });
     }

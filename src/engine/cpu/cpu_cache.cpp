@@ -15,7 +15,7 @@ namespace {
 // retrieved, and has no spare cells, since a saved state, all exact rows then, would not tell which cells were coded.
 WindowSize window_size(const LayerPlan& plan) {
   WindowSize size = plan.window;
-  if (plan.top > 0) size.spare = size.pool = 0;
+  if (plan.top > 0 && size.total() > 0) size = {.last = size.last, .pool = 0, .spare = 0, .drafts = size.one_by_one()};
   return size;
 }
 
@@ -91,12 +91,13 @@ bool CpuCache::attend(const Lane& lane, const AttendTask& task, DenseAttention*)
   Layer& layer = layers_.at(task.layer);
   const Team& team = *lane.team;
   if (!team.lead([&] { begin_attend(layer, task, team.size()); })) return true;
+  if (task.ends_batch) code_leaving(*layer.cache, team);
   if (attention_.retrieves()) {
     attention_.retrieve(team.thread());
     team.wait();
   }
   attention_.attend(team.thread());
-  if (task.ends_batch) end_batch(*layer.cache, team);
+  if (task.ends_batch && team.is_last()) layer.cache->end_commit();
   return true;
 }
 
@@ -104,19 +105,21 @@ void CpuCache::begin_attend(Layer& layer, const AttendTask& task, int n_threads)
   CacheLayer& cache = *layer.cache;
   const AttentionProblem& problem = task.problem;
   settle(cache, task.sight());
+  if (task.ends_batch) {
+    begin_commit(cache, task.sight(),
+                 {problem.q, problem.n_heads, task.key_dim, problem.n_tokens, problem.q_token, problem.q_head,
+                  problem.q_stream});
+  }
   attention_.prepare(cache, problem, layer.retrieval, n_threads, kernels());
-  if (!task.ends_batch) return;
-  begin_commit(
-      cache, task.sight(),
-      {problem.q, problem.n_heads, task.key_dim, problem.n_tokens, problem.q_token, problem.q_head, problem.q_stream});
 }
 
 void CpuCache::read(const Lane& lane, const ReadTask& task) {
   Layer& layer = layers_.at(task.layer);
   const Team& team = *lane.team;
   if (!team.lead([&] { begin_read(layer, task); })) return;
+  if (task.ends_batch) code_leaving(*layer.cache, team);
   read_rows(layer, task, team.thread(), team.size());
-  if (task.ends_batch) end_batch(*layer.cache, team);
+  if (task.ends_batch && team.is_last()) layer.cache->end_commit();
 }
 
 void CpuCache::begin_read(Layer& layer, const ReadTask& task) {
@@ -164,7 +167,7 @@ static bool is_of_batch(const CacheLayer& cache, const BatchSight& sight) {
   return int64_t(cache.window().batch().size()) == sight.n_tokens * sight.n_streams;
 }
 
-// Lets cells leave that the batch before made too many.
+// Lets cells leave that wait to.
 void CpuCache::settle(CacheLayer& cache, const BatchSight& sight) {
   if (!is_of_batch(cache, sight)) return;
   const int64_t per_stream = cache.keys().shape().cells_per_stream;
@@ -178,10 +181,11 @@ void CpuCache::begin_commit(CacheLayer& cache, const BatchSight& sight, const Ba
                      matches ? queries : BatchQueries{});
 }
 
-void CpuCache::end_batch(CacheLayer& cache, const Team& team) {
-  team.wait();  // cells that leave the window are coded into blocks that other threads are still reading
+// Codes are written before they are read: tokens of this batch may attend to cells that left with earlier ones.
+void CpuCache::code_leaving(CacheLayer& cache, const Team& team) {
+  if (!cache.codes_leaving()) return;
   cache.code_leaving(team.thread(), team.size());
-  if (team.is_last()) cache.end_commit();
+  team.wait();
 }
 
 void CpuCache::read_cells(int layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) {
@@ -230,7 +234,7 @@ void CpuCache::write_keys(int layer, std::span<const int64_t> cells) {
   for (size_t i = 0; i < cells.size(); i++) {
     std::transform(keys_.begin() + i * row_size, keys_.begin() + (i + 1) * row_size, row.begin(), float_to_half);
     if (uint16_t* exact = cache.exact_row(Kind::key, cells[i])) std::copy(row.begin(), row.end(), exact);
-    if (cache.window().find(cells[i]) < 0) side.encode_row(row.data(), cells[i]);
+    if (cache.needs_codes(cells[i])) side.encode_row(row.data(), cells[i]);
   }
 }
 

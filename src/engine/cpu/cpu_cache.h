@@ -44,7 +44,7 @@ private:
   void begin_attend(Layer& layer, const AttendTask& task, int n_threads);
   static void settle(CacheLayer& cache, const BatchSight& sight);
   static void begin_commit(CacheLayer& cache, const BatchSight& sight, const BatchQueries& queries);
-  static void end_batch(CacheLayer& cache, const Team& team);
+  static void code_leaving(CacheLayer& cache, const Team& team);
   static void begin_read(Layer& layer, const ReadTask& task);
   static void read_rows(const Layer& layer, const ReadTask& task, int thread, int n_threads);
   static void write_rows(Layer& layer, const WriteTask& task, int thread, int n_threads);
