@@ -59,6 +59,12 @@ THIMBLE_HOST_DEVICE constexpr int cuda_position(Kind kind, int n_subspaces, int 
   return kind == Kind::key ? cuda_key_position(n_subspaces, subspace, cell) : cuda_value_position(subspace, cell);
 }
 
+/// Codewords in CodecTables::packed: which two bytes, of a codeword of width 2, are a value's subspace m. The subspaces
+/// u * 16 + g and u * 16 + 8 + g make one 32-bit entry, as the value table has them.
+THIMBLE_HOST_DEVICE constexpr int packed_pair(int subspace) {
+  return (subspace / 16 * 8 + subspace % 8) * 2 + subspace / 8 % 2;
+}
+
 /// Place of a code among those of a unit, whose subspaces are `in_unit` in number.
 THIMBLE_HOST_DEVICE constexpr int tile_position(Kind kind, int subspace, int number, int in_unit, int cell) {
   const int of_key = cell % 8 * 8 + cell / 8;
@@ -81,6 +87,16 @@ struct CodeOrder {
     if (width > 0) return d / width;
     const int behind2 = d - 2 * n_width2, behind4 = behind2 - 4 * n_width4;
     return behind2 < 0 ? d / 2 : n_width2 + (behind4 < 0 ? behind2 / 4 : n_width4 + behind4 / 8);
+  }
+  /// Of component d's subspace: how many components it has, and the first of them.
+  THIMBLE_HOST_DEVICE constexpr int width_of(int d) const {
+    if (width > 0) return width;
+    return d < 2 * n_width2 ? 2 : d < 2 * n_width2 + 4 * n_width4 ? 4 : 8;
+  }
+  THIMBLE_HOST_DEVICE constexpr int first_of(int d) const {
+    const int of_width2 = 2 * n_width2, of_width4 = of_width2 + 4 * n_width4, w = width_of(d);
+    const int begin = width > 0 || w == 2 ? 0 : w == 4 ? of_width2 : of_width4;
+    return d - (d - begin) % w;
   }
   /// Where a subspace's code of a cell, 0 to 63, lies in a block.
   THIMBLE_HOST_DEVICE constexpr int position(Kind kind, int subspace, int cell) const {

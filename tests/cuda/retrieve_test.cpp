@@ -131,7 +131,9 @@ void check_decode(Kind kind) {
   a.cache = {cache.data(), 0, 2 * a.codec.block_bytes(), a.codec.block_bytes()};
   a.is_key = kind == Kind::key;
   a.rows = rows.data();
-  simt::Machine::launch({kCells / 64, kHeads}, 256, 0, [&] { DecodeKernel<D, W, false>::run(a); });
+  using Kernel = DecodeKernel<D, W, false>;
+  const int groups = (kCells / 64 + Kernel::kBlocks - 1) / Kernel::kBlocks;
+  simt::Machine::launch({groups, kHeads}, Kernel::kThreads, Kernel::kSharedBytes, [&] { Kernel::run(a); });
   for (int i = 0; i < kHeads * kCells * D; i++) {
     EXPECT_EQ(rows[i], float_to_half(heads[i / D / kCells].decoded[i % (kCells * D)]));
   }

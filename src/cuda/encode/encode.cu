@@ -15,7 +15,8 @@ namespace {
 constexpr int kFewTokens = 8, kManyTokens = 32;  // of a thread block: the two forms of EncodeKernel
 
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) encode_kernel(const __grid_constant__ EncodeArgs a) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident)
+    encode_kernel(const __grid_constant__ EncodeArgs a) {
   Kernel::run(a);
 }
 
@@ -24,9 +25,9 @@ __global__ void __launch_bounds__(Kernel::kThreads) leave_kernel(const __grid_co
   Kernel::run_leaving(a);
 }
 
-template <int HeadDim, int Width, bool Shifted>
-__global__ void __launch_bounds__(256) decode_kernel(const __grid_constant__ DecodeArgs a) {
-  DecodeKernel<HeadDim, Width, Shifted>::run(a);
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) decode_kernel(const __grid_constant__ DecodeArgs a) {
+  Kernel::run(a);
 }
 
 template <int HeadDim>
@@ -58,13 +59,20 @@ Status launch_leave(const DeviceInfo& device, const LeaveArgs& args, dim3 grid, 
   return launch(device, leave_kernel<Kernel>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
 }
 
+template <typename Kernel>
+Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream) {
+  const dim3 grid((args.n_cells / kBlockCells + Kernel::kBlocks - 1) / Kernel::kBlocks,
+                  args.n_streams * args.n_kv_heads);
+  return launch(device, decode_kernel<Kernel>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
+}
+
 template <int HeadDim>
-Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, dim3 grid, cudaStream_t stream) {
+Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream) {
   return for_value<0, 2, 4, 8>(
       args.codec.width,
       [&]<int Width>() {
-        const auto kernel = args.shift ? decode_kernel<HeadDim, Width, true> : decode_kernel<HeadDim, Width, false>;
-        return launch(device, kernel, args, grid, 256, 0, stream);
+        return args.shift ? launch_decode<DecodeKernel<HeadDim, Width, true>>(device, args, stream)
+                          : launch_decode<DecodeKernel<HeadDim, Width, false>>(device, args, stream);
       },
       Status::unsupported("no kernel for this width"));
 }
@@ -72,8 +80,8 @@ Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, dim3 grid
 const Status kNoHeadSize = Status::unsupported("head size must be 64, 128 or 256");
 
 bool complete(const CodecTables& codec, int head_dim, int n_kv_heads) {
-  return codec.head_dim == head_dim && codec.n_kv_heads == n_kv_heads && codec.words && codec.half_norms &&
-         (codec.width == 0 || codec.width == 2 || codec.width == 4 || codec.width == 8) &&
+  return codec.head_dim == head_dim && codec.n_kv_heads == n_kv_heads && codec.packed && codec.scale && codec.words &&
+         codec.half_norms && (codec.width == 0 || codec.width == 2 || codec.width == 4 || codec.width == 8) &&
          (!codec.forward || (codec.mean && codec.undo));
 }
 
@@ -167,10 +175,8 @@ Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream
     return Status::invalid("cache, rows or codec are missing");
   }
   if (args.n_cells == 0) return {};
-  const dim3 grid(args.n_cells / kBlockCells, args.n_streams * args.n_kv_heads);
   return for_head_dim(
-      args.codec.head_dim, [&]<int HeadDim>() { return launch_decode<HeadDim>(device, args, grid, stream); },
-      kNoHeadSize);
+      args.codec.head_dim, [&]<int HeadDim>() { return launch_decode<HeadDim>(device, args, stream); }, kNoHeadSize);
 }
 
 Status transform_rows(const DeviceInfo& device, const TransformArgs& args, cudaStream_t stream) {

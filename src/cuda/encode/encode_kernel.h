@@ -5,8 +5,7 @@
 // tokens' vectors of one head, so that codewords and matrices are read once for all of them.
 //
 // There are two forms. Of few tokens a block takes at most 8, and a warp shares the codewords of a subspace among its
-// lanes, for one vector after the other. Of many it takes 32, and each lane takes a vector of its own through all
-// codewords: lanes need not agree on the best, and a codeword is one read for all of them.
+// lanes, for one vector after the other. Of many it takes 32, and the tensor cores multiply them with all codewords.
 #pragma once
 
 #include "cuda/encode/hadamard.h"
@@ -19,9 +18,9 @@ namespace thimble::cuda {
 template <int HeadDim, int MaxTokensPerBlock = 8>
 struct EncodeKernel {
   static constexpr int D = HeadDim;
-  static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kMaxTokensPerBlock = MaxTokensPerBlock;
-  static constexpr bool kVectorALane = kMaxTokensPerBlock == 32;
+  static constexpr bool kMany = kMaxTokensPerBlock == 32;
+  static constexpr int kThreads = kMany ? 512 : 256, kWarps = kThreads / 32;
   static_assert(kMaxTokensPerBlock <= 32);
 
   /// Where the i-th token belongs. Cell -1: nowhere; slot -1: not in the window.
@@ -31,7 +30,7 @@ struct EncodeKernel {
 
   struct alignas(16) Shared {
     // Lanes that read 16 bytes of a row each find them in different banks.
-    float x[kMaxTokensPerBlock][D + 4];  // input; later the codewords' components
+    float x[kMaxTokensPerBlock][D + 4];  // input; then codewords(); later the chosen codewords' components
     float y[kMaxTokensPerBlock][D + 4];  // transformed
     float inverse_rms[kMaxTokensPerBlock];
     Place place[kMaxTokensPerBlock];
@@ -39,13 +38,47 @@ struct EncodeKernel {
     uint8_t codes[kMaxTokensPerBlock][D / 2];
   };
   static constexpr size_t kSharedBytes = sizeof(Shared);
+  /// Thread blocks that a multiprocessor is to have room for: they mostly wait for memory.
+  static constexpr int kResident = kMany ? 2 : 1;
+
+  // Of many tokens: the numbers of 8 bits that the head's codewords are made of, 128 added, [128][kWordStride].
+  static constexpr int kWordStride = D + 4;
+  static_assert(!kMany || sizeof(Shared::x) >= size_t(kCodewords) * kWordStride);
+  SIMT static uint8_t* codewords(Shared& s) { return reinterpret_cast<uint8_t*>(s.x); }
+
+  SIMT static void load_codewords(Shared& s, const CodecTables& codec, bool is_key, int head) {
+    const uint8_t* packed = reinterpret_cast<const uint8_t*>(codec.packed) + size_t(head) * kCodewords * D;
+    uint8_t* to = codewords(s);
+    if (codec.width > 2 || (codec.width == 2 && is_key)) {
+      for (int i = simt::thread() * 16; i < kCodewords * D; i += kThreads * 16) {
+        const uint4 v = simt::load_vector(packed + i);
+        uint32_t* row = reinterpret_cast<uint32_t*>(to + i / D * kWordStride + i % D);
+        row[0] = v.x ^ 0x80808080, row[1] = v.y ^ 0x80808080, row[2] = v.z ^ 0x80808080, row[3] = v.w ^ 0x80808080;
+      }
+      return;
+    }
+    const CodeOrder order = codec.order();
+    SIMT_UNROLL_BY(4)
+    for (int i = simt::thread(); i < kCodewords * (D / 2); i += kThreads) {
+      const int c = i / (D / 2), pair = i % (D / 2);
+      int from = c * D + 2 * packed_pair(pair);
+      uint16_t flip = 0x8080;
+      if (codec.width == 0) {  // subspace by subspace, with 128 added already
+        const int width = order.width_of(2 * pair), first = order.first_of(2 * pair);
+        from = first * kCodewords + c * width + 2 * pair - first;
+        flip = 0;
+      }
+      *reinterpret_cast<uint16_t*>(to + c * kWordStride + 2 * pair) =
+          simt::load_constant(reinterpret_cast<const uint16_t*>(packed + from)) ^ flip;
+    }
+  }
 
   SIMT static Shared& memory() { return *reinterpret_cast<Shared*>(simt::shared()); }
 
   /// y = x matrix for `n` vectors, without fused multiply-adds and in index order; or the Hadamard rotation.
   SIMT static void transform(Shared& s, int n, const float* matrix) {
     if (matrix) {
-      constexpr int kTogether = kVectorALane ? 4 : 1;  // vectors that share what is read of the matrix
+      constexpr int kTogether = kMany ? 4 : 1;  // vectors that share what is read of the matrix
       const int d = simt::thread() % D;
       for (int i = simt::thread() / D * kTogether; i < n; i += kThreads / D * kTogether) {
         float sum[kTogether] = {};
@@ -90,10 +123,11 @@ struct EncodeKernel {
     simt::sync();
   }
 
-  /// The nearest of the 256 codewords of subspace m, which begins with component d, for every vector. A warp has 4 of
-  /// the 128 to a lane. `words` and `half_norms` are the subspace's own.
+  /// The nearest of the 256 codewords of subspace m, which begins with component d, for the vectors whose bits are set.
+  /// A warp has 4 of the 128 to a lane. `words` and `half_norms` are the subspace's own.
   template <int W>
-  SIMT static void find_codes_by_warp(Shared& s, int n, const float* words, const float* half_norms, int m, int d) {
+  SIMT static void find_codes_by_warp(Shared& s, uint32_t vectors, const float* words, const float* half_norms, int m,
+                                      int d) {
     const int lane = simt::thread() % 32;
     float word[4][W], half_norm[4];
     SIMT_UNROLL
@@ -104,7 +138,9 @@ struct EncodeKernel {
         word[k][j] = simt::load_constant(words + j * kCodewords + lane + 32 * k);
       }
     }
-    for (int i = 0; i < n; i++) {
+    SIMT_NO_UNROLL
+    for (; vectors; vectors &= vectors - 1) {
+      const int i = simt::popcount((vectors & (0u - vectors)) - 1);  // the lowest bit's number
       float best_gain = 0;
       int best = -1;  // code with its sign
       SIMT_UNROLL
@@ -133,38 +169,93 @@ struct EncodeKernel {
     }
   }
 
-  /// The same, with a vector to each lane. Of equal gains the lower code wins here, too.
+  /// The same for up to 32 vectors at once. The tensor cores compute all products, with the numbers of 8 bits that
+  /// codewords are made of and vectors in two halves each, and lanes keep the two greatest gains. These are a little
+  /// off from what the specification computes. Where they are further apart than that can be, the greater one's
+  /// codeword is the specification's, too, whose product decides about the sign; the other vectors are few and go
+  /// through all codewords one by one.
   template <int W>
-  SIMT static void find_codes_by_lane(Shared& s, int n, const float* words, const float* half_norms, int m, int d) {
-    const int i = simt::thread() % 32;
-    float y[W];
+  SIMT static void find_codes_by_matrix(Shared& s, int n, const float* words, const float* half_norms, float factor,
+                                        int m, int d) {
+    const int lane = simt::thread() % 32, g = lane / 4, t = lane % 4;
+    uint32_t high[2][2] = {}, low[2][2] = {};  // of vectors g, g + 8, g + 16, g + 24: the operands' two halves
     SIMT_UNROLL
-    for (int j = 0; j < W; j++) y[j] = i < n ? simt::mul_rn(s.y[i][d + j], s.inverse_rms[i]) : 0.0f;
-    float best_gain = -INFINITY, dot_of_best = 0;
-    int best = 0;
+    for (int k = 0; k < 4; k++) {
+      const int i = 8 * k + g, pair = t % (W / 2);
+      const bool plain = i < n && s.inverse_rms[i] != 0;
+      const float inverse = plain ? s.inverse_rms[i] : 0.0f;
+      const float a = plain ? simt::mul_rn(s.y[i][d + 2 * pair], inverse) : 0.0f;
+      const float b = plain ? simt::mul_rn(s.y[i][d + 2 * pair + 1], inverse) : 0.0f;
+      const uint32_t first = simt::pack_half2(a, b);
+      const float2 rounded = simt::unpack_half2(first);
+      const uint32_t second = simt::pack_half2(a - rounded.x, b - rounded.y);
+      // Columns 2t and 2t + 1 of 16. At width 8 both halves of the operand are used, at 4 and 2 the first.
+      if constexpr (W == 8) {
+        high[k / 2][k % 2] = first;
+        low[k / 2][k % 2] = second;
+      } else {
+        high[k / 2][k % 2] = t < W / 2 ? first : t < W ? second : 0;
+      }
+    }
+    // Gains in units of `factor`, by which the numbers are multiplied to make codewords.
+    const float inverse_factor = simt::div_rn(1.0f, factor > 0 ? factor : 0.0f);
+    float best[4], next[4];  // of the vectors 8k + g. The last 7 bits of a gain say whose it is
+    SIMT_UNROLL
+    for (int k = 0; k < 4; k++) best[k] = next[k] = -INFINITY;
+    const uint8_t* numbers = codewords(s) + g * kWordStride + d + 2 * (t % (W / 2));
     SIMT_UNROLL_BY(2)
-    for (int c = 0; c < kCodewords; c += 4) {
-      const uint4 norms = simt::load_vector(half_norms + c);
-      uint4 word[W];
+    for (int c = 0; c < kCodewords; c += 8) {
+      const uint2 norms = simt::load_8(half_norms + c + 2 * t);
+      // Bytes of 128 more than a number become halves of 1024 and 128 more.
+      const uint32_t two = *reinterpret_cast<const uint16_t*>(numbers + c * kWordStride);
+      const uint32_t operand = simt::subtract_halves(simt::permute(two, 0x64646464, 0x4140), 0x64806480);
+      const float norm[2] = {simt::bits_to_float(norms.x) * inverse_factor,
+                             simt::bits_to_float(norms.y) * inverse_factor};
       SIMT_UNROLL
-      for (int j = 0; j < W; j++) word[j] = simt::load_vector(words + j * kCodewords + c);
-      SIMT_UNROLL
-      for (int k = 0; k < 4; k++) {
-        const auto of_code = [&](const uint4& v) {
-          return simt::bits_to_float(k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w);
-        };
-        float dot = simt::mul_rn(y[0], of_code(word[0]));
+      for (int tile = 0; tile < 2; tile++) {
+        float products[4] = {};
+        simt::mma_f16(products, high[tile][0], high[tile][1], low[tile][0], low[tile][1], operand,
+                      W == 8 ? operand : 0);
         SIMT_UNROLL
-        for (int j = 1; j < W; j++) dot = simt::add_rn(dot, simt::mul_rn(y[j], of_code(word[j])));
-        const float gain = simt::sub_rn(fabsf(dot), of_code(norms));
-        if (gain > best_gain) {
-          best_gain = gain;
-          dot_of_best = dot;
-          best = c + k;
+        for (int i = 0; i < 4; i++) {
+          const int k = 2 * tile + i / 2;
+          const float gain = fabsf(products[i]) - norm[i % 2];
+          const float marked = simt::bits_to_float((simt::float_to_bits(gain) & ~0x7fu) | uint32_t(c + 2 * t + i % 2));
+          next[k] = fmaxf(next[k], fminf(best[k], marked));
+          best[k] = fmaxf(best[k], marked);
         }
       }
     }
-    if (i < n) s.codes[i][m] = s.inverse_rms[i] != 0 ? uint8_t(best | (dot_of_best < 0 ? 0x80 : 0)) : uint8_t(0);
+    SIMT_UNROLL
+    for (int mask = 1; mask < 4; mask *= 2) {
+      SIMT_UNROLL
+      for (int k = 0; k < 4; k++) {
+        const float other_best = simt::shuffle_xor(best[k], mask), other_next = simt::shuffle_xor(next[k], mask);
+        next[k] = fmaxf(fmaxf(next[k], other_next), fminf(best[k], other_best));
+        best[k] = fmaxf(best[k], other_best);
+      }
+    }
+    // From here on, each lane has a vector. Its gains are with the lanes of its number modulo 8.
+    const int from = lane % 8 * 4 + lane / 8;
+    const float greatest = simt::shuffle(t == 0 ? best[0] : t == 1 ? best[1] : t == 2 ? best[2] : best[3], from);
+    const float second = simt::shuffle(t == 0 ? next[0] : t == 1 ? next[1] : t == 2 ? next[2] : next[3], from);
+    const int code = int(simt::float_to_bits(greatest) & 0x7f);
+    float dot = 0, size = 0;
+    SIMT_UNROLL
+    for (int j = 0; j < W; j++) {
+      const float z = lane < n ? simt::mul_rn(s.y[lane][d + j], s.inverse_rms[lane]) : 0.0f;
+      dot = simt::add_rn(dot, simt::mul_rn(z, simt::load_constant(words + j * kCodewords + code)));
+      size += fabsf(z);
+    }
+    // The mark changes less than 2^-16 of a gain. Products are as exact as 22 bits of a vector and sums of as many make
+    // them, and the specification's roundings are smaller: 2^-20 of a number's greatest share in them bounds both.
+    const float doubt = (fabsf(greatest) + fabsf(second)) * 0x1p-15f + size * (127 * 0x1p-18f);
+    const bool plain = lane < n && s.inverse_rms[lane] != 0, certain = greatest - second > doubt;
+    if (lane < n) s.codes[lane][m] = plain ? uint8_t(code | (dot < 0 ? 0x80 : 0)) : uint8_t(0);
+    uint32_t doubtful = simt::ballot(plain && !certain);
+    if (doubtful == 0) return;
+    simt::sync_warp();
+    find_codes_by_warp<W>(s, doubtful, words, half_norms, m, d);
   }
 
   /// The codes of `count` subspaces: those from `first` on, of `all`, which begin with component d0.
@@ -175,16 +266,20 @@ struct EncodeKernel {
       const int m = first + i, d = d0 + i * W;
       const float* words = codec.words + (size_t(head) * D + d) * kCodewords;
       const float* half_norms = codec.half_norms + (size_t(head) * all + m) * kCodewords;
-      if constexpr (kVectorALane) {
-        find_codes_by_lane<W>(s, n, words, half_norms, m, d);
+      if constexpr (kMany) {
+        find_codes_by_matrix<W>(s, n, words, half_norms, codec.scale[head * all + m], m, d);
       } else {
-        find_codes_by_warp<W>(s, n, words, half_norms, m, d);
+        find_codes_by_warp<W>(s, (1u << n) - 1, words, half_norms, m, d);
       }
     }
   }
 
   /// The codes of all subspaces.
-  SIMT static void find_codes(Shared& s, int n, const CodecTables& codec, int head) {
+  SIMT static void find_codes(Shared& s, int n, const CodecTables& codec, bool is_key, int head) {
+    if constexpr (kMany) {
+      load_codewords(s, codec, is_key, head);
+      simt::sync();
+    }
     const int n2 = codec.n_width2, n4 = codec.n_width4, all = codec.order().n_subspaces();
     if (n2 > 0) find_codes<2>(s, n, codec, head, all, 0, n2, 0);
     if (n4 > 0) find_codes<4>(s, n, codec, head, all, n2, n4, 2 * n2);
@@ -240,11 +335,6 @@ struct EncodeKernel {
   }
 
   template <Kind K>
-  SIMT static void encode(const EncodeArgs& a, int head) {
-    encode<K>(a, head, simt::block_x() * a.tokens_per_block);
-  }
-
-  template <Kind K>
   SIMT static void encode(const EncodeArgs& a, int head, int first) {
     constexpr bool kIsKey = K == Kind::key;
     const CodecTables& codec = kIsKey ? a.key_codec : a.value_codec;
@@ -288,7 +378,7 @@ struct EncodeKernel {
     }
     if (coding) {
       normalize(s, n);
-      find_codes(s, n, codec, head);
+      find_codes(s, n, codec, kIsKey, head);
       find_scales(s, n, codec, head);
     }
 
@@ -320,10 +410,11 @@ struct EncodeKernel {
   SIMT static void run(const EncodeArgs& a) {
     simt::launch_dependents();
     const int part = simt::block_y() / a.n_kv_heads, head = simt::block_y() % a.n_kv_heads;
+    const int first = simt::block_x() * a.tokens_per_block;
     prefetch_words(part == 0 ? a.key_codec : a.value_codec, head);
     simt::wait_for_previous_grid();
-    if (part == 0 && (a.keys || a.from_window)) encode<Kind::key>(a, head);
-    if (part == 1 && (a.values || a.from_window)) encode<Kind::value>(a, head);
+    if (part == 0 && (a.keys || a.from_window)) encode<Kind::key>(a, head, first);
+    if (part == 1 && (a.values || a.from_window)) encode<Kind::value>(a, head, first);
   }
 
   /// Codes what leaves the windows of all layers with this head size.

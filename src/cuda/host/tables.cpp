@@ -7,13 +7,10 @@
 namespace thimble::cuda {
 namespace {
 
-// Order of a codeword's bytes: subspace by subspace; where values have width 2, the subspaces u * 16 + g and
-// u * 16 + 8 + g make one 32-bit entry, as the value table has them.
+// Order of a codeword's bytes: subspace by subspace, but where values have width 2 (packed_pair).
 int packed_position(const Format& format, Kind kind, int component) {
-  const int width = format.width(0), subspace = component / width;
-  if (kind == Kind::key || width != 2) return component;
-  const int unit = subspace / 16, high = subspace / 8 % 2, g = subspace % 8;
-  return ((unit * 8 + g) * 2 + high) * 2 + component % 2;
+  if (kind == Kind::key || format.width(0) != 2) return component;
+  return packed_pair(component / 2) * 2 + component % 2;
 }
 
 std::vector<uint32_t> pack_words(const HeadCodec& codec, bool tiles) {

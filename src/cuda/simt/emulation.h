@@ -379,6 +379,11 @@ inline uint4 load_vector(const void* p) {
   std::memcpy(&r, p, 16);
   return r;
 }
+inline uint2 load_8(const void* p) {
+  uint2 r;
+  std::memcpy(&r, p, 8);
+  return r;
+}
 inline void prefetch_line(const uint8_t*) {}
 template <int Bytes>
 void prefetch_l2(const uint8_t*, uint32_t, int) {}

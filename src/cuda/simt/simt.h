@@ -261,6 +261,12 @@ SIMT uint4 load_vector(const void* p) {
   asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
   return r;
 }
+/// The same of 8 bytes.
+SIMT uint2 load_8(const void* p) {
+  uint2 r;
+  asm volatile("ld.global.nc.v2.u32 {%0,%1},[%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
+  return r;
+}
 /// Prefetches the line of 128 bytes at `p` into L2.
 SIMT void prefetch_line(const uint8_t* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
