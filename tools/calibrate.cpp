@@ -193,8 +193,8 @@ void add_calibrate_command(CLI::App& app) {
   command->add_option("-n,--tokens", options->n_tokens,
                       "Tokens to read (default: 24576 of a text, 30720 of several kinds)");
   command->add_option("--window", options->window, "Tokens of a sequence")->capture_default_str();
-  command->add_option("--transform", options->fit.transform, "klt, or vecinfer as published")
-      ->check(CLI::IsMember({"klt", "vecinfer"}))
+  command->add_option("--transform", options->fit.transform, "klt, or vecinfer or oscar as published")
+      ->check(CLI::IsMember({"klt", "vecinfer", "oscar"}))
       ->capture_default_str();
   command->add_option("--bits", options->fit.bits, "Rates to fit")->delimiter(',')->capture_default_str();
   command->add_flag("!--even", options->fit.uneven, "The same bits for every layer, keys and values");

@@ -116,19 +116,21 @@ void fall_back(FittedHead& head) {
 
 /// Measures a head by kind of text, and makes it the built-in codec where it serves some kind badly: where it makes
 /// more noise at the rates `bits` together, which is nearly the noise at the lowest of them.
-void measure_by_kind(FittedHead& head, const HeldOut& held_out, Kind kind, const std::vector<double>& bits) {
+void measure_by_kind(FittedHead& head, const HeldOut& held_out, Kind kind, const FitOptions& options) {
   head.power = held_out.power(head.transform.mean);
   std::vector<double> noise(head.power.size(), 0.0), built_in_noise = noise;
   for (FittedHead::Rate& rate : head.rates) {
     rate.noise = held_out.noise(codec_of(head, rate, kind));
     rate.built_in_noise = held_out.noise(make_uncalibrated_codec(kind, rate.format));
-    const bool is_asked_for = std::any_of(
-        bits.begin(), bits.end(), [&](double b) { return make_format(rate.format.head_dim, b) == rate.format; });
+    const bool is_asked_for = std::any_of(options.bits.begin(), options.bits.end(), [&](double b) {
+      return make_format(rate.format.head_dim, b) == rate.format;
+    });
     for (size_t k = 0; is_asked_for && k < noise.size(); k++) {
       noise[k] += rate.noise[k];
       built_in_noise[k] += rate.built_in_noise[k];
     }
   }
+  if (options.transform != "klt") return;  // as published
   bool serves_badly = false;
   for (size_t k = 0; k < noise.size(); k++) serves_badly |= noise[k] > kBadly * built_in_noise[k];
   if (serves_badly) fall_back(head);
@@ -240,7 +242,9 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
                     const FitOptions& options, uint64_t seed) {
   if (samples.rows() == 0) throw std::runtime_error("no samples to calibrate on: give a longer text");
   FittedHead head;
-  head.transform = options.transform == "vecinfer" ? fit_vecinfer(samples, kind) : fit_klt(samples, metric);
+  head.transform = options.transform == "vecinfer" ? fit_vecinfer(samples, kind)
+                   : options.transform == "oscar"  ? fit_oscar(metric)
+                                                   : fit_klt(samples, metric);
   // Codewords describe vectors normalized to a root mean square of 1, as encode_vector normalizes them.
   Matrix y = (samples.rowwise() - head.transform.mean) * head.transform.matrix;
   const float dim = float(y.cols());
@@ -287,6 +291,10 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
   }
   const auto metric_of = [&](const Job& job) -> Eigen::MatrixXd {
     const LayerStatistics& layer = layers[job.layer];
+    if (options.transform == "oscar" && job.kind == Kind::value) {
+      return oscar_value_target(layer.samples(Kind::key, job.kv_head), layer.samples(Kind::value, job.kv_head),
+                                layer.query_moment(job.kv_head));
+    }
     if (job.kind == Kind::key) return layer.query_moment(job.kv_head) * std::pow(layer.score_scale(), 2);
     const Eigen::MatrixXd& metric = value_metrics[job.layer][job.kv_head];
     const int dim = shape.layers[job.layer].value_dim;
@@ -303,7 +311,7 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
     head = fit_head(samples, metric_of(job), job.kind, formats, options, seed);
     if (several_kinds) {
       const HeldOut held_out(layer, job.kind, job.kv_head, value_metrics[job.layer][job.kv_head]);
-      measure_by_kind(head, held_out, job.kind, options.bits);
+      measure_by_kind(head, held_out, job.kind, options);
     }
     if (job.kind == Kind::value) return;
     for (FittedHead::Rate& rate : head.rates) rate.error = errors_of(codec_of(head, rate, job.kind), samples);

@@ -11,7 +11,7 @@
 namespace thimble {
 
 struct FitOptions {
-  std::string transform = "klt";  // or "vecinfer"
+  std::string transform = "klt";  // or "vecinfer", "oscar"
   std::vector<double> bits = {4, 2, 1};
   bool uneven = true;  // spend a rate's bits where they help most (calibrate/allot.h); klt only
   /// The budget that each layer's bits come from, [n_layers]; empty: all layers share one. A rate is the average of

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 
 #include "codec/transform.h"
 
@@ -55,6 +57,36 @@ FittedTransform fit_vecinfer(const Matrix& samples, Kind kind) {
   }
   fit.variance.assign(dim, 1.0);
   return fit;
+}
+
+FittedTransform fit_oscar(const Eigen::MatrixXd& target) {
+  const int dim = int(target.rows());
+  if (dim < 1 || (dim & (dim - 1)) != 0) {
+    throw std::invalid_argument("OSCAR rotates heads whose size is a power of two, not " + std::to_string(dim));
+  }
+  FittedTransform fit;
+  fit.ordered_by_variance = false;
+  fit.mean = Eigen::RowVectorXf::Zero(dim);
+  const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> axes(target);  // ascending
+  const Matrix vectors = axes.eigenvectors().cast<float>();
+  Matrix mixed(dim, dim);
+  const Transform hadamard = Transform::hadamard(dim);
+  hadamard.forward(vectors.data(), mixed.data(), dim);
+  fit.matrix.resize(dim, dim);
+  for (int i = 0; i < dim; i++) {  // the i-th greatest eigenvalue's number goes where the bits of i say, reversed
+    int reversed = 0;
+    for (int bit = 1; bit < dim; bit *= 2) reversed = 2 * reversed + ((i & bit) != 0);
+    fit.matrix.col(reversed) = mixed.col(dim - 1 - i);
+  }
+  fit.variance.assign(dim, 1.0);
+  return fit;
+}
+
+Eigen::MatrixXd oscar_value_target(const Matrix& keys, const Matrix& values, const Eigen::MatrixXd& query_moment) {
+  const Eigen::MatrixXd k = keys.cast<double>();
+  const Eigen::VectorXd weights = (k * query_moment).cwiseProduct(k).rowwise().sum();
+  const Eigen::MatrixXd v = values.cast<double>();
+  return v.transpose() * weights.asDiagonal() * v / std::max(weights.sum(), 1e-12);
 }
 
 std::vector<double> water_fill(const std::vector<double>& variance, double total) {

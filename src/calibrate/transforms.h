@@ -31,6 +31,15 @@ FittedTransform fit_klt(const Matrix& samples, const Eigen::MatrixXd& metric);
 /// then keys are rotated by a Hadamard matrix; values are only rotated. No mean is subtracted.
 FittedTransform fit_vecinfer(const Matrix& samples, Kind kind);
 
+/// OSCAR's rotation (arXiv 2605.17757, and compute_kv_rotation.py of its authors): the principal axes of `target`, then
+/// a Hadamard matrix, then an order of the components that spreads them over groups by bit reversal. The target is E[q
+/// q^T] for keys, `oscar_value_target` for values. No mean is subtracted. Throws std::invalid_argument where the head
+/// size is no power of two.
+FittedTransform fit_oscar(const Eigen::MatrixXd& target);
+
+/// The second moment of the values [n][value_dim], each token's weighted by k^T E[q q^T] k of its key [n][key_dim].
+Eigen::MatrixXd oscar_value_target(const Matrix& keys, const Matrix& values, const Eigen::MatrixXd& query_moment);
+
 /// Deals the components of y out to subspaces. Returns `order`: component d of the coded vector is column order[d].
 ///
 /// A subspace has 8 bits. The bits that a component deserves follow from its variance by reverse water-filling (Cover

@@ -2,7 +2,7 @@
 // and rate. It is one GGUF file beside the model, `<model>.thimble.gguf`:
 //
 //   metadata  thimble.version            u32     1
-//             thimble.transform          string  "klt" or "vecinfer"
+//             thimble.transform          string  "klt", "vecinfer" or "oscar"
 //             thimble.source             string  the text that it was calibrated on, for people to read
 //             thimble.architecture       string  ) the fingerprint of the model, see ModelShape
 //             thimble.heads              i32[n_layers][4]: KV heads, query heads, head size of keys, of values

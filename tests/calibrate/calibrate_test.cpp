@@ -116,6 +116,44 @@ TEST(Transforms, KltDecorrelatesInTheMetric) {
   EXPECT_NEAR((e * fit.matrix).squaredNorm() * fit.metric_scale / cost, 1, 0.02);
 }
 
+TEST(Transforms, OscarRotatesSoThatAllComponentsCostAlike) {
+  const Matrix queries = gaussian(500, 16, 9) * gaussian(16, 16, 10);
+  const Eigen::MatrixXd target = (queries.transpose() * queries).cast<double>() / 500;
+  const FittedTransform fit = fit_oscar(target);
+  EXPECT_LT((fit.matrix * fit.matrix.transpose() - Matrix::Identity(16, 16)).norm(), 1e-5);
+  EXPECT_EQ(fit.mean.norm(), 0);
+  const Eigen::MatrixXd rotated = fit.matrix.cast<double>().transpose() * target * fit.matrix.cast<double>();
+  for (int i = 0; i < 16; i++) EXPECT_NEAR(rotated(i, i), target.trace() / 16, 1e-4 * target.trace());
+  // Components are columns of the Hadamard matrix over the axes, ordered by falling eigenvalue: the greatest axis's
+  // column 15 first, and bit reversal puts it at 0, the next (14) at 8, then 13 at 4.
+  Eigen::MatrixXd diagonal = Eigen::MatrixXd::Zero(16, 16);
+  for (int i = 0; i < 16; i++) diagonal(i, i) = 1 + i;  // axes ascend as they are
+  const Transform hadamard = Transform::hadamard(16);
+  const Matrix order = fit_oscar(diagonal).matrix;
+  for (const auto [at, column] : {std::pair(0, 15), {8, 14}, {4, 13}, {15, 0}}) {
+    for (int i = 0; i < 16; i++) {
+      std::vector<float> unit(16, 0.0f), mixed(16);
+      unit[i] = 1;
+      hadamard.forward(unit.data(), mixed.data());
+      EXPECT_NEAR(std::fabs(order(i, at)), std::fabs(mixed[column]), 1e-6);
+      EXPECT_NEAR(order(i, at) * order(i, 0), mixed[column] * mixed[15], 1e-6);  // whatever an axis's sign is
+    }
+  }
+  EXPECT_THROW(fit_oscar(Eigen::MatrixXd::Identity(24, 24)), std::invalid_argument);
+}
+
+TEST(Transforms, OscarWeighsValuesByTheirKeysScores) {
+  Matrix keys(2, 2), values(2, 2);
+  keys << 1, 0, 0, 2;
+  values << 1, 1, 3, 0;
+  Eigen::MatrixXd queries(2, 2);
+  queries << 4, 0, 0, 1;  // scores 4 and 4
+  EXPECT_TRUE(
+      oscar_value_target(keys, values, queries).isApprox((Eigen::MatrixXd(2, 2) << 5, 0.5, 0.5, 0.5).finished()));
+  queries(1, 1) = 0;  // the second token's weighs nothing
+  EXPECT_TRUE(oscar_value_target(keys, values, queries).isApprox(Eigen::MatrixXd::Ones(2, 2)));
+}
+
 TEST(Transforms, DealsEveryComponentOnce) {
   std::vector<double> variance;
   for (int i = 0; i < 64; i++) variance.push_back(std::pow(0.8, i));

@@ -6,11 +6,44 @@
 #include <regex>
 #include <stdexcept>
 
+#include "eval/kvarn_cache.h"
+#include "eval/oscar_cache.h"
+
 namespace thimble {
 
 const char* method_name(Method method) {
-  return method == Method::thimble ? "thimble" : method == Method::vecinfer ? "vecinfer" : "tailorkv";
+  switch (method) {
+    case Method::thimble:
+      return "thimble";
+    case Method::vecinfer:
+      return "vecinfer";
+    case Method::tailorkv:
+      return "tailorkv";
+    case Method::oscar:
+      return "oscar";
+    case Method::kvarn:
+      return "kvarn";
+  }
+  return "";
 }
+
+namespace {
+
+/// Whether a published method has a row beside one of our caches.
+bool compares_with(Method method, const EvalCache& cache) {
+  if (!cache.coded || cache.top > 0) return false;
+  if (method == Method::oscar) return cache.key_bits == 2 && cache.value_bits == 2;
+  const auto whole = [](double bits) { return bits == int(bits) && bits < 16; };
+  return method == Method::vecinfer || (whole(cache.key_bits) && whole(cache.value_bits));
+}
+
+/// Bits of a number in a layer that OSCAR or KVarN codes.
+double bits_of_number(const EvalCache& cache, Kind kind, int head_dim) {
+  if (cache.method == Method::oscar) return oscar::bits(head_dim);
+  return kvarn::bits(kind, head_dim, int(kind == Kind::key ? cache.key_bits : cache.value_bits));
+}
+
+}  // namespace
 
 EvalCache parse_cache(const std::string& name) {
   EvalCache cache;
@@ -47,8 +80,9 @@ std::vector<EvalCache> caches_to_measure(const std::vector<std::string>& names,
     const EvalCache cache = parse_cache(name);
     caches.push_back(cache);
     EvalCache like = cache;
-    if (cache.coded && cache.top == 0 && wanted(Method::vecinfer)) {
-      like.method = Method::vecinfer;
+    for (Method method : {Method::vecinfer, Method::oscar, Method::kvarn}) {
+      if (!wanted(method) || !compares_with(method, cache)) continue;
+      like.method = method;
       caches.push_back(like);
     }
     if (cache.top > 0 && tailorkv) {
@@ -85,6 +119,34 @@ double planned_bits(const Settings& settings, const CacheLayout& layout) {
       const Format& format = plan.side(kind);
       numbers += double(plan.shape.n_kv_heads) * format.head_dim;
       if (plan.has_codes[int(kind)]) bits += plan.shape.n_kv_heads * 8 * format.vector_bytes();
+    }
+  }
+  return numbers > 0 ? bits / numbers : 16;
+}
+
+CacheBytes published_bytes(const EvalCache& cache, const Settings& settings, const CacheLayout& layout) {
+  const int n_exact = cache.method == Method::oscar ? oscar::kFirst + oscar::kLast : kvarn::kExact;
+  CacheBytes bytes;
+  for (const LayerPlan& plan : plan_layers(settings, layout)) {
+    if (!plan.coded) bytes.compute += double(plan.f16_bytes);
+    for (Kind kind : {Kind::key, Kind::value}) {
+      if (!plan.coded) continue;
+      const int dim = plan.side(kind).head_dim;
+      const double vector = bits_of_number(cache, kind, dim) * dim / 8;
+      bytes.compute += plan.shape.n_kv_heads * (vector * double(plan.shape.n_cells()) + 2.0 * dim * n_exact);
+    }
+  }
+  return bytes;
+}
+
+double published_bits(const EvalCache& cache, const Settings& settings, const CacheLayout& layout) {
+  double bits = 0, numbers = 0;
+  for (const LayerPlan& plan : plan_layers(settings, layout)) {
+    for (Kind kind : {Kind::key, Kind::value}) {
+      if (!plan.coded) continue;
+      const double n = double(plan.shape.n_kv_heads) * plan.side(kind).head_dim;
+      numbers += n;
+      bits += n * bits_of_number(cache, kind, plan.side(kind).head_dim);
     }
   }
   return numbers > 0 ? bits / numbers : 16;

@@ -13,8 +13,12 @@
 namespace thimble {
 
 /// How caches are coded: by Thimble, or as published.
-enum class Method { thimble, vecinfer, tailorkv };
+enum class Method { thimble, vecinfer, tailorkv, oscar, kvarn };
 const char* method_name(Method method);
+/// Whether the plugin codes the method's caches; else they are emulated (eval/emulated_cache.h).
+constexpr bool by_plugin(Method method) {
+  return method == Method::thimble || method == Method::vecinfer;
+}
 
 struct EvalCache {
   std::string name;
@@ -32,6 +36,8 @@ EvalCache parse_cache(const std::string& name);
 /// The caches that are named. f16 is always there and the first, as all others are compared with it. Published methods
 /// add rows behind the cache that they are compared with:
 ///   vecinfer    every coded cache without retrieval, by a profile of VecInfer's recipe at the same bits
+///   oscar       every coded cache of 2 bits without retrieval
+///   kvarn       every coded cache without retrieval whose keys and values have whole bits
 ///   tailorkv    one row, with as many retrieved cells as the first cache that retrieves
 std::vector<EvalCache> caches_to_measure(const std::vector<std::string>& names,
                                          const std::vector<std::string>& methods);
@@ -54,6 +60,10 @@ std::string settings_of(const EvalCache& cache, const std::string& more);
 CacheBytes planned_bytes(const Settings& settings, const CacheLayout& layout);
 /// Bits that a number takes in the layers that are coded, with scales; 16 where none is.
 double planned_bits(const Settings& settings, const CacheLayout& layout);
+/// Bytes of an emulated cache by OSCAR or KVarN: what it codes, its exact rows, and the layers left f16.
+CacheBytes published_bytes(const EvalCache& cache, const Settings& settings, const CacheLayout& layout);
+/// Bits that a number takes in the layers that such a cache codes, with scales.
+double published_bits(const EvalCache& cache, const Settings& settings, const CacheLayout& layout);
 /// Bytes of any other cache: a type of llama.cpp's own, or TailorKV's, whose exact window has `n_window` rows.
 CacheBytes cache_bytes(const EvalCache& cache, const Profile* profile, const CacheLayout& layout, int n_window);
 

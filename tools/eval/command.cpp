@@ -41,14 +41,18 @@ void find_profiles(SessionOptions& options, const std::vector<EvalCache>& caches
   if (plugin) load_plugin();
   if (options.ours.path.empty()) options.ours.path = profile_beside(options.model);
   read(options.ours);
-  if (!measures(Method::vecinfer)) return;
-  if (options.vecinfer.path.empty()) options.vecinfer.path = profile_beside(options.model, ".vecinfer.thimble.gguf");
-  read(options.vecinfer);
-  if (!options.vecinfer.profile || options.vecinfer.profile->transform != "vecinfer") {
-    throw std::runtime_error(
-        "--method vecinfer needs a profile of its own: thimble calibrate -m MODEL -f TEXT --transform vecinfer -o "
-        "MODEL.vecinfer.thimble.gguf, then name it with --vecinfer-profile or leave it beside the model");
-  }
+  const auto find = [&](Method method, CalibratedProfile& profile) {
+    if (!measures(method)) return;
+    const std::string name = method_name(method), ending = "." + name + ".thimble.gguf";
+    if (profile.path.empty()) profile.path = profile_beside(options.model, ending.c_str());
+    read(profile);
+    if (profile.profile && profile.profile->transform == name) return;
+    throw std::runtime_error("--method " + name + " needs a profile of its own: thimble calibrate -m MODEL -f TEXT " +
+                             "--transform " + name + " -o MODEL" + ending + ", then name it with --" + name +
+                             "-profile or leave it beside the model");
+  };
+  find(Method::vecinfer, options.vecinfer);
+  find(Method::oscar, options.oscar);
 }
 
 using json = nlohmann::json;
@@ -82,7 +86,8 @@ json describe(const Options& options, const std::string& task) {
           {"by", session.reference ? "reference" : "plugin"},
           {"policy", session.policy},
           {"profile", describe(session.ours)},
-          {"vecinfer_profile", describe(session.vecinfer)}};
+          {"vecinfer_profile", describe(session.vecinfer)},
+          {"oscar_profile", describe(session.oscar)}};
 }
 
 /// What was asked for, or a task's own number and no more than half of the context.
@@ -209,13 +214,15 @@ void add_eval_command(CLI::App& app) {
                    "(2+64, 2+64drop)")
       ->delimiter(',')
       ->capture_default_str();
-  command->add_option("--method", options->methods, "Published methods to measure beside ours: vecinfer, tailorkv")
+  command->add_option("--method", options->methods, "Published methods to measure beside ours")
       ->delimiter(',')
-      ->check(CLI::IsMember({"vecinfer", "tailorkv"}));
+      ->check(CLI::IsMember({"vecinfer", "oscar", "kvarn", "tailorkv"}));
   command->add_option("-p,--profile", session.ours.path,
                       "Calibration of the model (default: <model>.thimble.gguf beside it)");
   command->add_option("--vecinfer-profile", session.vecinfer.path,
                       "The same by VecInfer's recipe (default: <model>.vecinfer.thimble.gguf beside it)");
+  command->add_option("--oscar-profile", session.oscar.path,
+                      "OSCAR's rotations (default: <model>.oscar.thimble.gguf beside it)");
   command->add_option("--first", session.first, "Exact cells at the start, of emulated caches")->capture_default_str();
   add_exact_options(*command, session.last, session.pool, session.small_cells);
   command->add_option("--policy", session.policy, "Layers that retrieve: all, or auto (those the profile calls sparse)")

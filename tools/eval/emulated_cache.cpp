@@ -36,6 +36,10 @@ bool EmulatedCache::callback(ggml_tensor* node, bool ask, void* user_data) {
   return true;
 }
 
+uint16_t* EmulatedCache::row_of(const ggml_tensor* cache, int cell) {
+  return reinterpret_cast<uint16_t*>(static_cast<char*>(cache->data) + size_t(cell) * cache->nb[1]);
+}
+
 void EmulatedCache::check() const {
   if (!error_.empty()) throw std::runtime_error(error_);
 }

@@ -4,6 +4,7 @@
 // reads.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "codec/format.h"
@@ -32,6 +33,9 @@ protected:
   virtual void attended(ggml_tensor* attention, int layer) = 0;
   /// Whether `attended` is to be called for a layer.
   virtual bool attends(int layer) const = 0;
+
+  /// The numbers of a cell in a cache that `stored` gets.
+  static uint16_t* row_of(const ggml_tensor* cache, int cell);
 
 private:
   std::string error_;

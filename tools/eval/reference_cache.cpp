@@ -36,7 +36,7 @@ void ReferenceCache::stored(const ggml_tensor* cache, int layer, Kind kind, int 
   std::vector<uint8_t> codes(heads.front().format.n_subspaces());
   int& coded = coded_[{layer, kind}];
   for (coded = std::max(coded, first_); coded < first_written - last_; coded++) {
-    uint16_t* row = reinterpret_cast<uint16_t*>(static_cast<char*>(cache->data) + size_t(coded) * cache->nb[1]);
+    uint16_t* row = row_of(cache, coded);
     for (size_t h = 0; h < heads.size(); h++) {
       uint16_t* part = row + h * dim;
       for (int d = 0; d < dim; d++) x[d] = half_to_float(part[d]);

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "eval/kvarn_cache.h"
+#include "eval/oscar_cache.h"
 #include "eval/reference_cache.h"
 #include "eval/tailorkv_cache.h"
 
@@ -33,13 +35,20 @@ std::vector<bool> emulated_layers(const SessionOptions& options, const EvalCache
 std::unique_ptr<EmulatedCache> emulate(const SessionOptions& options, const EvalCache& cache, const CacheLayout& layout,
                                        int only_layer) {
   const Profile* profile = options.profile_of(cache).get();
-  if (!profile) throw std::runtime_error("an emulated cache needs a profile: give one with --profile");
   std::vector<bool> coded = emulated_layers(options, cache, layout);
+  for (size_t i = 0; only_layer >= 0 && i < coded.size(); i++) coded[i] = coded[i] && int(i) == only_layer;
+  if (cache.method == Method::kvarn) {
+    std::vector<std::pair<int, int>> head_dims;
+    for (const LayerShape& layer : layout.shape.layers) head_dims.emplace_back(layer.key_dim, layer.value_dim);
+    return std::make_unique<KvarnCache>(int(cache.key_bits), int(cache.value_bits), std::move(coded),
+                                        std::move(head_dims));
+  }
+  if (!profile) throw std::runtime_error("an emulated cache needs a profile: give one with --profile");
+  if (cache.method == Method::oscar) return std::make_unique<OscarCache>(*profile, std::move(coded));
   if (cache.method == Method::tailorkv) {
     return std::make_unique<TailorKvCache>(*profile, options.first, options.last, cache.top);
   }
   if (cache.top > 0) throw std::runtime_error("--reference does not retrieve: leave it out to measure " + cache.name);
-  for (size_t i = 0; only_layer >= 0 && i < coded.size(); i++) coded[i] = coded[i] && int(i) == only_layer;
   return std::make_unique<ReferenceCache>(*profile, cache.key_bits, cache.value_bits, options.first, options.last,
                                           std::move(coded));
 }
@@ -55,7 +64,7 @@ std::string SessionOptions::settings(const EvalCache& cache) const {
 }
 
 Session::Session(const SessionOptions& options, const EvalCache& cache, const CacheLayout& layout, int only_layer) {
-  const bool emulated = cache.coded && (options.reference || cache.method == Method::tailorkv);
+  const bool emulated = cache.coded && (options.reference || !by_plugin(cache.method));
   const bool plugin = cache.coded && !emulated;
   // The plugin reads its settings when a context's cache is allocated.
   if (plugin) setenv("THIMBLE_KV", options.settings(cache).c_str(), 1);

@@ -27,7 +27,7 @@ struct CalibratedProfile {
 struct SessionOptions {
   std::string model;
   MeasuredDevices devices;
-  CalibratedProfile ours, vecinfer;
+  CalibratedProfile ours, vecinfer, oscar;
   int first = 8;                             // first cells that emulated caches keep exact; they have no pool
   int last = Settings().window.last;         // window= of THIMBLE_KV
   int pool = Settings().window.pool;         // pool= of THIMBLE_KV
@@ -37,11 +37,11 @@ struct SessionOptions {
   std::string policy = "all";  // layers that retrieve
   bool reference = false;      // emulate coded caches
 
-  /// THIMBLE_KV for a coded cache of Thimble's or VecInfer's. An emulated cache codes the layers that a plan of these
-  /// settings codes.
+  /// THIMBLE_KV for a coded cache of Thimble's or VecInfer's. An emulated cache, but TailorKV's, codes the layers that
+  /// a plan of these settings codes.
   std::string settings(const EvalCache& cache) const;
   const CalibratedProfile& profile_of(const EvalCache& cache) const {
-    return cache.method == Method::vecinfer ? vecinfer : ours;
+    return cache.method == Method::vecinfer ? vecinfer : cache.method == Method::oscar ? oscar : ours;
   }
 };
 

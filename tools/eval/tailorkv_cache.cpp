@@ -16,10 +16,6 @@ namespace {
 
 constexpr int kGroup = 64;  // numbers that are coded with one pair of least and greatest
 
-uint16_t* row_of(const ggml_tensor* cache, int cell) {
-  return reinterpret_cast<uint16_t*>(static_cast<char*>(cache->data) + size_t(cell) * cache->nb[1]);
-}
-
 /// Replaces each of `n` numbers, `stride` apart, by the least or the greatest of them, whichever is nearer.
 void code_group(uint16_t* numbers, int n, size_t stride) {
   float least = INFINITY, greatest = -INFINITY;

@@ -10,7 +10,8 @@ using json = nlohmann::json;
 
 /// The tokens of all chunks, and the one behind them. Throws std::runtime_error where the text has too few.
 std::vector<int32_t> tokens_of(const TextTask& task, const SessionOptions& options) {
-  std::vector<int32_t> tokens = tokenize(load_vocabulary(options.model).get(), read_text(task.text), true, task.special);
+  std::vector<int32_t> tokens =
+      tokenize(load_vocabulary(options.model).get(), read_text(task.text), true, task.special);
   const size_t n = size_t(task.run.context) * task.run.n_chunks + 1;
   if (tokens.size() < n) {
     throw std::runtime_error(task.text + " has " + std::to_string(tokens.size()) + " tokens, but --context " +
@@ -57,7 +58,11 @@ json divergence_by_layer(const TextTask& task, const SessionOptions& options, co
 json cache_row(const EvalCache& cache, const SessionOptions& options, const CacheLayout& layout) {
   CacheBytes bytes;
   double bits = 0;  // of a coded number; exact and fetched rows do not count
-  if (cache.coded && cache.method != Method::tailorkv) {
+  if (cache.coded && (cache.method == Method::oscar || cache.method == Method::kvarn)) {
+    const Settings settings = Settings::parse(options.settings(cache));
+    bytes = published_bytes(cache, settings, layout);
+    bits = published_bits(cache, settings, layout);
+  } else if (cache.coded && by_plugin(cache.method)) {
     const Settings settings = Settings::parse(options.settings(cache));
     bytes = planned_bytes(settings, layout);
     bits = planned_bits(settings, layout);
