@@ -8,6 +8,12 @@
 #include "codec/half.h"
 
 namespace thimble {
+namespace {
+
+// Of the mean square of all weights: what is added to that of each, since RoPE and chance make up for the least.
+constexpr double kLeastWeight = 1e-3;
+
+}  // namespace
 
 void HeadCodec::derive_tables() {
   if (transform.head_dim() != format.head_dim) throw std::invalid_argument("transform does not fit the head size");
@@ -39,18 +45,37 @@ float HeadCodec::score_bias(const float* y) const {
   return variance / 2;
 }
 
-HeadCodec make_uncalibrated_codec(Kind kind, const Format& format) {
+HeadCodec make_uncalibrated_codec(Kind kind, const Format& format, const std::vector<float>& stretch) {
   HeadCodec codec;
   codec.kind = kind;
   codec.format = format;
   if (format.f16) {
     codec.transform = Transform::identity(format.head_dim);
   } else {
-    codec.transform = Transform::hadamard(format.head_dim);
+    codec.transform = stretch.empty() ? Transform::hadamard(format.head_dim) : Transform::stretched_hadamard(stretch);
     codec.codebook = builtin_codebook(format);
   }
   codec.derive_tables();
   return codec;
+}
+
+std::vector<float> key_stretch(const float* key_weights, const float* query_weights, int n, int head_dim) {
+  std::vector<double> keys(head_dim), queries(head_dim, 0.0);  // squares
+  double key_sum = 0, query_sum = 0;
+  for (int d = 0; d < head_dim; d++) {
+    keys[d] = double(key_weights[d]) * key_weights[d];
+    for (int i = 0; i < n; i++) queries[d] += std::pow(double(query_weights[size_t(i) * head_dim + d]), 2) / n;
+    key_sum += keys[d];
+    query_sum += queries[d];
+  }
+  if (!std::isfinite(key_sum) || !std::isfinite(query_sum) || key_sum == 0 || query_sum == 0) return {};
+  std::vector<float> stretch;
+  for (int d = 0; d < head_dim; d++) {
+    const double query = queries[d] + kLeastWeight * query_sum / head_dim;
+    const double key = keys[d] + kLeastWeight * key_sum / head_dim;
+    stretch.push_back(float(std::sqrt(std::sqrt(query / key))));
+  }
+  return stretch;
 }
 
 uint16_t encode_vector(const HeadCodec& codec, const float* y, uint8_t* codes) {

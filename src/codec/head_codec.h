@@ -33,7 +33,15 @@ struct HeadCodec {
 };
 
 /// A codec without calibration: a Hadamard rotation and the built-in codebook. With format.f16 it changes nothing.
-HeadCodec make_uncalibrated_codec(Kind kind, const Format& format);
+/// `stretch` [head_dim], as `key_stretch` has it, is what numbers are multiplied by before; empty: by 1.
+HeadCodec make_uncalibrated_codec(Kind kind, const Format& format, const std::vector<float>& stretch = {});
+
+/// What a KV head's keys are multiplied by before they are rotated, [head_dim], where the model normalizes queries and
+/// keys and multiplies them by weights [head_dim] each, which tell how large their numbers are. A rotation spreads the
+/// error of a key evenly over its numbers, and an error costs what the query's number makes of it: the sum of
+/// (q_d / s_d)^2, times the key's power, the sum of (k_d s_d)^2, is least for s_d = sqrt(|q_d| / |k_d|).
+/// `query_weights` [n][head_dim] are those of the query heads that attend to the KV head.
+std::vector<float> key_stretch(const float* key_weights, const float* query_weights, int n, int head_dim);
 
 /// Writes the codes of one transformed vector `y` [head_dim] to `codes` [n_subspaces]; returns its scale as f16.
 ///

@@ -110,6 +110,18 @@ Transform Transform::dense(std::vector<float> mean, std::vector<float> matrix) {
   return t;
 }
 
+Transform Transform::stretched_hadamard(const std::vector<float>& stretch) {
+  const size_t n = stretch.size();
+  const Transform rotation = hadamard(int(n));
+  std::vector<float> matrix(n * n, 0.0f), unit(n, 0.0f);
+  for (size_t i = 0; i < n; i++) {
+    unit[i] = stretch[i];
+    rotation.forward(unit.data(), &matrix[i * n]);
+    unit[i] = 0;
+  }
+  return dense(std::vector<float>(n, 0.0f), std::move(matrix));
+}
+
 // x' = x R, so y = (x' R - mean) A = (x' - mean R) (R A), since R R = 1 and R is symmetric.
 Transform Transform::behind_hadamard(int block) const {
   if (kind_ != Kind::dense) return identity(head_dim_);

@@ -24,6 +24,9 @@ public:
   static Transform identity(int head_dim);
   /// Orthonormal Walsh-Hadamard, in blocks of the largest power of two that divides head_dim. Needs no calibration.
   static Transform hadamard(int head_dim);
+  /// Each number times one of `stretch` [head_dim], then the same. A general map, so that it takes as long as `dense`.
+  /// Throws std::invalid_argument where a number of `stretch` is 0 or not finite.
+  static Transform stretched_hadamard(const std::vector<float>& stretch);
   /// A general map: `mean` [head_dim], `matrix` = A [head_dim][head_dim] row-major. Throws std::invalid_argument where
   /// A is singular or anything is not finite.
   static Transform dense(std::vector<float> mean, std::vector<float> matrix);

@@ -3,6 +3,7 @@
 #include <fstream>
 #include <iterator>
 #include <stdexcept>
+#include <string_view>
 
 namespace thimble {
 namespace {
@@ -12,10 +13,16 @@ uint64_t fnv1a(uint64_t hash, const char* data, size_t size) {
   return hash;
 }
 
+// How codecs without a profile are made, for states: another name where the same rates come to other codes.
+constexpr std::string_view kUncalibrated = "keys stretched by norms";
+
 }  // namespace
 
 CodecSource::CodecSource(const Settings& settings) : settings_(settings), hash_(settings.hash()) {
-  if (settings.profile.empty()) return;
+  if (settings.profile.empty()) {
+    hash_ = fnv1a(hash_, kUncalibrated.data(), kUncalibrated.size());
+    return;
+  }
   std::ifstream file(settings.profile, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
   if (bytes.empty()) {
@@ -47,8 +54,8 @@ Format CodecSource::format(int layer, Kind kind, int head_dim) const {
   return profile_->format(layer, kind, bits(kind));
 }
 
-std::shared_ptr<const std::vector<HeadCodec>> CodecSource::codecs(int layer, Kind kind, int head_dim,
-                                                                  int n_kv_heads) const {
+std::shared_ptr<const std::vector<HeadCodec>> CodecSource::codecs(
+    int layer, Kind kind, int head_dim, int n_kv_heads, const std::vector<std::vector<float>>& stretches) const {
   auto all = std::make_shared<std::vector<HeadCodec>>();
   const Format format = this->format(layer, kind, head_dim);
   if (from_profile(kind) && profile_->shape.layers[layer].n_kv_heads != n_kv_heads) {
@@ -56,7 +63,8 @@ std::shared_ptr<const std::vector<HeadCodec>> CodecSource::codecs(int layer, Kin
   }
   for (int head = 0; head < n_kv_heads; head++) {
     all->push_back(from_profile(kind) ? profile_->codec(layer, head, kind, bits(kind))
-                                      : make_uncalibrated_codec(kind, format));
+                                      : make_uncalibrated_codec(
+                                            kind, format, stretches.empty() ? std::vector<float>() : stretches[head]));
   }
   return all;
 }

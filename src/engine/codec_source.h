@@ -20,8 +20,10 @@ public:
   std::optional<int> head_dim(int layer, Kind kind) const;
   /// Throws std::runtime_error where the profile does not have this layer or rate, or has another head size.
   Format format(int layer, Kind kind, int head_dim) const;
-  /// One codec a KV head. Throws as `format` does, and where the profile has another number of KV heads.
-  std::shared_ptr<const std::vector<HeadCodec>> codecs(int layer, Kind kind, int head_dim, int n_kv_heads) const;
+  /// One codec a KV head. `stretches`: for each KV head that of make_uncalibrated_codec, or empty; a profile's codecs
+  /// have none. Throws as `format` does, and where the profile has another number of KV heads.
+  std::shared_ptr<const std::vector<HeadCodec>> codecs(int layer, Kind kind, int head_dim, int n_kv_heads,
+                                                       const std::vector<std::vector<float>>& stretches = {}) const;
   /// Whether a layer retrieves (Settings::top, Settings::policy).
   bool retrieves(int layer) const;
   /// A hash of everything that codes depend on: the rates and the profile's bytes.

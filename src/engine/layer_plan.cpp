@@ -25,6 +25,25 @@ std::string name_of(int layer) {
   return "layer " + std::to_string(layer) + ": ";
 }
 
+/// What the keys of each KV head are multiplied by before they are coded without a profile (key_stretch); empty where
+/// the weights of the model's norms are not known.
+std::vector<std::vector<float>> key_stretches(const LayerPlan& plan) {
+  const size_t dim = size_t(plan.side(Kind::key).head_dim), n = size_t(plan.shape.n_kv_heads);
+  const std::vector<float>&keys = plan.key_norm, &queries = plan.query_norm;
+  const bool of_one_key = keys.size() == dim, of_one_query = queries.size() == dim;
+  if ((!of_one_key && keys.size() != n * dim) || (!of_one_query && (queries.empty() || queries.size() % (n * dim)))) {
+    return {};
+  }
+  const size_t group = of_one_query ? 1 : queries.size() / (n * dim);
+  std::vector<std::vector<float>> stretches;
+  for (size_t h = 0; h < n; h++) {
+    stretches.push_back(key_stretch(&keys[of_one_key ? 0 : h * dim], &queries[of_one_query ? 0 : h * group * dim],
+                                    int(group), int(dim)));
+    if (stretches.back().empty()) return {};
+  }
+  return stretches;
+}
+
 }  // namespace
 
 int piece_of_row(int64_t width) {
@@ -67,6 +86,8 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
   plan.coded = true;
   plan.as_f16 = geometry.as_f16;
   std::copy(std::begin(geometry.rotated), std::end(geometry.rotated), plan.rotated);
+  plan.query_norm = geometry.query_norm;
+  plan.key_norm = geometry.key_norm;
   plan.window = settings_.passthrough() || plan.as_f16 ? WindowSize{0, 0, 0} : settings_.window;
   plan.top = source_->retrieves(geometry.layer) && !plan.as_f16 ? settings_.top : 0;
   plan.drop_tail = settings_.drop_tail;
@@ -117,7 +138,9 @@ LayerCodecs CachePlanner::codecs(const LayerPlan& plan) const {
       codecs.sides[int(kind)] = std::make_shared<const std::vector<HeadCodec>>(plan.shape.n_kv_heads, codec);
       continue;
     }
-    auto known = source_->codecs(plan.layer, kind, format.head_dim, plan.shape.n_kv_heads);
+    const std::vector<std::vector<float>> stretches =
+        kind == Kind::key ? key_stretches(plan) : std::vector<std::vector<float>>();
+    auto known = source_->codecs(plan.layer, kind, format.head_dim, plan.shape.n_kv_heads, stretches);
     if (const int block = plan.rotated[int(kind)]; block > 0 && !format.f16) {
       auto rotated = std::make_shared<std::vector<HeadCodec>>(*known);
       for (HeadCodec& codec : *rotated) codec.transform = codec.transform.behind_hadamard(block);

@@ -29,6 +29,9 @@ struct LayerGeometry {
   bool is_window = false;  // of a sliding window
   // By Kind: the host program rotates heads by a Walsh-Hadamard matrix in blocks of so many numbers; 0: it does not.
   int rotated[2] = {0, 0};
+  // The weights that the model multiplies normalized queries and keys by, for one head or for all of them; empty: it
+  // does not, or they are not known.
+  std::vector<float> query_norm, key_norm;
   bool as_f16 = false;  // the engine keeps its rows as f16, whatever the settings say: few rows that choose others
 };
 
@@ -41,10 +44,11 @@ struct LayerPlan {
   bool coded = false;   // the engine keeps the layer (with bits=16 as f16 blocks)
   std::string why_f16;  // why the layer is not coded; all that follows but f16_bytes is empty then
   CacheShape shape;
-  Format format[2];                  // by Kind; the values' head_dim is 0 where the layer has keys alone
-  bool as_f16 = false;               // LayerGeometry::as_f16
-  int rotated[2] = {0, 0};           // LayerGeometry::rotated
-  bool has_codes[2] = {true, true};  // values have none with tail=drop, as only their exact rows are read
+  Format format[2];                         // by Kind; the values' head_dim is 0 where the layer has keys alone
+  bool as_f16 = false;                      // LayerGeometry::as_f16
+  int rotated[2] = {0, 0};                  // LayerGeometry::rotated
+  std::vector<float> query_norm, key_norm;  // as in LayerGeometry
+  bool has_codes[2] = {true, true};         // values have none with tail=drop, as only their exact rows are read
   WindowSize window;
   int top = 0;  // cells to retrieve; above 0, the layer has an exact store
   bool drop_tail = false;

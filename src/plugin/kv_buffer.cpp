@@ -139,6 +139,8 @@ void KvBuffer::bind_keys_alone(ManagedLayer& layer, bool as_f16) {
 
 void KvBuffer::make_layer(ManagedLayer& layer, LayerGeometry geometry) {
   std::copy(std::begin(layer.rotated), std::end(layer.rotated), geometry.rotated);
+  geometry.query_norm = layer.query_norm;
+  geometry.key_norm = layer.key_norm;
   const LayerPlan plan = planner_->plan(geometry);
   uint8_t* const memory[2] = {memory_of(layer, plan, Kind::key), memory_of(layer, plan, Kind::value)};
   cache_->add_layer(plan, planner_->codecs(plan), memory);

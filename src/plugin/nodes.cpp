@@ -52,6 +52,27 @@ int rotated_by(const ggml_tensor* rows) {
   return 0;
 }
 
+// The weights of the norm that queries or keys come from, which a graph may have rotated, scaled and reshaped since;
+// empty where there is none, and where a context is only tried out, whose weights have no memory.
+std::vector<float> norm_weights(const ggml_tensor* x) {
+  for (int depth = 0; x && depth < 12; depth++) {
+    if (x->op == GGML_OP_MUL && x->src[0]->op == GGML_OP_RMS_NORM) {
+      const ggml_tensor* weights = x->src[1];
+      if (weights->type != GGML_TYPE_F32 || !weights->buffer || !weights->data || !ggml_is_contiguous(weights))
+        return {};
+      std::vector<float> numbers(ggml_nelements(weights));
+      ggml_backend_tensor_get(weights, numbers.data(), 0, ggml_nbytes(weights));
+      return numbers;
+    }
+    const bool keeps_numbers = is_view_op(x->op) || x->op == GGML_OP_ROPE || x->op == GGML_OP_SCALE ||
+                               x->op == GGML_OP_CONT || x->op == GGML_OP_CPY;
+    if (!keeps_numbers && x->op != GGML_OP_MUL_MAT) return {};
+    if (x->op == GGML_OP_MUL_MAT && rotated_by(x) == 0) return {};
+    x = x->src[x->op == GGML_OP_MUL_MAT ? 1 : 0];
+  }
+  return {};
+}
+
 std::string refused(const ggml_tensor* node, const char* what) {
   return std::string(ggml_op_name(node->op)) + " on the KV cache (" + node->name + "): " + what +
          "; Thimble cannot code this model's cache: run it without the THIMBLE device (--device none, or thimble "
@@ -99,11 +120,14 @@ void bind(const ggml_tensor* node, NodeKind kind) {
     layer->written[int(side)] = true;
     // The f16 cache of an indexer is rotated too, and there llama.cpp itself shifts the rotated keys.
     if (KvBuffer::of(node)->was_quantized(layer->index)) layer->rotated[int(side)] = rotated_by(node->src[0]);
+    if (side == Kind::key && !layer->plan) layer->key_norm = norm_weights(node->src[0]);
     layer->transposed = layer->transposed || is_transposed_write(node);
   }
   if (kind == NodeKind::attend) {
     const ggml_tensor *k = node->src[1], *v = node->src[2];
-    KvBuffer::of(k)->bind(*KvBuffer::layer_of(k), int(k->ne[0]), int(v->ne[0]), int(k->ne[2]));
+    ManagedLayer* layer = KvBuffer::layer_of(k);
+    if (!layer->plan) layer->query_norm = norm_weights(node->src[0]);
+    KvBuffer::of(k)->bind(*layer, int(k->ne[0]), int(v->ne[0]), int(k->ne[2]));
   }
   if (kind != NodeKind::read) return;
   for (const ggml_tensor* view : node->src) {
@@ -130,6 +154,7 @@ void bind(const ggml_tensor* node, NodeKind kind) {
       const ggml_tensor* cache = layer->tensors[int(of)];
       return cache ? int(cache->ne[0] / n_heads) : 0;
     };
+    if (node->op == GGML_OP_MUL_MAT && side == Kind::key) layer->query_norm = norm_weights(node->src[1]);
     KvBuffer::of(view)->bind(*layer, dim(Kind::key), dim(Kind::value), int(n_heads));
   }
 }

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 #include <set>
 
 #include "codec/half.h"
@@ -19,6 +20,40 @@ double relative_error(const std::vector<float>& x, const std::vector<float>& y) 
     size += x[i] * x[i];
   }
   return error / size;
+}
+
+TEST(HeadCodec, StretchedKeysMakeLittleErrorInScores) {
+  // Weights as models have them: some numbers of keys are great, and others of queries.
+  const int dim = 64, n = 400;
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> keys(dim, 1.0f), queries(2 * dim, 1.0f);
+  keys[5] = 30, keys[40] = -20, keys[7] = 0;
+  queries[5] = queries[dim + 5] = 0.1f, queries[9] = 4, queries[dim + 9] = -4;
+  const std::vector<float> stretch = key_stretch(keys.data(), queries.data(), 2, dim);
+  ASSERT_EQ(stretch.size(), size_t(dim));
+  EXPECT_NEAR(stretch[40] / stretch[1], std::sqrt(1 / 20.0f), 0.1f);
+  EXPECT_NEAR(stretch[9] / stretch[1], 2, 0.1f);
+  double errors[2] = {};
+  for (bool stretched : {false, true}) {
+    const HeadCodec codec =
+        make_uncalibrated_codec(Kind::key, make_format(dim, 2), stretched ? stretch : std::vector<float>());
+    std::vector<float> k(dim), q(dim), y(dim), decoded(dim);
+    std::vector<uint8_t> codes(codec.format.n_subspaces());
+    for (int i = 0; i < n; i++) {
+      for (int d = 0; d < dim; d++) k[d] = keys[d] * normal(random), q[d] = queries[d] * normal(random);
+      codec.transform.forward(k.data(), y.data());
+      const uint16_t scale = encode_vector(codec, y.data(), codes.data());
+      decode_vector(codec, codes.data(), scale, y.data());
+      codec.transform.inverse(y.data(), decoded.data());
+      double error = 0;
+      for (int d = 0; d < dim; d++) error += double(q[d]) * (decoded[d] - k[d]);
+      errors[stretched] += error * error / n;
+    }
+  }
+  EXPECT_LT(errors[1], errors[0] / 8);
+  const std::vector<float> zeros(dim, 0.0f);
+  EXPECT_TRUE(key_stretch(zeros.data(), queries.data(), 2, dim).empty());
 }
 
 TEST(Half, EveryHalfSurvivesTheRoundTrip) {

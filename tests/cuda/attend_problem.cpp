@@ -16,7 +16,7 @@ double error_of(const EmulatedAttend& kernel, const AttendCase& c) {
   const int d = kernel.head_dim, n_heads = c.n_kv_heads * c.group;
   std::vector<HeadCodec> key_codecs, value_codecs;
   for (int h = 0; h < c.n_kv_heads; h++) {
-    key_codecs.push_back(random_codec(Kind::key, d, kernel.rates.keys, c.dense, random));
+    key_codecs.push_back(random_codec(Kind::key, d, kernel.rates.keys, c.dense || c.dense_keys, random));
     value_codecs.push_back(random_codec(Kind::value, d, kernel.rates.values, c.dense, random));
   }
   const HostTables key_tables = pack_tables(key_codecs, kernel.tiles),
@@ -141,7 +141,7 @@ double error_of(const EmulatedAttend& kernel, const AttendCase& c) {
         std::vector<float> transformed(d);
         transform.query(q, transformed.data());
         double lacking = 0;  // of coded cells' scores
-        if (c.dense) {
+        if (c.dense || c.dense_keys) {
           lacking = transform.query_bias(q) + scale * key_codecs[kv_head].score_bias(transformed.data());
         }
         double total = c.sinks ? std::exp(double(sinks[head])) : 0, weight = 0;

@@ -45,6 +45,12 @@ TEST(CudaAttend, ArithmeticErrorIsATenthOfTheCodecs) {
   expect_small_arithmetic_error<AttendShape<256, 4, 4, true>>();
 }
 
+// A layer's keys may have a matrix of their own where its values are only rotated.
+TEST(CudaAttend, KeysAloneHaveMatrices) {
+  EXPECT_LT(error_of<Small>({.n_streams = 2, .n_tokens = 2, .dense_keys = true, .n_exact = 30, .blocks_x = 2}), 3e-4);
+  EXPECT_LT(error_of<Small>({.dense_keys = true, .n_splits = 2, .blocks_x = 2}), 3e-4);
+}
+
 // Tables are not made where nothing is to be attended to from codes.
 TEST(CudaAttend, NothingCoded) {
   for (int blocks_x : {1, 2}) {

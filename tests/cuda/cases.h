@@ -9,6 +9,7 @@ struct AttendCase {
   int n_streams = 1, n_tokens = 1, n_kv_heads = 1, group = 4;
   int n_cells = 128;
   bool dense = false, mask = false, alibi = false, sinks = false;
+  bool dense_keys = false;  // keys alone, as without a profile (key_stretch)
   float softcap = 0;
   int n_exact = 0;  // exact rows of a stream
   int n_fresh = 0;  // of these: new, not in the window yet

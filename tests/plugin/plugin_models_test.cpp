@@ -289,6 +289,30 @@ TEST(PluginIndexer, ThatIsNotUsed) {
   }
 }
 
+// Without a profile the weights of the norms say which numbers of keys are great, whichever op shows them.
+TEST(PluginNorms, GreatNumbersOfKeysDoNoHarm) {
+  for (bool flash_attention : {true, false}) {
+    double nmse[2];
+    for (bool great : {false, true}) {
+      Options options;
+      options.model = std::make_shared<TinyModel>(TinyModel{"qwen3", {}, great});
+      options.n_ctx = 2048;
+      options.coded_flash_attention = flash_attention;
+      std::vector<Logits> plain;
+      for (double bits : {0.0, 4.0}) {
+        Session session(options.with_bits(bits));
+        session.feed(tokens(0, 300), 0, 4);
+        for (int i = 0; i < 6; i++) session.feed(tokens(300 + i, 1));
+        if (bits == 0) plain = session.logits;
+        if (bits > 0) nmse[great] = compare(plain, session.logits).nmse;
+      }
+    }
+    std::printf("flash attention %d: NMSE %.1e, with great keys %.1e\n", flash_attention, nmse[0], nmse[1]);
+    EXPECT_GT(nmse[0], 1e-6) << "nothing was read from codes";
+    EXPECT_LT(nmse[1], 4 * nmse[0]);
+  }
+}
+
 using PluginAdapter = PluginTest;
 
 TEST_F(PluginAdapter, OfKeysAndValues) {

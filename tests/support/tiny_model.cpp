@@ -15,7 +15,7 @@ namespace {
 using Gguf = std::unique_ptr<gguf_context, void (*)(gguf_context*)>;
 
 // Weights that make attention look at some cells more than at others; what only scales stays near 1.
-void fill(ggml_tensor* tensor, void*) {
+void fill(ggml_tensor* tensor, void* tiny) {
   const std::string name = tensor->name;
   const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
   const bool scales = has("norm") && !has("bias");
@@ -32,6 +32,9 @@ void fill(ggml_tensor* tensor, void*) {
   std::normal_distribution<float> normal(mean, deviation);
   std::vector<float> numbers(ggml_nelements(tensor));
   for (float& x : numbers) x = normal(random);
+  if (static_cast<const TinyModel*>(tiny)->great_keys && (has("q_norm") || has("k_norm"))) {
+    for (size_t d : {numbers.size() / 2 - 1, numbers.size() - 1}) numbers[d] *= has("k_norm") ? 40 : 1 / 40.0f;
+  }
   if (tensor->type == GGML_TYPE_F32) {
     ggml_backend_tensor_set(tensor, numbers.data(), 0, ggml_nbytes(tensor));
     return;
@@ -70,7 +73,8 @@ std::shared_ptr<llama_model> make_model(const TinyModel& tiny, const llama_model
   Metadata all = tiny.metadata;
   all.merge(base_metadata());
   for (const auto& [key, value] : all) set(gguf.get(), tiny.architecture + "." + key, value);
-  llama_model* model = llama_model_init_from_user(gguf.get(), fill, nullptr, params);
+  TinyModel copy = tiny;
+  llama_model* model = llama_model_init_from_user(gguf.get(), fill, &copy, params);
   if (!model) throw std::runtime_error("no model of architecture " + tiny.architecture);
   return {model, llama_model_free};
 }

@@ -17,6 +17,9 @@ using Metadata = std::map<std::string, std::variant<uint32_t, float, std::vector
 struct TinyModel {
   std::string architecture;
   Metadata metadata;  // keys without the architecture's prefix; keys that are missing are those of base_metadata
+  // Where queries and keys are normalized: the weights make two numbers of every key far greater than all others, and
+  // those of queries so much smaller.
+  bool great_keys = false;
 };
 
 constexpr int kTinyVocabulary = 128;
