@@ -35,8 +35,9 @@ def label(result, row):
     name = row["kv"] if "+" in row["kv"] else row["kv"] + (" bit" if row["kv"] == "1" else " bits")
     if "+" in row["kv"] and result.get("policy", "all") != "all":
         name += ", policy=" + result["policy"]
-    if row["method"] == "vecinfer":
-        return name + ", VecInfer"
+    published = {"vecinfer": "VecInfer", "oscar": "OSCAR", "kvarn": "KVarN"}
+    if row["method"] in published:
+        return f"{name}, {published[row['method']]}"
     return name + (", self-made text" if "sampled" in result["profile"] else "")
 
 
