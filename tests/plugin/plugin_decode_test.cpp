@@ -237,7 +237,7 @@ TEST_F(PluginDecode, SeveralTokensAtOnceSeeWhatEachWouldHaveSeenAlone) {
     options->pool = 40;
     const std::string name = options->coded() ? options->kv() : "f16";
     const std::vector<Logits> alone = decode_drafts(*options, 1, 0);
-    for (const auto& [n, wrong] : {std::pair{2, 0}, {4, 3}, {9, 0}, {8, 5}, {16, 0}, {16, 9}}) {
+    for (const auto& [n, wrong] : {std::pair{4, 3}, {9, 0}, {16, 9}}) {
       const Difference difference = compare(alone, decode_drafts(*options, n, wrong));
       std::printf("%s, %d tokens, %d taken back: KL mean %.1e, max %.1e\n", name.c_str(), n, wrong, difference.mean_kl,
                   difference.max_kl);
