@@ -155,9 +155,13 @@ eval_on_device() { # of a part's name, as eval is a word of the shell's
 }
 
 archs() {
+  local status=0
   has test-llama-archs libpreload_backends.so
+  rm -f "$out/archs.md"
   within 560 python3 tests/plugin/llama_archs.py "$bin" --device "$device" --coded bits=4,small=0,window=16,pool=4 \
-    --only "${THIMBLE_ARCHS:-}" --jobs $(($(nproc) / 2 > 1 ? $(nproc) / 2 : 1)) --table "$out/archs.md"
+    --only "${THIMBLE_ARCHS:-}" --jobs $(($(nproc) / 2 > 1 ? $(nproc) / 2 : 1)) --table "$out/archs.md" || status=$?
+  [ ! -f "$out/archs.md" ] || cat "$out/archs.md"
+  return $status
 }
 
 quality() {

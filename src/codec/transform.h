@@ -48,6 +48,8 @@ public:
   float query_bias(const float* q) const;
 
   bool is_dense() const { return kind_ == Kind::dense; }
+  /// Numbers that a Walsh-Hadamard rotation takes together; 1 where this is none.
+  int hadamard_block() const { return hadamard_block_; }
   const std::vector<float>& mean() const { return mean_; }
   const std::vector<float>& matrix() const { return a_; }
   const std::vector<float>& inverse_matrix() const { return b_; }

@@ -39,6 +39,10 @@ CodeOrder code_order(const Format& format, bool tiles) {
   return {format.head_dim, tiles ? 0 : format.width(0), format.n_width2, format.n_width4};
 }
 
+CodeOrder plain_order(const Format& format) {
+  return {format.head_dim, format.f16 ? kF16Rows : kPlainOrder, format.n_width2, format.n_width4};
+}
+
 void block_to_cuda(const Format& format, Kind kind, const uint8_t* block, uint8_t* cuda_block, bool tiles) {
   for_each_code(format, kind, tiles, [=](int cpu, int gpu) { cuda_block[gpu] = block[cpu]; });
   std::memcpy(cuda_block + format.codes_bytes(), block + format.codes_bytes(), kBlockCells * 2);

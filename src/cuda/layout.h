@@ -19,6 +19,9 @@
 //   values: lane (g, t) takes units that are g modulo 8, of the cells 2t, 2t + 1, 2t + 8, 2t + 9 of each 16.
 //
 // Head sizes are 64, 128 and 256.
+//
+// For layers that are read as rows (rows/rows.h) codes of any head size lie in the plain order, a subspace's of all 64
+// cells one behind the other; and f16 blocks as codec/format.h has them.
 #pragma once
 
 #include <cstddef>
@@ -72,16 +75,22 @@ THIMBLE_HOST_DEVICE constexpr int tile_position(Kind kind, int subspace, int num
   return (subspace - number) * kBlockCells + (kind == Kind::key ? of_key : of_value) * in_unit + number;
 }
 
+// CodeOrder::width of codes in another order than that for tables.
+inline constexpr int kTileOrder = 0, kPlainOrder = -1;
+inline constexpr int kF16Rows = -2;  // not coded
+
 /// What kernels know of a format: which numbers make a subspace, and where their codes lie.
 struct CodeOrder {
   int head_dim = 0;
-  int width = 0;                   // of all subspaces, in the order for tables. 0: in the order for tiles
+  int width = 0;                   // of all subspaces, in the order for tables; or one of those above
   int n_width2 = 0, n_width4 = 0;  // as in Format: subspaces of width 2 come first, then 4, then 8
 
   THIMBLE_HOST_DEVICE constexpr int n_subspaces() const {
     if (width > 0) return head_dim / width;
+    if (width == kF16Rows) return 0;
     return n_width2 + n_width4 + (head_dim - 2 * n_width2 - 4 * n_width4) / 8;
   }
+  THIMBLE_HOST_DEVICE constexpr bool is_f16() const { return width == kF16Rows; }
   /// The subspace of component d.
   THIMBLE_HOST_DEVICE constexpr int subspace_of(int d) const {
     if (width > 0) return d / width;
@@ -101,6 +110,7 @@ struct CodeOrder {
   /// Where a subspace's code of a cell, 0 to 63, lies in a block.
   THIMBLE_HOST_DEVICE constexpr int position(Kind kind, int subspace, int cell) const {
     if (width > 0) return cuda_position(kind, n_subspaces(), subspace, cell);
+    if (width == kPlainOrder) return subspace * kBlockCells + cell;
     const int behind2 = subspace - n_width2;
     if (behind2 < 0) return tile_position(kind, subspace, subspace % 4, 4, cell);
     if (behind2 < n_width4) return tile_position(kind, subspace, behind2 % 2, 2, cell);
@@ -115,6 +125,8 @@ bool tiles_support(const Format& format);
 
 /// The order of a format's codes. With `tiles` tiles_support(format) must hold, else cuda_supports(format).
 CodeOrder code_order(const Format& format, bool tiles = false);
+/// That of layers which are read as rows, for any format.
+CodeOrder plain_order(const Format& format);
 
 // One block from the CPU's order to the GPU's and back, format.block_bytes() each. The two must not overlap. `tiles` as
 // in code_order.

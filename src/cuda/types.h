@@ -12,6 +12,7 @@ namespace thimble::cuda {
 /// Query rows of one KV head that one thread block attends for. More rows make more row groups.
 inline constexpr int kRowGroup = 4;
 inline constexpr int kMaxTokens = 8;  // of a stream in one call of attend
+inline constexpr int kMaxGroup = 64;  // query heads of a KV head
 
 inline constexpr int kMaxTop = 4096;  // the most cells that retrieval chooses for a stream and KV head
 
@@ -22,9 +23,11 @@ inline constexpr int row_groups(int n_tokens, int group) {
 /// The codecs of one layer's keys or values; host/tables.h makes them from HeadCodecs.
 struct CodecTables {
   int head_dim = 0;
-  int width = 0;  // numbers a subspace: 2, 4 or 8. 0: coded in the order for tiles, see CodeOrder
+  int width = 0;  // numbers a subspace: 2, 4 or 8. Else in another order of codes, see CodeOrder
   int n_kv_heads = 0;
   uint16_t n_width2 = 0, n_width4 = 0;  // as in CodeOrder
+  // In the plain order, where there is no matrix: numbers that the Hadamard rotation takes together; 1: no rotation.
+  int hadamard_block = 0;
   /// int8 codewords in the kernels' table order: [n_kv_heads][128][head_dim / 4], or those of tile_cells.h.
   const uint32_t* packed;
   const float* scale;              // [n_kv_heads][n_subspaces]
@@ -34,10 +37,12 @@ struct CodecTables {
   const float* forward = nullptr;  // [n_kv_heads][head_dim][head_dim]: A
   const float* undo = nullptr;     // the same for the other side of the product: keys B^T, values B = A^-1
   const float* error = nullptr;    // [n_kv_heads][head_dim], HeadCodec::error; null where some head's is not known
+  const int32_t* carriers =
+      nullptr;  // [n_kv_heads][2]: the components of smallest numbers (bias_kernel.h); null as `error`
 
   THIMBLE_HOST_DEVICE CodeOrder order() const { return {head_dim, width, n_width2, n_width4}; }
   int n_subspaces() const { return order().n_subspaces(); }
-  size_t block_bytes() const { return size_t(n_subspaces() + 2) * 64; }
+  size_t block_bytes() const { return size_t(order().is_f16() ? 2 * head_dim : n_subspaces() + 2) * 64; }
 };
 
 /// Coded keys or values: block `b` of KV head `h` of stream `s` lies at data + s * stream_stride + h * head_stride +
@@ -255,6 +260,23 @@ struct TransformArgs {
   CodecTables codec;      // of the keys for queries, of the values for outputs
   bool add_mean = false;  // to outputs, whose weights sum up to 1, of rows without a shift
   float* out = nullptr;   // [n_streams][n_tokens][n_heads][head_dim]; may be `in`, where that has this order
+};
+
+/// What coded cells' scores lack, to be put into dense rows of keys and into transformed queries
+/// (encode/bias_kernel.h).
+struct BiasArgs {
+  CodecTables codec;  // of the keys
+  DenseRows rows;     // their rows, of a layer with rows_kv_heads KV heads
+  int rows_kv_heads = 1, group = 1;
+  float scale = 1;  // of the scores
+  // Cells whose rows are exact: the window's, [n_window_streams][capacity], as in ExactRows, and the batch's,
+  // [n_tokens], as in EncodeArgs.
+  const int32_t* window_cells = nullptr;
+  int n_window_streams = 0, capacity = 0;
+  const int64_t* cells = nullptr;
+  int n_tokens = 0, cells_per_stream = 1;
+  float* queries = nullptr;  // [n_queries][n_kv_heads * group][head_dim]
+  int n_queries = 0;
 };
 
 /// Retrieval: the `top` cells with the greatest scores for one step's queries are chosen, and their exact keys and

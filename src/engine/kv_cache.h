@@ -108,9 +108,8 @@ struct RefusedRows {
 
 /// Why an engine refuses to read rows that cannot.
 inline constexpr const char* kReadsNoRows =
-    "attention other than flash attention over a coded cache runs on the CPU only: start with --flash-attn on, or run "
-    "a "
-    "model that cannot have it without the THIMBLE device (--device none, or thimble --kv f16)";
+    "this device computes flash attention alone over a coded cache: start with --flash-attn on, or run a model that "
+    "cannot have it without the THIMBLE device (--device none, or thimble --kv f16)";
 
 class KvCache {
 public:
@@ -135,6 +134,8 @@ public:
   /// Takes rows into the cache that were written to a layer and not attended to yet, before the host program overwrites
   /// them.
   virtual void flush(const Lane&, int /*layer*/) {}
+  /// Ends what graphs with ReadTasks began, behind each of them, where tasks run on a Queue.
+  virtual void end_reading(const Lane&) {}
   /// Drops rows that were written and not taken into the cache, because their graph has failed.
   virtual void abandon() {}
   /// A sentence for the user about something that happened since the last call, or "".

@@ -85,6 +85,7 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
   if (!plan.why_f16.empty()) return plan;
   plan.coded = true;
   plan.as_f16 = geometry.as_f16;
+  plan.group = geometry.group;
   std::copy(std::begin(geometry.rotated), std::end(geometry.rotated), plan.rotated);
   plan.query_norm = geometry.query_norm;
   plan.key_norm = geometry.key_norm;
@@ -120,6 +121,7 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
     plan.more_bytes += engine_.more_bytes(side, kind);
   }
   if (plan.top > 0) plan.store_bytes = plan.f16_bytes;
+  plan.as_rows = geometry.n_kv_heads > 0 && !engine_.attends(plan);
   plan.why_slow = engine_.why_slow(plan);
   if (geometry.n_kv_heads == 0) return plan;
   if (plan.keys_alone()) plan.has_codes[int(Kind::value)] = false;

@@ -33,6 +33,7 @@ struct LayerGeometry {
   // does not, or they are not known.
   std::vector<float> query_norm, key_norm;
   bool as_f16 = false;  // the engine keeps its rows as f16, whatever the settings say: few rows that choose others
+  int group = 0;        // query heads of a KV head; 0: attention over the layer is no one node
 };
 
 /// Cuts a row that is no whole number of known heads, such as the row of a cell that keys and values share (MLA), into
@@ -47,6 +48,8 @@ struct LayerPlan {
   Format format[2];                         // by Kind; the values' head_dim is 0 where the layer has keys alone
   bool as_f16 = false;                      // LayerGeometry::as_f16
   int rotated[2] = {0, 0};                  // LayerGeometry::rotated
+  int group = 0;                            // LayerGeometry::group
+  bool as_rows = false;                     // the host program attends to decoded rows (Engine::attends)
   std::vector<float> query_norm, key_norm;  // as in LayerGeometry
   bool has_codes[2] = {true, true};         // values have none with tail=drop, as only their exact rows are read
   WindowSize window;

@@ -18,17 +18,17 @@ public:
       ggml_tensor* node = graph->nodes[i];
       if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0) continue;
       std::string why;
-      const NodeKind kind = classify(node, &why);
+      NodeKind kind = classify(node, &why);
       if (kind == NodeKind::refused) throw std::runtime_error(why);
-      bind(node, kind);
-      if (kind == NodeKind::read) throw std::runtime_error(kReadsNoRows);
+      kind = bind(node, kind);
       if (kind == NodeKind::view) continue;
       if (kind == NodeKind::write) {
         write(node);
         continue;
       }
-      if (!is_view_op(node->op))
-        flush_overwritten(node, kind == NodeKind::attend ? KvBuffer::layer_of(node->src[1]) : nullptr);
+      const bool reads = kind == NodeKind::attend || kind == NodeKind::read;
+      const Layers layers = reads ? layers_of(node) : Layers();
+      if (!is_view_op(node->op)) flush_overwritten(node, layers);
       if (kind == NodeKind::other) {
         inner_.push_back(node);
       } else if (kind == NodeKind::attend) {
@@ -36,9 +36,21 @@ public:
         cut.buffer = KvBuffer::of(node->src[1]);
         cut.attend = node;
         emit(cut);
+      } else if (kind == NodeKind::read) {
+        for (ManagedLayer* layer : layers) {
+          if (layer != layers.front()) emit(take(layer));
+        }
+        Cut cut = take(layers.front());
+        cut.buffer = KvBuffer::of(layers.front()->tensors[0]);
+        cut.read = node;
+        emit(cut);
       } else {
         emit(take(KvBuffer::layer_of(node)));
-        emit({KvBuffer::of(node), KvBuffer::layer_of(node), {}, nullptr, node});
+        Cut cut;
+        cut.buffer = KvBuffer::of(node);
+        cut.layer = KvBuffer::layer_of(node);
+        cut.shift = node;
+        emit(cut);
       }
     }
     while (!pending_.empty()) emit(take(pending_.front().layer));
@@ -47,6 +59,18 @@ public:
   }
 
 private:
+  using Layers = std::vector<ManagedLayer*>;
+
+  // Those that a node reads.
+  static Layers layers_of(const ggml_tensor* node) {
+    Layers layers;
+    for (const ggml_tensor* src : node->src) {
+      ManagedLayer* layer = src ? KvBuffer::layer_of(src) : nullptr;
+      if (layer && std::find(layers.begin(), layers.end(), layer) == layers.end()) layers.push_back(layer);
+    }
+    return layers;
+  }
+
   void write(ggml_tensor* node) {
     Kind kind;
     ManagedLayer* layer = KvBuffer::layer_of(node, &kind);
@@ -64,14 +88,14 @@ private:
   }
 
   // ggml may give the memory of a waiting write's rows to nodes behind the write. Writes that `node` would overwrite
-  // are cut before it, unless `node` is the attention over their own layer, which reads the rows first.
-  void flush_overwritten(const ggml_tensor* node, const ManagedLayer* attends) {
+  // are cut before it, unless `node` reads their own layer: then the rows are read first.
+  void flush_overwritten(const ggml_tensor* node, const Layers& reads) {
     for (size_t i = 0; i < pending_.size();) {
       bool overwritten = false;
       for (const ggml_tensor* write : pending_[i].writes) {
         overwritten = overwritten || (write && (overlap(node, write->src[0]) || overlap(node, write->src[1])));
       }
-      if (overwritten && pending_[i].layer != attends) {
+      if (overwritten && std::find(reads.begin(), reads.end(), pending_[i].layer) == reads.end()) {
         emit(take(pending_[i].layer));
       } else {
         i++;
@@ -92,7 +116,7 @@ private:
     return cut;
   }
   void emit(const Cut& cut) {
-    if (cut.layer && !cut.writes[0] && !cut.writes[1] && !cut.attend && !cut.shift) return;
+    if (cut.layer && !cut.writes[0] && !cut.writes[1] && !cut.attend && !cut.read && !cut.shift) return;
     steps_.push_back({std::move(inner_), cut});
     inner_.clear();
   }

@@ -252,7 +252,7 @@ void report_uncoded(Device& device, const ggml_tensor* op) {
 bool device_supports_op(ggml_backend_dev_t handle, const ggml_tensor* op) {
   Device& device = device_of(handle);
   std::string why;
-  const NodeKind kind = classify(op, &why);
+  NodeKind kind = classify(op, &why);
   if (kind == NodeKind::other) {
     report_uncoded(device, op);
     return !has_better_home(device.inner(), op) && ggml_backend_dev_supports_op(device.inner(), op);
@@ -260,10 +260,12 @@ bool device_supports_op(ggml_backend_dev_t handle, const ggml_tensor* op) {
   if (kind == NodeKind::view) return true;
   const KvBuffer* buffer = buffer_of_cache(op);
   if (buffer && &buffer->device() != &device) return false;
-  bind(op, kind);
+  kind = bind(op, kind);
   if (kind != NodeKind::refused) why = refusal(op, kind);
   if (why.empty() && kind == NodeKind::read) {
     if (!ggml_backend_dev_supports_op(device.inner(), ReadingNode(op).tensor())) {
+      // llama.cpp then computes attention by matrix products, unless it was told not to.
+      if (op->op == GGML_OP_FLASH_ATTN_EXT) return false;
       why = std::string(ggml_op_name(op->op)) + " on the KV cache (" + op->name +
             "): the device does not support this node; run the model without the THIMBLE device (--device none, or "
             "thimble --kv f16)";

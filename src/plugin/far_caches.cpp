@@ -48,11 +48,10 @@ std::vector<Found> find_new(const ggml_cgraph* graph) {
 std::string try_node(const ggml_tensor* node, NodeKind kind, const std::string& why_refused) {
   try {
     if (kind == NodeKind::refused) return why_refused;
-    if (kind == NodeKind::read) {
+    if (kind == NodeKind::read || bind(node, kind) == NodeKind::read) {
       return "flash attention is off, or this model's graph reads the cache in another way, which is not served over "
              "RPC";
     }
-    bind(node, kind);
     return refusal(node, kind);
   } catch (const std::exception& error) {
     return error.what();

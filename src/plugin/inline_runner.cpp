@@ -98,7 +98,7 @@ ggml_status InlineRunner::run_nodes(ggml_cgraph* graph) {
     std::string why;
     kinds.push_back(classify(graph->nodes[i], &why));
     if (kinds[i] == NodeKind::refused) throw std::runtime_error(why);
-    bind(graph->nodes[i], kinds[i]);
+    kinds[i] = bind(graph->nodes[i], kinds[i]);
   }
   std::optional<BatchOfGraph> batch;
   if (std::find(kinds.begin(), kinds.end(), NodeKind::read) != kinds.end()) batch.emplace(graph);

@@ -109,7 +109,7 @@ bool KvBuffer::was_quantized(int layer) const {
   return type != types_.end() && ggml_is_quantized(type->second);
 }
 
-void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads) {
+void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads, int group) {
   if (layer.plan) return;
   LayerGeometry geometry = caches_.at(layer.index);
   for (Kind kind : {Kind::key, Kind::value}) {
@@ -124,6 +124,7 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
     geometry.head_dim[int(kind)] = dim;
   }
   geometry.n_kv_heads = n_kv_heads;
+  geometry.group = group;
   make_layer(layer, geometry);
 }
 
@@ -211,6 +212,10 @@ void KvBuffer::tell_of_reading(const ggml_tensor* node) {
   std::string why =
       std::string("this model's graph reads the cache by ") + ggml_op_desc(node) + " (" + node->name + ")";
   if (layer.plan->keys_alone()) why = "keys and values of this model are one row (MLA), for which there are no kernels";
+  if (node->op == GGML_OP_FLASH_ATTN_EXT && layer.plan->as_rows && !layer.plan->keys_alone()) {
+    why = "there are no kernels over codes for heads of " + std::to_string(layer.plan->side(Kind::key).head_dim) +
+          " and " + std::to_string(layer.plan->side(Kind::value).head_dim) + " numbers on this device";
+  }
   GGML_LOG_WARN(
       "thimble: attention is computed from rows of the KV cache that are decoded for every batch, which is slow: %s\n",
       layer.transposed ? "flash attention is off; --flash-attn on attends to the codes, where the model can have it"

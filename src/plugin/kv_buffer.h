@@ -91,8 +91,9 @@ public:
   void leave_f16(int layer, const std::string& why);
   /// Loads the rows that were set before the layers were bound.
   void load_early();
-  /// Binds a layer to its head sizes. Throws std::runtime_error with a sentence that says what to change.
-  void bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads);
+  /// Binds a layer to its head sizes; `group` as in LayerGeometry. Throws std::runtime_error with a sentence that says
+  /// what to change.
+  void bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads, int group);
   /// Binds a layer that has keys alone, which are values too (MLA), or choose the cells to attend to (`as_f16`).
   void bind_keys_alone(ManagedLayer& layer, bool as_f16);
   /// The caches by layer, those left f16 included.

@@ -113,7 +113,7 @@ NodeKind classify(const ggml_tensor* node, std::string* why) {
   return writes ? refuse("the node is unknown") : NodeKind::read;
 }
 
-void bind(const ggml_tensor* node, NodeKind kind) {
+NodeKind bind(const ggml_tensor* node, NodeKind kind) {
   if (kind == NodeKind::write) {
     Kind side;
     ManagedLayer* layer = KvBuffer::layer_of(node, &side);
@@ -125,11 +125,12 @@ void bind(const ggml_tensor* node, NodeKind kind) {
   }
   if (kind == NodeKind::attend) {
     const ggml_tensor *k = node->src[1], *v = node->src[2];
-    ManagedLayer* layer = KvBuffer::layer_of(k);
-    if (!layer->plan) layer->query_norm = norm_weights(node->src[0]);
-    KvBuffer::of(k)->bind(*layer, int(k->ne[0]), int(v->ne[0]), int(k->ne[2]));
+    ManagedLayer& layer = *KvBuffer::layer_of(k);
+    if (!layer.plan) layer.query_norm = norm_weights(node->src[0]);
+    KvBuffer::of(k)->bind(layer, int(k->ne[0]), int(v->ne[0]), int(k->ne[2]), int(node->src[0]->ne[2] / k->ne[2]));
+    return layer.plan->as_rows ? NodeKind::read : kind;
   }
-  if (kind != NodeKind::read) return;
+  if (kind != NodeKind::read) return kind;
   for (const ggml_tensor* view : node->src) {
     Kind side = Kind::key;
     ManagedLayer* layer = view ? KvBuffer::layer_of(view, &side) : nullptr;
@@ -155,8 +156,9 @@ void bind(const ggml_tensor* node, NodeKind kind) {
       return cache ? int(cache->ne[0] / n_heads) : 0;
     };
     if (node->op == GGML_OP_MUL_MAT && side == Kind::key) layer->query_norm = norm_weights(node->src[1]);
-    KvBuffer::of(view)->bind(*layer, dim(Kind::key), dim(Kind::value), int(n_heads));
+    KvBuffer::of(view)->bind(*layer, dim(Kind::key), dim(Kind::value), int(n_heads), /*group=*/0);
   }
+  return kind;
 }
 
 WriteTask write_task(const ggml_tensor* node) {

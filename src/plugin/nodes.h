@@ -1,7 +1,7 @@
 // Recognizes and checks the nodes of a ggml graph that touch a coded cache:
 //
 //   SET_ROWS into a cache            a WriteTask
-//   FLASH_ATTN_EXT over caches       an AttendTask
+//   FLASH_ATTN_EXT over caches       an AttendTask, where the engine attends to the layer
 //   ROPE in place on a key cache     context shift: keys are read, rotated and written (shift.h)
 //   views, reshapes, permutations    nothing to do
 //   any other node that reads one    ReadTasks: the inner device runs the node on decoded rows (row_reader.h)
@@ -24,8 +24,9 @@ bool is_view_op(ggml_op op);
 NodeKind classify(const ggml_tensor* node, std::string* why = nullptr);
 
 /// Takes what a node of this kind shows of its layer: whether values are transposed, and head sizes, to which a layer
-/// is bound that is not bound yet. Nodes are to be shown in the order of their graph.
-void bind(const ggml_tensor* node, NodeKind kind);
+/// is bound that is not bound yet. Nodes are to be shown in the order of their graph. Returns what the node does to the
+/// layer as it is bound: attention may become a reading.
+NodeKind bind(const ggml_tensor* node, NodeKind kind);
 
 /// The task for the cache that a node stands for. Where its tensors have no memory yet, the task's pointers are null.
 WriteTask write_task(const ggml_tensor* node);

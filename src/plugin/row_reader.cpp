@@ -13,7 +13,7 @@ namespace thimble {
 namespace {
 
 constexpr size_t kNumber = sizeof(uint16_t);
-constexpr size_t kAlignment = 64;
+constexpr size_t kAlignment = 256;
 
 // The input that a mask is computed from: a tensor of as many cells that no node computes.
 const ggml_tensor* input_of(const ggml_tensor* tensor, int64_t n_cells, std::set<const ggml_tensor*>& seen) {

@@ -45,6 +45,7 @@ public:
     bool is_read = true;  // false where an earlier source has the same rows, as values that are keys do (MLA)
   };
   std::vector<Source>& sources() { return sources_; }
+  const std::vector<Source>& sources() const { return sources_; }
   ggml_tensor* tensor() { return &tensor_; }
   /// Bytes of memory for the rows of all sources.
   size_t bytes() const { return bytes_; }

@@ -65,8 +65,14 @@ void shift_keys(const ggml_tensor* node, const std::function<void(ggml_tensor*)>
     // llama.cpp takes the rotation of a quantized cache back before it shifts, and the cache says that it is f16.
     const auto rotate_heads = [&] {
       const int block = layer.plan->rotated[int(Kind::key)];
-      const float norm = block > 0 ? 1.0F / std::sqrt(float(block)) : 1;
-      if (block > 0) kPlainTransformOps.hadamard(rows.keys, int(int64_t(n) * row_size), block, norm);
+      if (block == 0) return;
+      std::vector<float> numbers(n * size_t(row_size));
+      const int64_t size = int64_t(numbers.size());
+      ggml_tensor all =
+          stand_in(buffer.inner(), GGML_TYPE_F32, rows.keys, {size, 1, 1}, numbers.size() * sizeof(float));
+      ggml_backend_tensor_get(&all, numbers.data(), 0, numbers.size() * sizeof(float));
+      kPlainTransformOps.hadamard(numbers.data(), int(size), block, 1.0F / std::sqrt(float(block)));
+      ggml_backend_tensor_set(&all, numbers.data(), 0, numbers.size() * sizeof(float));
     };
     rotate_heads();
     run(&rotate);

@@ -47,6 +47,7 @@ bool worth_recording(const std::vector<Step>& steps) {
   KvBuffer* buffer = nullptr;
   for (const auto& [inner, cut] : steps) {
     if (!cut.layer) continue;
+    if (cut.read) return false;
     if ((cut.attend && cut.attend->src[0]->ne[1] > kMaxCodeTokens) || (buffer && cut.buffer != buffer)) return false;
     buffer = cut.buffer;
     if (cut.writes[0] && cut.writes[1]) written.insert(cut.layer);
@@ -59,19 +60,12 @@ bool worth_recording(const std::vector<Step>& steps) {
 void check_cut(const Cut& cut) {
   for (const auto& [node, kind] : {std::pair{cut.shift, NodeKind::shift},
                                    {cut.attend, NodeKind::attend},
+                                   {cut.read, NodeKind::read},
                                    {cut.writes[0], NodeKind::write},
                                    {cut.writes[1], NodeKind::write}}) {
     const std::string why = node ? refusal(node, kind) : std::string();
     if (!why.empty()) throw std::runtime_error(why);
   }
-}
-
-// Which cells the tokens of the batch see. llama.cpp makes one mask for all layers of a cache, so any attention tells.
-BatchSight sight_of_batch(const std::vector<Step>& steps, const KvBuffer* buffer) {
-  for (const auto& [inner, cut] : steps) {
-    if (cut.layer && cut.attend && cut.buffer == buffer) return attend_task(cut.attend).sight();
-  }
-  throw std::runtime_error("cells are written in a graph that does not attend to them");
 }
 
 // The first node for which the inner backend makes the host wait, or null.
@@ -97,7 +91,8 @@ const ggml_backend_feature* features_of(ggml_backend_t inner) {
 StreamRunner::StreamRunner(ggml_backend_t inner, std::unique_ptr<Queue> queue)
     : inner_(inner),
       queue_(std::move(queue)),
-      inner_build_(inner_build(features_of(inner), queue_->architecture(), ggml_version())) {}
+      inner_build_(inner_build(features_of(inner), queue_->architecture(), ggml_version())),
+      can_record_(inner->iface.event_record != nullptr) {}
 
 StreamRunner::~StreamRunner() {
   try {
@@ -109,6 +104,7 @@ StreamRunner::~StreamRunner() {
 
 void StreamRunner::go_to_ours() {
   if (std::exchange(on_ours_, true)) return;
+  if (!inner_->iface.event_record) return ggml_backend_synchronize(inner_);
   ggml_backend_event event{ggml_backend_get_device(inner_), queue_->theirs()};
   ggml_backend_event_record(&event, inner_);
   queue_->await_theirs();
@@ -116,6 +112,7 @@ void StreamRunner::go_to_ours() {
 
 void StreamRunner::go_to_inner() {
   if (!std::exchange(on_ours_, false)) return;
+  if (!inner_->iface.event_wait) return queue_->synchronize();
   ggml_backend_event event{ggml_backend_get_device(inner_), queue_->record_ours()};
   ggml_backend_event_wait(inner_, &event);
 }
@@ -231,6 +228,12 @@ ggml_status StreamRunner::compute(ggml_cgraph* graph) {
     step.cut.buffer->use();
   }
   masks_.clear();
+  batch_.reset();
+  if (std::any_of(steps.begin(), steps.end(), [](const Step& step) { return step.cut.read; })) {
+    ggml_backend_synchronize(inner_);
+    batch_.emplace(graph);
+    of_batch_.clear();
+  }
   if (seen.was_run && !seen.recording && worth_recording(steps) && can_record(steps)) {
     record(steps, graph, seen);
     if (seen.recording) {
@@ -240,6 +243,9 @@ ggml_status StreamRunner::compute(ggml_cgraph* graph) {
   }
   try {
     run(steps, graph);
+    for (const Step& step : steps) {
+      if (step.cut.read) step.cut.buffer->cache().end_reading({nullptr, queue_.get()});
+    }
   } catch (...) {
     for (const Step& step : steps) {
       if (step.cut.layer) step.cut.buffer->cache().abandon();
@@ -290,9 +296,10 @@ void StreamRunner::run_cut(const std::vector<Step>& steps, const Cut& cut) {
   for (const ggml_tensor* node : cut.writes) {
     if (!node) continue;
     WriteTask task = write_task(node);
-    task.sight = sight_of_batch(steps, cut.buffer);
+    task.sight = sight_of_writes(steps, cut.buffer);
     cache.write(lane, task);
   }
+  if (cut.read) return run_read(cut.read);
   if (!cut.attend) return cache.flush(lane, cut.layer->index);
   const AttendTask task = attend_task(cut.attend);
   DenseAttention dense;
@@ -332,6 +339,74 @@ void StreamRunner::attend_dense(const Cut& cut, const AttendTask& task, const De
   run_inner({&node}, &whole);
 }
 
+// Which cells the tokens of the batch see. llama.cpp makes one mask for all layers of a cache, so any attention tells.
+BatchSight StreamRunner::sight_of_writes(const std::vector<Step>& steps, const KvBuffer* buffer) {
+  for (const auto& [inner, cut] : steps) {
+    if (cut.layer && cut.attend && cut.buffer == buffer) return attend_task(cut.attend).sight();
+  }
+  for (const auto& [inner, cut] : steps) {
+    if (!cut.layer || !cut.read || cut.buffer != buffer) continue;
+    const ReadingNode node(cut.read);
+    BatchSight sight = batch_->sight(*cut.layer, node.sources().front().rows.task);
+    if (!sight.mask) return sight;
+    InnerMemory& memory = of_batch_[sight.mask];
+    if (!memory.buffer) {
+      ggml_tensor mask{};
+      mask.type = GGML_TYPE_F16;
+      mask.ne[0] = int64_t(sight.mask_stream) * sight.n_streams;
+      mask.ne[1] = mask.ne[2] = mask.ne[3] = 1;
+      mask.nb[0] = sizeof(uint16_t);
+      mask.nb[1] = mask.nb[2] = mask.nb[3] = mask.ne[0] * mask.nb[0];
+      reserve(memory, mask.nb[1]);
+      mask.buffer = memory.buffer.get();
+      mask.data = memory.data();
+      ggml_backend_tensor_set(&mask, sight.mask, 0, mask.nb[1]);
+    }
+    sight.mask = reinterpret_cast<const uint16_t*>(memory.data());
+    return sight;
+  }
+  throw std::runtime_error(
+      "cells are written in a graph that does not attend to them: start with --flash-attn off if the device has no "
+      "flash attention for this model, or run it without the THIMBLE device (--device none, or thimble --kv f16)");
+}
+
+void StreamRunner::reserve(InnerMemory& memory, size_t bytes) {
+  if (memory.buffer && ggml_backend_buffer_get_size(memory.buffer.get()) >= bytes) return;
+  queue_->synchronize();
+  ggml_backend_synchronize(inner_);
+  memory.buffer.reset();
+  memory.buffer.reset(ggml_backend_buft_alloc_buffer(ggml_backend_get_default_buffer_type(inner_), bytes));
+  if (!memory.buffer) {
+    throw std::runtime_error("no memory for " + std::to_string(bytes >> 20) +
+                             " MiB of decoded rows: use a smaller context");
+  }
+}
+
+// Runs a node of the inner backend's on rows that the cache decodes for it.
+void StreamRunner::run_read(const ggml_tensor* node) {
+  ReadingNode reading(node);
+  reserve(rows_, reading.bytes());
+  reading.place(rows_.data());
+  for (ReadingNode::Source& source : reading.sources()) {
+    if (!source.is_read) continue;
+    ReadTask& task = source.rows.task;
+    task.sight = batch_->sight(*source.layer, task);
+    if (const ggml_tensor* q = queries_of(node, task, task.sight)) {
+      const size_t number = sizeof(float);
+      task.queries = {static_cast<const float*>(q->data),
+                      int(q->ne[2]),
+                      int(q->ne[0]),
+                      q->ne[1],
+                      q->nb[1] / number,
+                      q->nb[2] / number,
+                      q->nb[3] / number};
+    }
+    source.buffer->cache().read({nullptr, queue_.get()}, task);
+  }
+  ggml_cgraph whole{};
+  run_inner({reading.tensor()}, &whole);
+}
+
 // Handles refused cells of the layer: drops those that are written now, and throws where the attention would see one of
 // the others. Only where there are refused cells does the host wait for the cells and the mask.
 void StreamRunner::mind_refused(const Cut& cut) {
@@ -342,9 +417,23 @@ void StreamRunner::mind_refused(const Cut& cut) {
   for (Kind kind : {Kind::key, Kind::value}) {
     const ggml_tensor* write = cut.writes[int(kind)];
     if (!write) continue;
-    std::vector<int64_t> cells(write->src[1]->ne[0]);
-    ggml_backend_tensor_get(write->src[1], cells.data(), 0, cells.size() * sizeof(int64_t));
-    layer.refused.erase(kind, cells);
+    WriteTask task = write_task(write);
+    std::vector<uint8_t> cells(ggml_nbytes(write->src[1]));
+    ggml_backend_tensor_get(write->src[1], cells.data(), 0, cells.size());
+    task.cells = cells.data();
+    layer.refused.erase(task);
+  }
+  check_refused(cut);
+}
+
+void StreamRunner::check_refused(const Cut& cut) {
+  const ManagedLayer& layer = *cut.layer;
+  if (cut.read) {
+    const ReadingNode node(cut.read);
+    for (const ReadingNode::Source& source : node.sources()) {
+      const ManagedLayer& read = *source.layer;
+      read.refused.check(batch_->sight(read, source.rows.task), read.index, read.cells_per_stream());
+    }
   }
   if (!cut.attend) return;
   BatchSight sight = attend_task(cut.attend).sight();

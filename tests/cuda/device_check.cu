@@ -17,6 +17,7 @@
 #include "cuda/attend/shape.h"
 #include "cuda/encode/encode.h"
 #include "cuda/retrieve/retrieve.h"
+#include "cuda/rows/rows.h"
 #include "fixture.h"
 #include "judge_pair.h"
 
@@ -554,6 +555,69 @@ void run_windows(const DeviceInfo& device) {
   report("batches that were finished", finished<Card>());
 }
 
+// Layers that are read as rows: cells are encoded and read again, bit for bit as specified. Two of them are in flight.
+void run_rows(const DeviceInfo& device, int head_dim, double bits, bool dense) {
+  constexpr int kHeads = 2, kCells = 128, kTokens = 100;
+  Random random(7);
+  std::vector<HeadCodec> codecs;
+  for (int h = 0; h < kHeads; h++) codecs.push_back(random_codec(Kind::key, head_dim, bits, dense, random));
+  const Format& format = codecs[0].format;
+  DeviceTables tables;
+  const size_t size = size_t(kHeads) * head_dim, stream = format.block_bytes() * kCells / kBlockCells;
+  Array<uint8_t> blocks(stream * kHeads);
+  blocks.upload();
+  Array<float> rows(random.normals(kTokens * size)), flight(random.normals(2 * size));
+  Array<int64_t> cells(size_t(kTokens)), in_flight(std::vector<int64_t>{5, 127});
+  for (int i = 0; i < kTokens; i++) cells.host[i] = (i * 3 + 1) % kCells;
+  EncodeArgs args;
+  args.n_kv_heads = kHeads;
+  args.head_dim = head_dim;
+  args.n_tokens = kTokens;
+  args.cells = cells.upload();
+  args.cells_per_stream = kCells;
+  args.keys = rows.upload();
+  args.key_token_stride = size;
+  args.key_head_stride = size_t(head_dim);
+  args.key_cache = {blocks.device(), stream * kHeads, stream, format.block_bytes()};
+  Array<int32_t> exact(size_t(kCells));
+  Array<uint16_t> out(kCells * size);
+  Status status = tables.upload(pack_row_tables(codecs));
+  args.key_codec = tables.view();
+  if (status.ok()) status = encode_rows(device, args, nullptr);
+  ReadRowsArgs read;
+  read.side = side_of(args, Kind::key);
+  read.n_cells = kCells;
+  read.flight = {2, in_flight.upload(), flight.upload()};
+  read.exact = exact.upload();
+  read.out = out.upload();
+  if (status.ok()) status = read_rows(device, read, nullptr);
+  if (status.ok()) require(cudaDeviceSynchronize());
+  out.download();
+  int wrong = 0;
+  const auto expect = [&](int64_t cell, const float* row, bool is_coded) {
+    for (int h = 0; h < kHeads; h++) {
+      std::vector<float> x(head_dim), y(head_dim), block(format.block_bytes() / sizeof(float) + 1);
+      uint8_t* coded = reinterpret_cast<uint8_t*>(block.data());
+      for (int d = 0; d < head_dim; d++) x[d] = half_to_float(float_to_half(row[h * head_dim + d]));
+      if (is_coded) {
+        codecs[h].transform.forward(x.data(), y.data());
+        encode_cell(codecs[h], y.data(), coded, 0);
+        decode_cell(codecs[h], coded, 0, y.data());
+        codecs[h].transform.inverse(y.data(), x.data());
+      }
+      for (int d = 0; d < head_dim; d++) wrong += out.host[cell * size + h * head_dim + d] != float_to_half(x[d]);
+    }
+  };
+  for (int i = 0; i < kTokens; i++) {
+    if (cells.host[i] != 5 && cells.host[i] != 127) expect(cells.host[i], &rows.host[i * size], true);
+  }
+  for (int i = 0; i < 2; i++) expect(in_flight.host[i], &flight.host[i * size], false);
+  const bool good = status.ok() && wrong == 0;
+  std::printf("%s rows: D=%d bits %g%s: %s, %d numbers differ\n", good ? "ok  " : "FAIL", head_dim, bits,
+              dense ? " dense" : "", status.ok() ? "encoded and read" : status.message, wrong);
+  if (!good) failures++;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -689,6 +753,11 @@ int main(int argc, char** argv) {
     }
     run(device, {.head_dim = 128, .key_width = 8, .value_width = 8, .n_streams = 35, .n_cells = 192, .n_window = 20});
     run(device, {.head_dim = 128, .key_width = 4, .value_width = 4, .n_cells = 16384, .n_window = 136, .top = 64});
+  }
+  for (const int head_dim : {32, 48, 64, 80, 96, 112, 160, 192, 256, 512}) {
+    run_rows(device, head_dim, head_dim % 64 == 0 ? 2 : 4, head_dim % 96 == 0 || head_dim == 256);
+    if (quick) continue;
+    for (const double bits : {16.0, 3.0, 1.5, 1.25, 1.0}) run_rows(device, head_dim, bits, false);
   }
   std::printf(failures == 0 ? "all good\n" : "%d FAILURES\n", failures);
   return failures != 0;

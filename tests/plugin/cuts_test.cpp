@@ -5,6 +5,7 @@
 #include <ggml-backend.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -126,8 +127,27 @@ TEST_F(CutsTest, WritesWithoutAttentionEndTheGraph) {
   for (const Step& step : steps) EXPECT_TRUE(step.cut.layer && !step.cut.attend);
 }
 
-TEST_F(CutsTest, RefusesWhatReadsCodes) {
-  add(ggml_cont(context_.get(), cache('k', 0)));
+// What reads rows is a cut behind the writes of its layer, which it may overwrite; the writes of others are cut before.
+TEST_F(CutsTest, WhatReadsRowsIsACut) {
+  ggml_tensor* keys = add(ggml_scale(context_.get(), input_, 2));
+  write('k', 0, keys);
+  write('v', 0, input_);
+  ggml_tensor* other = add(ggml_scale(context_.get(), input_, 3));
+  write('k', 1, other);
+  ggml_tensor* read = add(ggml_cont(context_.get(), cache('k', 0)));
+  read->data = keys->data;  // and more, up to the other layer's keys
+  const std::vector<Step> steps = plan_cuts(graph_);
+  ASSERT_EQ(steps.size(), 2u);
+  EXPECT_EQ(steps[0].cut.layer->index, 1);
+  EXPECT_FALSE(steps[0].cut.read);
+  EXPECT_EQ(steps[1].cut.layer->index, 0);
+  EXPECT_TRUE(steps[1].cut.writes[0] && steps[1].cut.writes[1]);
+  EXPECT_EQ(steps[1].cut.read, read);
+  EXPECT_TRUE(std::find(steps[1].inner.begin(), steps[1].inner.end(), read) == steps[1].inner.end());
+}
+
+TEST_F(CutsTest, RefusesWhatWritesOtherwise) {
+  add(ggml_cpy(context_.get(), input_, ggml_view_1d(context_.get(), cache('k', 0), kDim * kHeads, 0)));
   EXPECT_THROW(plan_cuts(graph_), std::runtime_error);
 }
 

@@ -9,7 +9,7 @@ have 128 tokens, so a window= of less leaves cells to be coded.
 
 --device CUDA0+CUDA1 takes a device of the plugin around each, and the Meta device over all of them.
 
-usage: llama_archs.py <bin directory> [--device CPU] [--kv bits=16,small=0] [--coded bits=4,small=0,window=16,pool=4]
+usage: llama_archs.py <bin directory> [--device CPU] [--plugin libggml-thimble.so] [--kv bits=16,small=0] [--coded bits=4,small=0,window=16,pool=4]
        [--only REGEX] [--jobs 1] [--table table.md]
 """
 import argparse
@@ -23,6 +23,7 @@ import sys
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("bin")
 parser.add_argument("--device", default="CPU")
+parser.add_argument("--plugin", help="instead of the one in the bin directory, to which it is held")
 parser.add_argument("--kv", default="bits=16,small=0")
 parser.add_argument("--coded")
 parser.add_argument("--only", default="")
@@ -36,14 +37,14 @@ for name in ("THIMBLE_KV", "GGML_BACKEND_PATH"):
 Row = collections.namedtuple("Row", "outcome nmse")
 
 
-def environment(device, kv=None):
+def environment(device, kv=None, plugin=None):
     """That in which the program sees the plain devices, or those of the plugin around them."""
     plain = device.split("+")
     seen = [f"THIMBLE{i}" for i in range(len(plain))] if kv else dict.fromkeys(plain)
     env = dict(os.environ, LD_PRELOAD=os.path.join(args.bin, "libpreload_backends.so"),
                THIMBLE_TEST_ONLY_DEVICES=",".join(seen))
     if kv:
-        env.update(THIMBLE_KV=f"{kv},device={device}", GGML_BACKEND_PATH=os.path.join(args.bin, "libggml-thimble.so"))
+        env.update(THIMBLE_KV=f"{kv},device={device}", GGML_BACKEND_PATH=plugin or os.path.join(args.bin, "libggml-thimble.so"))
     return env
 
 
@@ -82,9 +83,9 @@ def rows(arch, env, *more):
 
 def ours(arch, device, kv):
     """The same on THIMBLE0. Where the program ended in the midst of a Meta row, the rows behind it are of a second run without."""
-    found, refusal, code = rows(arch, environment(device, kv))
+    found, refusal, code = rows(arch, environment(device, kv, args.plugin))
     if code not in (0, 1) and any(device == "meta" for _, device, _ in found):
-        for key, row in rows(arch, environment(device, kv), "-b", "THIMBLE0")[0].items():
+        for key, row in rows(arch, environment(device, kv, args.plugin), "-b", "THIMBLE0")[0].items():
             if row.outcome != "none":
                 found[key] = row
     return found, refusal, code
@@ -98,8 +99,9 @@ if not archs:
     sys.exit(f"no architecture passed on {args.device}: nothing was tested")
 pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
 exact = {arch: pool.submit(ours, arch, args.device, args.kv) for arch in archs}
-coded = {(arch, where): pool.submit(rows, arch, environment(where, args.coded), "-b", "THIMBLE0")
-         for arch in archs if args.coded for where in dict.fromkeys((args.device, "CPU"))}
+places = dict.fromkeys(((args.device, args.plugin), ("CPU", None)))
+coded = {(arch, where): pool.submit(rows, arch, environment(where[0], args.coded, where[1]), "-b", "THIMBLE0")
+         for arch in archs if args.coded for where in places}
 table, failed, counts = [], [], collections.Counter()
 for arch in archs:
     found, refusal, code = exact[arch].result()
@@ -120,7 +122,8 @@ for arch in archs:
                           f"{plain.get((a, 'meta', config), none).outcome} over {args.device}")
         cells = [arch, config, single, meta]
         if args.coded:
-            at = [coded[arch, where].result()[0].get((a, "thimble", config), none).nmse for where in (args.device, "CPU")]
+            wheres = ((args.device, args.plugin), ("CPU", None))
+            at = [coded[arch, where].result()[0].get((a, "thimble", config), none).nmse for where in wheres]
             cells += [f"{nmse:.1e}" if nmse is not None else "none" for nmse in at]
             if single == "OK" and None in at:
                 failed.append(f"{arch} {config}, {args.coded}: NMSE {cells[-2]}, on the CPU {cells[-1]}")

@@ -195,7 +195,7 @@ void shift_and_reload(Session& session) {
 TEST_F(PluginContexts, OfAnotherCacheTypeIsCodedAsAsked) {
   Session plain(Options{});
   ASSERT_NO_FATAL_FAILURE(shift_and_reload(plain));
-  for (double bits : {16.0, 4.0}) {
+  for (double bits : rates({16, 4})) {
     double kl_of_f16 = 0;
     for (ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_F32}) {
       Session session(of_type(type, bits));

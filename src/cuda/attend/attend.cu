@@ -49,7 +49,7 @@ bool by_tiles(const AttendArgs& args) {
 Status check(const AttendArgs& args) {
   if (args.n_streams < 1 || args.n_kv_heads < 1) return Status::invalid("no streams or heads");
   if (args.n_tokens < 1 || args.n_tokens > kMaxTokens) return Status::invalid("1 to 8 query tokens a stream");
-  if (args.group < 1 || args.group > 64) return Status::invalid("group must be 1 to 64");
+  if (args.group < 1 || args.group > kMaxGroup) return Status::invalid("group must be 1 to 64");
   if (args.n_cells < 0 || args.n_cells % kBlockCells != 0 || args.n_cells > (1 << 28))
     return Status::invalid("cells must be a multiple of 64, at most 2^28");
   if (!args.output) return Status::invalid("output is missing");
@@ -58,7 +58,7 @@ Status check(const AttendArgs& args) {
   if (args.mask && (!aligned(args.mask, 16) || (args.mask_token_stride | args.mask_stream_stride) % 8 != 0)) {
     return Status::invalid("mask is not aligned to 16 bytes");
   }
-  if (args.mask && size_t(args.n_streams) * args.mask_stream_stride + kMaxTokens * args.mask_token_stride >> 32) {
+  if (args.mask && (size_t(args.n_streams) * args.mask_stream_stride + kMaxTokens * args.mask_token_stride) >> 32) {
     return Status::unsupported("mask of 2^32 elements or more");
   }
   for (const ExactRows& rows : args.exact) {
@@ -134,6 +134,13 @@ int attend_batch(const DeviceInfo& device, const AttendArgs& args) {
   AttendArgs planned = args;
   plan(device, planned, true);
   return 1 << planned.batch_shift;
+}
+
+bool runs_at_once(const DeviceInfo& device, const AttendArgs& args) {
+  AttendArgs planned = args;
+  plan(device, planned, true);
+  const int pairs = planned.n_kv_heads * planned.row_groups;
+  return n_batches(planned) <= blocks_per_pair(device, pairs) && pairs <= device.multiprocessors;
 }
 
 Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t workspace_bytes, cudaStream_t stream) {

@@ -28,6 +28,10 @@ AttendBy attend_by(const DeviceInfo& device, const Format& keys, const Format& v
 /// themselves (direct.h); so they do with 2 in formats that have no kernel for pairs (shape.h).
 int attend_batch(const DeviceInfo& device, const AttendArgs& args);
 
+/// Whether all thread blocks of such a call run at once and take one batch each. Else one may write its output before
+/// another reads new rows (NewRows), so the memory of the two must not overlap.
+bool runs_at_once(const DeviceInfo& device, const AttendArgs& args);
+
 /// Enqueues one kernel on `stream`. It fills in the row groups, splits, partials and counters of `args`.
 Status attend(const DeviceInfo& device, AttendArgs args, void* workspace, size_t workspace_bytes, cudaStream_t stream);
 

@@ -77,6 +77,15 @@ Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, cudaStrea
       Status::unsupported("no kernel for this width"));
 }
 
+static_assert(kMaxJudgedDim == JudgeKernel::kMaxDim);
+
+// Whether a device has the shared memory for many tokens a thread block: with 64 KiB not for heads of 256.
+bool many_fit(const DeviceInfo& device, int head_dim) {
+  return for_head_dim(
+      head_dim, [&]<int HeadDim>() { return EncodeKernel<HeadDim, kManyTokens>::kSharedBytes <= device.shared_bytes; },
+      false);
+}
+
 const Status kNoHeadSize = Status::unsupported("head size must be 64, 128 or 256");
 
 bool complete(const CodecTables& codec, int head_dim, int n_kv_heads) {
@@ -110,7 +119,7 @@ Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream) {
   }
   // Few tokens spread over the multiprocessors, many share what they read.
   const int vectors = args.n_tokens * args.n_kv_heads / device.multiprocessors;  // of keys, a multiprocessor
-  const bool many = vectors >= kManyTokens / 2;
+  const bool many = vectors >= kManyTokens / 2 && many_fit(device, args.head_dim);
   args.tokens_per_block = many ? kManyTokens : std::clamp(vectors, 1, kFewTokens);
   const dim3 grid((args.n_tokens + args.tokens_per_block - 1) / args.tokens_per_block, args.n_kv_heads * 2);
   return for_head_dim(
@@ -127,7 +136,7 @@ Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cuda
   if (!args.layers || !args.windows) return Status::invalid("layers are missing");
   if (args.n_tokens == 0) return {};
   // Layers and heads are enough to fill a device. How many cells leave only the device knows: blocks take them in turn.
-  const bool many = args.n_tokens >= 4 * kManyTokens;
+  const bool many = args.n_tokens >= 4 * kManyTokens && many_fit(device, head_dim);
   args.tokens_per_block = many ? kManyTokens : kFewTokens;
   const dim3 grid(std::clamp(args.n_tokens / args.tokens_per_block, 1, 16), args.n_layers * args.n_kv_heads * 2);
   return for_head_dim(
@@ -156,7 +165,7 @@ Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStrea
 
 Status judge_cells(const DeviceInfo& device, const JudgeArgs& args, cudaStream_t stream) {
   if (args.n_streams < 1 || args.n_kv_heads < 1 || args.group < 1 || args.stream_tokens < 1 || args.head_dim < 8 ||
-      args.head_dim > JudgeKernel::kMaxDim || args.head_dim % 8 != 0 || args.list.max_entries % kJudgeTile != 0) {
+      args.head_dim > kMaxJudgedDim || args.head_dim % 8 != 0 || args.list.max_entries % kJudgeTile != 0) {
     return Status::invalid("a count is out of range");
   }
   if (!args.layer || !args.list.jobs || !args.list.n_jobs || !args.list.entries || !args.list.scores || !args.keys ||

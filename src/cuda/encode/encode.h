@@ -17,6 +17,8 @@ Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream);
 /// up its old row.
 Status update_window(const DeviceInfo& device, const WindowArgs& args, cudaStream_t stream);
 
+inline constexpr int kMaxJudgedDim = 256;  // the largest head size of which cells are judged
+
 /// Enqueues one kernel between the two of a prompt (WindowArgs::begin and end), which scores the cells that may leave.
 Status judge_cells(const DeviceInfo& device, const JudgeArgs& args, cudaStream_t stream);
 

@@ -25,15 +25,18 @@ size_t DeviceLayer::side_bytes(Kind kind, const CacheShape& shape, const Format&
 
 Status DeviceLayer::init(const CacheShape& shape, const std::vector<HeadCodec>& keys,
                          const std::vector<HeadCodec>& values, WindowSize window, int capacity,
-                         uint8_t* const memory[2], bool values_coded, bool tiles) {
+                         uint8_t* const memory[2], bool values_coded, AttendBy by) {
   shape_ = shape;
   capacity_ = capacity;
   values_coded_ = values_coded;
   for (Kind kind : {Kind::key, Kind::value}) {
     memory_[int(kind)] = memory[int(kind)];
     const std::vector<HeadCodec>& codecs = kind == Kind::key ? keys : values;
-    if (Status s = tables_[int(kind)].upload(pack_tables(codecs, tiles)); !s.ok()) return s;
-    if (Status s = add_shift(kind, codecs); !s.ok()) return s;
+    if (codecs.front().format.head_dim == 0) continue;  // keys alone
+    const bool is_read = by == AttendBy::nothing;
+    const HostTables tables = is_read ? pack_row_tables(codecs) : pack_tables(codecs, by == AttendBy::tiles);
+    if (Status s = tables_[int(kind)].upload(tables); !s.ok()) return s;
+    if (Status s = is_read ? Status() : add_shift(kind, codecs); !s.ok()) return s;
   }
   const size_t books = aligned_bytes(shape, keys.front().format, capacity, true);
   return window_.init(shape, window, capacity, memory[int(Kind::key)] + books, rows(Kind::key, 0), head_dim());
@@ -55,7 +58,7 @@ CacheView DeviceLayer::view(Kind kind, int stream) const {
 
 uint16_t* DeviceLayer::rows(Kind kind, int stream) const {
   uint8_t* all = memory_[int(kind)] + stream_bytes(kind) * shape_.n_streams * shape_.n_kv_heads;
-  return reinterpret_cast<uint16_t*>(all) + size_t(stream) * shape_.n_kv_heads * capacity_ * head_dim();
+  return reinterpret_cast<uint16_t*>(all) + size_t(stream) * shape_.n_kv_heads * capacity_ * head_dim(kind);
 }
 
 ExactRows DeviceLayer::window_rows(int stream) const {
@@ -87,24 +90,27 @@ Status DeviceLayer::copy_stream(Kind kind, int from, int to) {
       return s;
     }
   }
-  const size_t window_bytes = size_t(shape_.n_kv_heads) * capacity_ * head_dim() * sizeof(uint16_t);
+  const size_t window_bytes = capacity_ * row_bytes(kind);
   if (Status s = copy(rows(kind, to), rows(kind, from), window_bytes); !s.ok() || !has_store()) return s;
   uint16_t* stored = store_[int(kind)].as<uint16_t>();
-  return copy(stored + to * stored_stream(), stored + from * stored_stream(), stored_stream() * sizeof(uint16_t));
+  const size_t n = stored_stream(kind);
+  return copy(stored + to * n, stored + from * n, n * sizeof(uint16_t));
 }
 
 Status DeviceLayer::add_store() {
-  for (PinnedMemory& side : store_) {
-    if (Status s = side.allocate(shape_.n_streams * stored_stream() * sizeof(uint16_t)); !s.ok()) return s;
+  for (Kind kind : {Kind::key, Kind::value}) {
+    const size_t bytes = shape_.n_streams * stored_stream(kind) * sizeof(uint16_t);
+    if (Status s = bytes == 0 ? Status() : store_[int(kind)].allocate(bytes); !s.ok()) return s;
   }
   return {};
 }
 
 DenseRows DeviceLayer::store_rows(int stream) const {
   if (!has_store()) return {};
-  const size_t first = stream * stored_stream();
-  return {store_[int(Kind::key)].as<uint16_t>() + first, store_[int(Kind::value)].as<uint16_t>() + first, stream,
-          shape_.n_streams - stream, int(shape_.cells_per_stream)};
+  const auto side = [&](Kind kind) -> uint16_t* {
+    return head_dim(kind) == 0 ? nullptr : store_[int(kind)].as<uint16_t>() + stream * stored_stream(kind);
+  };
+  return {side(Kind::key), side(Kind::value), stream, shape_.n_streams - stream, int(shape_.cells_per_stream)};
 }
 
 Status DeviceLayer::clear() {

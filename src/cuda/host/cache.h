@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cache/layer.h"
+#include "cuda/attend/formats.h"
 #include "cuda/host/device.h"
 #include "cuda/host/memory.h"
 #include "cuda/host/tables.h"
@@ -21,15 +22,18 @@ public:
   static size_t side_bytes(Kind kind, const CacheShape& shape, const Format& format, int capacity, bool coded);
 
   /// `memory`, by Kind: device memory of side_bytes, which outlives the layer. Values of which only the window's and
-  /// retrieved ones are read need not be coded. `capacity`: rows of a stream's window. `tiles`: how cells are attended
-  /// to (AttendBy), which the order of codes depends on.
+  /// retrieved ones are read need not be coded, nor those of a layer that has keys alone. `capacity`: rows of a
+  /// stream's window. `by`: how cells are attended to, which the order of codes depends on; `nothing`: they are read as
+  /// rows.
   Status init(const CacheShape& shape, const std::vector<HeadCodec>& keys, const std::vector<HeadCodec>& values,
-              WindowSize window, int capacity, uint8_t* const memory[2], bool values_coded, bool tiles);
+              WindowSize window, int capacity, uint8_t* const memory[2], bool values_coded, AttendBy by);
 
   const CacheShape& shape() const { return shape_; }
-  int head_dim() const { return codec(Kind::key).head_dim; }
+  /// Of values, 0 where the layer has keys alone.
+  int head_dim(Kind kind = Kind::key) const { return codec(kind).head_dim; }
+  bool is_read_as_rows() const { return codec(Kind::key).width < 0; }
   /// Of a cell's keys or values as the model wrote them.
-  size_t row_bytes() const { return size_t(shape_.n_kv_heads) * head_dim() * sizeof(uint16_t); }
+  size_t row_bytes(Kind kind) const { return size_t(shape_.n_kv_heads) * head_dim(kind) * sizeof(uint16_t); }
   const CodecTables& codec(Kind kind) const { return tables_[int(kind)].view(); }
   /// transformed_means (tables.h) of keys or values. Null where there are none.
   const float* shift(Kind kind) const { return shift_[int(kind)].as<float>(); }
@@ -59,7 +63,9 @@ private:
     return coded(kind) ? size_t(shape_.blocks_per_stream()) * codec(kind).block_bytes() : 0;
   }
   uint16_t* rows(Kind kind, int stream) const;
-  size_t stored_stream() const { return size_t(shape_.n_kv_heads) * shape_.cells_per_stream * head_dim(); }  // numbers
+  size_t stored_stream(Kind kind) const {  // numbers
+    return size_t(shape_.n_kv_heads) * shape_.cells_per_stream * head_dim(kind);
+  }
 
   CacheShape shape_;
   int capacity_ = 0;

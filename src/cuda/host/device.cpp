@@ -45,7 +45,14 @@ Status DeviceTables::upload(const HostTables& tables) {
   add(field(view.mean), tables.mean.size());
   add(field(view.forward), tables.forward.size());
   add(field(view.undo), tables.undo.size());
-  if (view.error) add(field(view.error), tables.error.size());
+  if (view.error) {
+    add(field(view.error), tables.error.size());
+    add(field(view.carriers), tables.carriers.size());
+  }
+  if (bytes.empty()) {  // of f16 rows
+    view_ = view;
+    return {};
+  }
   if (const cudaError_t e = cudaMalloc(&memory_, bytes.size()); e != cudaSuccess) {
     memory_ = nullptr;
     return Status::from(e);

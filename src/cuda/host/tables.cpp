@@ -1,5 +1,6 @@
 #include "cuda/host/tables.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "cuda/layout.h"
@@ -31,11 +32,12 @@ std::vector<uint32_t> pack_words(const HeadCodec& codec, bool tiles) {
   return packed;
 }
 
-bool is_hadamard(const Transform& transform) {
-  std::vector<float> x(transform.head_dim()), y(x.size());
-  x[0] = 1;
-  transform.forward(x.data(), y.data());
-  return !transform.is_dense() && y.back() != 0;  // the identity's is zero
+// The identity as a matrix.
+Transform as_matrix(const Transform& identity) {
+  const size_t n = size_t(identity.head_dim());
+  std::vector<float> matrix(n * n);
+  for (size_t i = 0; i < n; i++) matrix[i * n + i] = 1;
+  return Transform::dense(std::vector<float>(n), std::move(matrix));
 }
 
 template <typename T>
@@ -43,36 +45,75 @@ void append(std::vector<T>& to, const std::vector<T>& from) {
   to.insert(to.end(), from.begin(), from.end());
 }
 
+// The two components whose numbers are smallest: those of the codewords, and what these miss.
+std::vector<int32_t> carriers(const HeadCodec& codec) {
+  if (codec.error.size() < 2) return {};
+  std::vector<float> square = codec.error;
+  std::vector<int32_t> components(square.size());
+  for (size_t d = 0; d < square.size(); d++) {
+    for (int c = 0; c < kCodewords; c++) {
+      const float word = codec.words[d * kCodewords + c];
+      square[d] += word * word / kCodewords;
+    }
+    components[d] = int32_t(d);
+  }
+  std::partial_sort(components.begin(), components.begin() + 2, components.end(),
+                    [&](int a, int b) { return square[size_t(a)] < square[size_t(b)]; });
+  components.resize(2);
+  return components;
+}
+
+// What all kernels read of the heads' codecs.
+HostTables common_tables(const std::vector<HeadCodec>& heads, const CodeOrder& order) {
+  const HeadCodec& first = heads.front();
+  HostTables tables;
+  tables.order = order;
+  tables.n_kv_heads = int(heads.size());
+  tables.hadamard_block = first.transform.hadamard_block();
+  for (const HeadCodec& codec : heads) {
+    if (codec.format != first.format || codec.kind != first.kind ||
+        codec.transform.is_dense() != first.transform.is_dense() ||
+        codec.transform.hadamard_block() != first.transform.hadamard_block()) {
+      throw std::invalid_argument("the heads of a layer differ in format or kind of transform");
+    }
+    append(tables.words, codec.words);
+    append(tables.half_norms, codec.half_norms);
+    append(tables.error, codec.error);
+    append(tables.carriers, carriers(codec));
+    if (!codec.transform.is_dense()) continue;
+    append(tables.mean, codec.transform.mean());
+    append(tables.forward, codec.transform.matrix());
+    append(tables.undo, codec.kind == Kind::key ? codec.transform.query_matrix() : codec.transform.inverse_matrix());
+  }
+  return tables;
+}
+
 }  // namespace
 
 HostTables pack_tables(const std::vector<HeadCodec>& heads, bool tiles) {
   if (heads.empty()) throw std::invalid_argument("no heads");
   const Format& format = heads[0].format;
-  const Kind kind = heads[0].kind;
-  const bool dense = heads[0].transform.is_dense();
   if (!(tiles ? tiles_support(format) : cuda_supports(format))) {
     throw std::invalid_argument("the CUDA kernels do not support this format");
   }
-  HostTables tables;
-  tables.order = code_order(format, tiles);
-  tables.n_kv_heads = int(heads.size());
-  for (const HeadCodec& codec : heads) {
-    if (codec.format != format || codec.kind != kind || codec.transform.is_dense() != dense) {
-      throw std::invalid_argument("the heads of a layer differ in format or kind of transform");
-    }
-    if (!dense && !is_hadamard(codec.transform)) throw std::invalid_argument("transform is neither Hadamard nor dense");
+  // These kernels know a rotation of all numbers, and matrices.
+  std::vector<HeadCodec> known = heads;
+  for (HeadCodec& codec : known) {
+    const int block = codec.transform.hadamard_block();
+    if (!codec.transform.is_dense() && block == 1) codec.transform = as_matrix(codec.transform);
+    if (block != 1 && block != format.head_dim) throw std::invalid_argument("transform is neither Hadamard nor dense");
+  }
+  HostTables tables = common_tables(known, code_order(format, tiles));
+  for (const HeadCodec& codec : known) {
     append(tables.packed, pack_words(codec, tiles));
     append(tables.scale, codec.codebook.scale);
-    append(tables.words, codec.words);
-    append(tables.half_norms, codec.half_norms);
-    append(tables.error, codec.error);
-    if (dense) {
-      append(tables.mean, codec.transform.mean());
-      append(tables.forward, codec.transform.matrix());
-      append(tables.undo, kind == Kind::key ? codec.transform.query_matrix() : codec.transform.inverse_matrix());
-    }
   }
   return tables;
+}
+
+HostTables pack_row_tables(const std::vector<HeadCodec>& heads) {
+  if (heads.empty()) throw std::invalid_argument("no heads");
+  return common_tables(heads, plain_order(heads[0].format));
 }
 
 std::vector<float> transformed_means(const std::vector<HeadCodec>& heads) {
@@ -94,11 +135,15 @@ CodecTables HostTables::view() const {
   t.n_kv_heads = n_kv_heads;
   t.n_width2 = uint16_t(order.n_width2);
   t.n_width4 = uint16_t(order.n_width4);
+  t.hadamard_block = hadamard_block;
   t.packed = packed.data();
   t.scale = scale.data();
   t.words = words.data();
   t.half_norms = half_norms.data();
-  if (error.size() == size_t(n_kv_heads) * order.head_dim) t.error = error.data();
+  if (order.head_dim > 1 && error.size() == size_t(n_kv_heads) * order.head_dim) {
+    t.error = error.data();
+    t.carriers = carriers.data();
+  }
   if (!forward.empty()) {
     t.mean = mean.data();
     t.forward = forward.data();

@@ -45,6 +45,7 @@ public:
   int n_judges() const { return judges_of_stream(shape_.n_streams); }
   const int32_t* cells(int stream) const { return view_.cells + size_t(stream) * capacity_; }
   const int32_t* tokens(int stream) const { return view_.tokens + size_t(stream) * capacity_; }
+  const int32_t* judges(int stream) const { return view_.judges + size_t(stream) * n_judges(); }
   float* queries(int stream) const { return view_.queries + stream * stream_queries(); }
   const uint32_t* hidden(int stream) const { return view_.hidden + stream * hidden_stride(); }
   size_t hidden_stride() const { return size_t(shape_.blocks_per_stream()) * kBlockCells / 32; }

@@ -3,8 +3,6 @@
 // thread.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -19,6 +17,7 @@
 #include <vector>
 
 #include "codec/half.h"
+#include "cuda/simt/fiber.h"
 
 #define SIMT inline
 #define SIMT_CALL inline
@@ -125,10 +124,8 @@ private:
   struct Warp {
     int arrived = 0, round = 0;
   };
-  static constexpr size_t kStackBytes = 128 << 10;
-  struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(kStackBytes);  // little of it is used
+  struct Thread {
+    Fiber fiber;
     bool done = false;
   };
 
@@ -138,26 +135,19 @@ private:
     shared = memory_.data() + (1024 - reinterpret_cast<uintptr_t>(memory_.data()) % 1024) % 1024;
   }
 
-  // getcontext may return twice, which would spoil a loop's variable: so no loop is around it.
-  void begin(Fiber& fiber) {
-    fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &scheduler_;
-    makecontext(&fiber.context, &Machine::start, 0);
-  }
-
   void run_block() {
     std::fill(memory_.begin(), memory_.end(), uint8_t{0xcd});  // shared memory is not cleared between blocks
-    for (Fiber& fiber : fibers_) begin(fiber);
+    for (Thread& each : fibers_) {
+      each.done = false;
+      each.fiber.begin(&Machine::start);
+    }
     for (int left = threads; left > 0;) {
       const long before = progress_;
       const int left_before = left;
       for (int i = 0; i < threads; i++) {
         if (fibers_[i].done) continue;
         thread = i;
-        swapcontext(&scheduler_, &fibers_[i].context);
+        scheduler_.switch_to(fibers_[i].fiber);
         if (fibers_[i].done) left--;
       }
       if (progress_ == before && left == left_before) throw std::logic_error("threads wait for others in vain");
@@ -169,20 +159,21 @@ private:
     const int self = machine.thread;
     machine.body_();
     machine.fibers_[self].done = true;
+    machine.fibers_[self].fiber.switch_to(machine.scheduler_);
   }
 
   void yield() {
     const int self = thread;
-    swapcontext(&fibers_[self].context, &scheduler_);
+    fibers_[self].fiber.switch_to(scheduler_);
     thread = self;
   }
 
   const std::function<void()>& body_;
-  std::vector<Fiber> fibers_;
+  std::vector<Thread> fibers_;
   std::vector<Slot> slots_;
   std::vector<Warp> warps_;
   std::vector<uint8_t> memory_;
-  ucontext_t scheduler_;
+  Fiber scheduler_;
   int block_arrived_ = 0, block_round_ = 0;
   int count_ = 0, count_result_ = 0;
   long progress_ = 0;

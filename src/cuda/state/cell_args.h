@@ -28,4 +28,20 @@ struct CellArgs {
   size_t row_stride = 0;       // of read_rows' halves and floats, in numbers; 0: n_kv_heads * head_dim
 };
 
+/// One side of a layer, without entries.
+inline CellArgs side_of(const EncodeArgs& layer, Kind kind) {
+  const bool is_key = kind == Kind::key;
+  CellArgs side;
+  side.is_key = is_key;
+  side.n_kv_heads = layer.n_kv_heads;
+  side.cells_per_stream = layer.cells_per_stream;
+  side.cache = is_key ? layer.key_cache : layer.value_cache;
+  side.codec = is_key ? layer.key_codec : layer.value_codec;
+  side.head_dim = side.codec.head_dim;
+  side.window = is_key ? layer.window.keys : layer.window.values;
+  side.capacity = layer.window.capacity;
+  side.store = is_key ? layer.store.keys : layer.store.values;
+  return side;
+}
+
 }  // namespace thimble::cuda

@@ -25,21 +25,6 @@ void in_parallel(size_t n, size_t bytes_each, F f) {
   f(0, n / n_threads);
 }
 
-CellArgs side_of(const EncodeArgs& layer, Kind kind) {
-  const bool is_key = kind == Kind::key;
-  CellArgs side;
-  side.is_key = is_key;
-  side.n_kv_heads = layer.n_kv_heads;
-  side.head_dim = layer.head_dim;
-  side.cells_per_stream = layer.cells_per_stream;
-  side.cache = is_key ? layer.key_cache : layer.value_cache;
-  side.codec = is_key ? layer.key_codec : layer.value_codec;
-  side.window = is_key ? layer.window.keys : layer.window.values;
-  side.capacity = layer.window.capacity;
-  side.store = is_key ? layer.store.keys : layer.store.values;
-  return side;
-}
-
 size_t row_bytes(const CellArgs& side) {
   return size_t(side.n_kv_heads) * side.head_dim * sizeof(uint16_t);
 }
@@ -107,7 +92,11 @@ void CellState::save(const EncodeArgs& layer, Kind kind, const HostWindow& windo
     uint8_t* to = rows + done * bytes;
     in_parallel(cells.size(), bytes, [&](size_t begin, size_t end) {
       for (size_t i = begin; i < end; i++) {
-        write_coded_row(host + i * coded_bytes, coded_bytes, hash, to + i * bytes, bytes);
+        if (side.codec.order().is_f16()) {
+          std::memcpy(to + i * bytes, host + i * coded_bytes, bytes);
+        } else {
+          write_coded_row(host + i * coded_bytes, coded_bytes, hash, to + i * bytes, bytes);
+        }
       }
     });
     for (size_t i = 0; i < exact_entries.size(); i++) {
@@ -138,9 +127,10 @@ CellState::Refused CellState::load(const EncodeArgs& layer, Kind kind, HostWindo
                                    std::span<const uint32_t> orders) {
   const CellArgs side = side_of(layer, kind);
   const size_t bytes = row_bytes(side), n = cells.size();
+  const bool takes_codes = side.cache.data && !side.codec.order().is_f16();
   std::vector<RowKind> kinds(n);
   in_parallel(n, bytes, [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; i++) kinds[i] = row_kind(rows + i * bytes, hash, side.cache.data != nullptr);
+    for (size_t i = begin; i < end; i++) kinds[i] = row_kind(rows + i * bytes, hash, takes_codes);
   });
   std::vector<size_t> refused, coded, exact;
   for (size_t i = 0; i < n; i++) {

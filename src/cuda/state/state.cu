@@ -4,6 +4,7 @@
 #include "cuda/encode/encode.h"
 #include "cuda/host/launch.h"
 #include "cuda/host/memory.h"
+#include "cuda/rows/rows.h"
 #include "cuda/state/cells_kernel.h"
 #include "cuda/state/state.h"
 
@@ -94,11 +95,14 @@ public:
   void scatter_codes(const CellArgs& a) override { codes(a, codes_kernel<true>); }
   void read_rows(const CellArgs& a) override { require(cuda::read_rows(device_, a, stream_)); }
   void put_rows(const CellArgs& a) override {
+    if (a.codec.width < 0) return require(put_any_rows(device_, a, stream_));
     require(launch_rows(device_, a, stream_, put_kernel<64>, put_kernel<128>, put_kernel<256>));
   }
   void widen(const CellArgs& a) override { require(cuda::widen(device_, a, stream_)); }
   void round(const CellArgs& a) override { require(launch_convert(device_, a, stream_, convert_kernel<true>)); }
-  void encode(const EncodeArgs& args) override { require(cuda::encode(device_, args, stream_)); }
+  void encode(const EncodeArgs& args) override {
+    require(args.key_codec.width < 0 ? encode_rows(device_, args, stream_) : cuda::encode(device_, args, stream_));
+  }
 
 private:
   void codes(const CellArgs& a, Kernel kernel) {
@@ -115,6 +119,7 @@ private:
 }  // namespace
 
 Status read_rows(const DeviceInfo& device, const CellArgs& a, cudaStream_t stream) {
+  if (a.codec.width < 0) return read_any_rows(device, a, stream);
   return launch_rows(device, a, stream, read_kernel<64>, read_kernel<128>, read_kernel<256>);
 }
 

@@ -1,4 +1,4 @@
-// The tasks; cuda_cells.cpp has the rest.
+// The tasks; cuda_reads.cpp has what the program around attends to by itself, cuda_cells.cpp the rest.
 #include "engine/cuda/cuda_cache.h"
 
 #include <algorithm>
@@ -8,10 +8,6 @@
 
 namespace thimble {
 namespace {
-
-CudaQueue& queue_of(const Lane& lane) {
-  return static_cast<CudaQueue&>(*lane.queue);
-}
 
 bool is_prefill(const AttendTask& task) {
   return task.problem.n_tokens > cuda::kMaxTokens;
@@ -46,17 +42,20 @@ void CudaCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint
     const int rows = cuda::DeviceWindow::rows_of_stream(plan.window, shape.cells_per_stream, shape.n_streams);
     require(scratch_.init(shape, rows), "memory of the window");
   } else if (shape.cells_per_stream != scratch_.shape().cells_per_stream ||
-             shape.n_streams != scratch_.shape().n_streams) {
+             shape.n_streams != scratch_.shape().n_streams ||
+             cuda::DeviceWindow::rows_of_stream(plan.window, shape.cells_per_stream, shape.n_streams) !=
+                 scratch_.capacity()) {
     throw std::runtime_error(where + "layers of one cache must have the same cells");
   }
   auto layer = std::make_unique<Layer>();
   layer->top = plan.top;
   layer->drop_tail = plan.drop_tail;
-  const cuda::AttendBy by = cuda::attend_by(device_, plan.side(Kind::key), plan.side(Kind::value), plan.top > 0);
-  require(
-      layer->device.init(shape, codecs.of(Kind::key), codecs.of(Kind::value), window_size(plan), scratch_.capacity(),
-                         memory, plan.has_codes[int(Kind::value)], by == cuda::AttendBy::tiles),
-      where.c_str());
+  const cuda::AttendBy by = plan.as_rows
+                                ? cuda::AttendBy::nothing
+                                : cuda::attend_by(device_, plan.side(Kind::key), plan.side(Kind::value), plan.top > 0);
+  require(layer->device.init(shape, codecs.of(Kind::key), codecs.of(Kind::value), window_size(plan),
+                             scratch_.capacity(), memory, plan.has_codes[int(Kind::value)], by),
+          where.c_str());
   if (const cuda::Status status = plan.top > 0 ? layer->device.add_store() : cuda::Status(); !status.ok()) {
     throw std::runtime_error(where + "no pinned RAM for its exact store (" + status.message +
                              "), which takes as much as an f16 cache: use a smaller context, a machine or a limit "
@@ -66,7 +65,6 @@ void CudaCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint
 }
 
 std::string CudaCache::refusal(const WriteTask& task) const {
-  if (task.stream_places > 0) return kReadsNoRows;
   if (!task.is_f16 && task.is_i64) return {};
   return "new keys and values must be f32 and their cells 64-bit numbers on a CUDA device";
 }
@@ -87,18 +85,32 @@ void CudaCache::flush(const Lane& lane, int index) {
   Layer& of = layer(index);
   if (!of.waits[0] && !of.waits[1]) return;
   CudaQueue& queue = queue_of(lane);
-  require(cuda::encode(device_, take_writes(queue, of, nullptr), queue.stream()), "encoding");
+  if (of.device.is_read_as_rows()) return take_off(queue, of, {});
+  encode(of, take_writes(queue, of, {}), queue.stream());
+}
+
+void CudaCache::encode(const Layer& layer, const cuda::EncodeArgs& args, cudaStream_t stream) {
+  require(
+      layer.device.is_read_as_rows() ? cuda::encode_rows(device_, args, stream) : cuda::encode(device_, args, stream),
+      "encoding");
 }
 
 void CudaCache::abandon() {
+  flight_ = {};
   for (auto& [index, layer] : layers_) layer->waits[0] = layer->waits[1] = false;
+}
+
+BatchQueries CudaCache::queries_of(const AttendTask& task) {
+  const AttentionProblem& problem = task.problem;
+  return {problem.q,       problem.n_heads, task.key_dim,    problem.n_tokens,
+          problem.q_token, problem.q_head,  problem.q_stream};
 }
 
 bool CudaCache::attend(const Lane& lane, const AttendTask& task, DenseAttention* dense) {
   CudaQueue& queue = queue_of(lane);
   Layer& of = layer(task.layer);
   keep_queries(of, task.problem.n_heads);
-  cuda::EncodeArgs written = take_writes(queue, of, &task);
+  cuda::EncodeArgs written = take_writes(queue, of, queries_of(task));
   if (is_prefill(task)) {
     prefill(queue, of, task, written, dense);
     return false;
@@ -125,7 +137,8 @@ void CudaCache::make_tables() {
     layer->index = layers.size();
     windows.push_back(layer->device.window().view());
     layers.push_back(layer->device.encode_args());
-    if (layer->device.has_store()) layers.back().head_dim = 0;  // its tokens are coded as they come
+    // With a store, tokens are coded as they come. Rows have a kernel of their own.
+    if (layer->device.has_store() || layer->device.is_read_as_rows()) layers.back().head_dim = 0;
   }
   const auto upload = [](cuda::DeviceMemory& memory, const auto& table) {
     const size_t bytes = table.size() * sizeof(table[0]);
@@ -155,15 +168,21 @@ void CudaCache::code_leaving(const cuda::LeaveArgs& leave, cudaStream_t stream) 
   std::set<int> head_dims;
   for (const auto& [index, layer] : layers_) {
     const bool is_one = layer->index >= first && layer->index < first + leave.n_layers;
-    if (is_one && !layer->device.has_store()) head_dims.insert(layer->device.head_dim());
+    if (!is_one || layer->device.has_store()) continue;
+    if (!layer->device.is_read_as_rows()) {
+      head_dims.insert(layer->device.head_dim());
+    } else {
+      require(cuda::code_leaving_rows(device_, layer->device.encode_args(), layer->device.window().view(),
+                                      leave.n_tokens, stream),
+              "encoding");
+    }
   }
   for (int head_dim : head_dims) require(cuda::code_leaving(device_, leave, head_dim, stream), "encoding");
 }
 
 // Takes the tokens of a batch that is decoded into the windows of all layers, and codes the cells that leave them.
-void CudaCache::update_windows(const WriteTask& task, cudaStream_t stream) {
-  cuda::WindowArgs args =
-      scratch_.batch(static_cast<const int64_t*>(task.cells), int(task.n_rows), mask_of(task.sight));
+void CudaCache::update_windows(const WriteTask& task, const int64_t* cells, cudaStream_t stream) {
+  cuda::WindowArgs args = scratch_.batch(cells, int(task.n_rows), mask_of(task.sight));
   args.layers = window_tables_.back().as<cuda::LayerWindow>();
   args.n_layers = int(layers_.size());
   require(cuda::update_window(device_, args, stream), "the window");
@@ -173,15 +192,14 @@ void CudaCache::update_windows(const WriteTask& task, cudaStream_t stream) {
 
 // The same of a prompt in one layer, whose queries decide at once what matters most.
 void CudaCache::update_window(CudaQueue& queue, Layer& layer, const WriteTask& task, const cuda::EncodeArgs& p,
-                              const AttendTask* attend) {
+                              const BatchQueries& queries) {
   const cuda::BatchMask mask = mask_of(task.sight);
   const cudaStream_t stream = queue.stream();
-  cuda::WindowArgs args = scratch_.batch(static_cast<const int64_t*>(task.cells), int(task.n_rows), mask);
+  cuda::WindowArgs args = scratch_.batch(p.cells, int(task.n_rows), mask);
   args.layers = window_tables_.back().as<cuda::LayerWindow>() + layer.index;
   scratch_.add_prompt(&args);
   layer.window_batch = batch_;
-  if (attend && p.keys && layer.device.window().is_judged()) {
-    const AttentionProblem& problem = attend->problem;
+  if (queries.data && p.keys && layer.device.window().is_judged()) {
     char* memory = queue.room<char>(queue.judge, scratch_.judge_bytes(mask.n_tokens));
     args.judge = scratch_.judge_list(mask.n_tokens, memory);
     args.part = cuda::WindowArgs::begin;
@@ -191,17 +209,17 @@ void CudaCache::update_window(CudaQueue& queue, Layer& layer, const WriteTask& t
     judge.list = args.judge;
     judge.n_streams = args.n_streams;
     judge.n_kv_heads = p.n_kv_heads;
-    judge.group = problem.n_heads / p.n_kv_heads;
+    judge.group = queries.n_heads / p.n_kv_heads;
     judge.head_dim = p.head_dim;
     judge.capacity = args.capacity;
     judge.n_judges = args.n_judges;
     judge.keys = p.keys;
     judge.key_token_stride = p.key_token_stride;
     judge.key_head_stride = p.key_head_stride;
-    judge.queries = problem.q;
-    judge.query_stream_stride = problem.q_stream;
-    judge.query_token_stride = problem.q_token;
-    judge.query_head_stride = problem.q_head;
+    judge.queries = queries.data;
+    judge.query_stream_stride = queries.stream;
+    judge.query_token_stride = queries.token;
+    judge.query_head_stride = queries.head;
     judge.first_stream = mask.first_stream;
     judge.n_batch_streams = mask.n_streams;
     judge.stream_tokens = mask.n_tokens;
@@ -213,7 +231,8 @@ void CudaCache::update_window(CudaQueue& queue, Layer& layer, const WriteTask& t
 }
 
 // What there is to encode; the window takes in the cells before.
-cuda::EncodeArgs CudaCache::take_writes(CudaQueue& queue, Layer& layer, const AttendTask* attend) {
+cuda::EncodeArgs CudaCache::take_writes(CudaQueue& queue, Layer& layer, const BatchQueries& queries) {
+  if (flight_.layer && flight_.layer != &layer) land(queue);
   cuda::EncodeArgs p = layer.device.encode_args();
   const WriteTask* last = nullptr;
   for (Kind kind : {Kind::key, Kind::value}) {
@@ -221,23 +240,58 @@ cuda::EncodeArgs CudaCache::take_writes(CudaQueue& queue, Layer& layer, const At
     const WriteTask& write = layer.writes[int(kind)];
     last = &write;
     p.n_tokens = int(write.n_rows);
-    p.cells = static_cast<const int64_t*>(write.cells);
+    if (write.stream_places == 0) p.cells = static_cast<const int64_t*>(write.cells);
     (kind == Kind::key ? p.keys : p.values) = static_cast<const float*>(write.rows);
     (kind == Kind::key ? p.key_token_stride : p.value_token_stride) = write.row_bytes / sizeof(float);
-    (kind == Kind::key ? p.key_head_stride : p.value_head_stride) = p.head_dim;
+    (kind == Kind::key ? p.key_head_stride : p.value_head_stride) = layer.device.head_dim(kind);
     uint64_t& batch = layer.batch[int(kind)];
     if (batch == batch_) batch_++;  // the first of this batch to be written
     batch = batch_;
   }
   if (!last || p.n_tokens == 0) return p;
+  // Transposed values go to places, which are those of the keys' cells.
+  const bool has_keys = flight_.layer && flight_.batch == batch_;
+  if (!p.cells && has_keys && flight_.args.n_tokens == p.n_tokens) p.cells = flight_.args.cells;
+  if (!p.cells) throw std::runtime_error("values were written without keys of the same cells");
   make_tables();
   const bool is_prompt = p.n_tokens > cuda::kMaxTokens * last->sight.n_streams;
   if (layer.window_batch != batch_) {
-    if (is_prompt) update_window(queue, layer, *last, p, attend);
-    if (!is_prompt) update_windows(*last, queue.stream());
+    if (is_prompt) update_window(queue, layer, *last, p, queries);
+    if (!is_prompt) update_windows(*last, p.cells, queue.stream());
   }
   if (is_prompt) p.window.slots = scratch_.token_slots();
   return p;
+}
+
+// Attention reads new rows where the model wrote them, and ggml may have given that memory to its output. While all
+// thread blocks run at once, each has read its rows long before the first one writes; else the rows, and the queries
+// that will judge, are put where they belong before. Returns whether they were.
+bool CudaCache::put_new_rows(CudaQueue& queue, const cuda::AttendArgs& a, const cuda::EncodeArgs& p,
+                             const cuda::DeviceWindow& window, int first_stream) {
+  const size_t n_outputs = size_t(a.n_streams) * a.n_tokens * a.n_kv_heads * a.group * a.head_dim;
+  const auto overlaps = [&](const float* rows, size_t stride) {
+    return rows < a.output + n_outputs && a.output < rows + size_t(p.n_tokens) * stride;
+  };
+  if (!overlaps(p.keys, p.key_token_stride) && !overlaps(p.values, p.value_token_stride)) return false;
+  if (cuda::runs_at_once(device_, a)) return false;
+  cuda::EncodeArgs rows = p;
+  rows.key_cache = rows.value_cache = {};  // they are coded when they leave the window
+  require(cuda::encode_rows(device_, rows, queue.stream()), "rows of the window");
+  if (!window.is_judged()) return true;
+  cuda::KeepQueriesArgs keep;
+  keep.n_streams = a.n_streams;
+  keep.n_tokens = a.n_tokens;
+  keep.n_heads = a.n_kv_heads * a.group;
+  keep.head_dim = a.head_dim;
+  keep.queries = a.queries;
+  keep.stream_stride = a.query_stream_stride;
+  keep.token_stride = a.query_token_stride;
+  keep.head_stride = a.query_head_stride;
+  keep.n_judges = a.n_judges;
+  keep.kept = a.kept_queries;
+  keep.judges = window.judges(first_stream);
+  require(cuda::keep_queries(device_, keep, queue.stream()), "queries");
+  return true;
 }
 
 // New tokens wait for their coding until they leave the window: attention takes their rows into it. Where there is an
@@ -269,23 +323,23 @@ void CudaCache::attend_codes(CudaQueue& queue, Layer& layer, const AttendTask& t
   a.softcap = problem.softcap;
   a.slopes = slopes(queue, problem.max_bias, problem.n_heads);
   a.sinks = problem.sinks;
+  a.output = problem.out;
   const cuda::DeviceWindow& window = device.window();
   a.exact[0] = device.window_rows(stream);
   if (window.is_judged()) {
     a.n_judges = window.n_judges();
     a.kept_queries = window.queries(stream);
   }
-  if (p.keys && p.values && !device.has_store()) {
+  if (p.keys && p.values && !device.has_store() && !put_new_rows(queue, a, p, window, stream)) {
     a.fresh = cuda::new_rows(p, window.tokens(stream));
     const size_t rows = size_t(stream) * p.n_kv_heads * p.window.capacity * p.head_dim;
     a.fresh.window_keys += rows;
     a.fresh.window_values += rows;
-  } else {
+  } else if (device.has_store() || !p.keys || !p.values) {
     require(cuda::encode(device_, p, queue.stream()), "encoding");
   }
   a.hidden = window.hidden(stream);
   a.hidden_stream_stride = window.hidden_stride();
-  a.output = problem.out;
   if (layer.top > 0) return retrieve(queue, layer, stream, a);
   const size_t bytes = cuda::attend_workspace_bytes(device_, a);
   char* workspace = queue.room<char>(queue.workspace, bytes);
@@ -347,7 +401,8 @@ void CudaCache::decode(const Layer& layer, const cuda::DenseRows& rows, bool bef
 }
 
 // Many query tokens: all cells become f16 rows, and the flash attention of the program around does the rest. Without an
-// exact store it is over transformed rows, and queries and outputs are transformed for it.
+// exact store it is over transformed rows, and queries and outputs are transformed for it. Scores of coded cells get
+// what they lack by a component of these.
 void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, cuda::EncodeArgs& p,
                         DenseAttention* dense) {
   const AttentionProblem& problem = task.problem;
@@ -383,6 +438,22 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
                               .out = queue.room<float>(queue.queries, n_numbers)};
   require(cuda::transform_rows(device_, t, queue.stream()), "queries");
   dense->q = t.out;
+  if (!p.key_codec.error) return;
+  cuda::BiasArgs bias;
+  bias.codec = p.key_codec;
+  bias.rows = rows;
+  bias.rows_kv_heads = p.n_kv_heads;
+  bias.group = t.group;
+  bias.scale = problem.scale;
+  bias.window_cells = p.n_tokens > 0 ? scratch_.kept_cells() : device.window().cells(0);
+  bias.n_window_streams = device.shape().n_streams;
+  bias.capacity = scratch_.capacity();
+  bias.cells = p.cells;
+  bias.n_tokens = p.n_tokens;
+  bias.cells_per_stream = p.cells_per_stream;
+  bias.queries = t.out;
+  bias.n_queries = problem.n_streams * problem.n_tokens;
+  require(cuda::add_bias(device_, bias, queue.stream()), "scores");
 }
 
 void CudaCache::end_dense(const Lane& lane, const AttendTask& task) {

@@ -6,9 +6,11 @@
 #include <vector>
 
 #include "cuda/attend/attend.h"
+#include "cuda/encode/bias.h"
 #include "cuda/encode/encode.h"
 #include "cuda/host/cache.h"
 #include "cuda/retrieve/retrieve.h"
+#include "cuda/rows/rows.h"
 #include "cuda/state/saved_orders.h"
 #include "cuda/state/state.h"
 #include "engine/cuda/cuda_queue.h"
@@ -23,10 +25,15 @@ public:
   void add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) override;
   std::string refusal(const WriteTask& task) const override;
   std::string refusal(const AttendTask& task) const override;
+  std::string refusal(const ReadTask&) const override { return {}; }
   /// New rows wait where they are for the attention over them, or for `flush`: all is then done by few kernels.
   void write(const Lane& lane, const WriteTask& task) override;
   bool attend(const Lane& lane, const AttendTask& task, DenseAttention* dense) override;
   void end_dense(const Lane& lane, const AttendTask& task) override;
+  /// The window takes a batch in when a layer is read first; its rows are in flight until the graph comes to another
+  /// layer or ends.
+  void read(const Lane& lane, const ReadTask& task) override;
+  void end_reading(const Lane& lane) override;
   void flush(const Lane& lane, int layer) override;
   void abandon() override;
   /// A replay leaves the books of whole batches only in order: those of all layers.
@@ -50,16 +57,29 @@ private:
     uint64_t batch[2] = {0, 0};  // by Kind: the batch that was written last,
     uint64_t window_batch = 0;   // and taken into the window
   };
+  // The batch of the layer that is being read.
+  struct Flight {
+    Layer* layer = nullptr;
+    bool is_prompt = false;
+    uint64_t batch = 0;
+    cuda::EncodeArgs args;  // in memory of flight_memory_
+  };
   Layer& layer(int index) { return *layers_.at(index); }
+  static BatchQueries queries_of(const AttendTask& task);
   void keep_queries(Layer& layer, int n_heads);
   void make_tables();
   cuda::LeaveArgs leaving(size_t first, size_t n, int n_tokens) const;
   void code_leaving(const cuda::LeaveArgs& leave, cudaStream_t stream);
-  void update_windows(const WriteTask& task, cudaStream_t stream);
+  void update_windows(const WriteTask& task, const int64_t* cells, cudaStream_t stream);
   void update_window(CudaQueue& queue, Layer& layer, const WriteTask& task, const cuda::EncodeArgs& written,
-                     const AttendTask* attend);
-  cuda::EncodeArgs take_writes(CudaQueue& queue, Layer& layer, const AttendTask* attend);
+                     const BatchQueries& queries);
+  cuda::EncodeArgs take_writes(CudaQueue& queue, Layer& layer, const BatchQueries& queries);
+  void encode(const Layer& layer, const cuda::EncodeArgs& args, cudaStream_t stream);
+  void take_off(CudaQueue& queue, Layer& layer, const BatchQueries& queries);
+  void land(CudaQueue& queue);
   void attend_codes(CudaQueue& queue, Layer& layer, const AttendTask& task, const cuda::EncodeArgs& written);
+  bool put_new_rows(CudaQueue& queue, const cuda::AttendArgs& a, const cuda::EncodeArgs& p,
+                    const cuda::DeviceWindow& window, int first_stream);
   void retrieve(CudaQueue& queue, Layer& layer, int first_stream, const cuda::AttendArgs& attend);
   void prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, cuda::EncodeArgs& written,
                DenseAttention* dense);
@@ -79,6 +99,8 @@ private:
   size_t n_tables_ = 0;
   std::map<std::pair<float, int>, cuda::DeviceMemory> slopes_;
   cuda::DeviceMemory shifts_;
+  Flight flight_;
+  cuda::DeviceMemory flight_memory_[3];                // keys and values by Kind, f32; cells
   std::unique_ptr<cuda::StateKernels> state_kernels_;  // once a state is saved or loaded
   cuda::SavedOrders saved_orders_;
   int saved_layer_ = -1;  // whose keys it was given last

@@ -37,7 +37,7 @@ void CudaCache::read_cells(int index, Kind kind, int64_t first, int64_t n, uint8
   if (kind == Kind::value || index != saved_layer_) saved_orders_.end();
   if (kind == Kind::value || args.store.keys) return;
   saved_layer_ = index;
-  saved_orders_.save(window, first, n, rows, of.device.row_bytes());
+  saved_orders_.save(window, first, n, rows, of.device.row_bytes(kind));
 }
 
 RefusedRows CudaCache::write_cells(int index, Kind kind, std::span<const int64_t> cells, const uint8_t* rows) {
@@ -48,7 +48,7 @@ RefusedRows CudaCache::write_cells(int index, Kind kind, std::span<const int64_t
   saved_orders_.end();
   std::vector<uint32_t> orders;
   if (kind == Kind::key && !args.store.keys) {
-    const size_t bytes = of.device.row_bytes();
+    const size_t bytes = of.device.row_bytes(kind);
     std::vector<bool> exact;
     for (size_t i = 0; i < cells.size(); i++) {
       exact.push_back(row_kind(rows + i * bytes, hash_, /*takes_codes=*/true) == RowKind::exact);

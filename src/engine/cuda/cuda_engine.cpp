@@ -41,28 +41,20 @@ public:
     return {};
   }
 
-  std::string refusal(const LayerPlan& plan) const override {
-    if (plan.keys_alone()) return kReadsNoRows;
-    if (plan.rotated[0] > 0 || plan.rotated[1] > 0) {
-      return "on a CUDA device the cache types must be f16 (--cache-type-k, --cache-type-v), since llama.cpp rotates "
-             "quantized ones";
-    }
+  std::string refusal(const LayerPlan&) const override { return {}; }
+
+  bool attends(const LayerPlan& plan) const override {
     const Format &k = plan.side(Kind::key), &v = plan.side(Kind::value);
-    if (!cuda::tiles_support(k) || !cuda::tiles_support(v) || k.head_dim != v.head_dim) {
-      return "on a CUDA device there are kernels for heads of 64, 128 and 256 numbers, keys and values alike; use "
-             "bits=16 or device=CPU";
-    }
-    if (cuda::attend_by(device(), k, v, plan.top > 0) == cuda::AttendBy::nothing) {
-      return "heads of " + std::to_string(k.head_dim) +
-             " numbers take more shared memory than this GPU has: use bits=16 or device=CPU";
-    }
-    if (plan.shape.cells_per_stream % kBlockCells != 0) {
-      return "on a CUDA device the context must be a multiple of 64 cells";
-    }
-    return {};
+    const bool has_kernels = cuda::attend_by(device(), k, v, plan.top > 0) != cuda::AttendBy::nothing;
+    return has_kernels && plan.group >= 1 && plan.group <= cuda::kMaxGroup &&
+           plan.shape.cells_per_stream % kBlockCells == 0;
   }
 
   std::string why_slow(const LayerPlan& plan) const override {
+    if (plan.as_f16) return {};
+    if (plan.as_rows) {
+      return "cells are decoded for each batch, and llama.cpp's own attention runs on them (docs/guide/gpu.md)";
+    }
     if (plan.side(Kind::key).f16) return {};
     return cuda::attend_by(device(), plan.side(Kind::key), plan.side(Kind::value), plan.top > 0) ==
                    cuda::AttendBy::tiles

@@ -37,7 +37,7 @@ public:
   }
 
   // What the tasks of this queue work in.
-  cuda::DeviceMemory workspace, queries, dense, retrieval, judge;
+  cuda::DeviceMemory workspace, queries, dense, retrieval, judge, exact;
 
 private:
   void reserve(cuda::DeviceMemory& memory, size_t bytes);
@@ -48,5 +48,9 @@ private:
   bool is_recording_ = false;
   uint64_t memory_version_ = 0;
 };
+
+inline CudaQueue& queue_of(const Lane& lane) {
+  return static_cast<CudaQueue&>(*lane.queue);
+}
 
 }  // namespace thimble
