@@ -567,7 +567,7 @@ void run_rows(const DeviceInfo& device, int head_dim, double bits, bool dense) {
   Array<uint8_t> blocks(stream * kHeads);
   blocks.upload();
   Array<float> rows(random.normals(kTokens * size)), flight(random.normals(2 * size));
-  Array<int64_t> cells(size_t(kTokens)), in_flight(std::vector<int64_t>{5, 127});
+  Array<int64_t> cells{size_t{kTokens}}, in_flight(std::vector<int64_t>{5, 127});
   for (int i = 0; i < kTokens; i++) cells.host[i] = (i * 3 + 1) % kCells;
   EncodeArgs args;
   args.n_kv_heads = kHeads;
@@ -579,7 +579,7 @@ void run_rows(const DeviceInfo& device, int head_dim, double bits, bool dense) {
   args.key_token_stride = size;
   args.key_head_stride = size_t(head_dim);
   args.key_cache = {blocks.device(), stream * kHeads, stream, format.block_bytes()};
-  Array<int32_t> exact(size_t(kCells));
+  Array<int32_t> exact{size_t{kCells}};
   Array<uint16_t> out(kCells * size);
   Status status = tables.upload(pack_row_tables(codecs));
   args.key_codec = tables.view();
