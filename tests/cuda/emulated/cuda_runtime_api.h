@@ -112,8 +112,8 @@ inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) {
 
 inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
   constexpr size_t kAlignment = 256;
-  *memory = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
-  if (!*memory && bytes > 0) return cudaErrorMemoryAllocation;
+  *memory = std::aligned_alloc(kAlignment, (bytes / kAlignment + 1) * kAlignment);
+  if (!*memory) return cudaErrorMemoryAllocation;
   std::memset(*memory, 0xcd, bytes);
   return cudaSuccess;
 }
