@@ -90,4 +90,4 @@ with tempfile.TemporaryDirectory() as folder:
     for build in home.glob("libggml-thimble-api*.so"):
         build.rename(folder / build.name)
     code, said = run(emulator, home / "llama-server", "--list-devices", **service)
-    check("which is missing beside libggml-thimble.so" in said and "THIMBLE0" not in said, "a folder that was half copied is refused", said)
+    check("which is missing beside libggml-thimble.so" in said and "THIMBLE0: " not in said, "a folder that was half copied is refused", said)
