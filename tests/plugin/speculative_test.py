@@ -5,9 +5,10 @@ THIMBLE_TEST_PROMPTS says, at most 80.
 usage: speculative_test.py <llama-server> <plugin> <model> <draft model> <profile> <directory for the virtual environment>
                            <cache>
 
-<cache>: f16, or bits and retrieved cells as --kv has them (4, 2, 2+64). Where texts part, the two first choices of the server
-without a draft model are told with the difference of their log-probabilities. Two may part where that is as small as what
-the rounding of llama.cpp's own sums changes between one token and several (a KL of 5e-6 with an f16 cache), and none elsewhere.
+<cache>: f16, or bits and retrieved cells as --kv has them (4, 2, 2+64). No text may part. That takes a model whose products with
+weights ggml rounds alike for one token and for several, as it does with Q4_1 (but for the last, which has no successor); with f32
+weights its sums differ, which decides between two first choices that are equally likely. Where texts part, the two are told
+with the difference of their log-probabilities.
 """
 import os
 import sys
@@ -51,17 +52,14 @@ with start("--spec-type", "draft-simple", "--spec-draft-n-max", "8", "-md", draf
 accepted = sum(timings.get("draft_n_accepted", 0) for _, _, timings in drafted)
 total = sum(timings.get("draft_n", 0) for _, _, timings in drafted)
 check(accepted > n_prompts * 64 / 4, f"{accepted} of {total} drafted tokens accepted")
-near_tie, most_ties = 0.001, n_prompts // 10
-ties, others = 0, 0
+n_parted = 0
 for i, ((tokens, probabilities, _), (other, _, _)) in enumerate(zip(plain, drafted)):
     check(len(tokens) == len(other) == 64, f"prompt {i}: 64 tokens each")
     if tokens == other:
         continue
     at = next(j for j in range(64) if tokens[j] != other[j])
     first, second = probabilities[at]["top_logprobs"][:2]
-    is_tie = first["logprob"] - second["logprob"] < near_tie and other[at] == second["id"]
-    ties, others = ties + is_tie, others + (not is_tie)
+    n_parted += 1
     print(f"prompt {i} parts at token {at}: {first['token']!r} before {second['token']!r} by "
           f"{first['logprob'] - second['logprob']:.5f}, with the draft model {other[at]} (they are {first['id']}, {second['id']})")
-check(others == 0 and ties <= most_ties, f"{cache}: of {len(prompts)} texts {ties} part at a near tie with a draft model, "
-                                         f"{others} elsewhere")
+check(n_parted == 0, f"{cache}: of {len(prompts)} texts {n_parted} part with a draft model")
