@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/encode/hadamard.h"
+#include "cuda/encode/nearest.h"
 #include "cuda/layout.h"
 #include "cuda/simt/simt.h"
 #include "cuda/types.h"
@@ -141,8 +142,7 @@ struct EncodeKernel {
     SIMT_NO_UNROLL
     for (; vectors; vectors &= vectors - 1) {
       const int i = simt::popcount((vectors & (0u - vectors)) - 1);  // the lowest bit's number
-      float best_gain = 0;
-      int best = -1;  // code with its sign
+      NearestCode nearest;
       SIMT_UNROLL
       for (int k = 0; k < 4; k++) {
         float dot = 0;
@@ -150,22 +150,10 @@ struct EncodeKernel {
         for (int j = 0; j < W; j++) {
           dot = simt::add_rn(dot, simt::mul_rn(simt::mul_rn(s.y[i][d + j], s.inverse_rms[i]), word[k][j]));
         }
-        const float gain = simt::sub_rn(fabsf(dot), half_norm[k]);
-        if (best < 0 || gain > best_gain) {
-          best_gain = gain;
-          best = (lane + 32 * k) | (dot < 0 ? 0x80 : 0);
-        }
+        nearest.offer(lane + 32 * k, dot, half_norm[k]);
       }
-      SIMT_UNROLL
-      for (int mask = 1; mask < 32; mask *= 2) {
-        const float gain = simt::shuffle_xor(best_gain, mask);
-        const int code = simt::shuffle_xor(best, mask);
-        if (gain > best_gain || (gain == best_gain && (code & 0x7f) < (best & 0x7f))) {
-          best_gain = gain;
-          best = code;
-        }
-      }
-      if (lane == 0) s.codes[i][m] = s.inverse_rms[i] != 0 ? uint8_t(best) : uint8_t(0);
+      nearest.join_lanes();
+      if (lane == 0) s.codes[i][m] = s.inverse_rms[i] != 0 ? uint8_t(nearest.code) : uint8_t(0);
     }
   }
 

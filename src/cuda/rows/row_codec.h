@@ -3,6 +3,7 @@
 // which have a kernel for each head size.
 #pragma once
 
+#include "cuda/encode/nearest.h"
 #include "cuda/simt/simt.h"
 #include "cuda/state/cell_args.h"
 #include "cuda/state/code_packer.h"
@@ -165,29 +166,17 @@ private:
 
   /// The code, with its sign, of the nearest codeword; of equal ones the lowest. A lane has four of the 128.
   SIMT static int nearest(const float* y, int width, float inverse_rms, const float* words, const float* half_norms) {
-    float best_gain = 0;
-    int best = -1;
+    NearestCode found;
     for (int k = 0; k < kCodewords / 32; k++) {
       const int c = lane() + 32 * k;
       float dot = 0;
       for (int j = 0; j < width; j++) {
         dot = simt::add_rn(dot, simt::mul_rn(simt::mul_rn(y[j], inverse_rms), words[size_t(j) * kCodewords + c]));
       }
-      const float gain = simt::sub_rn(fabsf(dot), half_norms[c]);
-      if (best < 0 || gain > best_gain) {
-        best_gain = gain;
-        best = c | (dot < 0 ? 0x80 : 0);
-      }
+      found.offer(c, dot, half_norms[c]);
     }
-    for (int mask = 1; mask < 32; mask *= 2) {
-      const float gain = simt::shuffle_xor(best_gain, mask);
-      const int code = simt::shuffle_xor(best, mask);
-      if (gain > best_gain || (gain == best_gain && (code & 0x7f) < (best & 0x7f))) {
-        best_gain = gain;
-        best = code;
-      }
-    }
-    return best;
+    found.join_lanes();
+    return found.code;
   }
 };
 
