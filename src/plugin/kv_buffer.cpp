@@ -213,8 +213,10 @@ void KvBuffer::tell_of_reading(const ggml_tensor* node) {
       std::string("this model's graph reads the cache by ") + ggml_op_desc(node) + " (" + node->name + ")";
   if (layer.plan->keys_alone()) why = "keys and values of this model are one row (MLA), for which there are no kernels";
   if (node->op == GGML_OP_FLASH_ATTN_EXT && layer.plan->as_rows && !layer.plan->keys_alone()) {
-    why = "there are no kernels over codes for heads of " + std::to_string(layer.plan->side(Kind::key).head_dim) +
-          " and " + std::to_string(layer.plan->side(Kind::value).head_dim) + " numbers on this device";
+    why = "this device has no kernels over codes for heads of " + std::to_string(layer.plan->side(Kind::key).head_dim) +
+          " and " + std::to_string(layer.plan->side(Kind::value).head_dim) + " numbers, " +
+          std::to_string(layer.plan->group) + " query heads to a KV head and " +
+          std::to_string(layer.plan->shape.cells_per_stream) + " cells";
   }
   GGML_LOG_WARN(
       "thimble: attention is computed from rows of the KV cache that are decoded for every batch, which is slow: %s\n",
