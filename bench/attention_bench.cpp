@@ -1,5 +1,6 @@
 // Times attention of one decode step over one layer: from codes, and by ggml's FLASH_ATTN_EXT over f16, q8_0 and q4_0
-// caches, in one process. Benchmarks are named <cache>/<head size>x<group>/<cells>/<threads>.
+// caches, in one process. Benchmarks are named <cache>/<head size>x<group>/<cells>/<threads>. 576 is MLA: a latent row,
+// whose first 512 numbers are the value; the other 64 have more bits (make_position_format).
 //
 //   attention_bench --benchmark_enable_random_interleaving=true --benchmark_repetitions=9
 //       --benchmark_report_aggregates_only=true --benchmark_filter='128x4/32768'
@@ -31,6 +32,8 @@ struct Shape {
   int head_dim, group, n_kv_heads;
   int64_t n_cells = 0;
   int n_tokens = 1;
+  int latent = 0;  // of the head's numbers, those that are the value too (MLA); 0: values are of their own
+  int value_dim() const { return latent > 0 ? latent : head_dim; }
   int n_heads() const { return n_kv_heads * group; }
 };
 
@@ -42,10 +45,18 @@ const std::vector<float>& noise() {
 
 // -- ours --
 
+Format format_of(Kind kind, const Shape& s, double bits) {
+  if (s.latent == 0) return make_format(s.head_dim, bits);
+  const Format latent = make_format(s.latent, bits);
+  return kind == Kind::value ? latent
+                             : make_position_format(s.head_dim - s.latent, latent,
+                                                    size_t(s.head_dim / 64 * make_format(64, bits).vector_bytes()));
+}
+
 CacheSide random_side(Kind kind, const Shape& s, double bits, int n_slots, std::vector<uint8_t>& memory) {
   const CacheShape shape{s.n_kv_heads, s.n_cells, 1};
-  auto codecs = std::make_shared<std::vector<HeadCodec>>(s.n_kv_heads,
-                                                         make_uncalibrated_codec(kind, make_format(s.head_dim, bits)));
+  auto codecs =
+      std::make_shared<std::vector<HeadCodec>>(s.n_kv_heads, make_uncalibrated_codec(kind, format_of(kind, s, bits)));
   memory.resize(CacheSide::memory_bytes(shape, codecs->front().format, n_slots) + 64);
   void* begin = memory.data();
   size_t size = memory.size();
@@ -81,12 +92,12 @@ public:
         n_threads_(n_threads),
         kernels_(kernels),
         q_(gaussian(size_t(s.n_heads()) * s.n_tokens * s.head_dim, 2)),
-        out_(q_.size()),
+        out_(size_t(s.n_heads()) * s.n_tokens * s.value_dim()),
         mask_(size_t(s.n_cells) * s.n_tokens) {
     const WindowSize window;
     layer_ = std::make_unique<CacheLayer>(random_side(Kind::key, s, bits, window.total(), memory_[0]),
                                           random_side(Kind::value, s, bits, window.total(), memory_[1]),
-                                          Window(window, window.total(), s.n_cells));
+                                          Window(window, window.total(), s.n_cells), s.latent > 0);
     // Fills the window, all but the token in flight.
     write(s.n_cells - s.n_tokens - window.total(), window.total());
     layer_->commit([](int, int64_t) { return true; });
@@ -95,13 +106,13 @@ public:
     p_.n_heads = s.n_heads();
     p_.n_tokens = s.n_tokens;
     p_.n_cells = s.n_cells;
-    p_.value_dim = s.head_dim;
+    p_.value_dim = s.value_dim();
     p_.q = q_.data();
     p_.q_token = s.head_dim;
     p_.q_head = size_t(s.head_dim) * s.n_tokens;
     p_.out = out_.data();
-    p_.out_head = s.head_dim;
-    p_.out_token = size_t(s.head_dim) * s.n_heads();
+    p_.out_head = s.value_dim();
+    p_.out_token = size_t(s.value_dim()) * s.n_heads();
     p_.mask = mask_.data();
     p_.mask_token = s.n_cells;
     p_.scale = 1 / std::sqrt(float(s.head_dim));
@@ -123,8 +134,8 @@ private:
   void write(int64_t first, int n) {
     std::vector<int64_t> cells;
     for (int i = 0; i < n; i++) cells.push_back(std::max<int64_t>(0, first) + i);
-    std::vector<uint16_t> row(layer_->keys().row_size());
     for (Kind kind : {Kind::key, Kind::value}) {
+      std::vector<uint16_t> row(layer_->side(kind).row_size());
       layer_->begin_write(kind, cells);
       for (int i = 0; i < n; i++) {
         for (size_t d = 0; d < row.size(); d++) row[d] = float_to_half(noise()[(i * 977 + d) % noise().size()]);
@@ -190,15 +201,16 @@ public:
     context_ = ggml_init({ggml_tensor_overhead() * 16 + ggml_graph_overhead(), nullptr, true});
     // The cache as llama.cpp allocates it, [cells][KV heads * head size], and the views that its attention reads.
     ggml_tensor* k = ggml_new_tensor_2d(context_, type, int64_t(s.head_dim) * s.n_kv_heads, s.n_cells);
-    ggml_tensor* v = ggml_new_tensor_2d(context_, type, int64_t(s.head_dim) * s.n_kv_heads, s.n_cells);
-    const auto view = [&](ggml_tensor* t) {
-      return ggml_view_3d(context_, t, s.head_dim, s.n_cells, s.n_kv_heads, t->nb[1], ggml_row_size(type, s.head_dim),
-                          0);
+    // Of a latent row, values are a view of the keys.
+    ggml_tensor* v =
+        s.latent > 0 ? k : ggml_new_tensor_2d(context_, type, int64_t(s.head_dim) * s.n_kv_heads, s.n_cells);
+    const auto view = [&](ggml_tensor* t, int dim) {
+      return ggml_view_3d(context_, t, dim, s.n_cells, s.n_kv_heads, t->nb[1], ggml_row_size(type, s.head_dim), 0);
     };
     ggml_tensor* q = ggml_new_tensor_3d(context_, GGML_TYPE_F32, s.head_dim, s.n_tokens, s.n_heads());
     ggml_tensor* mask = ggml_new_tensor_2d(context_, GGML_TYPE_F16, s.n_cells, s.n_tokens);
-    ggml_tensor* out =
-        ggml_flash_attn_ext(context_, q, view(k), view(v), mask, 1 / std::sqrt(float(s.head_dim)), 0.0f, 0.0f);
+    ggml_tensor* out = ggml_flash_attn_ext(context_, q, view(k, s.head_dim), view(v, s.value_dim()), mask,
+                                           1 / std::sqrt(float(s.head_dim)), 0.0f, 0.0f);
     ggml_flash_attn_ext_set_prec(out, GGML_PREC_F32);
     graph_ = ggml_new_graph(context_);
     ggml_build_forward_expand(graph_, out);
@@ -260,15 +272,18 @@ void add_all(const Shape& s, int n_threads) {
                              std::to_string(s.n_cells) + "/" + std::to_string(n_threads);
   for (const Kernels* kernels : available_kernels()) {
     if (kernels->name == std::string("scalar") && s.n_cells > 8192) continue;
-    for (double bits : {1.0, 2.0, 4.0, 16.0}) {
+    for (double bits : {1.0, 2.0, 3.0, 4.0, 16.0}) {
       char rate[16];
       std::snprintf(rate, sizeof(rate), "%g", bits);
-      add(std::string(kernels->name) + "_" + rate + "bit" + suffix, s, 2 * make_format(s.head_dim, bits).vector_bytes(),
+      const double bytes =
+          format_of(Kind::key, s, bits).vector_bytes() + format_of(Kind::value, s, bits).vector_bytes();
+      add(std::string(kernels->name) + "_" + rate + "bit" + suffix, s, bytes,
           [=] { return std::make_unique<Ours>(s, bits, n_threads, *kernels); });
     }
   }
   for (ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
-    add(std::string("ggml_") + ggml_type_name(type) + suffix, s, 2.0 * double(ggml_row_size(type, s.head_dim)),
+    const double rows = s.latent > 0 ? 1 : 2;
+    add(std::string("ggml_") + ggml_type_name(type) + suffix, s, rows * double(ggml_row_size(type, s.head_dim)),
         [=] { return std::make_unique<Ggml>(s, type, n_threads); });
   }
 }
@@ -300,7 +315,7 @@ void add_encoding(int head_dim, double bits, bool dense, const Kernels& kernels)
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   // The shapes of SmolLM2-135M, Llama-3.1-8B, Qwen3-30B-A3B, Gemma 3, Qwen3.5 with 12 heads to a KV head, two of Gemma
-  // 4's global layers, Phi-3 and StableLM.
+  // 4's global layers, Phi-3, StableLM, and MLA as DeepSeek 2 Lite and DeepSeek 3 have it.
   for (Shape s : {Shape{64, 3, 3},
                   {128, 4, 8},
                   {128, 8, 4},
@@ -309,7 +324,9 @@ int main(int argc, char** argv) {
                   {512, 4, 2},
                   {512, 8, 2},
                   {96, 1, 32},
-                  {80, 1, 32}}) {
+                  {80, 1, 32},
+                  {576, 16, 1, 0, 1, 512},
+                  {576, 128, 1, 0, 1, 512}}) {
     for (int threads : {1, 2}) {
       for (int64_t cells : {1024, 8192, 32768, 131072}) {
         s.n_cells = cells;

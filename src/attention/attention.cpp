@@ -215,8 +215,7 @@ const uint64_t* Attention::hidden_of(const Item& item) const {
 }
 
 void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries* coded) const {
-  const HeadCodec& codec = layer_->keys().codec(item.kv_head);
-  const int dim = codec.format.head_dim, n_rows = item.n_tokens * group_;
+  const int dim = layer_->key_dim(), n_rows = item.n_tokens * group_;
   memory.q.resize(size_t(n_rows) * dim);
   memory.q_coded.resize(size_t(n_rows) * dim);
   memory.bias.resize(n_rows);
@@ -227,14 +226,43 @@ void Attention::load_queries(const Item& item, ThreadMemory& memory, Queries& pl
                      size_t(item.first_token + row / group_) * p_.q_token + size_t(head) * p_.q_head;
     float* scaled = &memory.q[size_t(row) * dim];
     for (int d = 0; d < dim; d++) scaled[d] = q[d] * p_.scale;
-    memory.bias[row] = codec.transform.query_bias(scaled);
     memory.slope[row] = row < group_ ? alibi_slope(p_.max_bias, p_.n_heads, head) : memory.slope[row - group_];
   }
-  plain = {n_rows, group_, dim, memory.q.data(), nullptr, memory.slope.data(), p_.softcap};
+  const int of_values = layer_->is_latent() ? p_.value_dim : 0;
+  plain = {n_rows, group_, dim, memory.q.data(), nullptr, memory.slope.data(), p_.softcap, of_values};
   if (!coded) return;
-  codec.transform.query(memory.q.data(), memory.q_coded.data(), n_rows, kernels_->transform);
-  for (int row = 0; row < n_rows; row++) memory.bias[row] += codec.score_bias(&memory.q_coded[size_t(row) * dim]);
-  *coded = {n_rows, group_, dim, memory.q_coded.data(), memory.bias.data(), memory.slope.data(), p_.softcap};
+  code_queries(item, n_rows, memory);
+  *coded = {n_rows, group_, dim, memory.q_coded.data(), memory.bias.data(), memory.slope.data(), p_.softcap, of_values};
+}
+
+// Transforms memory.q to memory.q_coded, for the codes of the keys and, of a latent layer, of the values; and what the
+// means and the score correction add to scores to memory.bias.
+void Attention::code_queries(const Item& item, int n_rows, ThreadMemory& memory) const {
+  std::fill(memory.bias.begin(), memory.bias.end(), 0.0f);
+  const auto code = [&](const HeadCodec& codec, const float* q, float* y) {
+    const int dim = codec.format.head_dim;
+    codec.transform.query(q, y, n_rows, kernels_->transform);
+    for (int row = 0; row < n_rows; row++) {
+      memory.bias[row] += codec.transform.query_bias(q + size_t(row) * dim) + codec.score_bias(y + size_t(row) * dim);
+    }
+  };
+  if (!layer_->is_latent()) {
+    return code(layer_->keys().codec(item.kv_head), memory.q.data(), memory.q_coded.data());
+  }
+  const size_t dim = layer_->key_dim();
+  size_t first = 0;
+  for (Kind kind : {Kind::value, Kind::key}) {
+    const HeadCodec& codec = layer_->side(kind).codec(item.kv_head);
+    const size_t n = codec.format.head_dim;
+    memory.q_part.resize(n_rows * n);
+    memory.q_part_coded.resize(n_rows * n);
+    for (int row = 0; row < n_rows; row++) std::copy_n(&memory.q[row * dim + first], n, &memory.q_part[row * n]);
+    code(codec, memory.q_part.data(), memory.q_part_coded.data());
+    for (int row = 0; row < n_rows; row++) {
+      std::copy_n(&memory.q_part_coded[row * n], n, &memory.q_coded[row * dim + first]);
+    }
+    first += n;
+  }
 }
 
 CodedCells Attention::coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const {
@@ -371,8 +399,9 @@ void Attention::attend_decoded(const CodedCells& cells, int block, uint64_t want
                                const Mask& mask, ThreadMemory& memory, Softmax& softmax) const {
   float* k_tile = tile(memory, Kind::key);
   float* v_tile = tile(memory, Kind::value);
-  kernels_->decode_block(*cells.keys, cells.k_block(block), k_tile);
   kernels_->decode_block(*cells.values, cells.v_block(block), v_tile);
+  if (queries.of_values > 0) values_as_keys(v_tile, queries.of_values, k_tile);
+  kernels_->decode_block(*cells.keys, cells.k_block(block), k_tile + size_t(queries.of_values) * kBlockCells);
   // A cell that no token sees may never have been written. Its bytes may be a NaN, and a weight of 0 times NaN is NaN.
   for (uint64_t left = ~wanted; left; left &= left - 1) {
     std::fill_n(v_tile + size_t(std::countr_zero(left)) * p_.value_dim, p_.value_dim, 0.0f);
@@ -420,6 +449,7 @@ void Attention::attend_exact(const Item& item, const ExactTile& exact, const Que
     mask = {memory.exact_mask.data(), kBlockCells};
   }
   if (!seen_by(item, mask, n)) return;
+  float* k_tile = tile(memory, Kind::key);
   for (Kind kind : {Kind::key, Kind::value}) {
     const CacheSide& side = layer_->side(kind);
     const int dim = side.format().head_dim;
@@ -427,7 +457,12 @@ void Attention::attend_exact(const Item& item, const ExactTile& exact, const Que
     for (int i = 0; i < n; i++) {
       rows[i] = reinterpret_cast<const uint8_t*>(exact.rows[int(kind)][i] + size_t(item.kv_head) * dim);
     }
-    kernels_->load_rows(kind, rows, n, dim, tile(memory, kind));
+    if (kind == Kind::key) {
+      kernels_->load_rows(kind, rows, n, dim, k_tile + size_t(queries.of_values) * kBlockCells);
+    } else {
+      kernels_->load_rows(kind, rows, n, dim, tile(memory, kind));
+      if (queries.of_values > 0) kernels_->load_rows(Kind::key, rows, n, dim, k_tile);
+    }
   }
   kernels_->attend_tile(queries, {n, tile(memory, Kind::key), tile(memory, Kind::value), 0}, mask, softmax,
                         memory.scratch);

@@ -84,8 +84,9 @@ private:
   };
   struct ThreadMemory {
     std::vector<float> q, q_coded, bias, slope;
-    Scratch k_tile, v_tile;                 // a block's keys and values as tiles
-    std::vector<float> sums, out, weights;  // of combine
+    std::vector<float> q_part, q_part_coded;  // of load_queries: what goes with one side of a latent layer
+    Scratch k_tile, v_tile;                   // a block's keys and values as tiles
+    std::vector<float> sums, out, weights;    // of combine
     std::vector<uint16_t> exact_mask;
     std::vector<float> lane_maxima;  // of choose
     std::vector<Scored> blocks, lanes, cells;
@@ -130,7 +131,7 @@ private:
     return {p_.value_dim, max, max + n_rows, at};
   }
   float* tile(ThreadMemory& memory, Kind kind) const {
-    const size_t floats = size_t(kBlockCells) * layer_->side(kind).format().head_dim;
+    const size_t floats = size_t(kBlockCells) * (kind == Kind::key ? layer_->key_dim() : p_.value_dim);
     return reinterpret_cast<float*>((kind == Kind::key ? memory.k_tile : memory.v_tile).room(floats * sizeof(float)));
   }
   size_t index_of(const Item& item) const { return size_t(&item - items_.data()); }
@@ -158,6 +159,7 @@ private:
   bool sees_codes(const Item& item, const uint64_t* hidden, int first_block, int last_block) const;
   const uint64_t* hidden_of(const Item& item) const;
   void load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries* coded) const;
+  void code_queries(const Item& item, int n_rows, ThreadMemory& memory) const;
   void attend_part(const Part& part, ThreadMemory& memory);
   void attend_coded(const Item& item, int first_block, int last_block, const Queries& queries, ThreadMemory& memory,
                     Softmax& softmax) const;

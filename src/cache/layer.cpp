@@ -127,9 +127,19 @@ Window::Judge CacheLayer::judge(const BatchQueries& queries) const {
   return [this, queries](std::span<const int> batch_rows, std::span<const Window::Row> rows,
                          std::span<const Window::Row> recent, std::span<float> scores) {
     std::vector<const uint16_t*> keys[2];
-    for (const Window::Row& row : rows) keys[0].push_back(keys_.row_data(row));
-    for (const Window::Row& row : recent) keys[1].push_back(keys_.row_data(row));
-    score_cells(mean_query(queries, batch_rows), queries.n_heads, keys_.row_size() / queries.dim, queries.dim, keys[0],
+    const size_t row_size = keys_.row_size() + (is_latent_ ? values_.row_size() : 0);
+    std::vector<uint16_t> whole(is_latent_ ? (rows.size() + recent.size()) * row_size : 0);
+    uint16_t* to = whole.data();
+    const auto key_of = [&](const Window::Row& row) -> const uint16_t* {
+      if (!is_latent_) return keys_.row_data(row);
+      const uint16_t* begin = to;
+      to = std::copy_n(values_.row_data(row), values_.row_size(), to);
+      to = std::copy_n(keys_.row_data(row), keys_.row_size(), to);
+      return begin;
+    };
+    for (const Window::Row& row : rows) keys[0].push_back(key_of(row));
+    for (const Window::Row& row : recent) keys[1].push_back(key_of(row));
+    score_cells(mean_query(queries, batch_rows), queries.n_heads, int(row_size) / queries.dim, queries.dim, keys[0],
                 keys[1], scores);
   };
 }
@@ -166,7 +176,8 @@ void CacheLayer::end_commit() {
 
 void CacheLayer::take_row(Kind kind, int64_t cell, const uint16_t* row) {
   if (kind == Kind::key) {
-    if (arrived_ == Kind::value) window_.end_arrival();
+    // The rows of a latent layer are saved whole, so that its values come between keys.
+    if (arrived_ == Kind::value && !is_latent_) window_.end_arrival();
     std::vector<Window::Row> leaving;
     window_.place(cell, leaving);
     for (const Window::Row& left : leaving) {

@@ -105,12 +105,19 @@ private:
   std::unique_ptr<ExactRows> rows_;
 };
 
-/// K and V of one layer, with the window they share. Where keys and values are one row (MLA), the layer has keys alone,
-/// and a values' side without numbers (head_dim 0, not coded).
+/// K and V of one layer, with the window they share.
+///
+/// Where keys and values are one row of which the values are the first numbers (MLA), the layer's rows are *latent*:
+/// its values' side has these, its keys' side has the other numbers, and queries are multiplied with both. A layer may
+/// also have keys alone, and a values' side without numbers (head_dim 0, not coded).
 class CacheLayer {
 public:
-  CacheLayer(CacheSide keys, CacheSide values, Window window)
-      : keys_(std::move(keys)), values_(std::move(values)), window_(std::move(window)) {}
+  CacheLayer(CacheSide keys, CacheSide values, Window window, bool is_latent = false)
+      : keys_(std::move(keys)), values_(std::move(values)), window_(std::move(window)), is_latent_(is_latent) {}
+
+  bool is_latent() const { return is_latent_; }
+  /// Numbers of a head's key as queries see it.
+  int key_dim() const { return (is_latent_ ? values_.format().head_dim : 0) + keys_.format().head_dim; }
 
   CacheSide& side(Kind kind) { return kind == Kind::key ? keys_ : values_; }
   const CacheSide& side(Kind kind) const { return kind == Kind::key ? keys_ : values_; }
@@ -168,6 +175,7 @@ private:
 
   CacheSide keys_, values_;
   Window window_;
+  bool is_latent_;
   bool has_keys_ = false, has_values_ = false;  // of the batch in flight
   Window::Changes changes_;                     // between begin_commit and end_commit
   Kind arrived_ = Kind::key;                    // of the row that take_row got last

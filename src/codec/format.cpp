@@ -1,5 +1,6 @@
 #include "codec/format.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace thimble {
@@ -43,6 +44,16 @@ Format make_format(int head_dim, double bits) {
   format.n_width8 = (head_dim - in_width2 - in_width4) / 8;
   format.n_width4 = (head_dim - in_width2 - format.n_width8 * 8) / 4;
   format.n_width2 = (head_dim - format.n_width8 * 8 - format.n_width4 * 4) / 2;
+  return format;
+}
+
+Format make_position_format(int head_dim, const Format& latent, size_t bytes) {
+  Format format = make_format(head_dim, latent.f16 ? 16 : 4);
+  if (format.f16) return format;
+  const size_t other = size_t(latent.vector_bytes()) + sizeof(uint16_t);  // what is not codes of this part
+  const int codes = std::clamp(int(bytes > other ? bytes - other : 0), (head_dim + 3) / 4, head_dim / 2);
+  format.n_width2 = 2 * codes - head_dim / 2;
+  format.n_width4 = head_dim / 2 - codes;
   return format;
 }
 

@@ -1,8 +1,8 @@
 // How one vector (one token's K or V of one KV head, `head_dim` numbers) is laid out in memory.
 //
 // Coded vectors are cut into subspaces of 2, 4 or 8 numbers. Each subspace takes one byte: 7 bits of codeword index
-// and, in the highest bit, the codeword's sign. So a width of 2, 4, 8 costs 4, 2, 1 bits a number, and mixing widths gives
-// every rate between. A vector has one f16 scale besides.
+// and, in the highest bit, the codeword's sign. So a width of 2, 4, 8 costs 4, 2, 1 bits a number, and mixing widths
+// gives every rate between. A vector has one f16 scale besides.
 //
 // Cells are stored in blocks of 64, one KV head to a block:
 //   coded:  code[n_subspaces][64] bytes, then scale[64] as f16
@@ -50,6 +50,11 @@ struct Format {
 /// The format for `bits` a number: 16 (f16), 4, 3, 2, 1.5, 1.25 or 1.
 /// Throws std::invalid_argument on another rate or a head size that is not even or beyond kMaxHeadDim.
 Format make_format(int head_dim, double bits);
+
+/// The format for the part of a latent row (MLA) that RoPE rotates, behind the part of format `latent`: of 4 bits a
+/// number or as many as fit, where both parts together are to take at most `bytes` a vector, scales included; no less
+/// than 2. f16 where `latent` is.
+Format make_position_format(int head_dim, const Format& latent, size_t bytes);
 
 /// Byte in a row of 64 codes that holds a cell's key: even bytes hold cells 0-31, odd bytes 32-63, so that masking and
 /// shifting 16-bit lanes yields cells in order.

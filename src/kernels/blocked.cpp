@@ -151,8 +151,9 @@ void attend_decoded(const IsaOps& ops, const Queries& queries, const CodedCells&
     const uint64_t hidden = cells.hidden ? cells.hidden[b] : 0;
     seen &= first_bits(n_cells) & ~hidden;
     if (!seen) continue;
-    decode_block(ops, *cells.keys, cells.k_block(b), k.data());
     decode_block(ops, *cells.values, cells.v_block(b), v.data());
+    if (queries.of_values > 0) values_as_keys(v.data(), queries.of_values, k.data());
+    decode_block(ops, *cells.keys, cells.k_block(b), k.data() + size_t(queries.of_values) * kBlockCells);
     // A cell that no token sees may never have been written. Its bytes may be a NaN, and a weight of 0 times NaN is
     // NaN.
     for (uint64_t left = ~seen; left; left &= left - 1) {

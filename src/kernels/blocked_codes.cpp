@@ -80,35 +80,98 @@ int value_groups(const Format& f, ValueGroup* groups) {
   return n;
 }
 
-// Makes the score tables of all rows. A table entry of 1 is worth steps[row].
-void build_luts(const IsaOps& ops, const Queries& queries, const HeadCodec& keys, bool wide, float* room, uint8_t* luts,
-                size_t lut_bytes, float* steps) {
-  uint8_t widths[kMaxHeadDim / 2];
-  const int n_subspaces = keys.format.n_subspaces();
-  for (int m = 0; m < n_subspaces; m++) widths[m] = uint8_t(keys.format.width(m));
-  for (int row = 0; row < queries.n_rows; row++) {
-    float q[kMaxHeadDim], size = 0;
-    for (int m = 0, d = 0; m < n_subspaces; m++) {
-      for (const int end = d + widths[m]; d < end; d++) {
-        q[d] = queries.q[size_t(row) * queries.dim + d] * keys.codebook.scale[m];
-        size += std::fabs(q[d]);
-      }
-    }
-    steps[row] =
-        ops.codes.build_luts(q, keys.codebook.words.data(), widths, n_subspaces, wide, room, luts + row * lut_bytes);
-    if (!std::isfinite(size)) steps[row] = kNaN;
-  }
-}
-
 // Formats of 3 and 4 bits have subspaces of two numbers. Their coding error is so small that tables and weights of 8
 // bits would add to it noticeably.
 bool is_wide(const Format& format) {
   return format.n_width2 > 0;
 }
 
-size_t lut_bytes_of(const IsaOps& ops, const Format& keys) {
-  return ops.codes.lut_bytes(keys.head_dim, keys.n_subspaces(), is_wide(keys));
-}
+// The score tables of all query rows over the keys or, where these are scored as well, the values.
+class ScoreTables {
+public:
+  ScoreTables(const IsaOps& ops, const Queries& queries, const HeadCodec& codec)
+      : ops_(ops),
+        queries_(queries),
+        codec_(codec),
+        n_subspaces_(codec.format.n_subspaces()),
+        wide_(is_wide(codec.format)),
+        row_bytes_(ops.codes.lut_bytes(codec.format.head_dim, n_subspaces_, wide_)) {}
+
+  void carve(Carver& carver) {
+    luts_ = carver.take<uint8_t>(queries_.n_rows * row_bytes_);
+    steps_ = carver.take<float>(queries_.n_rows);
+  }
+  size_t room() const { return size_t(n_subspaces_) * (kCodewords + 1); }
+
+  /// `first`: the query's number that goes with the codec's first; `room` [room()].
+  void build(int first, float* room) {
+    uint8_t widths[kMaxHeadDim / 2];
+    for (int m = 0; m < n_subspaces_; m++) widths[m] = uint8_t(codec_.format.width(m));
+    for (int row = 0; row < queries_.n_rows; row++) {
+      float q[kMaxHeadDim], size = 0;
+      for (int m = 0, d = 0; m < n_subspaces_; m++) {
+        for (const int end = d + widths[m]; d < end; d++) {
+          q[d] = queries_.q[size_t(row) * queries_.dim + first + d] * codec_.codebook.scale[m];
+          size += std::fabs(q[d]);
+        }
+      }
+      // A table entry of 1 is worth steps_[row].
+      steps_[row] = ops_.codes.build_luts(q, codec_.codebook.words.data(), widths, n_subspaces_, wide_, room,
+                                          luts_ + row * row_bytes_);
+      if (!std::isfinite(size)) steps_[row] = kNaN;
+    }
+  }
+
+  /// Writes q.k of the rows [first, first + n).
+  void look_up(int first, int n, const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch,
+               float* scores) const {
+    ops_.codes.look_up(luts_ + first * row_bytes_, steps_ + first, n, n_subspaces_, wide_, codec_.kind == Kind::value,
+                       blocks, n_blocks, prefetch, scores);
+  }
+
+private:
+  const IsaOps& ops_;
+  const Queries& queries_;
+  const HeadCodec& codec_;
+  int n_subspaces_;
+  bool wide_;
+  size_t row_bytes_;
+  uint8_t* luts_ = nullptr;
+  float* steps_ = nullptr;
+};
+
+// q.k of coded cells: from the tables of keys and, where rows are latent, from those of values.
+class CodeScores {
+public:
+  CodeScores(const IsaOps& ops, const Queries& queries, const CodedCells& cells)
+      : of_values_(queries.of_values), keys_(ops, queries, *cells.keys), values_(ops, queries, *cells.values) {}
+
+  void carve(Carver& carver) {
+    keys_.carve(carver);
+    if (of_values_ > 0) values_.carve(carver);
+    room_ = carver.take<float>(std::max(keys_.room(), of_values_ > 0 ? values_.room() : 0));
+    more_ = carver.take<float>(of_values_ > 0 ? kRowsAtOnce * kSuperblockCells : 0);
+  }
+  void build() {
+    keys_.build(of_values_, room_);
+    if (of_values_ > 0) values_.build(0, room_);
+  }
+  void look_up(int first, int n, const Superblock& blocks, const Prefetch& prefetch, float* scores) const {
+    keys_.look_up(first, n, blocks.k, blocks.n, prefetch, scores);
+    if (of_values_ == 0) return;
+    values_.look_up(first, n, blocks.v, blocks.n, {}, more_);
+    for (int i = 0; i < n; i++) {
+      float* to = scores + i * kSuperblockCells;
+      const float* more = more_ + i * kSuperblockCells;
+      for (int cell = 0; cell < blocks.n * kBlockCells; cell++) to[cell] += more[cell];
+    }
+  }
+
+private:
+  int of_values_;
+  ScoreTables keys_, values_;
+  float *room_ = nullptr, *more_ = nullptr;
+};
 
 float* kept_scores(const CodedCells& cells, int row, int block) {
   return cells.scores.data + row * cells.scores.stride + size_t(block) * kBlockCells;
@@ -153,32 +216,29 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   if (kf.f16 || vf.f16 || n_tokens > kMaxCodeTokens) {
     return attend_decoded(ops, queries, cells, mask, softmax, scratch);
   }
-  const bool wide_keys = is_wide(kf), wide_values = is_wide(vf);
-  const int k_subspaces = kf.n_subspaces();
+  const bool wide_values = is_wide(vf);
   const bool looks_up = !cells.scores.data;
-  const size_t lut_bytes = looks_up ? lut_bytes_of(ops, kf) : 0;
+  CodeScores code_scores(ops, queries, cells);
   ValueGroup groups[kMaxHeadDim / 2];
   const int n_groups = value_groups(vf, groups);
 
-  uint8_t *luts, *weights;
-  float *lut_room, *scores, *scales, *log_scales, *sums, *steps;
+  uint8_t* weights;
+  float *scores, *scales, *log_scales, *sums;
   Row* rows;
   const auto carve = [&](uint8_t* memory) {
     Carver carver(memory);
-    luts = carver.take<uint8_t>(n_rows * lut_bytes);
-    lut_room = carver.take<float>(size_t(k_subspaces) * (kCodewords + 1));
+    if (looks_up) code_scores.carve(carver);
     scores = carver.take<float>(kRowsAtOnce * kSuperblockCells);
     weights = carver.take<uint8_t>(2 * kRowsAtOnce * kSuperblockCells);
     scales = carver.take<float>(kSuperblockCells);
     log_scales = carver.take<float>(kSuperblockCells);
     sums = carver.take<float>(size_t(n_rows) * n_groups * 16);
-    steps = carver.take<float>(n_rows);
     rows = carver.take<Row>(n_rows);
     return carver.used();
   };
   carve(scratch.room(carve(nullptr)));
 
-  if (looks_up) build_luts(ops, queries, *cells.keys, wide_keys, lut_room, luts, lut_bytes, steps);
+  if (looks_up) code_scores.build();
   std::fill_n(rows, n_rows, Row{});
   std::fill_n(sums, size_t(n_rows) * n_groups * 16, 0.0f);
 
@@ -195,8 +255,7 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
       const int first = n_rows * chunk / chunks, n = n_rows * (chunk + 1) / chunks - first;
       if (looks_up) {
         const Prefetch values_now{now->v, chunk == 0 ? now->n : 0, v_lines};
-        ops.codes.look_up(luts + first * lut_bytes, steps + first, n, k_subspaces, wide_keys, now->k, now->n,
-                          values_now, scores);
+        code_scores.look_up(first, n, *now, values_now, scores);
       }
       if (chunk == 0) {
         ops.codes.value_scales(now->v, now->n, int(vf.codes_bytes()), scales, log_scales, bad);
@@ -282,21 +341,19 @@ void raise(float* best, const float* scores, float* kept) {
 void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask, float* best,
                  Scratch& scratch) {
   const Format& kf = cells.keys->format;
-  const int n_rows = queries.n_rows, n_subspaces = kf.n_subspaces();
-  const size_t lut_bytes = lut_bytes_of(ops, kf);
-  uint8_t* luts;
-  float *room, *tile, *row_scores, *steps;
+  const int n_rows = queries.n_rows;
+  CodeScores code_scores(ops, queries, cells);
+  float *tile, *values, *row_scores;
   const auto carve = [&](uint8_t* memory) {
     Carver carver(memory);
-    luts = carver.take<uint8_t>(n_rows * lut_bytes);
-    room = carver.take<float>(size_t(n_subspaces) * (kCodewords + 1));
-    tile = carver.take<float>(kf.f16 ? size_t(kBlockCells) * kf.head_dim : 0);
+    if (!kf.f16) code_scores.carve(carver);
+    tile = carver.take<float>(kf.f16 ? size_t(kBlockCells) * queries.dim : 0);
+    values = carver.take<float>(kf.f16 ? size_t(kBlockCells) * queries.of_values : 0);
     row_scores = carver.take<float>(kRowsAtOnce * kSuperblockCells);
-    steps = carver.take<float>(n_rows);
     return carver.used();
   };
   carve(scratch.room(carve(nullptr)));
-  if (!kf.f16) build_luts(ops, queries, *cells.keys, is_wide(kf), room, luts, lut_bytes, steps);
+  if (!kf.f16) code_scores.build();
   std::fill(best + cells.first_block * kBlockCells, best + cells.last_block * kBlockCells, kUnseen);
   BlockReader reader(ops, cells, mask, n_rows / queries.group);
   const int k_lines = int(kf.block_bytes() / 64);
@@ -306,11 +363,14 @@ void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& ce
     for (int first = 0; first < n_rows; first += kRowsAtOnce) {
       const int n = std::min(kRowsAtOnce, n_rows - first);
       if (!kf.f16) {
-        ops.codes.look_up(luts + first * lut_bytes, steps + first, n, n_subspaces, is_wide(kf), now->k, now->n,
-                          {next->k, first == 0 ? next->n : 0, k_lines}, row_scores);
+        code_scores.look_up(first, n, *now, {next->k, first == 0 ? next->n : 0, k_lines}, row_scores);
       }
       for (int b = 0; b < now->n && kf.f16; b++) {
-        decode_block(ops, *cells.keys, now->k[b], tile);
+        if (queries.of_values > 0) {
+          decode_block(ops, *cells.values, now->v[b], values);
+          values_as_keys(values, queries.of_values, tile);
+        }
+        decode_block(ops, *cells.keys, now->k[b], tile + size_t(queries.of_values) * kBlockCells);
         ops.tiles.multiply(queries.q + size_t(first) * queries.dim, queries.dim, tile, kBlockCells, n, queries.dim,
                            kBlockCells, row_scores + b * kBlockCells, kSuperblockCells, false);
       }

@@ -108,8 +108,9 @@ struct CodeOps {
   float (*build_luts)(const float* q, const int8_t* words, const uint8_t* width, int n_subspaces, bool wide,
                       float* room, uint8_t* luts);
   /// Writes q.k to scores[row][cell]: the cell's scale times the row's step times the sum of the entries that its codes
-  /// select in the row's tables. `luts` holds the rows' tables one after another.
-  void (*look_up)(const uint8_t* luts, const float* steps, int n_rows, int n_subspaces, bool wide,
+  /// select in the row's tables. `luts` holds the rows' tables one after another. `of_values`: codes lie in the order
+  /// of values, not of keys.
+  void (*look_up)(const uint8_t* luts, const float* steps, int n_rows, int n_subspaces, bool wide, bool of_values,
                   const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores);
   /// Reads the scales of n_blocks * 64 values, and writes upper bounds of their log2, at most 0.1 above. A scale that
   /// is not finite becomes 0, and the cell's bit in `bad` (by block) is set.

@@ -34,6 +34,11 @@ struct Queries {
   const float* bias = nullptr;   // [n_rows], added to q.k (of codes: q.mean + HeadCodec::score_bias), or null
   const float* slope = nullptr;  // [n_rows], ALiBi, or null for 1
   float softcap = 0;             // 0: none
+  /// So many of a row's first numbers are multiplied by the cell's value, the others by its key (a latent row, MLA); 0:
+  /// all are by its key. `dim` counts both. In tiles, k has the values' numbers, then the keys'.
+  int of_values = 0;
+
+  int of_keys() const { return dim - of_values; }
 };
 
 /// Additive f16 mask: data[t * stride + i] for token t and cell i, counted from the first of the cells that a call is
@@ -59,6 +64,13 @@ struct Tile {
   const float* v = nullptr;  // [64][value dim]
   uint64_t hidden = 0;       // bit i: cell i is left out, as its exact row is attended to in another tile
 };
+
+/// Writes a tile's values, [64][dim], as keys, [dim][64].
+inline void values_as_keys(const float* v, int dim, float* k) {
+  for (int d = 0; d < dim; d++) {
+    for (int t = 0; t < kBlockCells; t++) k[d * kBlockCells + t] = v[t * dim + d];
+  }
+}
 
 /// Scores that each query row gives to the cells of a stream, data[row * stride + cell], whole blocks of cells. Null
 /// data: scores are not kept.

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 
 #include "codec/half.h"
 #include "kernels/kernels.h"
@@ -98,45 +99,70 @@ void attend_tile(const Queries& queries, const Tile& tile, const Mask& mask, Sof
 // the entries of its codes (VecInfer, arXiv 2510.06175, section 4).
 class LookUp {
 public:
-  LookUp(const Queries& queries, const HeadCodec& keys)
-      : codes_(keys.format.codes_bytes()),
-        n_subspaces_(keys.format.n_subspaces()),
+  /// `first`: the query's number that goes with the codec's first.
+  LookUp(const Queries& queries, const HeadCodec& codec, int first)
+      : kind_(codec.kind),
+        codes_(codec.format.codes_bytes()),
+        n_subspaces_(codec.format.n_subspaces()),
         luts_(size_t(queries.n_rows) * n_subspaces_ * 256, 0.0f) {
     for (int row = 0; row < queries.n_rows; row++) {
       for (int m = 0; m < n_subspaces_; m++) {
         float* lut = &luts_[(size_t(row) * n_subspaces_ + m) * 256];
-        for (int d = keys.format.offset(m); d < keys.format.offset(m) + keys.format.width(m); d++) {
-          const float q = queries.q[size_t(row) * queries.dim + d];
-          for (int c = 0; c < kCodewords; c++) lut[c] += q * keys.words[size_t(d) * kCodewords + c];
+        for (int d = codec.format.offset(m); d < codec.format.offset(m) + codec.format.width(m); d++) {
+          const float q = queries.q[size_t(row) * queries.dim + first + d];
+          for (int c = 0; c < kCodewords; c++) lut[c] += q * codec.words[size_t(d) * kCodewords + c];
         }
         for (int c = 0; c < kCodewords; c++) lut[c | 0x80] = -lut[c];
       }
     }
   }
-  float dot(int row, const uint8_t* k_block, int cell) const {
+  float dot(int row, const uint8_t* block, int cell) const {
     float sum = 0;
     for (int m = 0; m < n_subspaces_; m++) {
-      sum += luts_[(size_t(row) * n_subspaces_ + m) * 256 + k_block[m * kBlockCells + key_position(cell)]];
+      sum += luts_[(size_t(row) * n_subspaces_ + m) * 256 + block[m * kBlockCells + code_position(kind_, cell)]];
     }
-    const uint8_t* scale = k_block + codes_ + 2 * cell;
+    const uint8_t* scale = block + codes_ + 2 * cell;
     return half_to_float(uint16_t(scale[0] | scale[1] << 8)) * sum;
   }
 
 private:
+  Kind kind_;
   size_t codes_;
   int n_subspaces_;
   std::vector<float> luts_;
 };
+
+// q.k from codes, of keys and, where rows are latent, of values as well.
+class Scores {
+public:
+  Scores(const Queries& queries, const CodedCells& cells) : keys_(queries, *cells.keys, queries.of_values) {
+    if (queries.of_values > 0) values_.emplace(queries, *cells.values, 0);
+  }
+  float dot(int row, const CodedCells& cells, int block, int cell) const {
+    const float of_key = keys_.dot(row, cells.k_block(block), cell);
+    return values_ ? values_->dot(row, cells.v_block(block), cell) + of_key : of_key;
+  }
+
+private:
+  LookUp keys_;
+  std::optional<LookUp> values_;
+};
+
+// Decodes the keys of a block as tiles have them.
+void decode_keys(const Queries& queries, const CodedCells& cells, int block, const float* v_tile, float* k_tile) {
+  if (queries.of_values > 0) values_as_keys(v_tile, queries.of_values, k_tile);
+  decode_block(*cells.keys, cells.k_block(block), k_tile + size_t(queries.of_values) * kBlockCells);
+}
 
 void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& mask, Softmax& softmax,
                   Scratch& scratch) {
   const Format& kf = cells.keys->format;
   std::vector<float> v_tile(size_t(kBlockCells) * cells.values->format.head_dim);
   if (kf.f16) {
-    std::vector<float> k_tile(size_t(kBlockCells) * kf.head_dim);
+    std::vector<float> k_tile(size_t(kBlockCells) * queries.dim);
     for (int b = cells.first_block; b < cells.last_block; b++) {
-      decode_block(*cells.keys, cells.k_block(b), k_tile.data());
       decode_block(*cells.values, cells.v_block(b), v_tile.data());
+      decode_keys(queries, cells, b, v_tile.data(), k_tile.data());
       const Tile tile{std::min(kBlockCells, cells.n_cells - b * kBlockCells), k_tile.data(), v_tile.data(),
                       cells.hidden ? cells.hidden[b] : 0};
       attend_tile(queries, tile, mask.at(ptrdiff_t(b) * kBlockCells), softmax, scratch);
@@ -144,9 +170,8 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
     return;
   }
   const RowScores& kept = cells.scores;
-  const LookUp look_up(queries, *cells.keys);
+  const Scores look_up(queries, cells);
   for (int b = cells.first_block; b < cells.last_block; b++) {
-    const uint8_t* k_block = cells.k_block(b);
     const int n_cells = std::min(kBlockCells, cells.n_cells - b * kBlockCells);
     const uint64_t hidden = cells.hidden ? cells.hidden[b] : 0;
     const Mask block_mask = mask.at(ptrdiff_t(b) * kBlockCells);
@@ -156,7 +181,7 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
       for (int t = 0; t < n_cells; t++) {
         scores[t] = hidden >> t & 1 ? kUnseen
                     : kept.data     ? kept.data[row * kept.stride + b * kBlockCells + t]
-                                    : finish_score(queries, row, look_up.dot(row, k_block, t), block_mask, t);
+                                    : finish_score(queries, row, look_up.dot(row, cells, b, t), block_mask, t);
       }
       accumulate(
           row, scores, n_cells, [&](int t) { return &v_tile[size_t(t) * softmax.dim]; }, softmax);
@@ -167,11 +192,12 @@ void attend_codes(const Queries& queries, const CodedCells& cells, const Mask& m
 void score_codes(const Queries& queries, const CodedCells& cells, const Mask& mask, float* best_scores, Scratch&) {
   const Format& kf = cells.keys->format;
   const RowScores& kept = cells.scores;
-  const LookUp look_up(queries, *cells.keys);  // empty where keys are f16
-  std::vector<float> tile(kf.f16 ? size_t(kBlockCells) * kf.head_dim : 0);
+  const Scores look_up(queries, cells);  // empty where keys are f16
+  std::vector<float> tile(kf.f16 ? size_t(kBlockCells) * queries.dim : 0);
+  std::vector<float> v_tile(kf.f16 ? size_t(kBlockCells) * queries.of_values : 0);
   for (int b = cells.first_block; b < cells.last_block; b++) {
-    const uint8_t* k_block = cells.k_block(b);
-    if (kf.f16) decode_block(*cells.keys, k_block, tile.data());
+    if (kf.f16 && queries.of_values > 0) decode_block(*cells.values, cells.v_block(b), v_tile.data());
+    if (kf.f16) decode_keys(queries, cells, b, v_tile.data(), tile.data());
     for (int t = 0; t < kBlockCells; t++) {
       const int cell = b * kBlockCells + t;
       const bool there = cell < cells.n_cells && !(cells.hidden && cells.hidden[b] >> t & 1);
@@ -180,10 +206,10 @@ void score_codes(const Queries& queries, const CodedCells& cells, const Mask& ma
         if (kept.data) kept.data[row * kept.stride + cell] = kUnseen;
         if (!there) continue;
         float dot = 0;
-        for (int d = 0; d < kf.head_dim && kf.f16; d++) {
+        for (int d = 0; d < queries.dim && kf.f16; d++) {
           dot += queries.q[size_t(row) * queries.dim + d] * tile[d * kBlockCells + t];
         }
-        if (!kf.f16) dot = look_up.dot(row, k_block, t);
+        if (!kf.f16) dot = look_up.dot(row, cells, b, t);
         const float score = finish_score(queries, row, dot, mask.at(ptrdiff_t(b) * kBlockCells), t);
         if (kept.data) kept.data[row * kept.stride + cell] = score;
         best = std::max(best, std::isnan(score) ? -kUnseen : score);

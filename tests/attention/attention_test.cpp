@@ -32,6 +32,10 @@ struct Case {
   bool in_file = false;
   size_t store_bytes = SIZE_MAX;  // for keys, and for values: a store may be full
   bool drop_tail = false;
+  bool latent = false;  // queries are multiplied with values as well, by their first numbers
+
+  int key_at() const { return latent ? v_dim : 0; }  // of a query: the number that goes with a key's first
+  int q_dim() const { return key_at() + k_dim; }
 };
 
 HeadCodec codec_for(const Case& c, Kind kind, unsigned seed) {
@@ -68,24 +72,29 @@ std::vector<std::set<int>> retrieved(const Case& c, const Kernels& kernels, cons
     for (int i = 0; i < c.n_kv_heads * c.n_tokens; i++) {
       const int h = i / c.n_tokens, t = i % c.n_tokens;
       const HeadCodec &k = layer.keys().codec(h), &v = layer.values().codec(h);
-      std::vector<float> q(size_t(n_rows) * c.k_dim), coded(q.size()), bias(n_rows), slope(n_rows);
+      std::vector<float> q(size_t(n_rows) * c.q_dim()), coded(q.size()), bias(n_rows), slope(n_rows);
       for (int r = 0; r < n_rows; r++) {
         const int head = h * c.group + r;
-        float* row = &q[size_t(r) * c.k_dim];
-        for (int d = 0; d < c.k_dim; d++) {
+        float *row = &q[size_t(r) * c.q_dim()], *coded_row = &coded[size_t(r) * c.q_dim()];
+        for (int d = 0; d < c.q_dim(); d++) {
           row[d] = p.scale * p.q[s * p.q_stream + head * p.q_head + t * p.q_token + d];
         }
-        bias[r] = k.transform.query_bias(row);
+        k.transform.query(row + c.key_at(), coded_row + c.key_at(), 1, kernels.transform);
+        bias[r] = k.transform.query_bias(row + c.key_at());
+        if (c.latent) {
+          v.transform.query(row, coded_row, 1, kernels.transform);
+          bias[r] += v.transform.query_bias(row);
+        }
         slope[r] = alibi_slope(c.max_bias, p.n_heads, head);
+        bias[r] += k.score_bias(coded_row + c.key_at());
       }
-      k.transform.query(q.data(), coded.data(), n_rows, kernels.transform);
-      for (int r = 0; r < n_rows; r++) bias[r] += k.score_bias(&coded[size_t(r) * c.k_dim]);
       const int64_t cell0 = int64_t(s) * c.cells;
       const CodedCells cells{
           &k, &v, layer.keys().block(h, cell0), layer.values().block(h, cell0), hidden.data(), 0, n_blocks, c.n_cells};
       std::vector<float> scores(size_t(n_blocks) * kBlockCells, NAN);
       Scratch scratch;
-      kernels.score_codes({n_rows, c.group, c.k_dim, coded.data(), bias.data(), slope.data(), c.softcap}, cells,
+      kernels.score_codes({n_rows, c.group, c.q_dim(), coded.data(), bias.data(), slope.data(), c.softcap, c.key_at()},
+                          cells,
                           {p.mask ? p.mask + s * p.mask_stream + t * p.mask_token : nullptr, ptrdiff_t(p.mask_token)},
                           scores.data(), scratch);
       std::vector<int> order;
@@ -139,8 +148,8 @@ Filled fill(const Case& c, unsigned seed) {
     return CacheSide(shape, codecs, n_slots, memory.back().data());
   };
   CacheSide keys = make_side(Kind::key), values = make_side(Kind::value);
-  filled.layer =
-      std::make_unique<CacheLayer>(std::move(keys), std::move(values), Window(c.window, n_slots, c.cells, c.n_streams));
+  filled.layer = std::make_unique<CacheLayer>(std::move(keys), std::move(values),
+                                              Window(c.window, n_slots, c.cells, c.n_streams), c.latent);
   CacheLayer& layer = *filled.layer;
 
   // A few batches, each stream's cells in order.
@@ -177,10 +186,11 @@ Filled fill(const Case& c, unsigned seed) {
 
 // Coding is slow, most of all in an emulator, and most cases of a test attend to the same cells.
 const CacheLayer& filled_layer(const Case& c, unsigned seed) {
-  static std::map<std::tuple<int, int, int, int, int, int, int, double, int, int, bool, bool, size_t, unsigned>, Filled>
+  static std::map<std::tuple<int, int, int, int, int, int, int, double, int, int, bool, bool, size_t, bool, unsigned>,
+                  Filled>
       all;
   auto& filled = all[{c.k_dim, c.v_dim, c.n_kv_heads, c.n_tokens, c.n_streams, c.cells, c.n_cells, c.bits,
-                      c.window.pool, c.window.last, c.dense_transform, c.top > 0, c.store_bytes, seed}];
+                      c.window.pool, c.window.last, c.dense_transform, c.top > 0, c.store_bytes, c.latent, seed}];
   if (!filled.layer) filled = fill(c, seed);
   return *filled.layer;
 }
@@ -200,7 +210,7 @@ Inputs inputs_of(const Case& c, unsigned seed) {
   const int before = c.n_cells - c.n_tokens;
   const int n_heads = c.n_kv_heads * c.group;
   const size_t n_q = size_t(c.n_streams) * c.n_tokens * n_heads;
-  q.resize(n_q * c.k_dim);
+  q.resize(n_q * c.q_dim());
   out.assign(n_q * c.v_dim, NAN);
   sinks.resize(n_heads);
   for (float& v : q) v = normal(random);
@@ -224,8 +234,8 @@ Inputs inputs_of(const Case& c, unsigned seed) {
   p.n_cells = c.n_cells;
   p.value_dim = c.v_dim;
   p.q = q.data();  // [stream][head][token][dim]
-  p.q_token = c.k_dim;
-  p.q_head = size_t(c.k_dim) * c.n_tokens;
+  p.q_token = c.q_dim();
+  p.q_head = size_t(c.q_dim()) * c.n_tokens;
   p.q_stream = p.q_head * n_heads;
   p.out = out.data();  // [stream][token][head][dim]
   p.out_head = c.v_dim;
@@ -234,7 +244,7 @@ Inputs inputs_of(const Case& c, unsigned seed) {
   p.mask = c.mask ? mask.data() : nullptr;
   p.mask_token = c.n_cells;
   p.mask_stream = size_t(c.n_cells) * c.n_tokens;
-  p.scale = 1 / std::sqrt(float(c.k_dim));
+  p.scale = 1 / std::sqrt(float(c.q_dim()));
   p.max_bias = c.max_bias;
   p.softcap = c.softcap;
   p.sinks = c.sinks ? sinks.data() : nullptr;
@@ -297,18 +307,20 @@ double nmse_of(const Case& c, const Kernels& kernels, unsigned seed = 1) {
           return in_window[i] || (has_row[i] && c.top > 0 && (from_store || mine->count(i)));
         };
         std::vector<double> scores(c.n_cells), expected(c.v_dim, 0.0);
-        const float* query = &q[((size_t(s) * n_heads + h) * c.n_tokens + t) * c.k_dim];
+        const float* query = &q[((size_t(s) * n_heads + h) * c.n_tokens + t) * c.q_dim()];
         // What the scores of coded cells lack: half the variance of their errors.
         const HeadCodec& codec = layer.keys().codec(h / c.group);
         std::vector<float> transformed(c.k_dim);
-        codec.transform.query(query, transformed.data());
+        codec.transform.query(query + c.key_at(), transformed.data());
         double lacking = 0;
         for (size_t d = 0; d < codec.error.size(); d++) {
           lacking += std::pow(double(p.scale) * transformed[d], 2) * codec.error[d] / 2;
         }
         double top = c.sinks ? sinks[h] : -1e300, sum = 0;
         for (int i = 0; i < c.n_cells; i++) {
-          double dot = p.scale * product(query, &ks[is_exact(i)][i][h / c.group * c.k_dim], c.k_dim);
+          double dot = product(query + c.key_at(), &ks[is_exact(i)][i][h / c.group * c.k_dim], c.k_dim);
+          if (c.latent) dot += product(query, &vs[is_exact(i)][i][h / c.group * c.v_dim], c.v_dim);
+          dot *= p.scale;
           if (!is_exact(i)) dot += lacking;
           if (c.softcap != 0) dot = c.softcap * std::tanh(dot / c.softcap);
           if (c.mask) {
@@ -411,6 +423,62 @@ TEST_P(AttentionOn, DifferentKeyAndValueSizes) {
   expect(c);
   c.n_tokens = 20;
   expect(c);
+}
+
+// MLA: one row a cell, whose first numbers are the value, and all of which is the key.
+TEST_P(AttentionOn, LatentRows) {
+  Case latent;
+  latent.latent = true;
+  latent.n_kv_heads = 1;
+  latent.k_dim = 64;
+  latent.v_dim = 128;
+  latent.group = 5;
+  const auto expect_case = [&](const Case& c) {
+    SCOPED_TRACE(testing::Message() << c.v_dim << " and " << c.k_dim << " numbers, " << c.bits << " bits, group "
+                                    << c.group << ", tokens " << c.n_tokens << ", cells " << c.n_cells << ", top "
+                                    << c.top);
+    expect(c);
+  };
+  for (double bits : {16.0, 4.0, 3.0, 2.0}) {
+    for (int n_tokens : {1, 3, 20}) {
+      Case c = latent;
+      c.bits = bits;
+      c.n_tokens = n_tokens;
+      c.threads = n_tokens;
+      expect_case(c);
+    }
+  }
+  for (int n_cells : {1, 63, 64, 65, 129}) {
+    Case c = latent;
+    c.n_cells = n_cells;
+    expect_case(c);
+    c.window = {0, 0, 0};
+    expect_case(c);
+  }
+  for (bool dense : {false, true}) {
+    Case c = latent;
+    c.dense_transform = dense;
+    c.n_streams = 2;
+    c.softcap = 5;
+    c.sinks = true;
+    c.max_bias = 8;
+    expect_case(c);
+    c.n_tokens = 9;
+    expect_case(c);
+  }
+  for (bool drop_tail : {false, true}) {
+    for (int n_tokens : {1, 9}) {
+      Case c = latent;
+      c.top = 10;
+      c.drop_tail = drop_tail;
+      c.n_tokens = n_tokens;
+      expect_case(c);
+    }
+  }
+  Case c = latent;
+  c.v_dim = 512;
+  c.group = 16;
+  expect_case(c);
 }
 
 TEST_P(AttentionOn, SoftcapAlibiSinksAndTransforms) {

@@ -97,6 +97,25 @@ TEST(Format, CoversTheVectorExactlyOnce) {
   EXPECT_EQ(make_format(64, 16).block_bytes(), 64u * 128);
 }
 
+TEST(Format, OfPositionsHasMoreBitsAndFitsBesideTheLatentPart) {
+  for (const auto& [latent, position] : {std::pair{512, 64}, {256, 64}, {256, 32}, {128, 64}}) {
+    for (double bits : {4.0, 3.0, 2.0, 1.5, 1.25, 1.0}) {
+      const Format of_latent = make_format(latent, bits);
+      const size_t piece = size_t((latent + position) % 64 == 0 ? 64 : 32);
+      const size_t bytes = (latent + position) / piece * size_t(make_format(int(piece), bits).vector_bytes());
+      const Format f = make_position_format(position, of_latent, bytes);
+      SCOPED_TRACE(testing::Message() << latent << " and " << position << " numbers, " << bits << " bits");
+      EXPECT_EQ(2 * f.n_width2 + 4 * f.n_width4 + 8 * f.n_width8, position);
+      EXPECT_TRUE(of_latent.vector_bytes() + f.vector_bytes() <= double(bytes) || f.bits() == 2);
+      EXPECT_TRUE(f.bits() > bits || bits == 4);
+      EXPECT_LE(f.bits(), 4);
+    }
+  }
+  EXPECT_DOUBLE_EQ(make_position_format(64, make_format(512, 2), 162).bits(), 3.75);
+  EXPECT_DOUBLE_EQ(make_position_format(64, make_format(512, 2), 0).bits(), 2);
+  EXPECT_TRUE(make_position_format(64, make_format(512, 16), 1152).f16);
+}
+
 TEST(Format, RefusesWhatItCannotCode) {
   EXPECT_THROW(make_format(64, 5), std::invalid_argument);
   EXPECT_THROW(make_format(63, 2), std::invalid_argument);

@@ -186,9 +186,20 @@ inline void sum_products(const uint8_t* luts, int row_bytes, int n_subspaces, co
   }
 }
 
+// The sums of the cells of half a block, even and odd bytes: those of its eight cells number `i`, in order of cells.
+inline __m256i order_cells(const __m256i (&sums)[2], bool of_values, int i) {
+  if (of_values) {
+    const __m256i bytes = i / 2 ? _mm256_unpackhi_epi16(sums[0], sums[1]) : _mm256_unpacklo_epi16(sums[0], sums[1]);
+    const __m256i twice = i % 2 ? _mm256_unpackhi_epi16(bytes, bytes) : _mm256_unpacklo_epi16(bytes, bytes);
+    return _mm256_srai_epi32(twice, 16);
+  }
+  const __m256i half = sums[i / 2];
+  return _mm256_cvtepi16_epi32(i % 2 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half));
+}
+
 template <int Rows, bool Wide>
-void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, const uint8_t* const* blocks, int n_blocks,
-                  const Prefetch& prefetch, float* scores) {
+void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, bool of_values,
+                  const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores) {
   int n_pairs = 0;
   for (int m = 0; m < n_subspaces && Wide; m++) n_pairs += luts[m];
   const int row_bytes = int(lut_bytes(2 * n_pairs, n_subspaces, Wide));
@@ -207,12 +218,10 @@ void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, cons
       }
       for (int r = 0; r < Rows; r++) {
         for (int i = 0; i < 4; i++) {
-          const __m256i half = sums[r][i / 2];
-          const __m128i eight = i % 2 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
-          const int cell = 32 * (i / 2) + 16 * h + 8 * (i % 2);
+          const int cell = of_values ? 16 * i + 8 * h : 32 * (i / 2) + 16 * h + 8 * (i % 2);
           const __m256 scale = _mm256_mul_ps(load_half(cell_scales + 2 * cell), _mm256_set1_ps(steps[r]));
           _mm256_storeu_ps(scores + r * kSuperblockCells + b * kLine + cell,
-                           _mm256_mul_ps(scale, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(eight))));
+                           _mm256_mul_ps(scale, _mm256_cvtepi32_ps(order_cells(sums[r], of_values, i))));
         }
       }
     }

@@ -60,13 +60,28 @@ inline void ask_for(const uint8_t* line) {
   _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
 }
 
+// The sums of 64 cells' even and odd bytes, 16 cells to a vector, in order of cells.
+inline void order_cells(const __m512i (&sums)[2], bool of_values, __m512i (&cells)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    if (of_values) {
+      const __m512i bytes = i / 2 ? _mm512_unpackhi_epi16(sums[0], sums[1]) : _mm512_unpacklo_epi16(sums[0], sums[1]);
+      const __m512i twice = i % 2 ? _mm512_unpackhi_epi16(bytes, bytes) : _mm512_unpacklo_epi16(bytes, bytes);
+      cells[i] = _mm512_srai_epi32(twice, 16);
+    } else {
+      const __m256i part = i % 2 ? _mm512_extracti64x4_epi64(sums[i / 2], 1) : _mm512_castsi512_si256(sums[i / 2]);
+      cells[i] = _mm512_cvtepi16_epi32(part);
+    }
+  }
+}
+
 // Writes the scores of `Rows` rows for `Blocks` blocks, and prefetches ahead_lines lines of the blocks `ahead`. Where
 // there is nothing to prefetch, `ahead` is the blocks themselves: a condition in the loop costs more. Bytes are added
 // in 16-bit lanes: `all` has the sum of even bytes + 256 * odd bytes, `odd` that of the odd bytes, and the even bytes'
 // sum is the difference.
 template <int Rows, int Blocks, bool Wide>
-inline void look_up_blocks(const uint8_t* luts, const float* steps, int n_subspaces, const uint8_t* const* blocks,
-                           const uint8_t* const* ahead, int ahead_lines, float* scores) {
+inline void look_up_blocks(const uint8_t* luts, const float* steps, int n_subspaces, bool of_values,
+                           const uint8_t* const* blocks, const uint8_t* const* ahead, int ahead_lines, float* scores) {
   const int row_bytes = n_subspaces * 128 * (Wide ? 2 : 1);
   __m512i all[Rows][Blocks], odd[Rows][Blocks], high[Rows][Blocks];
 #pragma GCC unroll 4
@@ -116,31 +131,32 @@ inline void look_up_blocks(const uint8_t* luts, const float* steps, int n_subspa
         half[0] = _mm512_add_epi16(half[0], _mm512_slli_epi16(high[r][b], 8));
         half[1] = _mm512_add_epi16(half[1], _mm512_and_si512(high[r][b], _mm512_set1_epi16(short(0xff00))));
       }
+      const __m512i sums[2] = {_mm512_sub_epi16(half[0], offset), _mm512_sub_epi16(half[1], offset)};
+      __m512i cells[4];
+      order_cells(sums, of_values, cells);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        const __m512i sums = _mm512_sub_epi16(half[i / 2], offset);
-        const __m256i part = i % 2 ? _mm512_extracti64x4_epi64(sums, 1) : _mm512_castsi512_si256(sums);
         const __m512 scale = _mm512_mul_ps(load_half(cell_scales + 32 * i), _mm512_set1_ps(steps[r]));
         _mm512_storeu_ps(scores + r * kSuperblockCells + b * kLine + 16 * i,
-                         _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(part))));
+                         _mm512_mul_ps(scale, _mm512_cvtepi32_ps(cells[i])));
       }
     }
   }
 }
 
 template <int Rows, bool Wide>
-void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, const uint8_t* const* blocks, int n_blocks,
-                  const Prefetch& prefetch, float* scores) {
+void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, bool of_values,
+                  const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores) {
   int b = 0;
   for (; n_blocks - b >= 2; b += 2) {
     const bool asks = b + 2 <= prefetch.n_blocks;
-    look_up_blocks<Rows, 2, Wide>(luts, steps, n_subspaces, blocks + b, (asks ? prefetch.blocks : blocks) + b,
-                                  asks ? prefetch.lines : 0, scores + b * kLine);
+    look_up_blocks<Rows, 2, Wide>(luts, steps, n_subspaces, of_values, blocks + b,
+                                  (asks ? prefetch.blocks : blocks) + b, asks ? prefetch.lines : 0, scores + b * kLine);
   }
   if (b < n_blocks) {
     const bool asks = b + 1 <= prefetch.n_blocks;
-    look_up_blocks<Rows, 1, Wide>(luts, steps, n_subspaces, blocks + b, (asks ? prefetch.blocks : blocks) + b,
-                                  asks ? prefetch.lines : 0, scores + b * kLine);
+    look_up_blocks<Rows, 1, Wide>(luts, steps, n_subspaces, of_values, blocks + b,
+                                  (asks ? prefetch.blocks : blocks) + b, asks ? prefetch.lines : 0, scores + b * kLine);
   }
 }
 

@@ -66,8 +66,8 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
 // Writes the scores of all rows for a quarter of a block, 16 cells. Bytes are added in 16-bit lanes: `all` has the sum
 // of even bytes + 256 * odd bytes, `odd` that of the odd bytes, and the even bytes' sum is the difference.
 template <int Rows, bool Wide>
-inline void look_up_quarter(const uint8_t* luts, const float* steps, int n_subspaces, const uint8_t* block, int quarter,
-                            float* scores) {
+inline void look_up_quarter(const uint8_t* luts, const float* steps, int n_subspaces, bool of_values,
+                            const uint8_t* block, int quarter, float* scores) {
   const int row_bytes = n_subspaces * 128 * (Wide ? 2 : 1);
   uint16x8_t all[Rows], odd[Rows];
   uint8x16_t high[Rows];
@@ -95,12 +95,16 @@ inline void look_up_quarter(const uint8_t* luts, const float* steps, int n_subsp
       part[0] = vaddq_u16(part[0], vshlq_n_u16(both, 8));
       part[1] = vaddq_u16(part[1], vandq_u16(both, vdupq_n_u16(0xff00)));
     }
+    for (uint16x8_t& sums : part) sums = vsubq_u16(sums, offset);
+    // Eight adjacent cells of keys, twice four of values.
+    const uint16x8_t ordered[2] = {of_values ? vzip1q_u16(part[0], part[1]) : part[0],
+                                   of_values ? vzip2q_u16(part[0], part[1]) : part[1]};
     for (int i = 0; i < 2; i++) {
-      const int16x8_t sums = vreinterpretq_s16_u16(vsubq_u16(part[i], offset));
-      const int cell = 32 * i + 8 * quarter;
-      float* to = scores + r * kSuperblockCells + cell;
-      vst1q_f32(to, vmulq_f32(vmulq_n_f32(load_half(cell_scales + 2 * cell), steps[r]), low_floats(sums)));
-      vst1q_f32(to + 4, vmulq_f32(vmulq_n_f32(load_half(cell_scales + 2 * cell + 8), steps[r]), high_floats(sums)));
+      const int16x8_t sums = vreinterpretq_s16_u16(ordered[i]);
+      const int low = of_values ? 32 * i + 4 * quarter : 32 * i + 8 * quarter, high = low + (of_values ? 16 : 4);
+      float* to = scores + r * kSuperblockCells;
+      vst1q_f32(to + low, vmulq_f32(vmulq_n_f32(load_half(cell_scales + 2 * low), steps[r]), low_floats(sums)));
+      vst1q_f32(to + high, vmulq_f32(vmulq_n_f32(load_half(cell_scales + 2 * high), steps[r]), high_floats(sums)));
     }
   }
 }
@@ -111,12 +115,12 @@ inline void ask_for(const Prefetch& prefetch, int b) {
 }
 
 template <int Rows, bool Wide>
-void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, const uint8_t* const* blocks, int n_blocks,
-                  const Prefetch& prefetch, float* scores) {
+void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, bool of_values,
+                  const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores) {
   for (int b = 0; b < n_blocks; b++) {
     ask_for(prefetch, b);
     for (int quarter = 0; quarter < 4; quarter++) {
-      look_up_quarter<Rows, Wide>(luts, steps, n_subspaces, blocks[b], quarter, scores + b * kLine);
+      look_up_quarter<Rows, Wide>(luts, steps, n_subspaces, of_values, blocks[b], quarter, scores + b * kLine);
     }
   }
 }
