@@ -13,6 +13,7 @@
 #include <random>
 #include <thread>
 
+#include "cell_copies.h"
 #include "commands.h"
 #include "context_options.h"
 #include "devices.h"
@@ -33,7 +34,7 @@ struct Options {
   ContextShape context;
   std::vector<int> depths = {0, 4096, 8000};
   std::vector<std::string> caches = {"f16", "q8_0", "q4_0", "4", "2", "1"};
-  int n_sequences = 1, n_decode = 32, n_prompt = 512, rounds = 5;
+  int n_sequences = 1, n_read = 0, n_decode = 32, n_prompt = 512, rounds = 5;
   int n_threads = int(std::thread::hardware_concurrency());
 
   /// THIMBLE_KV for a coded cache.
@@ -122,6 +123,7 @@ struct Cache {
 /// Tokens a second of all sequences together, a number for each round.
 struct Speed {
   std::vector<double> decode, prompt;
+  std::vector<double> step_ms;  // of every decoded batch
 };
 
 // Sums up the "KV buffer size" lines of the log while a context is made.
@@ -166,19 +168,36 @@ Cache make_cache(const Options& options, const EvalCache& kind, const CacheLayou
   return cache;
 }
 
-void fill(Cache& cache, const std::vector<llama_token>& tokens, int depth) {
+// Of no more than `n_read` tokens that are read, if it is not 0, and copies of their cells.
+void fill(Cache& cache, const std::vector<llama_token>& tokens, int depth, int n_read) {
   if (depth == cache.depth) return;
   const auto start = Clock::now();
-  cache.read(tokens, cache.depth, depth, /*n_logits=*/0);
-  std::printf("%6d %-6s filled from %d at %.1f tokens/s\n", depth, cache.name.c_str(), cache.depth,
-              (depth - cache.depth) * cache.n_sequences / seconds_since(start));
+  int at = cache.depth;
+  if (n_read > 0 && depth > n_read) {
+    llama_memory_clear(llama_get_memory(cache.context.get()), false);
+    cache.read(tokens, 0, n_read, /*n_logits=*/0);
+    fill_with_copies(cache.context.get(), n_read, depth);
+    at = depth / n_read * n_read;
+  }
+  if (at < depth) cache.read(tokens, at, depth, /*n_logits=*/0);
+  if (n_read > 0 && depth > n_read) {
+    std::printf("%6d %-6s filled with copies of %d cells in %.1f s\n", depth, cache.name.c_str(), n_read,
+                seconds_since(start));
+  } else {
+    std::printf("%6d %-6s filled from %d at %.1f tokens/s\n", depth, cache.name.c_str(), cache.depth,
+                (depth - cache.depth) * cache.n_sequences / seconds_since(start));
+  }
   std::fflush(stdout);
   cache.depth = depth;
 }
 
 void measure_round(const Options& options, Cache& cache, const std::vector<llama_token>& tokens, Speed& speed) {
   auto start = Clock::now();
-  for (int i = 0; i < options.n_decode; i++) cache.decode(tokens, cache.depth + i);
+  for (int i = 0; i < options.n_decode; i++) {
+    const auto step = Clock::now();
+    cache.decode(tokens, cache.depth + i);
+    speed.step_ms.push_back(1e3 * seconds_since(step));
+  }
   speed.decode.push_back(options.n_decode * options.n_sequences / seconds_since(start));
   cache.rewind();
   start = Clock::now();
@@ -193,10 +212,9 @@ json print_row(const Cache& cache, const Speed& speed, const Speed* f16, double 
   const auto &d = speed.decode, &p = speed.prompt;
   const auto [d_low, d_high] = std::minmax_element(d.begin(), d.end());
   const auto [p_low, p_high] = std::minmax_element(p.begin(), p.end());
-  json row = {{"depth", cache.depth},      {"sequences", cache.n_sequences},
-              {"kv", cache.name},          {"kv_bytes", cache.bytes},
-              {"decode_tok_s", median(d)}, {"decode_tok_s_range", {*d_low, *d_high}},
-              {"prompt_tok_s", median(p)}, {"prompt_tok_s_range", {*p_low, *p_high}}};
+  json row = {{"depth", cache.depth},     {"sequences", cache.n_sequences}, {"kv", cache.name},
+              {"kv_bytes", cache.bytes},  {"decode_tok_s", median(d)},      {"decode_tok_s_range", {*d_low, *d_high}},
+              {"step_ms", speed.step_ms}, {"prompt_tok_s", median(p)},      {"prompt_tok_s_range", {*p_low, *p_high}}};
   char ratio[32] = "", prompt_ratio[32] = "", share[32] = "", rate[32] = "";
   if (f16) {
     // Ratios of the same round, since whatever slows the machine for a while slows both.
@@ -230,7 +248,11 @@ void run(Options options) {
   std::vector<int> depths = options.depths;
   std::sort(depths.begin(), depths.end());
   const int n_tokens = depths.back() + std::max(options.n_decode, options.n_prompt);  // of a sequence
-  options.context.n_sequences = std::max(options.context.n_sequences, options.n_sequences);
+  if (options.n_read > 0 && (options.n_sequences > 1 || !options.context.unified)) {
+    throw std::runtime_error("--read copies cells of one sequence: leave --sequences and --streams out");
+  }
+  options.context.n_sequences =
+      std::max({options.context.n_sequences, options.n_sequences, options.n_read > 0 ? 2 : 1});
   options.context.n_cells = n_tokens * (options.context.unified ? options.n_sequences : 1);
   const CacheLayout layout = read_layout(options.model, options.context);
   std::vector<Cache> caches;
@@ -251,7 +273,7 @@ void run(Options options) {
   json rows = json::array();
   for (int depth : depths) {
     std::map<std::string, Speed> speeds;
-    for (Cache& cache : caches) fill(cache, tokens, depth);
+    for (Cache& cache : caches) fill(cache, tokens, depth, options.n_read);
     for (int round = 0; round < options.rounds + 1; round++) {
       for (Cache& cache : caches) {
         Speed warming_up;
@@ -290,6 +312,11 @@ void add_bench_command(CLI::App& app) {
       ->add_option("--sequences", options.n_sequences,
                    "Sequences that decode a token each in one batch; their prompts are read one after the other")
       ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  command
+      ->add_option("--read", options.n_read,
+                   "Fill a depth by reading so many tokens and copying their cells, which is quicker; 0: read them all")
+      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command->add_option("--kv", options.caches, "Caches: f16, q8_0, q4_0, bits (2), bits and exact cells (2+64)")
       ->delimiter(',')

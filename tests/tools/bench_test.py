@@ -48,5 +48,11 @@ for n, flags, n_cells in ((3, [], padded(3 * of_a_sequence)), (5, ["--streams"],
     check(coded["kv_bytes"] < f16["kv_bytes"], "and a coded one for fewer bytes")
     check(rows[270, "2"]["sequences"] == n, f"{n} sequences decode")
 
+rows = bench("--read", "100")
+check(all(len(row["step_ms"]) == 2 for row in rows.values()), "depths of copied cells have rows")
+done = subprocess.run([thimble, "bench", "-m", model, "--read", "100", "--streams"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                      text=True)
+check(done.returncode != 0 and "--read" in done.stdout, "copies in more than one stream are refused")
+
 done = subprocess.run([thimble, "bench", "-m", model, "--sequences", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 check(done.returncode != 0 and "--sequences" in done.stdout, "no sequence is refused")
