@@ -106,6 +106,14 @@ struct RefusedRows {
   std::string why;
 };
 
+/// What a recording has of one layer's writes.
+struct RecordedWrites {
+  int layer = 0;
+  bool has[2] = {false, false};  // by Kind
+  bool takes_batch = false;      // the recording takes the batch into the windows of all layers, as its first writes
+  size_t n_layers = 0;           // that the cache had
+};
+
 /// Why an engine refuses to read rows that cannot.
 inline constexpr const char* kReadsNoRows =
     "this device computes flash attention alone over a coded cache: start with --flash-attn on, or run a model that "
@@ -140,8 +148,18 @@ public:
   virtual void abandon() {}
   /// A sentence for the user about something that happened since the last call, or "".
   virtual std::string take_warning() { return {}; }
-  /// Whether tasks of `n_layers` layers, as they were run last, can be recorded and replayed.
-  virtual bool can_record(size_t /*n_layers*/) const { return false; }
+
+  // Tasks of any of the layers can be recorded on a Queue and done again. What the cache counts on the host must then
+  // go on as if the tasks were given anew.
+  /// Whether tasks, other than reading, can be recorded.
+  virtual bool can_record() const { return false; }
+  /// From now on tasks are recorded and not done.
+  virtual void begin_recording() {}
+  /// Ends this, and returns what take_recorded wants to know. Tasks that will not be done are forgotten.
+  virtual std::vector<RecordedWrites> end_recording(bool /*will_be_done*/) { return {}; }
+  /// To be called before tasks are done once more, in the place of giving them. False where these recorded ones are not
+  /// what they would be now; nothing has changed then.
+  virtual bool take_recorded(const std::vector<RecordedWrites>&) { return false; }
 
   /// Writes the saved rows of `n` cells from `first` on to `rows`, as save_cell (cache/state_row.h) does.
   virtual void read_cells(int layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) = 0;

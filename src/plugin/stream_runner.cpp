@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -15,7 +14,9 @@
 namespace thimble {
 namespace {
 
-constexpr size_t kSeenGraphs = 8;
+// How many graphs are remembered: the last 8, and more while all of them have few nodes. A token's graph has about 30
+// nodes a layer. Where tensors are split over devices it comes in two pieces a layer.
+constexpr size_t kSeenGraphs = 8, kSeenNodes = 16384;
 
 uint64_t hash_of(const ggml_cgraph* graph) {
   uint64_t hash = 0xcbf29ce484222325;
@@ -40,20 +41,18 @@ uint64_t hash_of(const ggml_cgraph* graph) {
   return hash;
 }
 
-// True for a decode step over all layers of one cache. Prompts, whose attention the inner backend does itself, are not
+// True for a decode step over layers of one cache. Prompts, whose attention the inner backend does itself, are not
 // worth recording, as their graphs do not come again.
 bool worth_recording(const std::vector<Step>& steps) {
-  std::set<const ManagedLayer*> written;
   KvBuffer* buffer = nullptr;
   for (const auto& [inner, cut] : steps) {
     if (!cut.layer) continue;
-    if (cut.read) return false;
+    if (cut.read || cut.shift) return false;
     if ((cut.attend && cut.attend->src[0]->ne[1] > kMaxCodeTokens) || (buffer && cut.buffer != buffer)) return false;
     buffer = cut.buffer;
-    if (cut.writes[0] && cut.writes[1]) written.insert(cut.layer);
   }
   // While there are refused cells, each batch must be checked for seeing one, so it cannot be replayed.
-  return buffer && !buffer->has_refused() && buffer->cache().can_record(written.size());
+  return buffer && !buffer->has_refused() && buffer->cache().can_record();
 }
 
 // Throws where the engine cannot run a node. Called before any node of the graph runs.
@@ -118,28 +117,26 @@ void StreamRunner::go_to_inner() {
 }
 
 StreamRunner::Seen& StreamRunner::find(const ggml_cgraph* graph) {
-  clock_++;
-  for (Seen& seen : seen_) {
-    if (graph->uid != 0 && seen.uid == graph->uid) {
-      seen.last_use = clock_;
-      return seen;
-    }
-  }
-  const uint64_t hash = hash_of(graph);
-  auto it = std::find_if(seen_.begin(), seen_.end(), [&](const Seen& seen) { return seen.hash == hash; });
+  auto it = std::find_if(seen_.begin(), seen_.end(),
+                         [&](const Seen& seen) { return graph->uid != 0 && seen.uid == graph->uid; });
   if (it == seen_.end()) {
-    if (seen_.size() < kSeenGraphs) {
+    const uint64_t hash = hash_of(graph);
+    it = std::find_if(seen_.begin(), seen_.end(), [&](const Seen& seen) { return seen.hash == hash; });
+    if (it == seen_.end()) {
       it = seen_.insert(it, Seen{});
-    } else {
-      it = std::min_element(seen_.begin(), seen_.end(),
-                            [](const Seen& a, const Seen& b) { return a.last_use < b.last_use; });
-      *it = Seen{};
+      it->n_nodes = size_t(graph->n_nodes);
+      seen_nodes_ += it->n_nodes;
     }
+    it->uid = graph->uid;
+    it->hash = hash;
+    it->has_no_cache = false;
   }
-  it->uid = graph->uid;
-  it->hash = hash;
-  it->last_use = clock_;
-  return *it;
+  seen_.splice(seen_.begin(), seen_, it);
+  while (seen_.size() > kSeenGraphs && seen_nodes_ > kSeenNodes) {
+    seen_nodes_ -= seen_.back().n_nodes;
+    seen_.pop_back();
+  }
+  return seen_.front();
 }
 
 // Drops recordings if memory that they use was moved.
@@ -148,7 +145,16 @@ void StreamRunner::drop_stale_recordings() {
   for (Seen& seen : seen_) seen.recording.reset();
 }
 
-void StreamRunner::replay(const Seen& seen) {
+// False where the graph must be run: it has no recording, or not one of what is to be done now.
+bool StreamRunner::replay(Seen& seen) {
+  if (!seen.recording) return false;
+  seen.buffer->settle();
+  if (seen.buffer->has_refused() || !seen.buffer->cache().take_recorded(seen.writes)) return false;
+  run_recorded(seen);
+  return true;
+}
+
+void StreamRunner::run_recorded(const Seen& seen) {
   go_to_ours();
   seen.recording->replay();
   go_to_inner();
@@ -168,7 +174,12 @@ bool StreamRunner::can_record(const std::vector<Step>& steps) {
 }
 
 void StreamRunner::record(const std::vector<Step>& steps, ggml_cgraph* graph, Seen& seen) {
+  for (const Step& step : steps) {
+    if (step.cut.layer) seen.buffer = step.cut.buffer;
+  }
+  KvCache& cache = seen.buffer->cache();
   go_to_ours();
+  cache.begin_recording();
   queue_->begin_recording();
   recording_ = true;
   std::string problem;
@@ -179,16 +190,14 @@ void StreamRunner::record(const std::vector<Step>& steps, ggml_cgraph* graph, Se
     problem = error.what();
   }
   recording_ = on_ours_ = false;
-  for (const Step& step : steps) {
-    if (step.cut.layer) seen.buffer = step.cut.buffer;
-  }
   std::string why;
   seen.recording = queue_->end_recording(&why);
   if (!problem.empty()) {
-    seen.buffer->cache().abandon();
+    cache.abandon();
     seen.recording.reset();
     why = problem;
   }
+  seen.writes = cache.end_recording(seen.recording != nullptr);
   if (seen.recording) {
     GGML_LOG_DEBUG("thimble: a step of %d nodes and %zu cuts is recorded now\n", graph->n_nodes, steps.size());
     return;
@@ -204,13 +213,8 @@ ggml_status StreamRunner::compute(ggml_cgraph* graph) {
   take_far_caches(graph);
   drop_stale_recordings();
   Seen& seen = find(graph);
-  if (seen.recording) {
-    seen.buffer->settle();
-    if (!seen.buffer->has_refused()) {
-      replay(seen);
-      return GGML_STATUS_SUCCESS;
-    }
-  }
+  if (seen.has_no_cache) return ggml_backend_graph_compute_async(inner_, graph);
+  if (replay(seen)) return GGML_STATUS_SUCCESS;
   for (int i = 0; i < graph->n_nodes; i++) {
     KvBuffer::hand_over(graph->nodes[i]);
     for (ggml_tensor* src : graph->nodes[i]->src) {
@@ -219,6 +223,7 @@ ggml_status StreamRunner::compute(ggml_cgraph* graph) {
   }
   const std::vector<Step> steps = plan_cuts(graph);
   if (std::none_of(steps.begin(), steps.end(), [](const Step& step) { return step.cut.layer; })) {
+    seen.has_no_cache = graph->uid != 0;  // which ggml gives to this graph alone
     return ggml_backend_graph_compute_async(inner_, graph);
   }
   for (const Step& step : steps) {
@@ -237,7 +242,7 @@ ggml_status StreamRunner::compute(ggml_cgraph* graph) {
   if (seen.was_run && !seen.recording && worth_recording(steps) && can_record(steps)) {
     record(steps, graph, seen);
     if (seen.recording) {
-      replay(seen);
+      run_recorded(seen);
       return GGML_STATUS_SUCCESS;
     }
   }

@@ -9,9 +9,11 @@
 //
 // A graph that comes a second time is recorded whole (captured, on CUDA). Recording begins on the queue. When the inner
 // backend awaits an event of the queue, its stream joins the recording, and its launches become part of it. Later
-// tokens replay the recording, in which the cuts cost nothing.
+// tokens replay the recording, in which the cuts cost nothing. A graph may have a part of the layers alone: where
+// tensors are split over devices, ggml's Meta device runs two for each layer on each device and sums up behind each.
 #pragma once
 
+#include <list>
 #include <map>
 #include <memory>
 #include <optional>
@@ -31,16 +33,20 @@ public:
   ggml_status compute(ggml_cgraph* graph) override;
 
 private:
-  // One of the last graphs that were run. `hash` is of its nodes; `uid` is ggml's own number for it, or 0.
+  // A graph that was run. `hash` is of its nodes; `uid` is ggml's own number for it, or 0.
   struct Seen {
-    uint64_t uid = 0, hash = 0, last_use = 0;
+    uint64_t uid = 0, hash = 0;
+    size_t n_nodes = 0;
     bool was_run = false;
+    bool has_no_cache = false;
     std::unique_ptr<Queue::Recording> recording;
     KvBuffer* buffer = nullptr;  // the recording's buffer
+    std::vector<RecordedWrites> writes;
   };
   Seen& find(const ggml_cgraph* graph);
   void drop_stale_recordings();
-  void replay(const Seen& seen);
+  bool replay(Seen& seen);
+  void run_recorded(const Seen& seen);
   bool can_record(const std::vector<Step>& steps);
   void record(const std::vector<Step>& steps, ggml_cgraph* graph, Seen& seen);
 
@@ -63,8 +69,9 @@ private:
   bool on_ours_ = false;
   bool recording_ = false, said_host_waits_ = false;
   bool can_record_;
-  uint64_t clock_ = 0, memory_version_ = 0;
-  std::vector<Seen> seen_;
+  uint64_t memory_version_ = 0;
+  std::list<Seen> seen_;  // the last one first
+  size_t seen_nodes_ = 0;
   ggml_tensor marker_{};  // see run_inner
   ggml_tensor stand_ins_[4]{};
   std::map<const void*, std::vector<uint8_t>> masks_;  // of this graph, on the host; see mind_refused

@@ -47,7 +47,11 @@ ggml_backend_dev_t thimble_device() {
     const std::string plugin = other ? other : THIMBLE_PLUGIN_PATH;
     std::string device = "device=CPU";
     for (int i = 1; i < n_devices(); i++) device += "+CPU";
-    if (n_devices() > 1) setenv("THIMBLE_KV", device.c_str(), 1);
+    if (const char* recording = std::getenv("THIMBLE_TEST_RECORDING")) {
+      device = "device=RECORDING+CPU+CPU";
+      if (!ggml_backend_load(recording)) throw std::runtime_error(std::string("cannot load ") + recording);
+    }
+    if (device != "device=CPU") setenv("THIMBLE_KV", device.c_str(), 1);
     if (!ggml_backend_load(plugin.c_str())) throw std::runtime_error("cannot load " + plugin);
     llama_backend_init();
     return ggml_backend_dev_by_name("THIMBLE0");
@@ -98,12 +102,12 @@ std::string take_log() {
 
 // Loads on the device that coded caches are on, or on the plain CPU. The plugin is there in either case.
 template <typename Load>
-std::shared_ptr<llama_model> load_on(bool coded, bool mmap, const Load& load) {
-  ggml_backend_dev_t first = thimble_device();
+std::shared_ptr<llama_model> load_on(bool coded, bool mmap, std::vector<std::string> names, const Load& load) {
+  thimble_device();
+  for (int i = 0; names.empty() && coded && i < n_devices(); i++) names.push_back("THIMBLE" + std::to_string(i));
   std::vector<ggml_backend_dev_t> devices;
-  if (coded) devices.push_back(first);
-  for (int i = 1; coded && i < n_devices(); i++) {
-    devices.push_back(ggml_backend_dev_by_name(("THIMBLE" + std::to_string(i)).c_str()));
+  for (const std::string& name : names) {
+    devices.push_back(ggml_backend_dev_by_name(name.c_str()));
     if (!devices.back()) throw std::runtime_error("the plugin has too few devices");
   }
   devices.push_back(nullptr);
@@ -118,7 +122,7 @@ std::shared_ptr<llama_model> load_model(bool coded, bool mmap) {
   static std::map<std::pair<bool, bool>, std::shared_ptr<llama_model>> models;
   auto& model = models[{coded, mmap}];
   if (model) return model;
-  model = load_on(coded, mmap, [](const llama_model_params& params) {
+  model = load_on(coded, mmap, {}, [](const llama_model_params& params) {
     return std::shared_ptr<llama_model>(llama_model_load_from_file(model_path(), params), llama_model_free);
   });
   if (!model) throw std::runtime_error("cannot load the model\n" + take_log());
@@ -161,8 +165,21 @@ llama_context_params context_params(const Options& options) {
 
 Session::Session(const Options& options) : options_(options) {
   if (options.model) {
-    model_ = load_on(options.coded(), false,
-                     [&](const llama_model_params& params) { return make_model(*options.model, params); });
+    const std::vector<std::string> devices = options.coded() ? options.devices : std::vector<std::string>{};
+    model_ = load_on(options.coded(), false, devices, [&](llama_model_params params) {
+      params.split_mode = options.split;
+      // Of two layers and the output, which counts as one, the first device gets a layer.
+      std::vector<float> shares(llama_max_devices());
+      if (devices.size() == 2 && options.split == LLAMA_SPLIT_MODE_LAYER) {
+        shares[0] = 1;
+        shares[1] = 2;
+        params.tensor_split = shares.data();
+      }
+      const llama_model_tensor_buft_override experts[] = {{"_exps", ggml_backend_cpu_buffer_type()},
+                                                          {nullptr, nullptr}};
+      if (options.experts_on_cpu) params.tensor_buft_overrides = experts;
+      return make_model(*options.model, params);
+    });
   } else {
     model_ = load_model(options.coded(), options.mmap);
   }
@@ -172,9 +189,9 @@ Session::Session(const Options& options) : options_(options) {
   log_ = take_log();
   if (!context_) throw std::runtime_error("no context with " + options.kv() + "\n" + log_);
   const std::regex size("THIMBLE([0-9]) KV buffer size = *([0-9.]+) MiB");
-  std::vector<double> mib(size_t(n_devices()), 0.0);
+  std::vector<double> mib(std::max(size_t(n_devices()), options.devices.size()), 0.0);
   for (auto found = std::sregex_iterator(log_.begin(), log_.end(), size); found != std::sregex_iterator(); ++found) {
-    double& first = mib.at(std::stoul((*found)[1]));
+    double& first = mib.at(std::stoul((*found)[1]) % mib.size());
     if (first == 0) first = std::stod((*found)[2]);
   }
   cache_mib_ = std::accumulate(mib.begin(), mib.end(), 0.0);

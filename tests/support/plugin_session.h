@@ -30,6 +30,10 @@ struct Options {
   int n_threads = 1;  // ggml's threads spin, so more of them than there are idle cores are very slow
   bool mmap = true;
   std::shared_ptr<const TinyModel> model;  // instead of the real one
+  // Of such a model: the plugin's devices instead of all of them, and how they share it.
+  std::vector<std::string> devices;
+  llama_split_mode split = LLAMA_SPLIT_MODE_LAYER;
+  bool experts_on_cpu = false;
   int small_cells = 0;
   // Without flash attention plain llama.cpp is the more exact: with it, the CPU sums values in f16 (NMSE 1e-5).
   bool plain_flash_attention = false;

@@ -1,4 +1,4 @@
-// The tasks; cuda_reads.cpp has what the program around attends to by itself, cuda_cells.cpp the rest.
+// The tasks; cuda_reads.cpp, cuda_recorded.cpp and cuda_cells.cpp have the rest.
 #include "engine/cuda/cuda_cache.h"
 
 #include <algorithm>
@@ -55,6 +55,7 @@ void CudaCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint
     throw std::runtime_error(where + "layers of one cache must have the same cells");
   }
   auto layer = std::make_unique<Layer>();
+  layer->number = plan.layer;
   layer->top = plan.top;
   layer->drop_tail = plan.drop_tail;
   layer->corrects_prompts = corrects_prompts(codecs.of(Kind::key).front());
@@ -243,6 +244,7 @@ cuda::EncodeArgs CudaCache::take_writes(CudaQueue& queue, Layer& layer, const Ba
   if (flight_.layer && flight_.layer != &layer) land(queue);
   cuda::EncodeArgs p = layer.device.encode_args();
   const WriteTask* last = nullptr;
+  RecordedWrites taken{.layer = layer.number, .n_layers = layers_.size()};
   for (Kind kind : {Kind::key, Kind::value}) {
     if (!std::exchange(layer.waits[int(kind)], false)) continue;
     const WriteTask& write = layer.writes[int(kind)];
@@ -252,9 +254,8 @@ cuda::EncodeArgs CudaCache::take_writes(CudaQueue& queue, Layer& layer, const Ba
     (kind == Kind::key ? p.keys : p.values) = static_cast<const float*>(write.rows);
     (kind == Kind::key ? p.key_token_stride : p.value_token_stride) = write.row_bytes / sizeof(float);
     (kind == Kind::key ? p.key_head_stride : p.value_head_stride) = layer.device.head_dim(kind);
-    uint64_t& batch = layer.batch[int(kind)];
-    if (batch == batch_) batch_++;  // the first of this batch to be written
-    batch = batch_;
+    count_batch(layer, kind);
+    taken.has[int(kind)] = true;
   }
   if (!last || p.n_tokens == 0) return p;
   // Transposed values go to places, which are those of the keys' cells.
@@ -263,7 +264,9 @@ cuda::EncodeArgs CudaCache::take_writes(CudaQueue& queue, Layer& layer, const Ba
   if (!p.cells) throw std::runtime_error("values were written without keys of the same cells");
   make_tables();
   const bool is_prompt = p.n_tokens > cuda::kMaxTokens * last->sight.n_streams;
-  if (layer.window_batch != batch_) {
+  taken.takes_batch = layer.window_batch != batch_;
+  if (is_recording_) recorded_.push_back(taken);
+  if (taken.takes_batch) {
     if (is_prompt) update_window(queue, layer, *last, p, queries);
     if (!is_prompt) update_windows(*last, p.cells, queue.stream());
   }

@@ -36,8 +36,10 @@ public:
   void end_reading(const Lane& lane) override;
   void flush(const Lane& lane, int layer) override;
   void abandon() override;
-  /// A replay leaves the books of whole batches only in order: those of all layers.
-  bool can_record(size_t n_layers) const override { return n_layers == layers_.size(); }
+  bool can_record() const override { return true; }
+  void begin_recording() override;
+  std::vector<RecordedWrites> end_recording(bool will_be_done) override;
+  bool take_recorded(const std::vector<RecordedWrites>& writes) override;
   void read_cells(int layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) override;
   RefusedRows write_cells(int layer, Kind kind, std::span<const int64_t> cells, const uint8_t* rows) override;
   int64_t keys_at_once() const override { return cuda::CellState::kKeysAtOnce; }
@@ -48,6 +50,7 @@ public:
 
 private:
   struct Layer {
+    int number = 0;
     cuda::DeviceLayer device;
     int top = 0;
     bool drop_tail = false;
@@ -75,6 +78,9 @@ private:
   void update_window(CudaQueue& queue, Layer& layer, const WriteTask& task, const cuda::EncodeArgs& written,
                      const BatchQueries& queries);
   cuda::EncodeArgs take_writes(CudaQueue& queue, Layer& layer, const BatchQueries& queries);
+  void count_batch(Layer& layer, Kind kind);
+  std::vector<uint64_t> counted() const;
+  void set_counted(const std::vector<uint64_t>& counted);
   void encode(const Layer& layer, const cuda::EncodeArgs& args, cudaStream_t stream);
   void take_off(CudaQueue& queue, Layer& layer, const BatchQueries& queries);
   void land(CudaQueue& queue);
@@ -100,6 +106,9 @@ private:
   size_t n_tables_ = 0;
   std::map<std::pair<float, int>, cuda::DeviceMemory> slopes_;
   cuda::DeviceMemory shifts_;
+  bool is_recording_ = false;
+  std::vector<RecordedWrites> recorded_;
+  std::vector<uint64_t> before_recording_;  // counted()
   Flight flight_;
   cuda::DeviceMemory flight_memory_[3];                // keys and values by Kind, f32; cells
   std::unique_ptr<cuda::StateKernels> state_kernels_;  // once a state is saved or loaded

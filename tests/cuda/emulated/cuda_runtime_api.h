@@ -1,7 +1,7 @@
 // The part of CUDA's runtime that Thimble uses, on the host: with this folder before CUDA's among the include paths,
 // and THIMBLE_SIMT_HOST, the whole CUDA engine is compiled by the C++ compiler and runs in emulation
-// (simt/emulation.h). Device memory is the host's, and all work is done when it is asked for. The device is one of
-// compute capability 7.5, whose 64 KiB of shared memory leave the kernels over tiles alone.
+// (simt/emulation.h). Device memory is the host's, and work is done when it is asked for or recorded. The device is one
+// of compute capability 7.5, whose 64 KiB of shared memory leave the kernels over tiles alone.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <vector>
 
 #include "cuda/simt/emulation.h"
 
@@ -16,9 +18,11 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNotSupported = 801 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorStreamCaptureUnsupported = 900 };
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorMemoryAllocation ? "out of memory" : error == cudaSuccess ? "no error" : "not emulated";
+  return error == cudaErrorMemoryAllocation ? "out of memory"
+         : error == cudaSuccess             ? "no error"
+                                            : "not allowed while recording";
 }
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
@@ -49,13 +53,38 @@ inline cudaError_t cudaDeviceSynchronize() {
   return cudaSuccess;
 }
 
-// ---- streams and events
+// ---- streams, events and recordings
 
-struct CUstream_st {};
-struct CUevent_st {};
+// Work that was given to a stream while it recorded. Queues of other libraries (tests/plugin/recording_backend.cpp)
+// join a recording as CUDA's streams do: by waiting for an event of it.
+struct CUgraph_st {
+  std::vector<std::function<void()>> work;
+};
+struct CUstream_st {
+  std::shared_ptr<CUgraph_st> recording;
+};
+struct CUevent_st {
+  std::shared_ptr<CUgraph_st> recording;
+};
+struct CUgraphExec_st {
+  std::vector<std::function<void()>> work;
+};
 using cudaStream_t = CUstream_st*;
 using cudaEvent_t = CUevent_st*;
-enum { cudaStreamNonBlocking, cudaEventDisableTiming };
+using cudaGraph_t = CUgraph_st*;
+using cudaGraphExec_t = CUgraphExec_st*;
+
+template <typename Work>
+cudaError_t do_or_record(cudaStream_t stream, const Work& work) {
+  if (stream && stream->recording) {
+    stream->recording->work.emplace_back(work);
+  } else {
+    work();
+  }
+  return cudaSuccess;
+}
+
+enum { cudaStreamNonBlocking, cudaEventDisableTiming, cudaStreamCaptureModeRelaxed };
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = new CUstream_st;
   return cudaSuccess;
@@ -64,11 +93,8 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   delete stream;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
-  return cudaSuccess;
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return stream && stream->recording ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = new CUevent_st;
@@ -78,33 +104,36 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return cudaSuccess;
 }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  event->recording = stream->recording;
   return cudaSuccess;
 }
-
-// ---- recordings: there are none
-
-struct CUgraph_st;
-struct CUgraphExec_st;
-using cudaGraph_t = CUgraph_st*;
-using cudaGraphExec_t = CUgraphExec_st*;
-enum { cudaStreamCaptureModeRelaxed };
-inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
-  return cudaErrorNotSupported;
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+  return cudaSuccess;  // what was given before is done
 }
-inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*) {
-  return cudaErrorNotSupported;
-}
-inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t*, cudaGraph_t, int) {
-  return cudaErrorNotSupported;
-}
-inline cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) {
-  return cudaErrorNotSupported;
-}
-inline cudaError_t cudaGraphDestroy(cudaGraph_t) {
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, int) {
+  stream->recording = std::make_shared<CUgraph_st>();
   return cudaSuccess;
 }
-inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) {
+inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  *graph = new CUgraph_st(*stream->recording);
+  stream->recording.reset();
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, int) {
+  *exec = new CUgraphExec_st{graph->work};
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+  for (const auto& work : exec->work) work();
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  delete exec;
   return cudaSuccess;
 }
 
@@ -136,23 +165,24 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
   std::memmove(to, from, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-  return cudaMemcpy(to, from, bytes, kind);
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  return do_or_record(stream, [=] { (void)cudaMemcpy(to, from, bytes, kind); });
 }
 inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
-                                     size_t height, cudaMemcpyKind kind, cudaStream_t) {
-  for (size_t row = 0; row < height; row++) {
-    (void)cudaMemcpy(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch, width,
-                     kind);
-  }
-  return cudaSuccess;
+                                     size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
+  return do_or_record(stream, [=] {
+    for (size_t row = 0; row < height; row++) {
+      (void)cudaMemcpy(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch,
+                       width, kind);
+    }
+  });
 }
 inline cudaError_t cudaMemset(void* memory, int byte, size_t bytes) {
   std::memset(memory, byte, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t) {
-  return cudaMemset(memory, byte, bytes);
+inline cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t stream) {
+  return do_or_record(stream, [=] { (void)cudaMemset(memory, byte, bytes); });
 }
 
 // ---- kernels
@@ -181,8 +211,10 @@ cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
 }
 template <typename Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args), const Args& args) {
-  const dim3& grid = config->gridDim;
-  thimble::cuda::simt::Machine::launch({int(grid.x), int(grid.y), int(grid.z)}, int(config->blockDim.x),
-                                       config->dynamicSmemBytes, [&] { kernel(args); });
-  return cudaSuccess;
+  const dim3 grid = config->gridDim;
+  const int threads = int(config->blockDim.x);
+  return do_or_record(config->stream, [=, shared_bytes = config->dynamicSmemBytes] {
+    thimble::cuda::simt::Machine::launch({int(grid.x), int(grid.y), int(grid.z)}, threads, shared_bytes,
+                                         [&] { kernel(args); });
+  });
 }
