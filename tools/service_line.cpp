@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <sstream>
 #include <stdexcept>
 
 #include "host_file.h"
@@ -60,6 +61,10 @@ void print_service_line(const std::string& profile, const std::string& llama, co
     std::printf("                 %s does not load the plugin: %s\n", program.c_str(), last_line(said).c_str());
   } else {
     std::printf("                 checked: %s lists %s\n", program.c_str(), devices.c_str());
+    std::istringstream lines(said.substr(list));
+    for (std::string line; std::getline(lines, line);) {  // on what, and by which kernels
+      if (line.starts_with("  THIMBLE")) std::printf("               %s\n", line.c_str());
+    }
   }
 }
 
