@@ -66,6 +66,20 @@ std::vector<std::unique_ptr<Device>>& devices() {
   return all;
 }
 
+// The program's GPUs that no engine of this build works beside. Caches on those of RPC are coded at its other end.
+std::string gpus_without_engine() {
+  std::string names;
+  for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+    ggml_backend_dev_t device = ggml_backend_dev_get(i);
+    const enum ggml_backend_dev_type type = ggml_backend_dev_type(device);
+    const HostDevice host = host_device(device);
+    if (type != GGML_BACKEND_DEVICE_TYPE_GPU && type != GGML_BACKEND_DEVICE_TYPE_IGPU) continue;
+    if (host.backend == "RPC" || make_engine(host)) continue;
+    names += std::string(names.empty() ? "" : ", ") + ggml_backend_dev_name(device);
+  }
+  return names;
+}
+
 }  // namespace
 
 Device::Device(ggml_backend_reg_t registry, ggml_backend_dev_t inner, std::string name)
@@ -204,10 +218,18 @@ std::set<int> Device::layers() {
 
 void make_devices(ggml_backend_reg_t registry) {
   if (!devices().empty()) return;
+  const std::string asked_for = Settings::parse(environment()).device;
   std::vector<std::unique_ptr<Device>> made;
-  for (ggml_backend_dev_t inner : choose_inner(Settings::parse(environment()).device)) {
+  for (ggml_backend_dev_t inner : choose_inner(asked_for)) {
     made.push_back(std::make_unique<Device>(registry, inner, "THIMBLE" + std::to_string(made.size())));
     GGML_LOG_INFO("thimble: %s is %s\n", made.back()->name().c_str(), made.back()->description().c_str());
+  }
+  const bool is_cpu = ggml_backend_dev_type(made.front()->inner()) == GGML_BACKEND_DEVICE_TYPE_CPU;
+  const std::string left_out = asked_for.empty() && is_cpu ? gpus_without_engine() : "";
+  if (!left_out.empty()) {
+    GGML_LOG_WARN(
+        "thimble: THIMBLE0 runs models on the CPU and leaves out %s: this build of the plugin has engines for %s\n",
+        left_out.c_str(), engine_names().c_str());
   }
   devices() = std::move(made);
 }

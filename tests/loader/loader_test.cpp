@@ -80,5 +80,43 @@ TEST(Loader, OpensTheBuildOfItsHostsApi) {
   EXPECT_EQ(load.said.find("thimble: this program"), std::string::npos) << load.said;
 }
 
+// A GPU of a backend that no build of the plugin has an engine for.
+ggml_backend_reg_t registry_with_a_gpu() {
+  static ggml_backend_device gpu{};
+  static ggml_backend_reg registry{};
+  registry.api_version = GGML_BACKEND_API_VERSION;
+  registry.iface.get_name = [](ggml_backend_reg_t) { return "OTHER"; };
+  registry.iface.get_device_count = [](ggml_backend_reg_t) -> size_t { return 1; };
+  registry.iface.get_device = [](ggml_backend_reg_t, size_t) { return &gpu; };
+  gpu.reg = &registry;
+  gpu.iface.get_name = [](ggml_backend_dev_t) { return "OTHER0"; };
+  gpu.iface.get_description = [](ggml_backend_dev_t) { return "a GPU of the test"; };
+  gpu.iface.get_type = [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; };
+  gpu.iface.get_props = [](ggml_backend_dev_t, ggml_backend_dev_props*) {};
+  return &registry;
+}
+
+TEST(Loader, SaysWhichGpusItLeavesOut) {
+  if (ggml_backend_dev_by_name("THIMBLE0")) GTEST_SKIP() << "a process loads the plugin once: run this test alone";
+  ggml_backend_reg_count();  // the CPU is registered first
+  ggml_backend_register(registry_with_a_gpu());
+  const Load load(kStub);
+  EXPECT_TRUE(load.loaded) << load.said;
+  EXPECT_NE(load.said.find(
+                "THIMBLE0 runs models on the CPU and leaves out OTHER0: this build of the plugin has engines for CPU"),
+            std::string::npos)
+      << load.said;
+}
+
+TEST(Loader, SaysNothingOfGpusWhereTheCpuWasAskedFor) {
+  ggml_backend_reg_count();
+  ggml_backend_register(registry_with_a_gpu());
+  setenv("THIMBLE_KV", "device=CPU", 1);
+  const Load load(kStub);
+  unsetenv("THIMBLE_KV");
+  EXPECT_TRUE(load.loaded) << load.said;
+  EXPECT_EQ(load.said.find("leaves out"), std::string::npos) << load.said;
+}
+
 }  // namespace
 }  // namespace thimble
