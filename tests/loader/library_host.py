@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""A host that is a library: a program of a few lines on the prebuilt libllama.so of PyPI's llama-cpp-py-sync, whose bindings are
-made from the llama.h of its version. It loads the plugin and prints, as JSON, what scripts/check-hosts looks at.
+"""A host that is a library: a program of a few lines on a libllama.so, either the prebuilt one of PyPI's llama-cpp-py-sync, whose
+bindings are made from the llama.h of its version (they need cffi), or that of the llama-cpp-python that this Python has. It
+loads the plugin and prints, as JSON, what scripts/check-hosts looks at.
 
-usage: library_host.py <folder of the package> <plugin> <model> <prompt> <prompt of a second sequence>
+usage: library_host.py <folder of llama-cpp-py-sync, or llama_cpp> <plugin> <model> <prompt> <prompt of a second sequence>
 
-THIMBLE_KV holds the settings, as for any program. Needs cffi. What ggml and the plugin log goes to stderr.
+THIMBLE_KV holds the settings, as for any program. What ggml and the plugin log goes to stderr.
 """
 import ctypes
 import importlib.util
@@ -12,14 +13,76 @@ import json
 import os
 import sys
 
+
+class Prebuilt:
+    """The bindings of llama-cpp-py-sync."""
+
+    def __init__(self, folder):
+        # The plugin finds ggml's functions in it.
+        self.ggml = ctypes.CDLL(os.path.join(folder, "libggml.so.0"), mode=ctypes.RTLD_GLOBAL)
+        spec = importlib.util.spec_from_file_location("bindings", os.path.join(folder, "_cffi_bindings.py"))
+        bindings = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(bindings)
+        self.ffi = bindings.ffi
+        self.llama = self.ffi.dlopen(os.path.join(folder, "libllama.so"), self.ffi.RTLD_NOW | self.ffi.RTLD_GLOBAL)
+
+    def choose(self, params, device):
+        self.devices = self.ffi.new("void *[2]", [self.ffi.cast("void *", device), self.ffi.NULL])
+        params.devices = self.ffi.cast("ggml_backend_dev_t *", self.devices)
+
+    def set_flash_attention(self, params, number):
+        params.flash_attn_type = self.ffi.cast("enum llama_flash_attn_type", number)
+
+    def tokens(self, n):
+        return self.ffi.new("llama_token[]", n)
+
+    def characters(self, n):
+        return self.ffi.new("char[]", n)
+
+    def bytes(self, n):
+        return self.ffi.new("uint8_t[]", n)
+
+    def text(self, characters, n):
+        return self.ffi.buffer(characters, n)[:]
+
+    def floats(self, pointer, n):
+        return self.ffi.unpack(pointer, n)
+
+
+class Installed:
+    """llama-cpp-python."""
+
+    def __init__(self, name):
+        self.llama = importlib.import_module(name + ".llama_cpp")
+        self.ggml = ctypes.CDLL(self.llama._lib._name, mode=ctypes.RTLD_GLOBAL)
+
+    def choose(self, params, device):
+        self.devices = (ctypes.c_void_p * 2)(device, None)
+        params.devices = ctypes.cast(self.devices, ctypes.c_void_p).value
+
+    def set_flash_attention(self, params, number):
+        params.flash_attn_type = number
+
+    def tokens(self, n):
+        return (self.llama.llama_token * n)()
+
+    def characters(self, n):
+        return ctypes.create_string_buffer(n)
+
+    def bytes(self, n):
+        return (ctypes.c_uint8 * n)()
+
+    def text(self, characters, n):
+        return characters.raw[:n]
+
+    def floats(self, pointer, n):
+        return pointer[:n]
+
+
 folder, plugin, model_path, *prompts = sys.argv[1:]
-ggml = ctypes.CDLL(os.path.join(folder, "libggml.so.0"), mode=ctypes.RTLD_GLOBAL)  # the plugin finds ggml's functions in it
+library = Prebuilt(folder) if os.path.isdir(folder) else Installed(folder)
+ggml, llama = library.ggml, library.llama
 ggml.ggml_backend_load.restype = ggml.ggml_backend_dev_by_name.restype = ctypes.c_void_p
-spec = importlib.util.spec_from_file_location("bindings", os.path.join(folder, "_cffi_bindings.py"))
-bindings = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bindings)
-ffi = bindings.ffi
-llama = ffi.dlopen(os.path.join(folder, "libllama.so"), ffi.RTLD_NOW | ffi.RTLD_GLOBAL)
 CELLS, N = 1024, 16
 
 
@@ -35,8 +98,7 @@ if not device:
     print_and_end(loaded=False)
 llama.llama_backend_init()
 params = llama.llama_model_default_params()
-devices = ffi.new("void *[2]", [ffi.cast("void *", device), ffi.NULL])
-params.devices = ffi.cast("ggml_backend_dev_t *", devices)
+library.choose(params, device)
 params.n_gpu_layers = 99
 model = llama.llama_model_load_from_file(model_path.encode(), params)
 vocab = llama.llama_model_get_vocab(model)
@@ -46,21 +108,21 @@ n_vocab = llama.llama_vocab_n_tokens(vocab)
 def new_context(flash_attention=1):
     context = llama.llama_context_default_params()
     context.n_ctx, context.n_seq_max, context.n_threads, context.n_threads_batch = 2 * CELLS, 2, 1, 1
-    context.flash_attn_type = ffi.cast("enum llama_flash_attn_type", flash_attention)
+    library.set_flash_attention(context, flash_attention)
     return llama.llama_init_from_model(model, context)
 
 
 def tokens_of(text):
-    tokens = ffi.new("llama_token[]", CELLS)
+    tokens = library.tokens(CELLS)
     n = llama.llama_tokenize(vocab, text.encode(), len(text.encode()), tokens, CELLS, True, True)
     return list(tokens[0:n])
 
 
 def text_of(tokens):
-    piece, text = ffi.new("char[]", 256), b""
+    piece, text = library.characters(256), b""
     for token in tokens:
         n = llama.llama_token_to_piece(vocab, token, piece, 256, 0, False)
-        text += ffi.buffer(piece, n)[:]
+        text += library.text(piece, n)
     return text.decode(errors="replace")
 
 
@@ -76,7 +138,7 @@ def decode(items):
     best = []
     for i, item in enumerate(items):
         if item[3]:
-            logits = ffi.unpack(llama.llama_get_logits_ith(context, i), n_vocab)
+            logits = library.floats(llama.llama_get_logits_ith(context, i), n_vocab)
             best.append(max(range(n_vocab), key=logits.__getitem__))
     llama.llama_batch_free(batch)
     return best
@@ -107,7 +169,7 @@ if not context:
     print_and_end(loaded=True, context=False)
 memory = llama.llama_get_memory(context)
 state = read((0, prompts[0]))
-saved = ffi.new("uint8_t[]", llama.llama_state_seq_get_size(context, 0))
+saved = library.bytes(llama.llama_state_seq_get_size(context, 0))
 n_saved = llama.llama_state_seq_get_data(context, saved, len(saved), 0)
 alone = go_on(state)
 llama.llama_memory_clear(memory, True)

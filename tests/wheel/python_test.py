@@ -91,6 +91,9 @@ def check_settings(own):
         check(exit_code != 0 and sentence in last, f"{text}: {last}")
 
 
+if args.own_build:  # what pip built may not run at all
+    exit_code, said = said_by("-c", "import sys, llama_cpp; llama_cpp.Llama(sys.argv[1], n_ctx=512)", model)
+    check(exit_code == 0, f"llama-cpp-python loads the model without the plugin (exit code {exit_code}: ...{said[-300:]})")
 for kv in ("4", "2+64"):
     check_example(kv, [] if args.own_build else ["own"])
 check_settings(not args.own_build)
