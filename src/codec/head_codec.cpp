@@ -78,6 +78,24 @@ std::vector<float> key_stretch(const float* key_weights, const float* query_weig
   return stretch;
 }
 
+std::vector<std::vector<float>> key_stretches(const std::vector<float>& query_weights,
+                                              const std::vector<float>& key_weights, int n_kv_heads, int head_dim) {
+  const size_t dim = size_t(head_dim), n = size_t(n_kv_heads);
+  const bool of_one_key = key_weights.size() == dim, of_one_query = query_weights.size() == dim;
+  if ((!of_one_key && key_weights.size() != n * dim) ||
+      (!of_one_query && (query_weights.empty() || query_weights.size() % (n * dim) != 0))) {
+    return {};
+  }
+  const size_t group = of_one_query ? 1 : query_weights.size() / (n * dim);
+  std::vector<std::vector<float>> stretches;
+  for (size_t h = 0; h < n; h++) {
+    stretches.push_back(key_stretch(&key_weights[of_one_key ? 0 : h * dim],
+                                    &query_weights[of_one_query ? 0 : h * group * dim], int(group), head_dim));
+    if (stretches.back().empty()) return {};
+  }
+  return stretches;
+}
+
 uint16_t encode_vector(const HeadCodec& codec, const float* y, uint8_t* codes) {
   const Format& format = codec.format;
   float square = 0;

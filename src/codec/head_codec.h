@@ -43,6 +43,11 @@ HeadCodec make_uncalibrated_codec(Kind kind, const Format& format, const std::ve
 /// `query_weights` [n][head_dim] are those of the query heads that attend to the KV head.
 std::vector<float> key_stretch(const float* key_weights, const float* query_weights, int n, int head_dim);
 
+/// The same for each KV head of a layer; `query_weights` and `key_weights` [head_dim] are of one head, which stands for
+/// all, or of all heads. Empty where there are no weights, or not as many as the heads would have.
+std::vector<std::vector<float>> key_stretches(const std::vector<float>& query_weights,
+                                              const std::vector<float>& key_weights, int n_kv_heads, int head_dim);
+
 /// Writes the codes of one transformed vector `y` [head_dim] to `codes` [n_subspaces]; returns its scale as f16.
 ///
 /// y is normalized to a root mean square of 1, each subspace takes the codeword (of 256) nearest to it, the lowest

@@ -14,7 +14,7 @@ uint64_t fnv1a(uint64_t hash, const char* data, size_t size) {
 }
 
 // How codecs without a profile are made, for states: another name where the same rates come to other codes.
-constexpr std::string_view kUncalibrated = "keys stretched by norms";
+constexpr std::string_view kUncalibrated = "keys stretched by norms, by layer";
 
 }  // namespace
 
@@ -36,6 +36,14 @@ CodecSource::CodecSource(const Settings& settings) : settings_(settings), hash_(
     throw std::runtime_error("profile " + settings.profile + ": " + error.what());
   }
   hash_ = fnv1a(hash_, bytes.data(), bytes.size());
+}
+
+uint64_t CodecSource::hash(const std::vector<std::vector<float>>& stretches) const {
+  uint64_t hash = hash_;
+  for (const std::vector<float>& stretch : stretches) {
+    hash = fnv1a(hash, reinterpret_cast<const char*>(stretch.data()), stretch.size() * sizeof(float));
+  }
+  return hash;
 }
 
 std::optional<int> CodecSource::head_dim(int layer, Kind kind) const {

@@ -26,8 +26,11 @@ public:
                                                        const std::vector<std::vector<float>>& stretches = {}) const;
   /// Whether a layer retrieves (Settings::top, Settings::policy).
   bool retrieves(int layer) const;
-  /// A hash of everything that codes depend on: the rates and the profile's bytes.
-  uint64_t hash() const { return hash_; }
+  /// Whether keys are coded without a profile, and so stretched where the weights of the model's norms are known.
+  bool stretches_keys() const { return !profile_ && settings_.key_bits != 16; }
+  /// A hash of everything that a layer's codes depend on: the rates, the profile's bytes, and what its keys were
+  /// stretched by, as `codecs` takes it.
+  uint64_t hash(const std::vector<std::vector<float>>& stretches) const;
 
 private:
   double bits(Kind kind) const { return kind == Kind::key ? settings_.key_bits : settings_.value_bits; }

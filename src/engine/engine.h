@@ -46,8 +46,7 @@ public:
   /// again. False where the engine's memory cannot be given back so.
   virtual bool release(void* /*data*/, size_t /*size*/) const { return false; }
 
-  /// `hash` is that of everything that codes depend on (CachePlanner::hash).
-  virtual std::unique_ptr<KvCache> make_cache(const Settings& settings, uint64_t hash) = 0;
+  virtual std::unique_ptr<KvCache> make_cache(const Settings& settings) = 0;
   /// A queue for the tasks of one backend; null where tasks run on threads of the host.
   virtual std::unique_ptr<Queue> make_queue() { return nullptr; }
 };

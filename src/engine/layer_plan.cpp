@@ -25,25 +25,6 @@ std::string name_of(int layer) {
   return "layer " + std::to_string(layer) + ": ";
 }
 
-/// What the keys of each KV head are multiplied by before they are coded without a profile (key_stretch); empty where
-/// the weights of the model's norms are not known.
-std::vector<std::vector<float>> key_stretches(const LayerPlan& plan) {
-  const size_t dim = size_t(plan.side(Kind::key).head_dim), n = size_t(plan.shape.n_kv_heads);
-  const std::vector<float>&keys = plan.key_norm, &queries = plan.query_norm;
-  const bool of_one_key = keys.size() == dim, of_one_query = queries.size() == dim;
-  if ((!of_one_key && keys.size() != n * dim) || (!of_one_query && (queries.empty() || queries.size() % (n * dim)))) {
-    return {};
-  }
-  const size_t group = of_one_query ? 1 : queries.size() / (n * dim);
-  std::vector<std::vector<float>> stretches;
-  for (size_t h = 0; h < n; h++) {
-    stretches.push_back(key_stretch(&keys[of_one_key ? 0 : h * dim], &queries[of_one_query ? 0 : h * group * dim],
-                                    int(group), int(dim)));
-    if (stretches.back().empty()) return {};
-  }
-  return stretches;
-}
-
 }  // namespace
 
 int piece_of_row(int64_t width) {
@@ -87,8 +68,6 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
   plan.as_f16 = geometry.as_f16;
   plan.group = geometry.group;
   std::copy(std::begin(geometry.rotated), std::end(geometry.rotated), plan.rotated);
-  plan.query_norm = geometry.query_norm;
-  plan.key_norm = geometry.key_norm;
   plan.window = settings_.passthrough() || plan.as_f16 ? WindowSize{0, 0, 0} : settings_.window;
   plan.top = source_->retrieves(geometry.layer) && !plan.as_f16 ? settings_.top : 0;
   plan.drop_tail = settings_.drop_tail;
@@ -124,6 +103,12 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
   plan.as_rows = geometry.n_kv_heads > 0 && !engine_.attends(plan);
   plan.why_slow = engine_.why_slow(plan);
   if (geometry.n_kv_heads == 0) return plan;
+  if (source_->stretches_keys() && !plan.as_f16) {
+    plan.key_stretches =
+        key_stretches(geometry.query_norm, geometry.key_norm, geometry.n_kv_heads, plan.side(Kind::key).head_dim);
+    plan.norms_unread = geometry.norms_unread && plan.key_stretches.empty();
+  }
+  plan.hash = source_->hash(plan.key_stretches);
   if (plan.keys_alone()) plan.has_codes[int(Kind::value)] = false;
   if (const std::string why = engine_.refusal(plan); !why.empty()) throw std::runtime_error(name_of(plan.layer) + why);
   return plan;
@@ -140,9 +125,8 @@ LayerCodecs CachePlanner::codecs(const LayerPlan& plan) const {
       codecs.sides[int(kind)] = std::make_shared<const std::vector<HeadCodec>>(plan.shape.n_kv_heads, codec);
       continue;
     }
-    const std::vector<std::vector<float>> stretches =
-        kind == Kind::key ? key_stretches(plan) : std::vector<std::vector<float>>();
-    auto known = source_->codecs(plan.layer, kind, format.head_dim, plan.shape.n_kv_heads, stretches);
+    auto known = source_->codecs(plan.layer, kind, format.head_dim, plan.shape.n_kv_heads,
+                                 kind == Kind::key ? plan.key_stretches : std::vector<std::vector<float>>());
     if (const int block = plan.rotated[int(kind)]; block > 0 && !format.f16) {
       auto rotated = std::make_shared<std::vector<HeadCodec>>(*known);
       for (HeadCodec& codec : *rotated) codec.transform = codec.transform.behind_hadamard(block);
@@ -169,6 +153,7 @@ void PlanTotals::add(const LayerPlan& plan) {
   n_coded++;
   if (!plan.why_slow.empty() && n_slow++ == 0) why_slow = plan.why_slow;
   n_retrieving += plan.top > 0;
+  n_norms_unread += plan.norms_unread;
   coded_bytes += plan.bytes[0] + plan.bytes[1];
   coded_f16_bytes += plan.f16_bytes;
   more_bytes += plan.more_bytes;

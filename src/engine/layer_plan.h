@@ -32,6 +32,7 @@ struct LayerGeometry {
   // The weights that the model multiplies normalized queries and keys by, for one head or for all of them; empty: it
   // does not, or they are not known.
   std::vector<float> query_norm, key_norm;
+  bool norms_unread = false;  // the model has such weights, and they cannot be read
   bool as_f16 = false;  // the engine keeps its rows as f16, whatever the settings say: few rows that choose others
   int group = 0;        // query heads of a KV head; 0: attention over the layer is no one node
 };
@@ -45,13 +46,16 @@ struct LayerPlan {
   bool coded = false;   // the engine keeps the layer (with bits=16 as f16 blocks)
   std::string why_f16;  // why the layer is not coded; all that follows but f16_bytes is empty then
   CacheShape shape;
-  Format format[2];                         // by Kind; the values' head_dim is 0 where the layer has keys alone
-  bool as_f16 = false;                      // LayerGeometry::as_f16
-  int rotated[2] = {0, 0};                  // LayerGeometry::rotated
-  int group = 0;                            // LayerGeometry::group
-  bool as_rows = false;                     // the host program attends to decoded rows (Engine::attends)
-  std::vector<float> query_norm, key_norm;  // as in LayerGeometry
-  bool has_codes[2] = {true, true};         // values have none with tail=drop, as only their exact rows are read
+  Format format[2];         // by Kind; the values' head_dim is 0 where the layer has keys alone
+  bool as_f16 = false;      // LayerGeometry::as_f16
+  int rotated[2] = {0, 0};  // LayerGeometry::rotated
+  int group = 0;            // LayerGeometry::group
+  bool as_rows = false;     // the host program attends to decoded rows (Engine::attends)
+  /// By KV head: what keys are multiplied by before they are coded without a profile (key_stretch); empty: by nothing.
+  std::vector<std::vector<float>> key_stretches;
+  bool norms_unread = false;         // LayerGeometry::norms_unread, where keys would have been stretched
+  uint64_t hash = 0;                 // of everything that the layer's codes depend on, for saved states
+  bool has_codes[2] = {true, true};  // values have none with tail=drop, as only their exact rows are read
   WindowSize window;
   int top = 0;  // cells to retrieve; above 0, the layer has an exact store
   bool drop_tail = false;
@@ -79,9 +83,6 @@ public:
   CachePlanner(const Engine& engine, const Settings& settings);
 
   const Settings& settings() const { return settings_; }
-  /// A hash of everything that codes depend on (CodecSource::hash).
-  uint64_t hash() const { return source_->hash(); }
-
   /// Why a layer is left f16, as half a sentence; "" where it is coded.
   std::string why_f16(const LayerGeometry& geometry) const;
   /// Throws std::runtime_error where the layer's heads are known and cannot be coded, or the profile is of another
@@ -101,7 +102,7 @@ std::string mebibytes(size_t bytes);
 
 /// The sums of the plans of all layers.
 struct PlanTotals {
-  int n_coded = 0, n_f16 = 0, n_retrieving = 0, n_slow = 0;
+  int n_coded = 0, n_f16 = 0, n_retrieving = 0, n_slow = 0, n_norms_unread = 0;
   size_t coded_bytes = 0;      // of the coded layers
   size_t coded_f16_bytes = 0;  // that the coded layers would take as f16
   size_t f16_bytes = 0;        // of the layers left f16

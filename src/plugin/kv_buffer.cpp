@@ -69,7 +69,7 @@ bool KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
   used_ += bytes;
   least_ = least_ == 0 ? bytes : std::min(least_, bytes);
   if (!plan.coded) return false;
-  if (!cache_) cache_ = device_.engine().make_cache(planner_->settings(), planner_->hash());
+  if (!cache_) cache_ = device_.engine().make_cache(planner_->settings());
   ManagedLayer& layer = layers_[name.layer];
   layer.index = name.layer;
   layer.tensors[int(name.kind)] = tensor;
@@ -142,6 +142,7 @@ void KvBuffer::make_layer(ManagedLayer& layer, LayerGeometry geometry) {
   std::copy(std::begin(layer.rotated), std::end(layer.rotated), geometry.rotated);
   geometry.query_norm = layer.query_norm;
   geometry.key_norm = layer.key_norm;
+  geometry.norms_unread = layer.norms_unread;
   const LayerPlan plan = planner_->plan(geometry);
   uint8_t* const memory[2] = {memory_of(layer, plan, Kind::key), memory_of(layer, plan, Kind::value)};
   cache_->add_layer(plan, planner_->codecs(plan), memory);

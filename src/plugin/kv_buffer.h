@@ -44,6 +44,7 @@ struct ManagedLayer {
   bool written[2] = {false, false};              // by Kind: whether a node was seen that writes this side
   int rotated[2] = {0, 0};                       // by Kind: LayerGeometry::rotated
   std::vector<float> query_norm, key_norm;       // LayerGeometry's
+  bool norms_unread = false;                     // LayerGeometry's
   bool transposed = false;                       // values are [number][cell], as with flash attention off
   RefusedCells refused;
 

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <string_view>
 
+#include "calibrate/norm_weights.h"
 #include "plugin/kv_buffer.h"
 #include "plugin/row_reader.h"
 
@@ -37,40 +37,6 @@ bool is_transposed_write(const ggml_tensor* node) {
   const ggml_tensor *rows = node->src[0], *cache = root_of(node);
   return node->ne[0] == 1 && cache->ne[0] > 1 && rows->ne[0] == 1 && rows->ne[1] % cache->ne[0] == 0 &&
          rows->nb[1] == ggml_type_size(rows->type);
-}
-
-// llama.cpp rotates what goes to a quantized cache by a Walsh-Hadamard matrix, which is an input of the graph. In
-// blocks of how many numbers it did so to these rows; 0: it did not.
-int rotated_by(const ggml_tensor* rows) {
-  for (int depth = 0; rows && depth < 8; depth++, rows = rows->src[0]) {
-    if (rows->op != GGML_OP_MUL_MAT) continue;
-    const ggml_tensor* matrix = rows->src[0];
-    const std::string_view name = matrix->name;
-    const bool is_rotation = name.find("attn_inp_k_rot") != name.npos || name.find("attn_inp_v_rot") != name.npos;
-    return is_rotation ? int(matrix->ne[0]) : 0;
-  }
-  return 0;
-}
-
-// The weights of the norm that queries or keys come from, which a graph may have rotated, scaled and reshaped since;
-// empty where there is none, and where a context is only tried out, whose weights have no memory.
-std::vector<float> norm_weights(const ggml_tensor* x) {
-  for (int depth = 0; x && depth < 12; depth++) {
-    if (x->op == GGML_OP_MUL && x->src[0]->op == GGML_OP_RMS_NORM) {
-      const ggml_tensor* weights = x->src[1];
-      if (weights->type != GGML_TYPE_F32 || !weights->buffer || !weights->data || !ggml_is_contiguous(weights))
-        return {};
-      std::vector<float> numbers(ggml_nelements(weights));
-      ggml_backend_tensor_get(weights, numbers.data(), 0, ggml_nbytes(weights));
-      return numbers;
-    }
-    const bool keeps_numbers = is_view_op(x->op) || x->op == GGML_OP_ROPE || x->op == GGML_OP_SCALE ||
-                               x->op == GGML_OP_CONT || x->op == GGML_OP_CPY;
-    if (!keeps_numbers && x->op != GGML_OP_MUL_MAT) return {};
-    if (x->op == GGML_OP_MUL_MAT && rotated_by(x) == 0) return {};
-    x = x->src[x->op == GGML_OP_MUL_MAT ? 1 : 0];
-  }
-  return {};
 }
 
 std::string refused(const ggml_tensor* node, const char* what) {
@@ -120,13 +86,13 @@ NodeKind bind(const ggml_tensor* node, NodeKind kind) {
     layer->written[int(side)] = true;
     // The f16 cache of an indexer is rotated too, and there llama.cpp itself shifts the rotated keys.
     if (KvBuffer::of(node)->was_quantized(layer->index)) layer->rotated[int(side)] = rotated_by(node->src[0]);
-    if (side == Kind::key && !layer->plan) layer->key_norm = norm_weights(node->src[0]);
+    if (side == Kind::key && !layer->plan) layer->key_norm = norm_weights(node->src[0], &layer->norms_unread);
     layer->transposed = layer->transposed || is_transposed_write(node);
   }
   if (kind == NodeKind::attend) {
     const ggml_tensor *k = node->src[1], *v = node->src[2];
     ManagedLayer& layer = *KvBuffer::layer_of(k);
-    if (!layer.plan) layer.query_norm = norm_weights(node->src[0]);
+    if (!layer.plan) layer.query_norm = norm_weights(node->src[0], &layer.norms_unread);
     KvBuffer::of(k)->bind(layer, int(k->ne[0]), int(v->ne[0]), int(k->ne[2]), int(node->src[0]->ne[2] / k->ne[2]));
     return layer.plan->as_rows ? NodeKind::read : kind;
   }
@@ -155,7 +121,8 @@ NodeKind bind(const ggml_tensor* node, NodeKind kind) {
       const ggml_tensor* cache = layer->tensors[int(of)];
       return cache ? int(cache->ne[0] / n_heads) : 0;
     };
-    if (node->op == GGML_OP_MUL_MAT && side == Kind::key) layer->query_norm = norm_weights(node->src[1]);
+    if (node->op == GGML_OP_MUL_MAT && side == Kind::key)
+      layer->query_norm = norm_weights(node->src[1], &layer->norms_unread);
     KvBuffer::of(view)->bind(*layer, dim(Kind::key), dim(Kind::value), int(n_heads), /*group=*/0);
   }
   return kind;

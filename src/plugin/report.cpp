@@ -40,6 +40,12 @@ std::string report(const PlanTotals& totals, const Settings& settings, const Eng
   if (!elsewhere.empty()) text += "; " + elsewhere;
   text += "; " + settings.to_string() + "; " + engine.kernels() + " kernels";
   if (totals.n_slow > 0) text += "; " + std::to_string(totals.n_slow) + " layers are slower: " + totals.why_slow;
+  if (totals.n_norms_unread > 0) {
+    text += "; the weights of the norms behind keys and queries cannot be read in " +
+            std::to_string(totals.n_norms_unread) +
+            " layers (they are not f32 in one piece), so their keys lose more at few bits: a profile mends it (thimble "
+            "calibrate)";
+  }
   if (totals.store_bytes > 0) {
     text += "; exact store of " + std::to_string(totals.n_retrieving) + " layers: up to " +
             mebibytes(totals.store_bytes) + " in " + engine.store_place(settings);

@@ -193,7 +193,7 @@ public:
   size_t side_bytes(const LayerPlan& plan, Kind kind) const override {
     return size_t(plan.shape.n_cells()) * plan.shape.n_kv_heads * plan.side(kind).head_dim * sizeof(uint16_t);
   }
-  std::unique_ptr<KvCache> make_cache(const Settings&, uint64_t) override { return std::make_unique<PlainCache>(); }
+  std::unique_ptr<KvCache> make_cache(const Settings&) override { return std::make_unique<PlainCache>(); }
 };
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace thimble {
 
 class CpuCache : public KvCache {
 public:
-  CpuCache(const Settings& settings, uint64_t hash) : settings_(settings), hash_(hash) {}
+  explicit CpuCache(const Settings& settings) : settings_(settings) {}
 
   /// How many exact rows the layer's memory has room for: 0 with an exact store, which holds all rows.
   static int n_slots(const LayerPlan& plan);
@@ -36,6 +36,7 @@ private:
   struct Layer {
     std::unique_ptr<CacheLayer> cache;
     Retrieval retrieval;
+    uint64_t hash = 0;                   // LayerPlan::hash
     std::vector<int64_t> cells[2];       // by Kind: the cells that the current write writes to
     std::vector<const uint16_t*> exact;  // of the current read: by stream and cell, the exact row or null
   };
@@ -50,7 +51,6 @@ private:
   static void write_rows(Layer& layer, const WriteTask& task, int thread, int n_threads);
 
   Settings settings_;
-  uint64_t hash_;
   std::map<int, Layer> layers_;
   Attention attention_;  // one task runs at a time
   bool told_of_full_store_ = false;

@@ -51,8 +51,8 @@ public:
     return true;
   }
 
-  std::unique_ptr<KvCache> make_cache(const Settings& settings, uint64_t hash) override {
-    return std::make_unique<CpuCache>(settings, hash);
+  std::unique_ptr<KvCache> make_cache(const Settings& settings) override {
+    return std::make_unique<CpuCache>(settings);
   }
 };
 

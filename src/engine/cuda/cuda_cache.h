@@ -20,7 +20,7 @@ namespace thimble {
 
 class CudaCache : public KvCache {
 public:
-  CudaCache(const cuda::DeviceInfo& device, const Settings&, uint64_t hash) : device_(device), hash_(hash) {}
+  explicit CudaCache(const cuda::DeviceInfo& device) : device_(device) {}
 
   void add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) override;
   std::string refusal(const WriteTask& task) const override;
@@ -54,6 +54,7 @@ private:
     cuda::DeviceLayer device;
     int top = 0;
     bool drop_tail = false;
+    uint64_t hash = 0;               // LayerPlan::hash
     bool corrects_prompts = false;   // scores of coded cells get what they lack in prompts, too
     size_t index = 0;                // in the tables
     bool waits[2] = {false, false};  // by Kind: rows that were written and not taken in
@@ -97,7 +98,6 @@ private:
   cuda::HostWindow host_window(const Layer& layer);
 
   cuda::DeviceInfo device_;
-  uint64_t hash_;
   uint64_t batch_ = 0;  // batches taken in
   cuda::WindowScratch scratch_;
   std::map<int, std::unique_ptr<Layer>> layers_;

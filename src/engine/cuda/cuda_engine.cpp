@@ -70,9 +70,7 @@ public:
     return cuda::DeviceLayer::side_bytes(kind, shape, plan.side(kind), rows, plan.has_codes[int(kind)]);
   }
 
-  std::unique_ptr<KvCache> make_cache(const Settings& settings, uint64_t hash) override {
-    return std::make_unique<CudaCache>(device(), settings, hash);
-  }
+  std::unique_ptr<KvCache> make_cache(const Settings&) override { return std::make_unique<CudaCache>(device()); }
   std::unique_ptr<Queue> make_queue() override { return std::make_unique<CudaQueue>(device()); }
 
 private:
