@@ -1,11 +1,12 @@
 // Emulates a coded cache inside the f16 cache of a plain llama.cpp context, in the context's eval callback: it encodes
 // cells, writes the decoded numbers over them, and may compute attention anew. It is slow and no smaller than f16; it
-// serves to check figures and to compare methods. It takes one sequence, written in order, in memory that the CPU
-// reads.
+// serves to check figures and to compare methods. It takes one sequence, written in order. The cache may be on a GPU:
+// what is coded is fetched from there and put back.
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "codec/format.h"
 
@@ -34,7 +35,10 @@ protected:
   /// Whether `attended` is to be called for a layer.
   virtual bool attends(int layer) const = 0;
 
-  /// The numbers of a cell in a cache that `stored` gets.
+  /// The numbers of cells in a cache that `stored` gets, [n][numbers of a cell] of f16.
+  static std::vector<uint16_t> get_rows(const ggml_tensor* cache, int first_cell, int n);
+  static void set_rows(const ggml_tensor* cache, int first_cell, const std::vector<uint16_t>& rows);
+  /// The numbers of a cell where the cache lies in memory that the CPU reads; throws elsewhere.
   static uint16_t* row_of(const ggml_tensor* cache, int cell);
 
 private:

@@ -128,8 +128,9 @@ void KvarnCache::stored(const ggml_tensor* cache, int layer, Kind kind, int firs
   std::vector<float> tile(size_t(kvarn::kTile) * dim);
   int& n_coded = n_coded_[{layer, kind}];
   for (n_coded = std::max(n_coded, 1); (n_coded + 1) * kvarn::kTile <= first_written; n_coded++) {
+    std::vector<uint16_t> rows = get_rows(cache, n_coded * kvarn::kTile, kvarn::kTile);
     for (int first = 0; first < int(cache->ne[0]); first += dim) {  // of a KV head
-      const auto numbers = [&](int cell) { return row_of(cache, n_coded * kvarn::kTile + cell) + first; };
+      const auto numbers = [&](int cell) { return &rows[size_t(cell) * size_t(cache->ne[0]) + first]; };
       for (int cell = 0; cell < kvarn::kTile; cell++) {
         std::transform(numbers(cell), numbers(cell) + dim, &tile[size_t(cell) * dim], half_to_float);
       }
@@ -138,6 +139,7 @@ void KvarnCache::stored(const ggml_tensor* cache, int layer, Kind kind, int firs
         std::transform(&tile[size_t(cell) * dim], &tile[size_t(cell) * dim] + dim, numbers(cell), float_to_half);
       }
     }
+    set_rows(cache, n_coded * kvarn::kTile, rows);
   }
 }
 

@@ -45,9 +45,12 @@ void OscarCache::stored(const ggml_tensor* cache, int layer, Kind kind, int firs
   const int dim = profile_.shape.layers[layer].dim(kind);
   std::vector<float> x(dim), y(dim);
   int& n_coded = n_coded_[{layer, kind}];
-  for (n_coded = std::max(n_coded, oscar::kFirst); n_coded < first_written - oscar::kLast; n_coded++) {
+  const int first = std::max(n_coded, oscar::kFirst), n = first_written - oscar::kLast - first;
+  if (n <= 0) return;
+  std::vector<uint16_t> rows = get_rows(cache, first, n);
+  for (int cell = 0; cell < n; cell++) {
     for (size_t h = 0; h < heads.size(); h++) {
-      uint16_t* numbers = row_of(cache, n_coded) + h * dim;
+      uint16_t* numbers = &rows[(size_t(cell) * heads.size() + h) * dim];
       std::transform(numbers, numbers + dim, x.begin(), half_to_float);
       heads[h].forward(x.data(), y.data());
       oscar::code_vector(y.data(), dim, kind);
@@ -55,6 +58,8 @@ void OscarCache::stored(const ggml_tensor* cache, int layer, Kind kind, int firs
       std::transform(x.begin(), x.end(), numbers, float_to_half);
     }
   }
+  set_rows(cache, first, rows);
+  n_coded = first + n;
 }
 
 }  // namespace thimble

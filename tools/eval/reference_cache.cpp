@@ -35,10 +35,12 @@ void ReferenceCache::stored(const ggml_tensor* cache, int layer, Kind kind, int 
   std::vector<float> x(dim), y(dim);
   std::vector<uint8_t> codes(heads.front().format.n_subspaces());
   int& coded = coded_[{layer, kind}];
-  for (coded = std::max(coded, first_); coded < first_written - last_; coded++) {
-    uint16_t* row = row_of(cache, coded);
+  const int first = std::max(coded, first_), n = first_written - last_ - first;
+  if (n <= 0) return;
+  std::vector<uint16_t> rows = get_rows(cache, first, n);
+  for (int cell = 0; cell < n; cell++) {
     for (size_t h = 0; h < heads.size(); h++) {
-      uint16_t* part = row + h * dim;
+      uint16_t* part = &rows[(size_t(cell) * heads.size() + h) * dim];
       for (int d = 0; d < dim; d++) x[d] = half_to_float(part[d]);
       heads[h].transform.forward(x.data(), y.data());
       const uint16_t scale = encode_vector(heads[h], y.data(), codes.data());
@@ -47,6 +49,8 @@ void ReferenceCache::stored(const ggml_tensor* cache, int layer, Kind kind, int 
       for (int d = 0; d < dim; d++) part[d] = float_to_half(x[d]);
     }
   }
+  set_rows(cache, first, rows);
+  coded = first + n;
 }
 
 }  // namespace thimble

@@ -68,7 +68,9 @@ Session::Session(const SessionOptions& options, const EvalCache& cache, const Ca
   const bool plugin = cache.coded && !emulated;
   // The plugin reads its settings when a context's cache is allocated.
   if (plugin) setenv("THIMBLE_KV", options.settings(cache).c_str(), 1);
-  model_ = load_model(options.model, plugin ? options.devices.coded : emulated ? "CPU" : options.devices.plain);
+  // TailorKV's attention is emulated as well, on the CPU.
+  const bool on_cpu = emulated && cache.method == Method::tailorkv;
+  model_ = load_model(options.model, plugin ? options.devices.coded : on_cpu ? "CPU" : options.devices.plain);
   llama_context_params params = context_params(options.context, options.n_threads);
   params.type_k = params.type_v = cache.type;
   if (emulated) {
