@@ -28,7 +28,7 @@ constexpr int kOwnShare = 16;
 constexpr int kTokensOfText = 24576, kTokensOfKinds = 30720;
 
 struct Options {
-  std::string model, text, texts = bin_directory() + "/texts", output;
+  std::string model, text, texts = bin_directory() + "/texts", left_out, output;
   int context = 0;
   int n_tokens = 0;  // 0: kTokensOfText or kTokensOfKinds
   int window = 2048;
@@ -52,7 +52,9 @@ std::vector<TextOfKind> texts_to_read(llama_model* model, const Options& options
   own.length = std::min(own.length, options.window);
   own.n_threads = options.n_threads;
   own.seed = options.fit.seed;
-  texts.push_back({"the model's own", own_text(model, options.texts, own)});
+  // Half of it would answer the chats' questions.
+  const bool without_chats = fs::exists(fs::path(options.texts) / (options.left_out + ".jsonl"));
+  texts.push_back({"the model's own", own_text(model, without_chats ? "" : options.texts, own)});
   return texts;
 }
 
@@ -67,7 +69,18 @@ std::string list_by_kind(const std::vector<double>& values, const std::vector<Te
   return list;
 }
 
-void print_report(const FitReport& report, const std::vector<TextOfKind>& texts) {
+/// The index of the kind that nothing is to be learned from; -1: there is none.
+int left_out_kind(const Options& options, const std::vector<TextOfKind>& texts) {
+  if (options.left_out.empty()) return -1;
+  std::string names;
+  for (size_t k = 0; k < texts.size(); k++) {
+    if (texts.size() > 2 && texts[k].kind == options.left_out) return int(k);
+    names += (k ? ", " : "") + texts[k].kind;
+  }
+  throw std::runtime_error("--leave-out takes one of several kinds of text: " + names);
+}
+
+void print_report(const FitReport& report, const std::vector<TextOfKind>& texts, int left_out) {
   if (report.rates.empty()) return;
   std::printf("Noise on text that was held out, over that of the codec without calibration:\n");
   for (const FitReport::Rate& rate : report.rates) {
@@ -75,6 +88,7 @@ void print_report(const FitReport& report, const std::vector<TextOfKind>& texts)
     std::printf("  %g bits%s: mean %.3f, worst %.3f (%s)\n", rate.bits,
                 rate.budget ? ", layers with a sliding window" : "", sum / double(rate.noise.size()),
                 *std::max_element(rate.noise.begin(), rate.noise.end()), list_by_kind(rate.noise, texts).c_str());
+    if (left_out >= 0) std::printf("    not seen: %s: %.3f\n", texts[left_out].kind.c_str(), rate.noise[left_out]);
   }
   std::printf(
       "%zu of %zu heads' keys or values keep the codec without calibration, as theirs serves some kind of text badly\n",
@@ -120,6 +134,7 @@ void run(Options options) {
   statistics.context = options.context;
   statistics.n_tokens = n_tokens;
   statistics.n_text_kinds = int(texts.size());
+  statistics.left_out_kind = left_out_kind(options, texts);
   statistics.seed = options.fit.seed;
   // At most all keys and values of the tokens, as f16. Of queries only the second moments are kept.
   const double token_bytes = 4.0 * n_layers * llama_model_n_embd(model.get()) * llama_model_n_head_kv(model.get()) /
@@ -169,11 +184,12 @@ void run(Options options) {
       shape, collector.take_layers(n_layers), read_output_metrics(options.model, shape), options.fit,
       [&](double share) { fitting.update(share); }, &report);
   fitting.finish();
-  profile.source = (texts.size() > 1 ? std::to_string(texts.size()) + " kinds of text" : texts[0].kind) + ", " +
-                   std::to_string(n_tokens) + " tokens, seed " + std::to_string(options.fit.seed) + ", positions to " +
+  profile.source = (texts.size() > 1 ? std::to_string(texts.size()) + " kinds of text" : texts[0].kind) +
+                   (options.left_out.empty() ? "" : " without " + options.left_out) + ", " + std::to_string(n_tokens) +
+                   " tokens, seed " + std::to_string(options.fit.seed) + ", positions to " +
                    std::to_string(options.context);
   write_profile(profile, options.output);
-  print_report(report, texts);
+  print_report(report, texts, statistics.left_out_kind);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   std::printf("%s: %s, %.1f MB, calibrated in %.0f s\n", options.output.c_str(), profile.source.c_str(),
               double(std::filesystem::file_size(options.output)) / 1e6, seconds);
@@ -188,6 +204,8 @@ void add_calibrate_command(CLI::App& app) {
   command->add_option("-f,--file", options->text, "Text to calibrate on; without it, texts of several kinds");
   command->add_option("--texts", options->texts, "Folder of texts, a kind each, to read without -f")
       ->capture_default_str();
+  command->add_option("--leave-out", options->left_out,
+                      "A kind of text to learn nothing from, to see how a profile serves text that it has not seen");
   command->add_option("-o,--output", options->output, "Profile to write (default: beside the model)");
   command->add_option("-c,--context", options->context, "Longest context to serve (default: the model's)");
   command->add_option("-n,--tokens", options->n_tokens,

@@ -97,7 +97,10 @@ bool Collector::may_end() const {
 
 void Collector::add(int layer, const LayerBatch& batch) {
   if (layers_.size() <= size_t(layer)) layers_.resize(size_t(layer) + 1);
-  if (!layers_[layer]) layers_[layer].emplace(batch.shape, batch.rope, batch.score_scale, options_, layer);
+  if (!layers_[layer]) {
+    layers_[layer].emplace(batch.shape, batch.rope, batch.score_scale, options_, layer);
+    layers_[layer]->set_norms(batch.query_norm, batch.key_norm);
+  }
   if (rope_shape_ == RopeShape{}) rope_shape_ = batch.rope_shape;
   const LayerShape& shape = batch.shape;
   for (const Run& run : runs_) {
@@ -110,6 +113,7 @@ void Collector::add(int layer, const LayerBatch& batch) {
 
 void Collector::add_attention(int layer, size_t run_index, const float* queries, const CachedKeys& cached) {
   const Run& run = runs_[run_index];
+  if (run.text_kind == options_.left_out_kind) return;
   const LayerShape& shape = layers_.at(layer)->shape();
   const float scale = layers_[layer]->score_scale();
   const int group = shape.n_heads / shape.n_kv_heads;
@@ -142,7 +146,7 @@ void Collector::add_power(int layer, Power what, const std::vector<double>& squa
   if (!has(layer)) return;
   const bool by_token = squares.size() == size_t(n_tokens_of_batch);
   for (size_t i = 0; i < runs_.size(); i++) {
-    if (!may_end(runs_[i])) continue;
+    if (!may_end(runs_[i]) || runs_[i].text_kind == options_.left_out_kind) continue;
     std::vector<double>& into = measured_[i].of(layer).power[int(what)];
     const size_t first = by_token ? runs_[i].first_token : 0, n = by_token ? runs_[i].n_tokens : squares.size();
     into.insert(into.end(), squares.begin() + first, squares.begin() + first + n);

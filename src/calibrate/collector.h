@@ -32,10 +32,11 @@ struct LayerBatch {
   LayerShape shape;
   Rope rope;
   RopeShape rope_shape;
-  float score_scale = 1;           // that the layer multiplies q.k by
-  const float* keys = nullptr;     // [n_tokens][n_kv_heads][key_dim]
-  const float* values = nullptr;   // [n_tokens][n_kv_heads][value_dim]
-  const float* queries = nullptr;  // [n_tokens][n_heads][key_dim]
+  float score_scale = 1;                    // that the layer multiplies q.k by
+  std::vector<float> query_norm, key_norm;  // as LayerStatistics::set_norms takes them
+  const float* keys = nullptr;              // [n_tokens][n_kv_heads][key_dim]
+  const float* values = nullptr;            // [n_tokens][n_kv_heads][value_dim]
+  const float* queries = nullptr;           // [n_tokens][n_heads][key_dim]
 };
 
 /// The keys that a run attends to.

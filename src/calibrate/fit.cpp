@@ -17,6 +17,7 @@
 #include "calibrate/allot.h"
 #include "calibrate/kmeans.h"
 #include "calibrate/text_kinds.h"
+#include "codec/half.h"
 
 namespace thimble {
 namespace {
@@ -97,15 +98,16 @@ std::vector<float> errors_of(const HeadCodec& codec, const Matrix& samples) {
   return errors;
 }
 
-/// Makes a head's codec the one without calibration, at all rates: a Hadamard rotation and the built-in codebook.
-void fall_back(FittedHead& head) {
+/// Makes a head's codec the one without calibration, at all rates.
+void fall_back(FittedHead& head, Kind kind, const std::vector<float>& stretch) {
   const int dim = int(head.transform.mean.size());
-  const Transform rotation = Transform::hadamard(dim);
+  const Transform transform = make_uncalibrated_codec(kind, head.rates.front().format, stretch).transform;
   head.transform.mean.setZero(dim);
   for (int i = 0; i < dim; i++) {
     const Eigen::RowVectorXf unit = Eigen::RowVectorXf::Unit(dim, i);
-    rotation.forward(unit.data(), head.transform.matrix.row(i).data());
+    transform.forward(unit.data(), head.transform.matrix.row(i).data());
   }
+  for (float& x : head.transform.matrix.reshaped()) x = half_to_float(float_to_half(x));
   for (FittedHead::Rate& rate : head.rates) {
     std::iota(rate.order.begin(), rate.order.end(), int16_t{0});
     rate.codebook = builtin_codebook(rate.format);
@@ -116,12 +118,14 @@ void fall_back(FittedHead& head) {
 
 /// Measures a head by kind of text, and makes it the built-in codec where it serves some kind badly: where it makes
 /// more noise at the rates `bits` together, which is nearly the noise at the lowest of them.
-void measure_by_kind(FittedHead& head, const HeldOut& held_out, Kind kind, const FitOptions& options) {
+/// The kind of text that is left out does not count.
+void measure_by_kind(FittedHead& head, const HeldOut& held_out, Kind kind, const std::vector<float>& stretch,
+                     int left_out, const FitOptions& options) {
   head.power = held_out.power(head.transform.mean);
   std::vector<double> noise(head.power.size(), 0.0), built_in_noise = noise;
   for (FittedHead::Rate& rate : head.rates) {
     rate.noise = held_out.noise(codec_of(head, rate, kind));
-    rate.built_in_noise = held_out.noise(make_uncalibrated_codec(kind, rate.format));
+    rate.built_in_noise = held_out.noise(make_uncalibrated_codec(kind, rate.format, stretch));
     const bool is_asked_for = std::any_of(options.bits.begin(), options.bits.end(), [&](double b) {
       return make_format(rate.format.head_dim, b) == rate.format;
     });
@@ -132,8 +136,10 @@ void measure_by_kind(FittedHead& head, const HeldOut& held_out, Kind kind, const
   }
   if (options.transform != "klt") return;  // as published
   bool serves_badly = false;
-  for (size_t k = 0; k < noise.size(); k++) serves_badly |= noise[k] > kBadly * built_in_noise[k];
-  if (serves_badly) fall_back(head);
+  for (size_t k = 0; k < noise.size(); k++) {
+    serves_badly |= int(k) != left_out && noise[k] > kBadly * built_in_noise[k];
+  }
+  if (serves_badly) fall_back(head, kind, stretch);
 }
 
 LayerProfile assemble_transforms(const std::vector<FittedHead>& heads) {
@@ -245,6 +251,8 @@ FittedHead fit_head(const Matrix& samples, const Eigen::MatrixXd& metric, Kind k
   head.transform = options.transform == "vecinfer" ? fit_vecinfer(samples, kind)
                    : options.transform == "oscar"  ? fit_oscar(metric)
                                                    : fit_klt(samples, metric);
+  // As a profile's file keeps it, so that codebooks are of the very transform that is used.
+  for (float& x : head.transform.matrix.reshaped()) x = half_to_float(float_to_half(x));
   // Codewords describe vectors normalized to a root mean square of 1, as encode_vector normalizes them.
   Matrix y = (samples.rowwise() - head.transform.mean) * head.transform.matrix;
   const float dim = float(y.cols());
@@ -311,7 +319,8 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
     head = fit_head(samples, metric_of(job), job.kind, formats, options, seed);
     if (several_kinds) {
       const HeldOut held_out(layer, job.kind, job.kv_head, value_metrics[job.layer][job.kv_head]);
-      measure_by_kind(head, held_out, job.kind, options);
+      const std::vector<float> stretch = job.kind == Kind::key ? layer.key_stretch(job.kv_head) : std::vector<float>();
+      measure_by_kind(head, held_out, job.kind, stretch, layer.left_out_kind(), options);
     }
     if (job.kind == Kind::value) return;
     for (FittedHead::Rate& rate : head.rates) rate.error = errors_of(codec_of(head, rate, job.kind), samples);
@@ -321,6 +330,7 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
 
   const auto budget_of = [&](size_t layer) { return options.budgets.empty() ? 0 : options.budgets.at(layer); };
   const int n_kinds = several_kinds ? layers[0].n_text_kinds() : 1;
+  const int left_out = several_kinds ? layers[0].left_out_kind() : -1;
   std::map<int, std::vector<std::vector<SideCosts>>> sides, built_in;  // by budget, [n_kinds][n_sides]
   for (size_t i = 0; i < shape.layers.size(); i++) {
     if (shape.layers[i].n_kv_heads == 0) continue;
@@ -350,7 +360,9 @@ Profile fit_profile(const ModelShape& shape, const std::vector<LayerStatistics>&
     std::map<int, std::vector<int>> allotted;
     for (const auto& [budget, of_budget] : sides) {
       const std::vector<int> evenly(of_budget[0].size(), even);
-      allotted[budget] = uneven ? allot_for_worst(of_budget, candidates, bits) : evenly;
+      std::vector<std::vector<SideCosts>> learned = of_budget;
+      if (left_out >= 0) learned.erase(learned.begin() + left_out);
+      allotted[budget] = uneven ? allot_for_worst(learned, candidates, bits) : evenly;
       // Sequences that end before any cell is coded show no attention to coded cells, and so no noise.
       const bool has_noise = total_cost(built_in[budget][0], evenly) > 0;
       if (report && several_kinds && has_noise) {

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "cache/cache_name.h"
+#include "calibrate/norm_weights.h"
 #include "codec/half.h"
 
 namespace thimble {
@@ -123,6 +124,12 @@ std::pair<int, Collector::Power> power_of(const ggml_tensor* node) {
   return {-1, Collector::Power::residual};
 }
 
+std::vector<float> norms_of(const ggml_tensor* x) {
+  bool unread =
+      false;  // then the codec without calibration does not stretch keys, and nor does what stands for it here
+  return norm_weights(x, &unread);
+}
+
 /// The cache that a node writes (SET_ROWS) or attends to (FLASH_ATTN_EXT); empty for other nodes.
 std::optional<CacheName> cache_of(const ggml_tensor* node) {
   if (node->op == GGML_OP_SET_ROWS) return parse_cache_name(root_of(node)->name);
@@ -193,6 +200,7 @@ void GraphReader::stored(const ggml_tensor* node, int layer, Kind kind) {
     rows.cells = fetch_numbers(node->src[1], size_t(node->src[0]->ne[1]));
     note_cells(node, rows.cells);
   }
+  pending.key_norm = norms_of(node->src[0]);
   if (const ggml_tensor* rope = rope_behind(node->src[0])) pending.rope = rope_of(rope, pending.rope_shape);
 }
 
@@ -316,6 +324,8 @@ void GraphReader::attended(const ggml_tensor* node, int layer) {
   if (is_left_out_) return;
   batch.rope = std::move(pending.rope);
   batch.rope_shape = pending.rope_shape;
+  batch.key_norm = std::move(pending.key_norm);
+  batch.query_norm = norms_of(q);
   std::memcpy(&batch.score_scale, node->op_params, sizeof batch.score_scale);
   std::vector<float> queries(size_t(n_tokens) * shape.n_heads * shape.key_dim);  // [token][n_heads][key_dim]
   for (int s = 0; s < n_streams; s++) {

@@ -47,6 +47,7 @@ private:
   };
   struct Pending {  // of one layer, until its attention node comes
     Rows keys, values;
+    std::vector<float> key_norm;
     Rope rope;
     RopeShape rope_shape;
   };

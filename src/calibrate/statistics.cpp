@@ -62,6 +62,7 @@ void LayerStatistics::add(const LayerActivations& in) {
   std::uniform_real_distribution<double> anywhere(0.0, double(options_.context));
   std::vector<float> keys(key_row);
   std::vector<Matrix> queries(shape_.n_kv_heads, Matrix(Eigen::Index(in.n_tokens) * group, key_dim));
+  const bool is_left_out = in.text_kind == options_.left_out_kind;
   Rope::Turn turn;
   for (int t = 0; t < in.n_tokens; t++) {
     if (t % kStretch == 0) turn = rope_.by(anywhere(random_) - (in.first_position + t));
@@ -76,15 +77,15 @@ void LayerStatistics::add(const LayerActivations& in) {
     for (float v : keys) keys_.push_back(float_to_half(v));
     for (size_t i = 0; i < value_row; i++) values_.push_back(float_to_half(in.values[t * value_row + i]));
     sample_text_kind_.push_back(uint8_t(in.text_kind));
-    sample_is_held_out_.push_back(options_.n_text_kinds > 1 && is_held_out(in.first_position + t));
+    sample_is_held_out_.push_back(is_left_out || (options_.n_text_kinds > 1 && is_held_out(in.first_position + t)));
   }
   OfTextKind& of_kind = of_text_kind_.at(in.text_kind);
   for (int h = 0; h < shape_.n_kv_heads; h++) {
     const Eigen::MatrixXf moment = queries[h].transpose() * queries[h];
-    query_sum_[h] += moment.cast<double>();
+    if (!is_left_out) query_sum_[h] += moment.cast<double>();
     if (!of_kind.query_sum.empty()) of_kind.query_sum[h] += moment;
   }
-  n_queries_ += size_t(in.n_tokens) * group;
+  if (!is_left_out) n_queries_ += size_t(in.n_tokens) * group;
   of_kind.n_queries += size_t(in.n_tokens) * group;
 }
 

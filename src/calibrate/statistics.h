@@ -10,6 +10,7 @@
 
 #include "calibrate/rope.h"
 #include "calibrate/transforms.h"
+#include "codec/head_codec.h"
 #include "profile/profile.h"
 
 namespace thimble {
@@ -27,6 +28,8 @@ struct StatisticsOptions {
   uint64_t seed = 1;
   /// How many kinds of text there are. With several, a part of each is held out: fitting chooses by it.
   int n_text_kinds = 1;
+  /// A kind that nothing learns from: what codes do to it is measured alone. -1: none.
+  int left_out_kind = -1;
 };
 
 /// Keys, values and queries of some consecutive tokens of one sequence, of one layer. Keys and queries are rotated by
@@ -56,6 +59,16 @@ public:
 
   void add(const LayerActivations& activations);
 
+  /// Takes the weights that the model multiplies normalized queries and keys by, where it does, as key_stretches takes
+  /// them: the codec without calibration depends on them.
+  void set_norms(const std::vector<float>& query_weights, const std::vector<float>& key_weights) {
+    key_stretches_ = key_stretches(query_weights, key_weights, shape_.n_kv_heads, shape_.key_dim);
+  }
+  /// What a KV head's keys are multiplied by before they are coded without calibration; empty: by nothing.
+  std::vector<float> key_stretch(int kv_head) const {
+    return key_stretches_.empty() ? std::vector<float>() : key_stretches_[kv_head];
+  }
+
   /// Adds what the attention weights of one query show.
   void add_attention(int kv_head, const AttentionShares& shares);
   /// Adds |x|^2 of one token's residual stream behind the layer.
@@ -71,11 +84,12 @@ public:
   /// At most `most` samples of a kind of text that were held out, spread evenly over them; of all its samples where
   /// none was.
   Matrix held_out(Kind kind, int kv_head, int text_kind, size_t most) const;
-  /// E[q q^T] over the queries of the group, [key_dim][key_dim].
+  /// E[q q^T] over the queries of the group, but for those of a kind that is left out, [key_dim][key_dim].
   Eigen::MatrixXd query_moment(int kv_head) const;
   /// The same over a kind of text. With one kind only, it is that of all.
   Eigen::MatrixXd query_moment(int kv_head, int text_kind) const;
   int n_text_kinds() const { return options_.n_text_kinds; }
+  int left_out_kind() const { return options_.left_out_kind; }
   /// See Profile::density.
   float density() const;
   /// Mean over the queries of the sum of p^2 over coded cells, p the attention weights: the factor by which independent
@@ -112,6 +126,7 @@ private:
   std::vector<bool> sample_is_held_out_;    // [n_samples]
   std::vector<Eigen::MatrixXd> query_sum_;  // [n_kv_heads]
   std::vector<OfTextKind> of_text_kind_;    // [n_text_kinds]
+  std::vector<std::vector<float>> key_stretches_;
   double density_sum_ = 0, residual_sum_ = 0;
   std::vector<double> concentration_sum_;  // [n_kv_heads]
   std::vector<size_t> n_attentions_;       // [n_kv_heads]

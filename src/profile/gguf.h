@@ -24,7 +24,7 @@ namespace thimble::gguf {
 enum class Type : uint32_t { u8, i8, u16, i16, u32, i32, f32, boolean, string, array, u64, i64, f64 };
 
 // Types of tensors, as far as profiles use them.
-enum class TensorType : uint32_t { f32 = 0, i8 = 24, i16 = 25 };
+enum class TensorType : uint32_t { f32 = 0, f16 = 1, i8 = 24, i16 = 25 };
 
 template <typename T>
 constexpr Type type_of() {
@@ -36,6 +36,7 @@ constexpr Type type_of() {
 template <typename T>
 constexpr TensorType tensor_type_of() {
   if constexpr (std::is_same_v<T, float>) return TensorType::f32;
+  if constexpr (std::is_same_v<T, uint16_t>) return TensorType::f16;  // its bits
   if constexpr (std::is_same_v<T, int8_t>) return TensorType::i8;
   if constexpr (std::is_same_v<T, int16_t>) return TensorType::i16;
 }

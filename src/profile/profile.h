@@ -1,7 +1,7 @@
 // The profile of a model: what calibration learned about its keys and values, one codec for every layer, KV head, kind
 // and rate. It is one GGUF file beside the model, `<model>.thimble.gguf`:
 //
-//   metadata  thimble.version            u32     1
+//   metadata  thimble.version            u32     2
 //             thimble.transform          string  "klt", "vecinfer" or "oscar"
 //             thimble.source             string  the text that it was calibrated on, for people to read
 //             thimble.architecture       string  ) the fingerprint of the model, see ModelShape
@@ -12,12 +12,15 @@
 //             thimble.bits               f32[n_rates]
 //             thimble.widths.<bits>      i32[n_layers][2][3]: subspaces of width 2, 4, 8 of keys, then of values
 //   tensors   l<layer>.<k|v>.mean            f32 [n_kv_heads][head_dim]
-//             l<layer>.<k|v>.matrix          f32 [n_kv_heads][head_dim][head_dim], A of y = (x - mean) A
-//             l<layer>.<k|v>.order.<bits>    i16 [n_kv_heads][head_dim]: component d of a coded vector is column
+//             l<layer>.<k|v>.matrix          f16 [n_kv_heads][head_dim][head_dim], A of y = (x - mean) A
+//             l<layer>.<k|v>.order.<widths>  i16 [n_kv_heads][head_dim]: component d of a coded vector is column
 //                                                order[d] of A, so that rates share a matrix
-//             l<layer>.<k|v>.words.<bits>    i8  [n_kv_heads][head_dim][128], as Codebook::words
-//             l<layer>.<k|v>.scale.<bits>    f32 [n_kv_heads][n_subspaces], as Codebook::scale
-//             l<layer>.k.error.<bits>        f32 [n_kv_heads][head_dim], as HeadCodec::error; may be missing
+//             l<layer>.<k|v>.words.<widths>  i8  [n_kv_heads][head_dim][128], as Codebook::words
+//             l<layer>.<k|v>.scale.<widths>  f32 [n_kv_heads][n_subspaces], as Codebook::scale
+//             l<layer>.k.error.<widths>      f32 [n_kv_heads][head_dim], as HeadCodec::error; may be missing
+//
+// <widths> are the subspaces of width 2, 4 and 8 ("0-16-0"), so that rates at which a layer has the same format share
+// its codebooks. Files of version 1 are read, too: their matrices are f32, and <bits> stands for <widths>.
 #pragma once
 
 #include <cstdint>
@@ -60,6 +63,8 @@ struct ModelShape {
 
 /// The codebooks of one layer's keys or values at one rate, all KV heads.
 struct LayerCodebooks {
+  bool operator==(const LayerCodebooks&) const = default;
+
   Format format;
   std::vector<int16_t> order;  // [n_kv_heads][head_dim]
   std::vector<int8_t> words;   // [n_kv_heads][head_dim][128]
@@ -70,7 +75,7 @@ struct LayerCodebooks {
 /// One layer's keys or values.
 struct LayerProfile {
   std::vector<float> mean;                   // [n_kv_heads][head_dim]
-  std::vector<float> matrix;                 // [n_kv_heads][head_dim][head_dim]
+  std::vector<float> matrix;                 // [n_kv_heads][head_dim][head_dim]; a file keeps f16
   std::map<double, LayerCodebooks> by_bits;  // for every rate of Profile::bits
 };
 
@@ -107,7 +112,8 @@ Profile read_profile(const std::string& path);
 /// The same from memory.
 Profile read_profile(const uint8_t* data, size_t size);
 
-/// Throws std::runtime_error where the file cannot be written or the profile does not describe every layer.
+/// Throws std::runtime_error where the file cannot be written, the profile does not describe every layer, or its rates
+/// have different codebooks of one format. Matrices are rounded to f16, which those that fit_profile makes are already.
 void write_profile(const Profile& profile, const std::string& path);
 
 }  // namespace thimble

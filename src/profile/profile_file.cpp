@@ -9,13 +9,14 @@
 #include <set>
 #include <stdexcept>
 
+#include "codec/half.h"
 #include "profile/gguf.h"
 #include "profile/profile.h"
 
 namespace thimble {
 namespace {
 
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2, kFirstVersion = 1;
 // More than any model has; a larger number means that the file is damaged.
 constexpr int kMaxLayers = 1024;
 constexpr int kMaxHeads = 1024;
@@ -28,6 +29,12 @@ std::string rate_name(double bits) {
   char text[32];
   std::snprintf(text, sizeof text, "%g", bits);
   return text;
+}
+
+/// Of the codebooks of a format: <widths> in profile.h.
+std::string name_of(const Format& format) {
+  return std::to_string(format.n_width2) + "-" + std::to_string(format.n_width4) + "-" +
+         std::to_string(format.n_width8);
 }
 
 std::string tensor_name(int layer, Kind kind, const std::string& part) {
@@ -55,6 +62,12 @@ public:
   template <typename T>
   std::vector<T> tensor(const std::string& name, size_t count) const {
     return checked(name, in_.tensor<T>(name, count));
+  }
+
+  std::vector<float> halves(const std::string& name, size_t count) const {
+    std::vector<float> values;
+    for (uint16_t half : in_.tensor<uint16_t>(name, count)) values.push_back(half_to_float(half));
+    return checked(name, std::move(values));
   }
 
 private:
@@ -96,15 +109,16 @@ Format read_format(const std::vector<int32_t>& widths, size_t at, int head_dim) 
   return {head_dim, false, int(n2), int(n4), int(n8)};
 }
 
-LayerProfile read_layer(const Reader& in, int layer, Kind kind, const LayerShape& shape,
+LayerProfile read_layer(const Reader& in, uint32_t version, int layer, Kind kind, const LayerShape& shape,
                         const std::map<double, Format>& formats) {
   const auto name = [&](const std::string& part) { return tensor_name(layer, kind, part); };
   const size_t heads = shape.n_kv_heads, dim = shape.dim(kind);
   LayerProfile profile;
   profile.mean = in.tensor<float>(name("mean"), heads * dim);
-  profile.matrix = in.tensor<float>(name("matrix"), heads * dim * dim);
+  profile.matrix = version == kFirstVersion ? in.tensor<float>(name("matrix"), heads * dim * dim)
+                                            : in.halves(name("matrix"), heads * dim * dim);
   for (const auto& [bits, format] : formats) {
-    const std::string rate = "." + rate_name(bits);
+    const std::string rate = "." + (version == kFirstVersion ? rate_name(bits) : name_of(format));
     LayerCodebooks& books = profile.by_bits[bits];
     books.format = format;
     books.order = in.tensor<int16_t>(name("order" + rate), heads * dim);
@@ -131,7 +145,10 @@ LayerProfile read_layer(const Reader& in, int layer, Kind kind, const LayerShape
 }
 
 Profile read(const Reader& in) {
-  if (in.u32("thimble.version") != kVersion) damaged("its version is not " + std::to_string(kVersion));
+  const uint32_t version = in.u32("thimble.version");
+  if (version < kFirstVersion || version > kVersion) {
+    damaged("its version is " + std::to_string(version) + ", not " + std::to_string(kVersion));
+  }
   Profile profile;
   profile.shape = read_shape(in);
   const size_t n_layers = profile.shape.layers.size();
@@ -160,7 +177,7 @@ Profile read(const Reader& in) {
       for (double bits : profile.bits) {
         formats[bits] = read_format(widths[bits], i * 6 + (kind == Kind::value ? 3 : 0), shape.dim(kind));
       }
-      into.push_back(read_layer(in, int(i), kind, shape, formats));
+      into.push_back(read_layer(in, version, int(i), kind, shape, formats));
     }
   }
   return profile;
@@ -203,13 +220,22 @@ void write_layer(const Profile& profile, int layer, gguf::Writer& out) {
   for (Kind kind : {Kind::key, Kind::value}) {
     const LayerProfile& from = profile.layer(layer, kind);
     out.tensor(tensor_name(layer, kind, "mean"), from.mean, n_heads);
-    out.tensor(tensor_name(layer, kind, "matrix"), from.matrix, n_heads);
+    std::vector<uint16_t> halves;
+    for (float x : from.matrix) halves.push_back(float_to_half(x));
+    out.tensor(tensor_name(layer, kind, "matrix"), halves, n_heads);
+    std::map<std::string, const LayerCodebooks*> written;
     for (double rate : profile.bits) {
       const LayerCodebooks& books = from.by_bits.at(rate);
-      out.tensor(tensor_name(layer, kind, "order." + rate_name(rate)), books.order, n_heads);
-      out.tensor(tensor_name(layer, kind, "words." + rate_name(rate)), books.words, n_heads);
-      out.tensor(tensor_name(layer, kind, "scale." + rate_name(rate)), books.scale, n_heads);
-      if (!books.error.empty()) out.tensor(tensor_name(layer, kind, "error." + rate_name(rate)), books.error, n_heads);
+      const std::string format = name_of(books.format);
+      const auto [same, is_new] = written.try_emplace(format, &books);
+      if (!is_new && !(*same->second == books)) {
+        throw std::runtime_error("layer " + std::to_string(layer) + " has several codebooks of one format");
+      }
+      if (!is_new) continue;
+      out.tensor(tensor_name(layer, kind, "order." + format), books.order, n_heads);
+      out.tensor(tensor_name(layer, kind, "words." + format), books.words, n_heads);
+      out.tensor(tensor_name(layer, kind, "scale." + format), books.scale, n_heads);
+      if (!books.error.empty()) out.tensor(tensor_name(layer, kind, "error." + format), books.error, n_heads);
     }
   }
 }

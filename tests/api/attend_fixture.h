@@ -2,10 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
 #include <vector>
 
 #include "attention/problem.h"
+#include "codec/head_codec.h"
 #include "fixture.h"
 
 namespace thimble::test {
@@ -65,9 +67,25 @@ inline std::vector<uint16_t> mask_of(const Cache& cache, const Queries& x, size_
   return mask;
 }
 
+/// What the scores of coded cells get besides (HeadCodec::score_bias): the codecs of keys by KV head, none where there
+/// is nothing, and which cells of a sequence are exact.
+struct ScoreBias {
+  std::vector<HeadCodec> codecs;
+  std::function<bool(int sequence, int64_t cell)> is_exact = [](int, int64_t) { return false; };
+
+  double of(const float* query, double scale, size_t kv_head) const {
+    if (codecs.empty()) return 0;
+    const HeadCodec& codec = codecs.at(kv_head);
+    std::vector<float> scaled(codec.format.head_dim), y(scaled.size());
+    for (size_t d = 0; d < scaled.size(); d++) scaled[d] = float(query[d] * scale);
+    codec.transform.query(scaled.data(), y.data());
+    return codec.score_bias(y.data());
+  }
+};
+
 /// Normalized squared error against attention in double over `k` and `v`, rows of all cells.
 inline double nmse(const Cache& cache, const Queries& x, const thimble_attend_args& args, const std::vector<float>& k,
-                   const std::vector<float>& v) {
+                   const std::vector<float>& v, const ScoreBias& bias = {}) {
   const int group = x.n_heads / cache.keys->n_heads, k_dim = cache.keys->dim, v_dim = cache.values->dim;
   double error = 0, size = 1e-30;
   for (int s = 0; s < cache.n_sequences; s++) {
@@ -75,6 +93,8 @@ inline double nmse(const Cache& cache, const Queries& x, const thimble_attend_ar
       for (int h = 0; h < x.n_heads; h++) {
         std::vector<double> sums(v_dim, 0.0);
         const double scale = args.scale != 0 ? args.scale : 1 / std::sqrt(double(k_dim));
+        const float* query = &x.q[t * args.q_token_stride + h * args.q_head_stride];
+        const double besides = bias.of(query, scale, size_t(h / group));
         double total = args.sinks ? std::exp(double(args.sinks[h])) : 0;
         for (int64_t c = 0; c < cache.n_cells[s]; c++) {
           const uint16_t m = args.mask ? args.mask[t * args.mask_stride + c] : 0;
@@ -82,10 +102,10 @@ inline double nmse(const Cache& cache, const Queries& x, const thimble_attend_ar
           const size_t row = size_t(s * cache.cells() + c);
           double score = 0;
           for (int d = 0; d < k_dim; d++) {
-            score += double(x.q[t * args.q_token_stride + h * args.q_head_stride + d]) *
-                     k[row * cache.keys->row_size() + size_t(h / group) * k_dim + d];
+            score += double(query[d]) * k[row * cache.keys->row_size() + size_t(h / group) * k_dim + d];
           }
           score *= scale;
+          if (!bias.is_exact(s, c)) score += besides;
           if (args.softcap != 0) score = args.softcap * std::tanh(score / args.softcap);
           const double weight = std::exp(score + alibi_slope(args.max_bias, x.n_heads, h) * half_to_float(m));
           total += weight;

@@ -543,8 +543,9 @@ TEST(Fit, LayersOfAnotherBudgetTakeNoBits) {
 
 /// A layer that saw two kinds of text, each in a sequence of 2048 tokens. The last 8 components, of 16, of the keys
 /// have a deviation of 0.02; of those of the second kind that are held out, of `other`.
-LayerStatistics two_kinds(float other) {
+LayerStatistics two_kinds(float other, int left_out = -1) {
   StatisticsOptions options;
+  options.left_out_kind = left_out;
   options.n_tokens = 4096;
   options.n_text_kinds = 2;
   LayerStatistics layer({1, 2, 16, 16}, Rope{}, 0.25f, options, 0);
@@ -572,6 +573,47 @@ TEST(TextKinds, HoldOutTheLastQuarterOfASequence) {
   EXPECT_LT((both / 2 - layer.query_moment(0)).norm(), 1e-5);
 }
 
+TEST(TextKinds, NothingIsLearnedOfAKindThatIsLeftOut) {
+  const LayerStatistics layer = two_kinds(30, /*left_out=*/1);
+  EXPECT_EQ(layer.samples(Kind::key, 0).rows(), 1536 - 8);
+  EXPECT_EQ(layer.held_out(Kind::key, 0, 1, 10000).rows(), 2048 - 8);
+  EXPECT_LT((layer.query_moment(0, 0) - layer.query_moment(0)).norm(), 1e-5);
+  EXPECT_GT((layer.query_moment(0, 1) - layer.query_moment(0)).norm(), 1e-3);
+  // Its keys are served badly, which is reported, and do not make the codec fall back.
+  FitOptions options;
+  options.bits = {2};
+  FitReport report;
+  const Profile profile = fit_profile(
+      {"test", {layer.shape()}, {}}, {layer}, {{{}}}, options, [](double) {}, &report);
+  const HeadCodec codec = profile.codec(0, 0, Kind::key, 2);
+  EXPECT_NE(codec.codebook.words, builtin_codebook(codec.format).words);
+  ASSERT_EQ(report.rates.size(), 1u);
+  EXPECT_LT(report.rates[0].noise[0], 1.0);
+  EXPECT_GT(report.rates[0].noise[1], report.rates[0].noise[0]);
+}
+
+TEST(TextKinds, TheBuiltInCodecStretchesKeysByTheModelsNorms) {
+  LayerStatistics layer = two_kinds(1);
+  std::vector<float> query(16, 1.0f), key(16, 1.0f);
+  key[3] = 100;
+  layer.set_norms(query, key);
+  const std::vector<float> stretch = layer.key_stretch(0);
+  ASSERT_EQ(stretch.size(), 16u);
+  FitOptions options;
+  options.bits = {2};
+  FitReport report;
+  const Profile profile = fit_profile(
+      {"test", {layer.shape()}, {}}, {layer}, {{{}}}, options, [](double) {}, &report);
+  ASSERT_GE(report.n_built_in, 1u);
+  const HeadCodec codec = profile.codec(0, 0, Kind::key, 2),
+                  built_in = make_uncalibrated_codec(Kind::key, codec.format, stretch);
+  const Matrix x = gaussian(1, 16, 9);
+  std::vector<float> y(16), z(16);
+  codec.transform.forward(x.data(), y.data());
+  built_in.transform.forward(x.data(), z.data());
+  for (int d = 0; d < 16; d++) EXPECT_NEAR(y[d], z[d], 2e-3) << d;  // f16
+}
+
 TEST(TextKinds, WhatServesAKindBadlyKeepsTheBuiltInCodec) {
   const auto fit = [](const LayerStatistics& layer, FitReport& report) {
     FitOptions options;
@@ -595,7 +637,7 @@ TEST(TextKinds, WhatServesAKindBadlyKeepsTheBuiltInCodec) {
   std::vector<float> y(16), z(16);
   codec.transform.forward(x.data(), y.data());
   built_in.transform.forward(x.data(), z.data());
-  for (int d = 0; d < 16; d++) EXPECT_NEAR(y[d], z[d], 1e-5);
+  for (int d = 0; d < 16; d++) EXPECT_NEAR(y[d], z[d], 2e-3);  // f16
 }
 
 }  // namespace

@@ -16,6 +16,7 @@ std::vector<uint8_t> small_file() {
   out.array("list", std::vector<float>{1, 2.5f});
   out.array("empty", std::vector<int32_t>{});
   out.tensor("flat", std::vector<int8_t>{1, -2, 3}, 1);
+  out.tensor("halves", std::vector<uint16_t>{0x3c00, 0xc000}, 1);
   out.tensor("rows", std::vector<float>{1, 2, 3, 4, 5, 6}, 2);
   return out.file();
 }
@@ -48,6 +49,7 @@ TEST(Gguf, IsReadAsWritten) {
   EXPECT_EQ(in.array<float>("list", 2), (std::vector<float>{1, 2.5f}));
   EXPECT_TRUE(in.array<int32_t>("empty", 0).empty());
   EXPECT_EQ(in.tensor<int8_t>("flat", 3), (std::vector<int8_t>{1, -2, 3}));
+  EXPECT_EQ(in.tensor<uint16_t>("halves", 2), (std::vector<uint16_t>{0x3c00, 0xc000}));
   EXPECT_EQ(in.tensor<float>("rows", 6), (std::vector<float>{1, 2, 3, 4, 5, 6}));
 }
 

@@ -11,6 +11,7 @@
 #include <random>
 #include <stdexcept>
 
+#include "codec/half.h"
 #include "support/temporary_folder.h"
 
 namespace thimble {
@@ -23,7 +24,7 @@ LayerProfile random_layer(int n_heads, int head_dim, Kind kind, const std::vecto
   layer.mean.resize(size_t(n_heads) * head_dim);
   layer.matrix.resize(size_t(n_heads) * head_dim * head_dim);
   for (float& v : layer.mean) v = normal(random);
-  for (float& v : layer.matrix) v = normal(random);
+  for (float& v : layer.matrix) v = half_to_float(float_to_half(normal(random)));  // as files keep them
   for (double bits : rates) {
     LayerCodebooks& books = layer.by_bits[bits];
     // An average of 2 bits, unevenly spent.
@@ -189,15 +190,52 @@ TEST(ProfileFile, RefusesAbsurdNumbers) {
   refused([](Profile& p) { p.keys[0].by_bits.at(2).format.n_width8 += 1; });
 }
 
-// Files that ggml's own writer has written have the same bytes when they are read and written again.
-TEST(ProfileFile, IsWrittenAsGgmlWritesIt) {
-  for (const char* name :
-       {"/profiles/SmolLM2-135M-Instruct.Q4_1.thimble.gguf", "/tests/fuzz/corpus/tiny.thimble.gguf"}) {
-    std::ifstream file(std::string(THIMBLE_SOURCE) + name, std::ios::binary);
-    const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), {}};
-    ASSERT_GT(bytes.size(), 1000u) << name;
-    EXPECT_EQ(file_of(read_back(bytes)), bytes) << name;
+// Of the first version; ggml's own writer wrote it.
+TEST(ProfileFile, OfTheFirstVersionIsRead) {
+  std::ifstream file(std::string(THIMBLE_SOURCE) + "/tests/fuzz/corpus/tiny.thimble.gguf", std::ios::binary);
+  const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), {}};
+  ASSERT_GT(bytes.size(), 1000u);
+  const Profile old = read_back(bytes), now = read_back(file_of(old));
+  ASSERT_FALSE(old.bits.empty());
+  EXPECT_EQ(now.bits, old.bits);
+  for (size_t i = 0; i < old.shape.layers.size(); i++) {
+    for (Kind kind : {Kind::key, Kind::value}) {
+      const LayerProfile &a = old.layer(int(i), kind), &b = now.layer(int(i), kind);
+      EXPECT_EQ(b.mean, a.mean);
+      EXPECT_EQ(b.by_bits, a.by_bits);
+      ASSERT_EQ(b.matrix.size(), a.matrix.size());
+      for (size_t j = 0; j < a.matrix.size(); j++)
+        EXPECT_NEAR(b.matrix[j], a.matrix[j], 1e-3f * std::fabs(a.matrix[j]));
+    }
   }
+}
+
+TEST(ProfileFile, RatesOfOneFormatShareCodebooks) {
+  Profile p = random_profile();
+  const size_t before = file_of(p).size();
+  for (auto* side : {&p.keys, &p.values}) {
+    for (LayerProfile& layer : *side) {
+      if (!layer.by_bits.empty()) layer.by_bits.at(2) = layer.by_bits.at(1.25);
+    }
+  }
+  const auto file = file_of(p);
+  EXPECT_LT(file.size(), before);
+  EXPECT_EQ(read_back(file).keys[0].by_bits, p.keys[0].by_bits);
+  p.keys[0].by_bits.at(2).words[3] ^= 1;
+  EXPECT_THROW(file_of(p), std::runtime_error);
+}
+
+// The shipped profiles are as the writer writes them now.
+TEST(ProfileFile, ShippedOnesAreWrittenAsTheyWereRead) {
+  size_t n = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(std::string(THIMBLE_SOURCE) + "/profiles")) {
+    if (entry.path().extension() != ".gguf") continue;
+    std::ifstream file(entry.path(), std::ios::binary);
+    const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), {}};
+    EXPECT_EQ(file_of(read_back(bytes)), bytes) << entry.path();
+    n++;
+  }
+  EXPECT_GE(n, 1u);
 }
 
 TEST(ProfileFile, SaysWhatToDo) {
