@@ -300,58 +300,44 @@ void Attention::score(const Item& item, int first_block, int last_block, ThreadM
                         mask_of(item), scores_of(item), memory.scratch);
 }
 
-// Puts the `n` greatest scores first, in any order. Returns the least of them; kUnseen where there are no more than n.
-float Attention::greatest_first(std::vector<Scored>& scored, size_t n) {
-  if (scored.size() <= n) return kUnseen;
-  std::nth_element(scored.begin(), scored.begin() + (n - 1), scored.end(), [](const Scored& a, const Scored& b) {
-    return a.score != b.score ? a.score > b.score : a.cell < b.cell;
-  });
-  return scored[n - 1].score;
-}
-
 // Sets the bits of memory.chosen (a word for each block) of the retrieval_.top cells with the greatest scores.
 //
-// Most scores need not be compared. Let groups of cells be ordered by their greatest scores, and let b be the greatest
-// score of group number retrieval_.top. Each group up to that one has a cell that scores b or more, so retrieval_.top
-// cells do, and no cell below b is chosen. The bound b is taken first over blocks of 64 cells and then, in the blocks
-// that reach it, over lanes of 4 cells; only the cells of lanes that reach it are compared.
+// Most scores need not be compared. Let b be the greatest score of the block that is number retrieval_.top by greatest
+// score. Each block up to that one has a cell that scores b or more, so retrieval_.top cells do, and no cell below b is
+// chosen. Where so many cells are left that another bound is worth its time, it is the least of the best of these.
 void Attention::choose(const float* scores, ThreadMemory& memory) const {
-  constexpr int kLanes = 16;  // lane j: cells j, j + 16, j + 32, j + 48. The compiler vectorizes loops over lanes
   const size_t top = size_t(retrieval_.top);
-  std::vector<float>& lane_maxima = memory.lane_maxima;
-  std::vector<Scored>&blocks = memory.blocks, &lanes = memory.lanes, &cells = memory.cells;
-  lane_maxima.resize(size_t(n_blocks_) * kLanes);
-  blocks.resize(n_blocks_);
-  for (int b = 0; b < n_blocks_; b++) {
-    const float* s = scores + b * kBlockCells;
-    float* lane = &lane_maxima[size_t(b) * kLanes];
-    for (int j = 0; j < kLanes; j++) lane[j] = greater(greater(s[j], s[j + 16]), greater(s[j + 32], s[j + 48]));
-    float four[4];
-    for (int j = 0; j < 4; j++) four[j] = greater(greater(lane[j], lane[j + 4]), greater(lane[j + 8], lane[j + 12]));
-    blocks[b] = {greater(greater(four[0], four[1]), greater(four[2], four[3])), b * kBlockCells};
+  std::vector<float>&maxima = memory.maxima, &ordered = memory.ordered_maxima;
+  std::vector<Scored>& cells = memory.cells;
+  maxima.resize(n_blocks_);
+  kernels_->block_maxima(scores, n_blocks_, maxima.data());
+  float bound = std::numeric_limits<float>::lowest();  // above kUnseen
+  if (maxima.size() > top) {
+    ordered = maxima;
+    std::nth_element(ordered.begin(), ordered.begin() + ptrdiff_t(top - 1), ordered.end(), std::greater<>());
+    bound = greater(bound, ordered[top - 1]);
   }
-  float bound = greatest_first(blocks, top);
-  lanes.clear();
-  for (const Scored& block : blocks) {
-    if (block.score < bound) continue;
-    const float* lane = &lane_maxima[size_t(block.cell / kBlockCells) * kLanes];
-    for (int j = 0; j < kLanes; j++) {
-      if (lane[j] >= bound) lanes.push_back({lane[j], block.cell + j});
-    }
-  }
-  bound = greater(bound, greatest_first(lanes, top));
+  const auto keep_top = [&] {
+    if (cells.size() <= top) return;
+    std::nth_element(
+        cells.begin(), cells.begin() + ptrdiff_t(top - 1), cells.end(),
+        [](const Scored& a, const Scored& b) { return a.score != b.score ? a.score > b.score : a.cell < b.cell; });
+    bound = greater(bound, cells[top - 1].score);
+    cells.resize(top);
+  };
   cells.clear();
-  for (const Scored& lane : lanes) {
-    if (lane.score < bound) continue;
-    for (int cell = lane.cell; cell < lane.cell + kBlockCells; cell += kLanes) {
-      if (scores[cell] >= bound && scores[cell] != kUnseen) cells.push_back({scores[cell], cell});
+  for (int b = 0; b < n_blocks_; b++) {
+    if (maxima[b] < bound) continue;
+    const int first = b * kBlockCells;
+    for (uint64_t left = kernels_->at_least(scores + first, bound); left; left &= left - 1) {
+      const int cell = first + std::countr_zero(left);
+      cells.push_back({scores[cell], cell});
     }
+    if (cells.size() >= 4 * top) keep_top();
   }
-  greatest_first(cells, top);
+  keep_top();
   memory.chosen.assign(n_blocks_, 0);
-  for (size_t i = 0; i < std::min(cells.size(), top); i++) {
-    memory.chosen[cells[i].cell / kBlockCells] |= uint64_t{1} << (cells[i].cell % kBlockCells);
-  }
+  for (const Scored& cell : cells) memory.chosen[cell.cell / kBlockCells] |= uint64_t{1} << (cell.cell % kBlockCells);
 }
 
 // Chooses the item's cells and starts reading their rows.
@@ -379,35 +365,10 @@ void Attention::fetch(const Item& item, ThreadMemory& memory) {
   }
 }
 
-void Attention::attend_coded(const Item& item, int first_block, int last_block, const Queries& queries,
-                             ThreadMemory& memory, Softmax& softmax) const {
-  const uint64_t* hidden = hidden_of(item);
-  const CodedCells cells = coded_cells(item, hidden, first_block, last_block);
-  const Mask mask = mask_of(item);
-  if (!prefills()) {
-    kernels_->attend_codes(queries, cells, mask, softmax, memory.scratch);
-    return;
-  }
-  for (int b = first_block; b < last_block; b++) {
-    const uint64_t seen = seen_by(item, mask.at(ptrdiff_t(b) * kBlockCells), cells_of_block(b)) & ~hidden[b];
-    if (seen) attend_decoded(cells, b, seen, queries, mask, memory, softmax);
-  }
-}
-
-// Attends to the cells `wanted` of a block from decoded codes.
-void Attention::attend_decoded(const CodedCells& cells, int block, uint64_t wanted, const Queries& queries,
-                               const Mask& mask, ThreadMemory& memory, Softmax& softmax) const {
-  float* k_tile = tile(memory, Kind::key);
-  float* v_tile = tile(memory, Kind::value);
-  kernels_->decode_block(*cells.values, cells.v_block(block), v_tile);
-  if (queries.of_values > 0) values_as_keys(v_tile, queries.of_values, k_tile);
-  kernels_->decode_block(*cells.keys, cells.k_block(block), k_tile + size_t(queries.of_values) * kBlockCells);
-  // A cell that no token sees may never have been written. Its bytes may be a NaN, and a weight of 0 times NaN is NaN.
-  for (uint64_t left = ~wanted; left; left &= left - 1) {
-    std::fill_n(v_tile + size_t(std::countr_zero(left)) * p_.value_dim, p_.value_dim, 0.0f);
-  }
-  kernels_->attend_tile(queries, {cells_of_block(block), k_tile, v_tile, ~wanted},
-                        mask.at(ptrdiff_t(block) * kBlockCells), softmax, memory.scratch);
+void Attention::attend_coded(const Item& item, const uint64_t* hidden, int first_block, int last_block,
+                             const Queries& queries, ThreadMemory& memory, Softmax& softmax) const {
+  kernels_->attend_codes(queries, coded_cells(item, hidden, first_block, last_block), mask_of(item), softmax,
+                         memory.scratch);
 }
 
 // Attends to a block's cells from their exact rows in the store. Returns the cells that a token sees and that have no
@@ -488,11 +449,12 @@ void Attention::attend_part(const Part& part, ThreadMemory& memory) {
     for (int block = part.first_unit; block < last_block; block++) {
       const uint64_t without = attend_stored(item, block, plain, memory, softmax[1]);
       if (!lacks_rows || !without) continue;
-      attend_decoded(coded_cells(item, hidden_of(item), block, block + 1), block, without, coded, mask_of(item), memory,
-                     softmax[0]);
+      memory.chosen.resize(n_blocks_);
+      memory.chosen[block] = ~without;
+      attend_coded(item, memory.chosen.data(), block, block + 1, coded, memory, softmax[0]);
     }
   } else if (codes) {
-    attend_coded(item, part.first_unit, last_block, coded, memory, softmax[0]);
+    attend_coded(item, hidden_of(item), part.first_unit, last_block, coded, memory, softmax[0]);
   }
   const std::vector<ExactTile>& exact = views_[item.view].exact;
   for (int unit = std::max(part.first_unit, n_blocks); unit < part.last_unit; unit++) {

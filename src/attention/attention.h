@@ -88,9 +88,9 @@ private:
     Scratch k_tile, v_tile;                   // a block's keys and values as tiles
     std::vector<float> sums, out, weights;    // of combine
     std::vector<uint16_t> exact_mask;
-    std::vector<float> lane_maxima;  // of choose
-    std::vector<Scored> blocks, lanes, cells;
-    std::vector<uint64_t> chosen;   // by block
+    std::vector<float> maxima, ordered_maxima;  // of choose
+    std::vector<Scored> cells;
+    std::vector<uint64_t> chosen;   // by block; in a prefill from a full store: the cells of a block that have rows
     std::vector<int64_t> rows;      // of fetch
     std::vector<ExactTile> stored;  // of attend_stored
     Scratch scratch;
@@ -152,7 +152,6 @@ private:
   CodedCells coded_cells(const Item& item, const uint64_t* hidden, int first_block, int last_block) const;
   static void add_row(std::vector<ExactTile>& tiles, int cell, const uint16_t* key, const uint16_t* value);
   void score(const Item& item, int first_block, int last_block, ThreadMemory& memory);
-  static float greatest_first(std::vector<Scored>& scored, size_t n);
   void choose(const float* scores, ThreadMemory& memory) const;
   void fetch(const Item& item, ThreadMemory& memory);
 
@@ -161,10 +160,8 @@ private:
   void load_queries(const Item& item, ThreadMemory& memory, Queries& plain, Queries* coded) const;
   void code_queries(const Item& item, int n_rows, ThreadMemory& memory) const;
   void attend_part(const Part& part, ThreadMemory& memory);
-  void attend_coded(const Item& item, int first_block, int last_block, const Queries& queries, ThreadMemory& memory,
-                    Softmax& softmax) const;
-  void attend_decoded(const CodedCells& cells, int block, uint64_t wanted, const Queries& queries, const Mask& mask,
-                      ThreadMemory& memory, Softmax& softmax) const;
+  void attend_coded(const Item& item, const uint64_t* hidden, int first_block, int last_block, const Queries& queries,
+                    ThreadMemory& memory, Softmax& softmax) const;
   uint64_t attend_stored(const Item& item, int block, const Queries& queries, ThreadMemory& memory,
                          Softmax& softmax) const;
   void attend_exact(const Item& item, const ExactTile& exact, const Queries& queries, ThreadMemory& memory,

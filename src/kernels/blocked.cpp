@@ -1,7 +1,6 @@
 #include "kernels/blocked.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
 #include "codec/half.h"
@@ -54,6 +53,16 @@ void load_rows(const IsaOps& ops, Kind kind, const uint8_t* const* rows, int n, 
   (kind == Kind::key ? ops.tiles.load_keys : ops.tiles.load_values)(rows, n, dim, tile);
 }
 
+CodeRows::CodeRows(const HeadCodec& codec) {
+  const Format& f = codec.format;
+  for (int m = 0, d = 0; m < f.n_subspaces(); m++) {
+    for (const int end = d + f.width(m); d < end; d++) {
+      row[d] = uint8_t(m);
+      scale[d] = codec.codebook.scale[m];
+    }
+  }
+}
+
 void decode_block(const IsaOps& ops, const HeadCodec& codec, const uint8_t* block, float* tile) {
   const Format& f = codec.format;
   if (f.f16) {
@@ -61,16 +70,10 @@ void decode_block(const IsaOps& ops, const HeadCodec& codec, const uint8_t* bloc
     for (int i = 0; i < kBlockCells; i++) rows[i] = block + size_t(i) * f.head_dim * 2;
     return load_rows(ops, codec.kind, rows, kBlockCells, f.head_dim, tile);
   }
-  uint8_t code_row[kMaxHeadDim];
-  float scale[kMaxHeadDim];
-  for (int m = 0, d = 0; m < f.n_subspaces(); m++) {
-    for (const int end = d + f.width(m); d < end; d++) {
-      code_row[d] = uint8_t(m);
-      scale[d] = codec.codebook.scale[m];
-    }
-  }
+  const CodeRows components(codec);
   const auto decode = codec.kind == Kind::key ? ops.tiles.decode_keys : ops.tiles.decode_values;
-  decode(block, block + f.codes_bytes(), codec.codebook.words.data(), code_row, scale, f.head_dim, tile);
+  decode(block, block + f.codes_bytes(), codec.codebook.words.data(), components.row, components.scale, f.head_dim,
+         tile);
 }
 
 // -- masks --
@@ -137,32 +140,6 @@ void attend_tile(const IsaOps& ops, const Queries& queries, const Tile& tile, co
   }
 }
 
-void attend_decoded(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask,
-                    Softmax& softmax, Scratch& scratch) {
-  std::vector<float> k(size_t(kBlockCells) * queries.dim), v(size_t(kBlockCells) * softmax.dim);
-  const int n_tokens = queries.n_rows / queries.group;
-  for (int b = cells.first_block; b < cells.last_block; b++) {
-    const int n_cells = std::min(kBlockCells, cells.n_cells - b * kBlockCells);
-    const Mask block_mask = mask.at(ptrdiff_t(b) * kBlockCells);
-    uint64_t seen = mask.data ? 0 : ~uint64_t{0};
-    for (int t = 0; t < n_tokens && mask.data; t++) {
-      seen |= visible(ops, block_mask.data + t * block_mask.stride, n_cells);
-    }
-    const uint64_t hidden = cells.hidden ? cells.hidden[b] : 0;
-    seen &= first_bits(n_cells) & ~hidden;
-    if (!seen) continue;
-    decode_block(ops, *cells.values, cells.v_block(b), v.data());
-    if (queries.of_values > 0) values_as_keys(v.data(), queries.of_values, k.data());
-    decode_block(ops, *cells.keys, cells.k_block(b), k.data() + size_t(queries.of_values) * kBlockCells);
-    // A cell that no token sees may never have been written. Its bytes may be a NaN, and a weight of 0 times NaN is
-    // NaN.
-    for (uint64_t left = ~seen; left; left &= left - 1) {
-      std::fill_n(&v[size_t(std::countr_zero(left)) * softmax.dim], softmax.dim, 0.0f);
-    }
-    attend_tile(ops, queries, {n_cells, k.data(), v.data(), hidden}, block_mask, softmax, scratch);
-  }
-}
-
 template <const IsaOps& kOps>
 const Kernels& kernels_of() {
   static const Kernels table{
@@ -182,7 +159,9 @@ const Kernels& kernels_of() {
       },
       [](const Queries& q, const CodedCells& cells, const Mask& mask, float* scores, Scratch& scratch) {
         score_codes(kOps, q, cells, mask, scores, scratch);
-      }};
+      },
+      kOps.tiles.block_maxima,
+      kOps.tiles.at_least};
   return table;
 }
 

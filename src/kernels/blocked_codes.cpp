@@ -18,6 +18,7 @@ struct Superblock {
   uint64_t visible[kMaxCodeTokens][kSuperblock];
   const uint16_t* masks[kMaxCodeTokens][kSuperblock];
   bool adds[kMaxCodeTokens];
+  bool adjacent() const { return index[n - 1] - index[0] == n - 1; }
 };
 
 // Reads superblock after superblock, and skips blocks of which no query token sees a cell.
@@ -124,9 +125,9 @@ public:
 
   /// Writes q.k of the rows [first, first + n).
   void look_up(int first, int n, const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch,
-               float* scores) const {
+               const RowScores& scores) const {
     ops_.codes.look_up(luts_ + first * row_bytes_, steps_ + first, n, n_subspaces_, wide_, codec_.kind == Kind::value,
-                       blocks, n_blocks, prefetch, scores);
+                       blocks, n_blocks, prefetch, scores.data, scores.stride);
   }
 
 private:
@@ -156,12 +157,12 @@ public:
     keys_.build(of_values_, room_);
     if (of_values_ > 0) values_.build(0, room_);
   }
-  void look_up(int first, int n, const Superblock& blocks, const Prefetch& prefetch, float* scores) const {
+  void look_up(int first, int n, const Superblock& blocks, const Prefetch& prefetch, const RowScores& scores) const {
     keys_.look_up(first, n, blocks.k, blocks.n, prefetch, scores);
     if (of_values_ == 0) return;
-    values_.look_up(first, n, blocks.v, blocks.n, {}, more_);
+    values_.look_up(first, n, blocks.v, blocks.n, {}, {more_, kSuperblockCells});
     for (int i = 0; i < n; i++) {
-      float* to = scores + i * kSuperblockCells;
+      float* to = scores.data + i * scores.stride;
       const float* more = more_ + i * kSuperblockCells;
       for (int cell = 0; cell < blocks.n * kBlockCells; cell++) to[cell] += more[cell];
     }
@@ -190,8 +191,7 @@ float finish(const IsaOps& ops, const Queries& queries, int row, const Superbloc
 // Returns a row's kept scores of a superblock, block after block: where they are kept, if the blocks are adjacent
 // there, else copied to `room`.
 float* take_kept(const CodedCells& cells, int row, const Superblock& blocks, float* room) {
-  float* first = kept_scores(cells, row, blocks.index[0]);
-  if (blocks.index[blocks.n - 1] - blocks.index[0] == blocks.n - 1) return first;
+  if (blocks.adjacent()) return kept_scores(cells, row, blocks.index[0]);
   for (int b = 0; b < blocks.n; b++) {
     std::copy_n(kept_scores(cells, row, blocks.index[b]), kBlockCells, room + b * kBlockCells);
   }
@@ -255,7 +255,7 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
       const int first = n_rows * chunk / chunks, n = n_rows * (chunk + 1) / chunks - first;
       if (looks_up) {
         const Prefetch values_now{now->v, chunk == 0 ? now->n : 0, v_lines};
-        code_scores.look_up(first, n, *now, values_now, scores);
+        code_scores.look_up(first, n, *now, values_now, {scores, kSuperblockCells});
       }
       if (chunk == 0) {
         ops.codes.value_scales(now->v, now->n, int(vf.codes_bytes()), scales, log_scales, bad);
@@ -328,14 +328,20 @@ void attend_codes(const IsaOps& ops, const Queries& queries, const CodedCells& c
   }
 }
 
-// Raises each of 64 best scores to a row's score where that is greater, and copies the row's scores to `kept`, if not
-// null.
-void raise(float* best, const float* scores, float* kept) {
-  for (int i = 0; i < kBlockCells; i++) {
-    const float score = scores[i] != scores[i] ? -kUnseen : scores[i];
-    best[i] = score > best[i] ? score : best[i];
+// Raises the cells' best scores to those of `n` rows from `first` on, where these are greater, and keeps the rows'
+// scores where they are kept, unless they were written there.
+void take_scores(const IsaOps& ops, const CodedCells& cells, const Superblock& blocks, int first, int n,
+                 const RowScores& scores, float* best) {
+  const int at_once = blocks.adjacent() ? blocks.n : 1;
+  for (int b = 0; b < blocks.n; b += at_once) {
+    const int n_cells = at_once * kBlockCells;
+    const float* from = scores.data + b * kBlockCells;
+    ops.tiles.best_of_rows(from, scores.stride, n, n_cells, first > 0, best + size_t(blocks.index[b]) * kBlockCells);
+    for (int i = 0; i < n && cells.scores.data; i++) {
+      float* kept = kept_scores(cells, first + i, blocks.index[b]);
+      if (kept != from + i * scores.stride) std::copy_n(from + i * scores.stride, n_cells, kept);
+    }
   }
-  if (kept) std::copy_n(scores, kBlockCells, kept);
 }
 
 void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask, float* best,
@@ -354,16 +360,27 @@ void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& ce
   };
   carve(scratch.room(carve(nullptr)));
   if (!kf.f16) code_scores.build();
-  std::fill(best + cells.first_block * kBlockCells, best + cells.last_block * kBlockCells, kUnseen);
+  int next_block = cells.first_block;  // behind those that were scored
+  const auto skip_to = [&](int block) {
+    std::fill(best + size_t(next_block) * kBlockCells, best + size_t(block) * kBlockCells, kUnseen);
+  };
   BlockReader reader(ops, cells, mask, n_rows / queries.group);
   const int k_lines = int(kf.block_bytes() / 64);
   Superblock pair[2], *now = &pair[0], *next = &pair[1];
   for (reader.read(*now); now->n > 0; std::swap(now, next)) {
     reader.read(*next);
+    for (int b = 0; b < now->n; b++) {
+      skip_to(now->index[b]);
+      next_block = now->index[b] + 1;
+    }
     for (int first = 0; first < n_rows; first += kRowsAtOnce) {
+      // Scores are made where they are kept, if the blocks are adjacent there.
+      const RowScores scores = cells.scores.data && now->adjacent()
+                                   ? RowScores{kept_scores(cells, first, now->index[0]), cells.scores.stride}
+                                   : RowScores{row_scores, kSuperblockCells};
       const int n = std::min(kRowsAtOnce, n_rows - first);
       if (!kf.f16) {
-        code_scores.look_up(first, n, *now, {next->k, first == 0 ? next->n : 0, k_lines}, row_scores);
+        code_scores.look_up(first, n, *now, {next->k, first == 0 ? next->n : 0, k_lines}, scores);
       }
       for (int b = 0; b < now->n && kf.f16; b++) {
         if (queries.of_values > 0) {
@@ -372,19 +389,15 @@ void score_codes(const IsaOps& ops, const Queries& queries, const CodedCells& ce
         }
         decode_block(ops, *cells.keys, now->k[b], tile + size_t(queries.of_values) * kBlockCells);
         ops.tiles.multiply(queries.q + size_t(first) * queries.dim, queries.dim, tile, kBlockCells, n, queries.dim,
-                           kBlockCells, row_scores + b * kBlockCells, kSuperblockCells, false);
+                           kBlockCells, scores.data + b * kBlockCells, int(scores.stride), false);
       }
       for (int i = 0; i < n; i++) {
-        const int row = first + i;
-        float* s = row_scores + i * kSuperblockCells;
-        finish(ops, queries, row, *now, s, nullptr, nullptr);
-        for (int b = 0; b < now->n; b++) {
-          raise(best + now->index[b] * kBlockCells, s + b * kBlockCells,
-                cells.scores.data ? kept_scores(cells, row, now->index[b]) : nullptr);
-        }
+        finish(ops, queries, first + i, *now, scores.data + i * scores.stride, nullptr, nullptr);
       }
+      take_scores(ops, cells, *now, first, n, scores, best);
     }
   }
+  skip_to(cells.last_block);
 }
 
 }  // namespace thimble::blocked

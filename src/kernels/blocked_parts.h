@@ -34,14 +34,26 @@ private:
 
 namespace blocked {
 
+/// By component: the row of codes it is looked up with, and its subspace's scale.
+struct CodeRows {
+  uint8_t row[kMaxHeadDim];
+  float scale[kMaxHeadDim];
+  explicit CodeRows(const HeadCodec& codec);
+};
+
 inline uint64_t first_bits(int n) {
   return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
 }
 
 /// A mask of 64 numbers: `mask` itself where it has 64, else its n numbers and -inf behind them, in `room` [64].
 const uint16_t* padded(const uint16_t* mask, int n, uint16_t* room);
+/// Which of up to 64 cells a token's mask leaves visible.
+uint64_t visible(const IsaOps& ops, const uint16_t* mask, int n_cells);
 void decode_block(const IsaOps& ops, const HeadCodec& codec, const uint8_t* block, float* tile);
-/// Attends block by block through decoded tiles: for f16 blocks, and for more tokens than attend_codes takes.
+void attend_tile(const IsaOps& ops, const Queries& queries, const Tile& tile, const Mask& mask, Softmax& softmax,
+                 Scratch& scratch);
+/// Attends block by block, each decoded once for all tokens: for f16 blocks, and for more tokens than kMaxCodeTokens
+/// (blocked_prompts.cpp).
 void attend_decoded(const IsaOps& ops, const Queries& queries, const CodedCells& cells, const Mask& mask,
                     Softmax& softmax, Scratch& scratch);
 

@@ -90,9 +90,37 @@ struct TileOps {
   /// will be multiplied by; *max_log then becomes the maximum of score * log2(e) + log_weight.
   float (*finish_scores)(float* scores, int n_blocks, const uint64_t* visible, const uint16_t* const* masks, float bias,
                          float slope, float softcap, const float* log_weight, float* max_log);
+  /// Writes to best[i] the greatest of scores[row * stride + i] and, where `raises`, best[i]; +inf where a score is
+  /// NaN. n_cells is a multiple of 64.
+  void (*best_of_rows)(const float* scores, size_t stride, int n_rows, int n_cells, bool raises, float* best);
+  /// Writes to maxima [n_blocks] the greatest of each 64 scores, of which none is NaN.
+  void (*block_maxima)(const float* scores, int n_blocks, float* maxima);
+  /// Which of 64 scores are `bound` or more: bit i for score i.
+  uint64_t (*at_least)(const float* scores, float bound);
   /// Replaces scores by exp(score - max), in place; returns their sum.
   float (*exponentiate)(float* scores, int n_cells, float max);
+
+  // -- prompts: products of whole numbers of 16 bits, of which a register holds twice as many as floats. Null where
+  // the instruction set has no fast ones; prompts then go through tiles of floats. --
+
+  /// Decodes a block's codewords, without any scale: keys to [dim / 2][64][2], values to [32][padded_columns(dim)][2],
+  /// so that the two numbers that are multiplied for one sum lie together. Columns behind `dim` become 0.
+  void (*key_words)(const uint8_t* block, const int8_t* words, const uint8_t* code_row, int dim, int16_t* tile);
+  void (*value_words)(const uint8_t* block, const int8_t* words, const uint8_t* code_row, int dim, int16_t* tile);
+  /// c[r][j] = c[r][j] * shrink[r] + factor[r] * scale[j] * the sum over i < pairs of the products of a[r][i] and
+  /// b[i][j], both pairs. Null `shrink`: c is not read. Strides of a and b count pairs. Sums must fit 32 bits.
+  void (*multiply_words)(const int16_t* a, int a_stride, const int16_t* b, int b_stride, int rows, int pairs, int n,
+                         const float* factor, const float* scale, const float* shrink, float* c, int c_stride);
+  /// Writes exp(score - max) * 2^lift * scale of 64 cells as whole numbers, rounded with kDither. Returns the sum of
+  /// exp(score - max) * 2^lift.
+  float (*word_weights)(const float* scores, float max, float lift, const float* scales, int16_t* weights);
 };
+
+/// Columns of a tile of 16-bit numbers.
+constexpr int padded_columns(int n) {
+  return (n + 15) / 16 * 16;
+}
+inline constexpr float kWordWeightBits = 14.98f;  // log2 of the largest weight that word_weights takes
 
 /// Attention from codes, for up to kRowsAtOnce query rows at once. Scores and weights of a row lie kSuperblockCells
 /// behind those of the row before.
@@ -107,11 +135,11 @@ struct CodeOps {
   /// are the codebook's. `room` is scratch of n_subspaces * 129 floats. Returns the step.
   float (*build_luts)(const float* q, const int8_t* words, const uint8_t* width, int n_subspaces, bool wide,
                       float* room, uint8_t* luts);
-  /// Writes q.k to scores[row][cell]: the cell's scale times the row's step times the sum of the entries that its codes
-  /// select in the row's tables. `luts` holds the rows' tables one after another. `of_values`: codes lie in the order
-  /// of values, not of keys.
+  /// Writes q.k to scores[row * stride + cell]: the cell's scale times the row's step times the sum of the entries that
+  /// its codes select in the row's tables. `luts` holds the rows' tables one after another. `of_values`: codes lie in
+  /// the order of values, not of keys.
   void (*look_up)(const uint8_t* luts, const float* steps, int n_rows, int n_subspaces, bool wide, bool of_values,
-                  const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores);
+                  const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores, size_t stride);
   /// Reads the scales of n_blocks * 64 values, and writes upper bounds of their log2, at most 0.1 above. A scale that
   /// is not finite becomes 0, and the cell's bit in `bad` (by block) is set.
   void (*value_scales)(const uint8_t* const* blocks, int n_blocks, int codes_bytes, float* scales, float* log_scales,

@@ -116,7 +116,7 @@ private:
   size_t size_ = 0;
 };
 
-/// attend_codes takes up to this many query tokens. For more it is faster to decode a tile and share it among them.
+/// Up to this many query tokens look codes up. For more it is faster to decode a block and share it among them.
 inline constexpr int kMaxCodeTokens = 8;
 
 struct Kernels {
@@ -133,7 +133,8 @@ struct Kernels {
   uint64_t (*visible)(const uint16_t* mask, int n_cells);
   /// Adds a tile of numbers to the running softmax: for prefill and exact rows.
   void (*attend_tile)(const Queries&, const Tile&, const Mask&, Softmax&, Scratch&);
-  /// Adds coded cells to the running softmax, for few query rows. The mask starts at the stream's cell 0. Where
+  /// Adds coded cells to the running softmax. For more than kMaxCodeTokens query tokens (prefill) it decodes each block
+  /// once for all of them. The mask starts at the stream's cell 0. Where
   /// cells.scores has data, score_codes wrote it for the same queries and mask, and attention uses these scores;
   /// cells.hidden may hide more cells than it did then.
   void (*attend_codes)(const Queries&, const CodedCells&, const Mask&, Softmax&, Scratch&);
@@ -142,6 +143,11 @@ struct Kernels {
   /// NaN. Where cells.scores has data, writes each row's scores there, -inf for cells that the row does not see; not
   /// for blocks of which no row sees any cell.
   void (*score_codes)(const Queries&, const CodedCells&, const Mask&, float* best, Scratch&);
+  // Of such best scores, which hold no NaN:
+  /// Writes to maxima [n_blocks] the greatest score of each block.
+  void (*block_maxima)(const float* best, int n_blocks, float* maxima);
+  /// Which scores of a block are `bound` or more: bit i for cell i.
+  uint64_t (*at_least)(const float* best, float bound);
 };
 
 const Kernels& scalar_kernels();

@@ -218,11 +218,22 @@ void score_codes(const Queries& queries, const CodedCells& cells, const Mask& ma
   }
 }
 
+void block_maxima(const float* best, int n_blocks, float* maxima) {
+  for (int b = 0; b < n_blocks; b++)
+    maxima[b] = *std::max_element(best + b * kBlockCells, best + (b + 1) * kBlockCells);
+}
+
+uint64_t at_least(const float* best, float bound) {
+  uint64_t bits = 0;
+  for (int i = 0; i < kBlockCells; i++) bits |= uint64_t(best[i] >= bound) << i;
+  return bits;
+}
+
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static const Kernels table{"scalar", encode_vector, kPlainTransformOps, decode_block, load_rows,
-                             visible,  attend_tile,   attend_codes,       score_codes};
+  static const Kernels table{"scalar",    encode_vector, kPlainTransformOps, decode_block, load_rows, visible,
+                             attend_tile, attend_codes,  score_codes,        block_maxima, at_least};
   return table;
 }
 

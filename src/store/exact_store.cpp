@@ -14,7 +14,8 @@
 namespace thimble {
 namespace {
 
-constexpr size_t kChunkBytes = size_t{1} << 20;
+constexpr size_t kFileChunk = size_t{1} << 20;
+constexpr size_t kHugePage = size_t{2} << 20;  // also the chunk in RAM
 
 bool is_lack_of_room(int error) {
   return error == ENOSPC || error == EDQUOT || error == EFBIG;
@@ -57,24 +58,35 @@ int open_nameless(const std::string& directory) {
 ExactStore::ExactStore(int64_t n_rows, size_t row_size, int file, std::string directory)
     : n_rows_(n_rows),
       row_size_(row_size),
-      rows_per_chunk_(std::max<int64_t>(1, int64_t(kChunkBytes / (row_size * sizeof(uint16_t))))),
+      rows_per_chunk_(
+          std::max<int64_t>(1, int64_t((file < 0 ? kHugePage : kFileChunk) / (row_size * sizeof(uint16_t))))),
       file_(file),
       directory_(std::move(directory)),
       rooms_(size_t((n_rows + rows_per_chunk_ - 1) / rows_per_chunk_), Room::unasked) {
   const int flags = file_ < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
-  void* data = mmap(nullptr, total_bytes(), PROT_READ | PROT_WRITE, flags, file_, 0);
-  if (data == MAP_FAILED) {
+  mapped_bytes_ = total_bytes() + (file_ < 0 ? kHugePage : 0);
+  mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, flags, file_, 0);
+  if (mapping_ == MAP_FAILED) {
     const int error = errno;
     if (file_ >= 0) close(file_);
     fail(directory_, error);
   }
-  data_ = static_cast<uint16_t*>(data);
-  // Single rows are read from all over the file, so read-ahead around them would read rows that nobody needs.
-  if (file_ >= 0) madvise(data, total_bytes(), MADV_RANDOM);
+  data_ = static_cast<uint16_t*>(mapping_);
+  if (file_ >= 0) {
+    // Single rows are read from all over the file, so read-ahead around them would read rows that nobody needs.
+    madvise(data_, total_bytes(), MADV_RANDOM);
+  } else {
+    // Single rows are read from all over the store: with small pages, each would need an address that the processor has
+    // not translated for long.
+    uintptr_t begin = reinterpret_cast<uintptr_t>(mapping_);
+    begin = (begin + kHugePage - 1) / kHugePage * kHugePage;
+    data_ = reinterpret_cast<uint16_t*>(begin);
+    madvise(data_, total_bytes(), MADV_HUGEPAGE);
+  }
 }
 
 ExactStore::~ExactStore() {
-  munmap(data_, total_bytes());
+  munmap(mapping_, mapped_bytes_);
   if (file_ >= 0) close(file_);
 }
 
@@ -131,7 +143,7 @@ void ExactStore::will_need(std::span<const int64_t> rows, size_t first, size_t n
   if (file_ < 0) {
     constexpr size_t kLine = 64, kAtMost = 4096;  // bytes of a row: prefetching more would push lines out again
     for (int64_t row : rows) {
-      for (size_t i = 0; i < std::min(bytes, kAtMost); i += kLine) __builtin_prefetch(data + begin_of(row) + i);
+      for (size_t i = 0; i < std::min(bytes, kAtMost); i += kLine) __builtin_prefetch(data + begin_of(row) + i, 0, 2);
     }
     return;
   }

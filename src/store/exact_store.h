@@ -12,7 +12,7 @@
 
 namespace thimble {
 
-/// The store maps addresses for all of its `n_rows` rows when it is made, and takes memory in chunks of up to 1 MiB,
+/// The store maps addresses for all of its `n_rows` rows when it is made, and takes memory in chunks of up to 2 MiB,
 /// when a row of a chunk is first reserved. Several threads may at once read rows and write to rows that were reserved;
 /// a call that changes the store must run alone.
 class ExactStore {
@@ -64,7 +64,9 @@ private:
   int file_;  // -1: RAM
   size_t most_bytes_ = SIZE_MAX;
   std::string directory_;
-  uint16_t* data_ = nullptr;
+  void* mapping_ = nullptr;
+  size_t mapped_bytes_ = 0;
+  uint16_t* data_ = nullptr;  // in RAM at a multiple of a huge page
   enum class Room : char { unasked, taken, refused };
   std::vector<Room> rooms_;  // by chunk
   bool is_full_ = false;

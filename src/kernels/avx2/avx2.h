@@ -77,6 +77,9 @@ inline Floats choose(unsigned bits, Floats x, Floats y) {
   const Lanes lanes = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
   return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(lanes));
 }
+inline unsigned lanes_at_least(Floats x, Floats y) {
+  return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GE_OQ)));
+}
 inline float max_of(Floats x) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -203,6 +206,31 @@ inline __m256i look_up_32(const Table& table, const Codes& codes) {
     settle(found);
   }
   return _mm256_sign_epi8(found, codes.sign);
+}
+
+// -- 16-bit numbers (word_loops.h) --
+
+using Ints = __m256i;
+
+inline Ints load_pairs(const int16_t* from) {
+  return load_bytes(from);
+}
+inline Ints pair_everywhere(const int16_t* from) {
+  int pair;
+  __builtin_memcpy(&pair, from, sizeof(pair));
+  return _mm256_set1_epi32(pair);
+}
+inline void add_pair_products(Ints& sums, Ints a, Ints b) {
+  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+  settle(sums);  // else GCC 12 multiplies far ahead, and keeps half of the sums on the stack
+}
+inline Floats to_floats(Ints x) {
+  return _mm256_cvtepi32_ps(x);
+}
+inline void store_words(int16_t* to, Floats x) {
+  const __m256i whole = _mm256_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
 }
 
 }  // namespace

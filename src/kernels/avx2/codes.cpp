@@ -199,7 +199,7 @@ inline __m256i order_cells(const __m256i (&sums)[2], bool of_values, int i) {
 
 template <int Rows, bool Wide>
 void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, bool of_values,
-                  const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores) {
+                  const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores, size_t stride) {
   int n_pairs = 0;
   for (int m = 0; m < n_subspaces && Wide; m++) n_pairs += luts[m];
   const int row_bytes = int(lut_bytes(2 * n_pairs, n_subspaces, Wide));
@@ -220,7 +220,7 @@ void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, bool
         for (int i = 0; i < 4; i++) {
           const int cell = of_values ? 16 * i + 8 * h : 32 * (i / 2) + 16 * h + 8 * (i % 2);
           const __m256 scale = _mm256_mul_ps(load_half(cell_scales + 2 * cell), _mm256_set1_ps(steps[r]));
-          _mm256_storeu_ps(scores + r * kSuperblockCells + b * kLine + cell,
+          _mm256_storeu_ps(scores + r * stride + b * kLine + cell,
                            _mm256_mul_ps(scale, _mm256_cvtepi32_ps(order_cells(sums[r], of_values, i))));
         }
       }

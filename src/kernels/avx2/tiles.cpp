@@ -1,6 +1,7 @@
 // AVX2: encoding, tiles, softmax.
 #include "kernels/avx2/avx2.h"
 #include "kernels/vector/tile_loops.h"
+#include "kernels/vector/word_loops.h"
 
 namespace thimble {
 namespace {
@@ -59,7 +60,58 @@ void decode_values(const uint8_t* block, const uint8_t* cell_scales, const int8_
   }
 }
 
+void key_words(const uint8_t* block, const int8_t* words, const uint8_t* code_row, int dim, int16_t* tile) {
+  for (int d = 0; d < dim; d += 2) {
+    const Table tables[2] = {load_table(words + d * 128), load_table(words + (d + 1) * 128)};
+    for (int h = 0; h < 2; h++) {
+      // Even bytes are cells 16 h to 16 h + 15, odd bytes cells 32 + 16 h to 32 + 16 h + 15. A cell's two numbers
+      // become one lane.
+      __m256i part[2][2];  // [component][odd]
+      for (int j = 0; j < 2; j++) {
+        const __m256i bytes = look_up_32(tables[j], codes_of(load_bytes(block + code_row[d + j] * kLine + 32 * h)));
+        part[j][0] = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
+        part[j][1] = _mm256_srai_epi16(bytes, 8);
+      }
+      for (int odd = 0; odd < 2; odd++) {
+        const __m256i low = _mm256_unpacklo_epi16(part[0][odd], part[1][odd]);   // cells 0 to 3 and 8 to 11
+        const __m256i high = _mm256_unpackhi_epi16(part[0][odd], part[1][odd]);  // cells 4 to 7 and 12 to 15
+        __m256i* to = reinterpret_cast<__m256i*>(tile + d * kLine + 2 * (32 * odd + 16 * h));
+        _mm256_storeu_si256(to, _mm256_permute2x128_si256(low, high, 0x20));
+        _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(low, high, 0x31));
+      }
+    }
+  }
+}
+
+void value_words(const uint8_t* block, const int8_t* words, const uint8_t* code_row, int dim, int16_t* tile) {
+  const int columns = padded_columns(dim);
+  for (int d = 0; d < dim; d += 16) {
+    const int n = dim - d < 16 ? dim - d : 16;
+    alignas(32) int8_t bytes[16][kLine] = {};
+    for (int i = 0; i < n; i++) {
+      const Table table = load_table(words + (d + i) * 128);
+      for (int h = 0; h < 2; h++) {
+        const Codes codes = codes_of(load_bytes(block + code_row[d + i] * kLine + 32 * h));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(bytes[i] + 32 * h), look_up_32(table, codes));
+      }
+    }
+    for (int quarter = 0; quarter < 4; quarter++) {
+      __m128i r[16];
+      for (int i = 0; i < 16; i++) r[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes[i] + 16 * quarter));
+      transpose_bytes(r);
+      for (int i = 0; i < 16; i += 2) {  // cells i / 4 * 16 + 4 quarter + i % 4 and the next
+        __m256i* to = reinterpret_cast<__m256i*>(tile + (i / 4 * 16 + quarter * 4 + i % 4) * columns + 2 * d);
+        _mm256_storeu_si256(to, _mm256_cvtepi8_epi16(zip_low(r[i], r[i + 1])));
+        _mm256_storeu_si256(to + 1, _mm256_cvtepi8_epi16(zip_high(r[i], r[i + 1])));
+      }
+    }
+  }
+}
+
 MaskBits mask_bits(const uint16_t* mask) {
+  const __m256i any = _mm256_or_si256(_mm256_or_si256(load_bytes(mask), load_bytes(mask + 16)),
+                                      _mm256_or_si256(load_bytes(mask + 32), load_bytes(mask + 48)));
+  if (_mm256_testz_si256(any, any)) return {~uint64_t{0}, false};  // most often, all cells are visible
   uint64_t hidden = 0, zero = 0;
   const auto bits = [](__m256i low, __m256i high) {
     const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);
@@ -77,7 +129,8 @@ MaskBits mask_bits(const uint16_t* mask) {
 
 }  // namespace
 
-const TileOps kAvx2TileOps{nearest,     times_matrix, hadamard,  decode_keys,   decode_values, load_keys,
-                           load_values, multiply,     mask_bits, finish_scores, exponentiate};
+const TileOps kAvx2TileOps{nearest,     times_matrix, hadamard,  decode_keys,   decode_values,  load_keys,
+                           load_values, multiply,     mask_bits, finish_scores, best_of_rows,   block_maxima,
+                           at_least,    exponentiate, key_words, value_words,   multiply_words, word_weights};
 
 }  // namespace thimble

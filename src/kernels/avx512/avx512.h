@@ -61,6 +61,9 @@ inline Floats greater(Floats x, Floats y) {
 inline Floats choose(unsigned bits, Floats x, Floats y) {
   return _mm512_mask_mov_ps(y, Lanes(bits), x);
 }
+inline unsigned lanes_at_least(Floats x, Floats y) {
+  return _mm512_cmp_ps_mask(x, y, _CMP_GE_OQ);
+}
 inline float max_of(Floats x) {
   return _mm512_reduce_max_ps(x);
 }
@@ -158,6 +161,29 @@ inline Table load_table(const void* from) {
 inline __m512i look_up_64(Table table, __m512i code, __mmask64 negative) {
   const __m512i entry = _mm512_permutex2var_epi8(table.low, code, table.high);
   return _mm512_mask_sub_epi8(entry, negative, _mm512_setzero_si512(), entry);
+}
+
+// -- 16-bit numbers (word_loops.h) --
+
+using Ints = __m512i;
+
+inline Ints load_pairs(const int16_t* from) {
+  return _mm512_loadu_si512(from);
+}
+inline Ints pair_everywhere(const int16_t* from) {
+  int pair;
+  __builtin_memcpy(&pair, from, sizeof(pair));
+  return _mm512_set1_epi32(pair);
+}
+// In place, since GCC 12 copies the sums before and after the intrinsic.
+inline void add_pair_products(Ints& sums, Ints a, Ints b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+}
+inline Floats to_floats(Ints x) {
+  return _mm512_cvtepi32_ps(x);
+}
+inline void store_words(int16_t* to, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
 }
 
 }  // namespace

@@ -81,7 +81,8 @@ inline void order_cells(const __m512i (&sums)[2], bool of_values, __m512i (&cell
 // sum is the difference.
 template <int Rows, int Blocks, bool Wide>
 inline void look_up_blocks(const uint8_t* luts, const float* steps, int n_subspaces, bool of_values,
-                           const uint8_t* const* blocks, const uint8_t* const* ahead, int ahead_lines, float* scores) {
+                           const uint8_t* const* blocks, const uint8_t* const* ahead, int ahead_lines, float* scores,
+                           size_t stride) {
   const int row_bytes = n_subspaces * 128 * (Wide ? 2 : 1);
   __m512i all[Rows][Blocks], odd[Rows][Blocks], high[Rows][Blocks];
 #pragma GCC unroll 4
@@ -137,8 +138,7 @@ inline void look_up_blocks(const uint8_t* luts, const float* steps, int n_subspa
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
         const __m512 scale = _mm512_mul_ps(load_half(cell_scales + 32 * i), _mm512_set1_ps(steps[r]));
-        _mm512_storeu_ps(scores + r * kSuperblockCells + b * kLine + 16 * i,
-                         _mm512_mul_ps(scale, _mm512_cvtepi32_ps(cells[i])));
+        _mm512_storeu_ps(scores + r * stride + b * kLine + 16 * i, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(cells[i])));
       }
     }
   }
@@ -146,17 +146,19 @@ inline void look_up_blocks(const uint8_t* luts, const float* steps, int n_subspa
 
 template <int Rows, bool Wide>
 void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, bool of_values,
-                  const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores) {
+                  const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores, size_t stride) {
   int b = 0;
   for (; n_blocks - b >= 2; b += 2) {
     const bool asks = b + 2 <= prefetch.n_blocks;
     look_up_blocks<Rows, 2, Wide>(luts, steps, n_subspaces, of_values, blocks + b,
-                                  (asks ? prefetch.blocks : blocks) + b, asks ? prefetch.lines : 0, scores + b * kLine);
+                                  (asks ? prefetch.blocks : blocks) + b, asks ? prefetch.lines : 0, scores + b * kLine,
+                                  stride);
   }
   if (b < n_blocks) {
     const bool asks = b + 1 <= prefetch.n_blocks;
     look_up_blocks<Rows, 1, Wide>(luts, steps, n_subspaces, of_values, blocks + b,
-                                  (asks ? prefetch.blocks : blocks) + b, asks ? prefetch.lines : 0, scores + b * kLine);
+                                  (asks ? prefetch.blocks : blocks) + b, asks ? prefetch.lines : 0, scores + b * kLine,
+                                  stride);
   }
 }
 

@@ -1,6 +1,7 @@
 // AVX-512: encoding, tiles, softmax.
 #include "kernels/avx512/avx512.h"
 #include "kernels/vector/tile_loops.h"
+#include "kernels/vector/word_loops.h"
 
 namespace thimble {
 namespace {
@@ -56,6 +57,46 @@ void decode_values(const uint8_t* block, const uint8_t* cell_scales, const int8_
   }
 }
 
+void key_words(const uint8_t* block, const int8_t* words, const uint8_t* code_row, int dim, int16_t* tile) {
+  for (int d = 0; d < dim; d += 2) {
+    const __m512i a = decoded(block, words, code_row, d), b = decoded(block, words, code_row, d + 1);
+    // Even bytes are cells 0 to 31, odd bytes cells 32 to 63. A cell's numbers of `a` and `b` become one lane.
+    const __m512i low[2] = {_mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), _mm512_srai_epi16(a, 8)};
+    const __m512i high[2] = {_mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8), _mm512_srai_epi16(b, 8)};
+    for (int i = 0; i < 4; i++) {
+      const auto half = [&](__m512i x) {
+        return _mm512_cvtepu16_epi32(i % 2 ? _mm512_extracti64x4_epi64(x, 1) : _mm512_castsi512_si256(x));
+      };
+      _mm512_storeu_si512(tile + d * kLine + 32 * i,
+                          _mm512_or_si512(half(low[i / 2]), _mm512_slli_epi32(half(high[i / 2]), 16)));
+    }
+  }
+}
+
+void value_words(const uint8_t* block, const int8_t* words, const uint8_t* code_row, int dim, int16_t* tile) {
+  const int columns = padded_columns(dim);
+  for (int d = 0; d < dim; d += 16) {
+    const int n = dim - d < 16 ? dim - d : 16;
+    __m512i bytes[16];
+    for (int i = 0; i < 16; i++) bytes[i] = i < n ? decoded(block, words, code_row, d + i) : _mm512_setzero_si512();
+    transpose_bytes(bytes);
+    for (int i = 0; i < 16; i += 2) {  // lane l of bytes[i], bytes[i + 1]: cells i / 4 * 16 + 4 l + i % 4 and the next
+      alignas(64) int8_t low[kLine], high[kLine];
+      _mm512_store_si512(low, zip_low(bytes[i], bytes[i + 1]));
+      _mm512_store_si512(high, zip_high(bytes[i], bytes[i + 1]));
+      for (int lane = 0; lane < 4; lane++) {
+        const int cell = i / 4 * 16 + lane * 4 + i % 4;
+        int16_t* to = tile + cell * columns + 2 * d;
+        const auto widened = [&](const int8_t* from) {
+          return _mm256_cvtepi8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(from + 16 * lane)));
+        };
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), widened(low));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + 1, widened(high));
+      }
+    }
+  }
+}
+
 MaskBits mask_bits(const uint16_t* mask) {
   const __m512i low = _mm512_loadu_si512(mask), high = _mm512_loadu_si512(mask + 32);
   const __m512i hidden = _mm512_set1_epi16(short(0xfc00)), magnitude = _mm512_set1_epi16(0x7fff);
@@ -68,7 +109,8 @@ MaskBits mask_bits(const uint16_t* mask) {
 
 }  // namespace
 
-const TileOps kAvx512TileOps{nearest,     times_matrix, hadamard,  decode_keys,   decode_values, load_keys,
-                             load_values, multiply,     mask_bits, finish_scores, exponentiate};
+const TileOps kAvx512TileOps{nearest,     times_matrix, hadamard,  decode_keys,   decode_values,  load_keys,
+                             load_values, multiply,     mask_bits, finish_scores, best_of_rows,   block_maxima,
+                             at_least,    exponentiate, key_words, value_words,   multiply_words, word_weights};
 
 }  // namespace thimble

@@ -67,7 +67,7 @@ float build_luts(const float* q, const int8_t* words, const uint8_t* width, int 
 // of even bytes + 256 * odd bytes, `odd` that of the odd bytes, and the even bytes' sum is the difference.
 template <int Rows, bool Wide>
 inline void look_up_quarter(const uint8_t* luts, const float* steps, int n_subspaces, bool of_values,
-                            const uint8_t* block, int quarter, float* scores) {
+                            const uint8_t* block, int quarter, float* scores, size_t stride) {
   const int row_bytes = n_subspaces * 128 * (Wide ? 2 : 1);
   uint16x8_t all[Rows], odd[Rows];
   uint8x16_t high[Rows];
@@ -102,7 +102,7 @@ inline void look_up_quarter(const uint8_t* luts, const float* steps, int n_subsp
     for (int i = 0; i < 2; i++) {
       const int16x8_t sums = vreinterpretq_s16_u16(ordered[i]);
       const int low = of_values ? 32 * i + 4 * quarter : 32 * i + 8 * quarter, high = low + (of_values ? 16 : 4);
-      float* to = scores + r * kSuperblockCells;
+      float* to = scores + r * stride;
       vst1q_f32(to + low, vmulq_f32(vmulq_n_f32(load_half(cell_scales + 2 * low), steps[r]), low_floats(sums)));
       vst1q_f32(to + high, vmulq_f32(vmulq_n_f32(load_half(cell_scales + 2 * high), steps[r]), high_floats(sums)));
     }
@@ -116,11 +116,11 @@ inline void ask_for(const Prefetch& prefetch, int b) {
 
 template <int Rows, bool Wide>
 void look_up_rows(const uint8_t* luts, const float* steps, int n_subspaces, bool of_values,
-                  const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores) {
+                  const uint8_t* const* blocks, int n_blocks, const Prefetch& prefetch, float* scores, size_t stride) {
   for (int b = 0; b < n_blocks; b++) {
     ask_for(prefetch, b);
     for (int quarter = 0; quarter < 4; quarter++) {
-      look_up_quarter<Rows, Wide>(luts, steps, n_subspaces, of_values, blocks[b], quarter, scores + b * kLine);
+      look_up_quarter<Rows, Wide>(luts, steps, n_subspaces, of_values, blocks[b], quarter, scores + b * kLine, stride);
     }
   }
 }

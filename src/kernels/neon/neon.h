@@ -74,6 +74,10 @@ inline Floats choose(unsigned bits, Floats x, Floats y) {
   const int32_t bit_of_lane[4] = {1, 2, 4, 8};
   return vbslq_f32(vtstq_s32(vdupq_n_s32(int32_t(bits)), vld1q_s32(bit_of_lane)), x, y);
 }
+inline unsigned lanes_at_least(Floats x, Floats y) {
+  const uint32_t bit_of_lane[4] = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(vcgeq_f32(x, y), vld1q_u32(bit_of_lane)));
+}
 inline float max_of(Floats x) {
   return vmaxnmvq_f32(x);
 }

@@ -69,6 +69,7 @@ MaskBits mask_bits(const uint16_t* mask) {
 }  // namespace
 
 const TileOps kNeonTileOps{nearest,     times_matrix, hadamard,  decode_keys,   decode_values, load_keys,
-                           load_values, multiply,     mask_bits, finish_scores, exponentiate};
+                           load_values, multiply,     mask_bits, finish_scores, best_of_rows,  block_maxima,
+                           at_least,    exponentiate, nullptr,   nullptr,       nullptr,       nullptr};
 
 }  // namespace thimble

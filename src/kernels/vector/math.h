@@ -13,6 +13,7 @@
 //   greater(x, y)               the greater of the two; y where x is NaN
 //   smaller(x, y)               the smaller of the two; NaN where y is NaN
 //   choose(bits, x, y)          x in the lanes whose bit is set, y in the others
+//   lanes_at_least(x, y)        a bit for each lane: whether x is y or more
 //   max_of(x), sum_of(x)        over the lanes
 //   times_power(p, shifted, x)  see exp2_of
 //   butterfly<Half>(x)          lanes l and l + Half of every 2 * Half become their sum and their difference

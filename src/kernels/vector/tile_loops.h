@@ -229,6 +229,32 @@ float finish_scores(float* scores, int n_blocks, const uint64_t* visible, const 
       scores, n_blocks, visible, masks, bias, slope, softcap, log_weight, max_log);
 }
 
+// Works on negated scores, as `greater` can put -inf in the place of a NaN, but not +inf.
+void best_of_rows(const float* scores, size_t stride, int n_rows, int n_cells, bool raises, float* best) {
+  for (int i = 0; i < n_cells; i += kLanes) {
+    Floats least = raises ? all_of(0) - load(best + i) : all_of(-kUnseen);
+    for (int r = 0; r < n_rows; r++) {
+      const Floats negated = all_of(0) - load(scores + r * stride + i);
+      least = smaller(least, greater(negated, all_of(kUnseen)));
+    }
+    store(best + i, all_of(0) - least);
+  }
+}
+
+void block_maxima(const float* scores, int n_blocks, float* maxima) {
+  for (int b = 0; b < n_blocks; b++) {
+    Floats max = load(scores + b * kLine);
+    for (int i = kLanes; i < kLine; i += kLanes) max = greater(max, load(scores + b * kLine + i));
+    maxima[b] = max_of(max);
+  }
+}
+
+uint64_t at_least(const float* scores, float bound) {
+  uint64_t bits = 0;
+  for (int i = 0; i < kLine; i += kLanes) bits |= uint64_t(lanes_at_least(load(scores + i), all_of(bound))) << i;
+  return bits;
+}
+
 float exponentiate(float* scores, int n_cells, float max) {
   Floats sum = all_of(0);
   for (int i = 0; i < n_cells; i += kLanes) {
