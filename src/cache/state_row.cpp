@@ -12,15 +12,30 @@ namespace {
 constexpr uint16_t kTag[4] = {0x7e54, 0x7e48, 0x7e4d, 0x7e42};
 constexpr size_t kHeaderBytes = sizeof(kTag) + sizeof(uint64_t);
 
+bool has_tag(const uint8_t* at) {
+  return std::memcmp(at, kTag, sizeof(kTag)) == 0;
+}
+
 }  // namespace
 
 const char* const kOtherSettings =
-    "this state was saved with other cache settings (bits or profile); load it with the THIMBLE_KV that it was saved "
-    "with";
+    "this state was saved with other cache settings (bits or profile), or with tensors split over other devices; load "
+    "it "
+    "with the THIMBLE_KV and --split-mode that it was saved with";
 
-RowKind row_kind(const uint8_t* row, uint64_t hash, bool takes_codes) {
-  if (std::memcmp(row, kTag, sizeof(kTag)) != 0) return RowKind::exact;
-  return takes_codes && std::memcmp(row + sizeof(kTag), &hash, sizeof(hash)) == 0 ? RowKind::coded : RowKind::refused;
+RowKind row_kind(const uint8_t* row, const RowBytes& bytes, uint64_t hash, bool takes_codes) {
+  const bool is_coded = has_tag(row);
+  if (is_coded && (!takes_codes || std::memcmp(row + sizeof(kTag), &hash, sizeof(hash)) != 0)) return RowKind::refused;
+  // Several devices' rows have a tag where a device's heads begin. In a piece of one device's row, what follows the
+  // codes of the heads that are here are those of others.
+  const size_t end = is_coded ? kHeaderBytes + bytes.vectors : 1;
+  for (size_t head = bytes.head; head + sizeof(kTag) <= bytes.row; head += bytes.head) {
+    if (head >= end && has_tag(row + head)) return RowKind::refused;
+  }
+  constexpr uint8_t kZeros[16] = {};
+  const size_t n_behind = std::min(sizeof(kZeros), bytes.row - std::min(end, bytes.row));
+  if (is_coded && std::memcmp(row + end, kZeros, n_behind) != 0) return RowKind::refused;
+  return is_coded ? RowKind::coded : RowKind::exact;
 }
 
 size_t row_vectors_bytes(const CacheShape& shape, const Format& format) {
@@ -73,7 +88,9 @@ void write_refused_row(uint8_t* row, size_t row_bytes) {
 void load_cell(CacheLayer& layer, Kind kind, int64_t cell, uint64_t hash, const uint8_t* row) {
   CacheSide& side = layer.side(kind);
   const Format& format = side.format();
-  const RowKind what = row_kind(row, hash, !format.f16 && side.coded());
+  const RowBytes bytes = {size_t(side.row_size()) * 2, size_t(side.row_size() / side.shape().n_kv_heads) * 2,
+                          row_vectors_bytes(side.shape(), format)};
+  const RowKind what = row_kind(row, bytes, hash, !format.f16 && side.coded());
   uint16_t* kept = side.rows().keep(cell);  // may throw: the layer is then as it was
   if (kind == Kind::key) layer.window().forget(cell);
   if (what == RowKind::refused) throw std::runtime_error(kOtherSettings);

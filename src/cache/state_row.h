@@ -4,6 +4,9 @@
 // is saved as its codes, after a tag that no finite f16 row can begin with:
 //   4 x f16 NaN (0x7e54 0x7e48 0x7e4d 0x7e42), 8 bytes of settings hash, the codes and scales of all heads, zeros
 // So save and load are bit-exact, plain f16 states load into a coded cache, and codes of other settings are refused.
+//
+// Where heads are divided over devices, llama.cpp saves a cell as the rows of all devices, one behind another, and a
+// row of one device is cut in pieces when it is loaded. Such rows are refused as well.
 #pragma once
 
 #include "cache/layer.h"
@@ -13,10 +16,15 @@ namespace thimble {
 /// Whether a coded cell, tag included, fits into its f16 row. Where it does not (tiny heads), the cache must stay f16.
 bool state_row_fits(const CacheShape& shape, const Format& format);
 
-/// What a saved row holds, for a side whose codes depend on `hash`. `refused`: codes made with other settings, or codes
-/// for a side that keeps none (`takes_codes` false).
+/// Bytes of a row, of one head in it, and of the codes and scales of all heads.
+struct RowBytes {
+  size_t row = 0, head = 0, vectors = 0;
+};
+
+/// What a saved row holds, for a side whose codes depend on `hash`. `refused`: codes made with other settings or for
+/// another number of heads, or codes for a side that keeps none (`takes_codes` false).
 enum class RowKind : uint8_t { exact, coded, refused };
-RowKind row_kind(const uint8_t* row, uint64_t hash, bool takes_codes);
+RowKind row_kind(const uint8_t* row, const RowBytes& bytes, uint64_t hash, bool takes_codes);
 /// What the error about a refused row says.
 extern const char* const kOtherSettings;
 

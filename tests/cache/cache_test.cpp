@@ -104,6 +104,34 @@ TEST(State, RefusesCodesOfOtherSettings) {
   EXPECT_NO_THROW(c.load(plain.save(0, 50), 0, 50));  // a plain f16 state is welcome
 }
 
+// llama.cpp saves a cell whose heads are on several devices as the rows of all of them, one behind another, and cuts
+// such a row in pieces where it loads one.
+TEST(State, RefusesRowsOfOtherDivisions) {
+  constexpr size_t kHead = 128,
+                   kVector = 18;  // bytes of a head of 64 numbers as f16, and its codes and scale at 2 bits
+  TestLayer layer(2);
+  const std::vector<uint8_t> vectors(4 * kVector, 0x5a);
+  const auto loads = [&](const std::vector<uint8_t>& row) {
+    try {
+      load_cell(*layer.layer, Kind::key, 0, 42, row.data());
+      return true;
+    } catch (const std::runtime_error&) {
+      return false;
+    }
+  };
+  std::vector<uint8_t> whole(2 * kHead), parts(2 * kHead), mixed(2 * kHead, 0x11), larger(4 * kHead);
+  write_coded_row(vectors.data(), 2 * kVector, 42, whole.data(), whole.size());
+  EXPECT_TRUE(loads(whole));
+  for (uint8_t* part : {parts.data(), parts.data() + kHead}) {
+    write_coded_row(vectors.data(), kVector, 42, part, kHead);
+  }
+  EXPECT_FALSE(loads(parts));
+  write_coded_row(vectors.data(), kVector, 42, mixed.data() + kHead, kHead);
+  EXPECT_FALSE(loads(mixed));
+  write_coded_row(vectors.data(), 4 * kVector, 42, larger.data(), larger.size());
+  EXPECT_FALSE(loads(larger));
+}
+
 TEST(State, FitsItsRow) {
   EXPECT_TRUE(state_row_fits({1, 64, 1}, make_format(64, 4)));
   EXPECT_TRUE(state_row_fits({8, 64, 1}, make_format(128, 2)));

@@ -118,8 +118,10 @@ TEST(CudaState, RefusesRowsOfOtherSettingsAndWritesNothingOfThem) {
   const Rows rows = layer.save_cpu(Kind::key, 0, 60);
   const std::vector<size_t> refused = layer.load(Kind::key, range(0, 60), rows, kHash + 1);
   std::vector<size_t> coded;
+  const CacheSide& side = layer.cpu->side(Kind::key);
+  const RowBytes bytes = {layer.row_bytes(), 64 * sizeof(uint16_t), row_vectors_bytes(side.shape(), side.format())};
   for (size_t i = 0; i < 60; i++) {
-    if (row_kind(&rows[i * layer.row_bytes()], kHash, true) == RowKind::coded) coded.push_back(i);
+    if (row_kind(&rows[i * layer.row_bytes()], bytes, kHash, true) == RowKind::coded) coded.push_back(i);
   }
   EXPECT_EQ(refused, coded);
   EXPECT_EQ(refused.size(), 60u - kSlots);

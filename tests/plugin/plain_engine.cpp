@@ -87,7 +87,7 @@ public:
     RefusedRows refused;
     for (size_t i = 0; i < cells.size(); i++) {
       const uint8_t* row = rows + i * row_bytes;
-      if (row_kind(row, 0, /*takes_codes=*/false) == RowKind::exact) {
+      if (row_kind(row, {row_bytes, row_bytes, 0}, 0, /*takes_codes=*/false) == RowKind::exact) {
         std::memcpy(to.row(kind, cells[i]), row, row_bytes);
       } else {
         refused.entries.push_back(i);

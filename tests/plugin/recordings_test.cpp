@@ -150,16 +150,31 @@ void expect_goes_on(Session& from, Session& to, int at) {
   EXPECT_LT(difference.nmse, 1e-5);
 }
 
-TEST_P(Recordings, AStateSavedHereIsLoadedOnOneDevice) {
-  if (GetParam().split == LLAMA_SPLIT_MODE_TENSOR) GTEST_SKIP() << "each device's rows have its own heads alone";
+// A session that was given `state` fails as soon as it sees its cells.
+void expect_refused(const std::vector<uint8_t>& state, Session& to) {
+  llama_memory_clear(to.memory(), false);
+  take_log();
+  llama_state_seq_set_data(to.context(), state.data(), state.size(), 0);
+  EXPECT_GT(count(take_log(), "or with tensors split over other devices"), 0);
+  EXPECT_THROW(to.feed(token(60)), std::runtime_error);
+}
+
+// Where tensors are split, each device's rows are of its own heads, and only the same devices can load them.
+TEST_P(Recordings, AStateSavedHereAndOnOneDevice) {
   Session here(on(GetParam(), GetParam().recorded));
   Places one = GetParam();
   one.split = LLAMA_SPLIT_MODE_LAYER;
   Session there(on(one, {"THIMBLE2"}));
   here.feed(tokens(0, 50), 0, 1);
   for (int i = 50; i < 60; i++) here.feed(token(i));
-  expect_goes_on(here, there, 60);
-  expect_goes_on(there, here, 80);
+  if (GetParam().split == LLAMA_SPLIT_MODE_LAYER) {
+    expect_goes_on(here, there, 60);
+    return expect_goes_on(there, here, 80);
+  }
+  there.feed(tokens(0, 60), 0, 1);
+  const std::vector<uint8_t> of_tensors = saved(here), of_one = saved(there);
+  expect_refused(of_tensors, there);
+  expect_refused(of_one, here);
 }
 
 // ---- layers on a GPU and on the CPU, each with the engine of its own

@@ -128,9 +128,10 @@ CellState::Refused CellState::load(const EncodeArgs& layer, Kind kind, HostWindo
   const CellArgs side = side_of(layer, kind);
   const size_t bytes = row_bytes(side), n = cells.size();
   const bool takes_codes = side.cache.data && !side.codec.order().is_f16();
+  const RowBytes of_row = {bytes, side.head_dim * sizeof(uint16_t), takes_codes ? vectors_bytes(side) : 0};
   std::vector<RowKind> kinds(n);
   in_parallel(n, bytes, [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; i++) kinds[i] = row_kind(rows + i * bytes, hash, takes_codes);
+    for (size_t i = begin; i < end; i++) kinds[i] = row_kind(rows + i * bytes, of_row, hash, takes_codes);
   });
   std::vector<size_t> refused, coded, exact;
   for (size_t i = 0; i < n; i++) {

@@ -49,9 +49,10 @@ RefusedRows CudaCache::write_cells(int index, Kind kind, std::span<const int64_t
   std::vector<uint32_t> orders;
   if (kind == Kind::key && !args.store.keys) {
     const size_t bytes = of.device.row_bytes(kind);
+    const RowBytes of_row = {bytes, of.device.head_dim(kind) * sizeof(uint16_t), 0};
     std::vector<bool> exact;
     for (size_t i = 0; i < cells.size(); i++) {
-      exact.push_back(row_kind(rows + i * bytes, of.hash, /*takes_codes=*/true) == RowKind::exact);
+      exact.push_back(row_kind(rows + i * bytes, of_row, of.hash, /*takes_codes=*/true) == RowKind::exact);
     }
     orders = saved_orders_.find(exact, rows, bytes);
   }
