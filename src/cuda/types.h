@@ -166,6 +166,23 @@ struct WindowArgs {
   int32_t* kept_cells = nullptr;  // [n_streams][capacity]: what LayerWindow::cells are while the prompt is attended to
   uint8_t* flags = nullptr;       // [n_streams][capacity], from `begin` to `end`
   JudgeList judge;                // no jobs: older cells matter more
+  /// Whether each layer has arrays of its own of those of a prompt, one behind the other.
+  bool by_layer = false;
+
+  /// Of the arrays of a prompt, from a layer's to the next one's.
+  THIMBLE_HOST_DEVICE size_t layer_tokens() const { return by_layer ? size_t(n_tokens) : 0; }
+  THIMBLE_HOST_DEVICE size_t layer_rows() const { return by_layer ? size_t(n_streams) * capacity : 0; }
+  /// `judge` of the i-th layer.
+  THIMBLE_HOST_DEVICE JudgeList judge_of(int i) const {
+    JudgeList list = judge;
+    if (!by_layer || !list.jobs) return list;
+    const size_t streams = size_t(i) * n_streams;
+    list.jobs += streams * kMaxJudgeJobs;
+    list.n_jobs += streams;
+    list.entries += streams * list.max_entries;
+    list.scores += streams * list.max_entries;
+    return list;
+  }
 };
 
 /// Scores the entries of a prompt's jobs in one layer (cache/pool.h), and keeps the queries of LayerWindow::judges.
@@ -180,6 +197,9 @@ struct JudgeArgs {
   size_t query_stream_stride = 0, query_token_stride = 0, query_head_stride = 0;
   int first_stream = 0, n_batch_streams = 1;
   int stream_tokens = 1;  // of each of these streams
+  /// Whether nothing that the kernel reads or writes is read or written by the grid before it, so that both may run at
+  /// once.
+  bool early = false;
 };
 
 /// Rows by cell, f16: [n_streams][n_kv_heads][n_cells][head_dim].
@@ -213,6 +233,9 @@ struct EncodeArgs {
   // not encoded.
   bool from_window = false;
   const int32_t* window_cells = nullptr;
+  // With `from_window`: that `window` has a row for each token, [n_kv_heads][capacity][head_dim], and tokens with slots
+  // are not encoded.
+  bool by_token = false;
 
   int tokens_per_block = 1;  // filled in by the launchers
 };
@@ -230,12 +253,33 @@ inline NewRows new_rows(const EncodeArgs& args, const int32_t* tokens) {
           args.window.values};
 }
 
+/// Tokens of a prompt that are coded behind it, of several layers at once. Until then their rows are kept as the model
+/// wrote them, f16: head h of token i of layer l at rows + (2 * l + value) * side_stride + (h * n_tokens + i) *
+/// head_dim.
+struct StagedRows {
+  uint16_t* rows = nullptr;
+  size_t side_stride = 0;
+  int n_tokens = 0;
+  const int64_t* cells = nullptr;  // [n_tokens], as in EncodeArgs
+  const int32_t* slots = nullptr;  // [n_layers][n_tokens]: row in the window, -1: none
+  uint32_t layers[2] = {0, 0};     // by Kind, bit l: whether layer l has rows
+
+  static constexpr int kMaxLayers = 32;
+  THIMBLE_HOST_DEVICE bool has(int layer, bool is_key) const {
+    return layer < kMaxLayers && (layers[is_key ? 0 : 1] >> layer & 1);
+  }
+  THIMBLE_HOST_DEVICE uint16_t* of(int layer, bool is_key) const {
+    return rows + (2 * layer + (is_key ? 0 : 1)) * side_stride;
+  }
+};
+
 /// The cells that leave the windows of layers.
 struct LeaveArgs {
   const EncodeArgs* layers = nullptr;    // device memory, [n_layers]; those without a head size are left out
   const LayerWindow* windows = nullptr;  // theirs
   int n_layers = 0, n_kv_heads = 1;      // the most that a layer has
   int n_tokens = 0;                      // of the batch: says about how many thread blocks to launch
+  StagedRows staged;                     // of a prompt: those without a row in the window are coded as well
   int tokens_per_block = 1;              // filled in by the launcher
 };
 
@@ -251,6 +295,11 @@ struct DecodeArgs {
   const float* shift = nullptr;  // added to them, [n_kv_heads][head_dim]; null: none
 };
 
+/// Both sides of a layer.
+struct DecodeBothArgs {
+  DecodeArgs sides[2];  // by Kind
+};
+
 /// Rows of queries to transform, or of attention's outputs to transform back, for attention over decoded rows. Token
 /// t's head h of stream s lies at in + s * stream_stride + t * token_stride + h * head_stride.
 struct TransformArgs {
@@ -260,6 +309,16 @@ struct TransformArgs {
   CodecTables codec;      // of the keys for queries, of the values for outputs
   bool add_mean = false;  // to outputs, whose weights sum up to 1, of rows without a shift
   float* out = nullptr;   // [n_streams][n_tokens][n_heads][head_dim]; may be `in`, where that has this order
+};
+
+/// What dense attention of a prompt over decoded cells needs besides these: exact rows among them, and transformed
+/// queries.
+struct PromptArgs {
+  EncodeArgs
+      batch;  // its tokens, the window's rows and `window_cells`, and `dense`, where both are written to, transformed
+  int first_window_row = 0, n_window_rows = 0;                // counted through all streams
+  uint16_t *staged_keys = nullptr, *staged_values = nullptr;  // where the tokens' rows are kept, see StagedRows
+  TransformArgs queries;
 };
 
 /// What coded cells' scores lack, to be put into dense rows of keys and into transformed queries

@@ -142,8 +142,9 @@ public:
   /// Takes rows into the cache that were written to a layer and not attended to yet, before the host program overwrites
   /// them.
   virtual void flush(const Lane&, int /*layer*/) {}
-  /// Ends what graphs with ReadTasks began, behind each of them, where tasks run on a Queue.
-  virtual void end_reading(const Lane&) {}
+  /// Ends what the tasks of a graph began, behind its nodes, where tasks run on a Queue. What it enqueues the inner
+  /// backend does not wait for.
+  virtual void end_graph(const Lane&) {}
   /// Drops rows that were written and not taken into the cache, because their graph has failed.
   virtual void abandon() {}
   /// A sentence for the user about something that happened since the last call, or "".

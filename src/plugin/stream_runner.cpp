@@ -248,18 +248,25 @@ ggml_status StreamRunner::compute(ggml_cgraph* graph) {
   }
   try {
     run(steps, graph);
-    for (const Step& step : steps) {
-      if (step.cut.read) step.cut.buffer->cache().end_reading({nullptr, queue_.get()});
-    }
+    go_to_inner();
+    end_graph(steps);
   } catch (...) {
     for (const Step& step : steps) {
       if (step.cut.layer) step.cut.buffer->cache().abandon();
     }
     throw;
   }
-  go_to_inner();
   seen.was_run = true;
   return GGML_STATUS_SUCCESS;
+}
+
+// The inner backend's next nodes and the host do not wait for this: it is for the next graph's tasks.
+void StreamRunner::end_graph(const std::vector<Step>& steps) {
+  std::set<KvBuffer*> ended;
+  for (const Step& step : steps) {
+    if (!step.cut.layer || !ended.insert(step.cut.buffer).second) continue;
+    step.cut.buffer->cache().end_graph({nullptr, queue_.get()});
+  }
 }
 
 void StreamRunner::run(const std::vector<Step>& steps, ggml_cgraph* graph) {

@@ -55,6 +55,7 @@ private:
   void go_to_inner();
 
   void run(const std::vector<Step>& steps, ggml_cgraph* graph);
+  void end_graph(const std::vector<Step>& steps);
   void run_inner(std::vector<ggml_tensor*> nodes, const ggml_cgraph* graph);
   void run_cut(const std::vector<Step>& steps, const Cut& cut);
   void run_read(const ggml_tensor* node);

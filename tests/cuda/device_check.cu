@@ -20,6 +20,7 @@
 #include "cuda/rows/rows.h"
 #include "fixture.h"
 #include "judge_pair.h"
+#include "prompt_check.h"
 
 using namespace thimble;
 using namespace thimble::cuda;
@@ -529,6 +530,16 @@ struct Mapped {
 struct Card {
   template <typename T>
   using Vector = std::vector<T, Mapped<T>>;
+  /// Codecs in device memory.
+  struct Tables {
+    std::unique_ptr<DeviceTables> tables;
+    const CodecTables& view() const { return tables->view(); }
+  };
+  static Tables tables_of(const HostTables& host) {
+    Tables t{std::make_unique<DeviceTables>()};
+    done(t.tables->upload(host));
+    return t;
+  }
   static inline DeviceInfo device;
   static void done(const Status& status) { require(status.ok() ? cudaDeviceSynchronize() : cudaErrorInvalidValue); }
   static void update_window(const WindowArgs& a) { done(cuda::update_window(device, a, nullptr)); }
@@ -553,6 +564,15 @@ void run_windows(const DeviceInfo& device) {
   report("chats", chats<Card>());
   report("streams", streams<Card>());
   report("batches that were finished", finished<Card>());
+}
+
+/// A prompt's tokens: attended to, kept, coded and put into the window.
+void run_prompt(const DeviceInfo& device, const PromptCase& c, int n_tokens) {
+  const std::string wrong = PromptCheck<Card>(device, c, n_tokens).run();
+  std::printf("%s prompt of %d tokens, D=%d bits %g/%g%s%s: %s\n", wrong.empty() ? "ok  " : "FAIL", n_tokens,
+              c.head_dim, c.key_bits, c.value_bits, c.dense ? " dense" : "", c.tiles ? " by tiles" : "",
+              wrong.empty() ? "nothing wrong" : wrong.c_str());
+  if (!wrong.empty()) failures++;
 }
 
 // Layers that are read as rows: cells are encoded and read again, bit for bit as specified. Two of them are in flight.
@@ -753,6 +773,10 @@ int main(int argc, char** argv) {
     }
     run(device, {.head_dim = 128, .key_width = 8, .value_width = 8, .n_streams = 35, .n_cells = 192, .n_window = 20});
     run(device, {.head_dim = 128, .key_width = 4, .value_width = 4, .n_cells = 16384, .n_window = 136, .top = 64});
+  }
+  for (const PromptCase& c : kPromptCases) {
+    run_prompt(device, c, 45);
+    if (!quick) run_prompt(device, c, 300);
   }
   for (const int head_dim : {32, 48, 64, 80, 96, 112, 160, 192, 256, 512}) {
     run_rows(device, head_dim, head_dim % 64 == 0 ? 2 : 4, head_dim % 96 == 0 || head_dim == 256);

@@ -4,6 +4,7 @@
 #include "cuda/encode/encode.h"
 #include "cuda/encode/encode_kernel.h"
 #include "cuda/encode/judge.h"
+#include "cuda/encode/prompt_kernel.h"
 #include "cuda/encode/transform_kernel.h"
 #include "cuda/encode/window_kernel.h"
 #include "cuda/formats.h"
@@ -26,8 +27,30 @@ __global__ void __launch_bounds__(Kernel::kThreads) leave_kernel(const __grid_co
 }
 
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) decode_kernel(const __grid_constant__ DecodeArgs a) {
-  Kernel::run(a);
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident)
+    staged_kernel(const __grid_constant__ LeaveArgs a) {
+  Kernel::run_staged(a);
+}
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) decode_kernel(const __grid_constant__ DecodeBothArgs a) {
+  Kernel::run(a.sides[simt::block_z()]);
+}
+
+template <int HeadDim>
+__global__ void __launch_bounds__(HeadDim) prompt_kernel(const __grid_constant__ PromptArgs a) {
+  PromptKernel<HeadDim>::run(a);
+}
+
+template <int HeadDim>
+Status launch_prompt(const DeviceInfo& device, const PromptArgs& args, cudaStream_t stream) {
+  using Kernel = PromptKernel<HeadDim>;
+  const dim3 grid(Kernel::n_groups(args), args.batch.n_kv_heads);
+  return launch(device, prompt_kernel<HeadDim>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
+}
+
+__global__ void __launch_bounds__(PlaceKernel::kThreads) place_kernel(const __grid_constant__ LeaveArgs a) {
+  PlaceKernel::run(a);
 }
 
 template <int HeadDim>
@@ -56,23 +79,29 @@ Status launch_encode(const DeviceInfo& device, const EncodeArgs& args, dim3 grid
 
 template <typename Kernel>
 Status launch_leave(const DeviceInfo& device, const LeaveArgs& args, dim3 grid, cudaStream_t stream) {
+  if (args.staged.n_tokens > 0) {
+    constexpr size_t kBytes = sizeof(typename Kernel::StagedShared);
+    return launch(device, staged_kernel<Kernel>, args, grid, Kernel::kThreads, kBytes, stream);
+  }
   return launch(device, leave_kernel<Kernel>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
 }
 
 template <typename Kernel>
-Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream) {
-  const dim3 grid((args.n_cells / kBlockCells + Kernel::kBlocks - 1) / Kernel::kBlocks,
-                  args.n_streams * args.n_kv_heads);
+Status launch_decode(const DeviceInfo& device, const DecodeBothArgs& args, int n_sides, cudaStream_t stream) {
+  const DecodeArgs& side = args.sides[0];
+  const dim3 grid((side.n_cells / kBlockCells + Kernel::kBlocks - 1) / Kernel::kBlocks,
+                  side.n_streams * side.n_kv_heads, n_sides);
   return launch(device, decode_kernel<Kernel>, args, grid, Kernel::kThreads, Kernel::kSharedBytes, stream);
 }
 
 template <int HeadDim>
-Status launch_decode(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream) {
+Status launch_decode(const DeviceInfo& device, const DecodeBothArgs& args, int n_sides, cudaStream_t stream) {
+  const DecodeArgs& side = args.sides[0];
   return for_value<0, 2, 4, 8>(
-      args.codec.width,
+      side.codec.width,
       [&]<int Width>() {
-        return args.shift ? launch_decode<DecodeKernel<HeadDim, Width, true>>(device, args, stream)
-                          : launch_decode<DecodeKernel<HeadDim, Width, false>>(device, args, stream);
+        return side.shift ? launch_decode<DecodeKernel<HeadDim, Width, true>>(device, args, n_sides, stream)
+                          : launch_decode<DecodeKernel<HeadDim, Width, false>>(device, args, n_sides, stream);
       },
       Status::unsupported("no kernel for this width"));
 }
@@ -82,7 +111,10 @@ static_assert(kMaxJudgedDim == JudgeKernel::kMaxDim);
 // Whether a device has the shared memory for many tokens a thread block: with 64 KiB not for heads of 256.
 bool many_fit(const DeviceInfo& device, int head_dim) {
   return for_head_dim(
-      head_dim, [&]<int HeadDim>() { return EncodeKernel<HeadDim, kManyTokens>::kSharedBytes <= device.shared_bytes; },
+      head_dim,
+      [&]<int HeadDim>() {
+        return sizeof(typename EncodeKernel<HeadDim, kManyTokens>::StagedShared) <= device.shared_bytes;
+      },
       false);
 }
 
@@ -92,6 +124,24 @@ bool complete(const CodecTables& codec, int head_dim, int n_kv_heads) {
   return codec.head_dim == head_dim && codec.n_kv_heads == n_kv_heads && codec.packed && codec.scale && codec.words &&
          codec.half_norms && (codec.width == 0 || codec.width == 2 || codec.width == 4 || codec.width == 8) &&
          (!codec.forward || (codec.mean && codec.undo));
+}
+
+// The first `n_sides` of `args`, which one kernel decodes.
+Status decode_sides(const DeviceInfo& device, const DecodeBothArgs& args, int n_sides, cudaStream_t stream) {
+  const DecodeArgs& side = args.sides[0];
+  for (int i = 0; i < n_sides; i++) {
+    const DecodeArgs& each = args.sides[i];
+    if (each.n_streams < 1 || each.n_kv_heads < 1 || each.n_cells < 0 || each.n_cells % kBlockCells != 0) {
+      return Status::invalid("a count is out of range");
+    }
+    if (!each.cache.data || !each.rows || !complete(each.codec, each.codec.head_dim, each.n_kv_heads)) {
+      return Status::invalid("cache, rows or codec are missing");
+    }
+  }
+  if (side.n_cells == 0) return {};
+  return for_head_dim(
+      side.codec.head_dim, [&]<int HeadDim>() { return launch_decode<HeadDim>(device, args, n_sides, stream); },
+      kNoHeadSize);
 }
 
 }  // namespace
@@ -134,6 +184,10 @@ Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream) {
 Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream) {
   if (args.n_layers < 1 || args.n_kv_heads < 1 || args.n_tokens < 0) return Status::invalid("a count is out of range");
   if (!args.layers || !args.windows) return Status::invalid("layers are missing");
+  if ((args.staged.layers[0] | args.staged.layers[1]) &&
+      (args.n_layers > StagedRows::kMaxLayers || !args.staged.rows || !args.staged.cells || !args.staged.slots)) {
+    return Status::invalid("staged rows are missing");
+  }
   if (args.n_tokens == 0) return {};
   // Layers and heads are enough to fill a device. How many cells leave only the device knows: blocks take them in turn.
   const bool many = args.n_tokens >= 4 * kManyTokens && many_fit(device, head_dim);
@@ -177,15 +231,55 @@ Status judge_cells(const DeviceInfo& device, const JudgeArgs& args, cudaStream_t
 }
 
 Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream) {
-  if (args.n_streams < 1 || args.n_kv_heads < 1 || args.n_cells < 0 || args.n_cells % kBlockCells != 0) {
+  return decode_sides(device, {{args, {}}}, 1, stream);
+}
+
+Status decode_cells(const DeviceInfo& device, const DecodeBothArgs& args, cudaStream_t stream) {
+  const auto& [keys, values] = args.sides;
+  if (keys.codec.head_dim == values.codec.head_dim && keys.codec.width == values.codec.width &&
+      !keys.shift == !values.shift && keys.n_cells == values.n_cells && keys.n_streams == values.n_streams &&
+      keys.n_kv_heads == values.n_kv_heads) {
+    return decode_sides(device, args, 2, stream);
+  }
+  if (Status s = decode_cells(device, keys, stream); !s.ok()) return s;
+  return decode_cells(device, values, stream);
+}
+
+Status prepare_prompt(const DeviceInfo& device, const PromptArgs& args, cudaStream_t stream) {
+  const EncodeArgs& b = args.batch;
+  const TransformArgs& q = args.queries;
+  if (b.n_kv_heads < 1 || b.n_tokens < 0 || b.cells_per_stream < 1 || args.first_window_row < 0 ||
+      args.n_window_rows < 0 || q.n_streams < 0 || q.n_tokens < 0 || q.group < 1) {
     return Status::invalid("a count is out of range");
   }
-  if (!args.cache.data || !args.rows || !complete(args.codec, args.codec.head_dim, args.n_kv_heads)) {
-    return Status::invalid("cache, rows or codec are missing");
+  if (b.n_tokens > 0 && ((!b.keys && !b.values) || !b.cells || !args.staged_keys || !args.staged_values)) {
+    return Status::invalid("keys, values or cells are missing");
   }
-  if (args.n_cells == 0) return {};
+  if (args.n_window_rows > 0 && (!b.window.keys || !b.window.values || b.window.capacity < 1 || !b.window_cells)) {
+    return Status::invalid("window rows are missing");
+  }
+  if (!complete(b.key_codec, b.head_dim, b.n_kv_heads) || !complete(b.value_codec, b.head_dim, b.n_kv_heads)) {
+    return Status::invalid("a codec is incomplete");
+  }
+  if (q.n_streams * q.n_tokens > 0 &&
+      (!q.in || !q.out || q.n_kv_heads != b.n_kv_heads || !complete(q.codec, b.head_dim, b.n_kv_heads))) {
+    return Status::invalid("queries are missing");
+  }
+  if (b.n_tokens == 0 && args.n_window_rows == 0 && q.n_streams * q.n_tokens == 0) return {};
   return for_head_dim(
-      args.codec.head_dim, [&]<int HeadDim>() { return launch_decode<HeadDim>(device, args, stream); }, kNoHeadSize);
+      b.head_dim, [&]<int HeadDim>() { return launch_prompt<HeadDim>(device, args, stream); }, kNoHeadSize);
+}
+
+Status place_staged(const DeviceInfo& device, const LeaveArgs& args, cudaStream_t stream) {
+  const StagedRows& staged = args.staged;
+  if (args.n_layers < 1 || args.n_layers > StagedRows::kMaxLayers || args.n_kv_heads < 1 || staged.n_tokens < 0) {
+    return Status::invalid("a count is out of range");
+  }
+  if (!args.layers || !staged.rows || !staged.cells || !staged.slots) return Status::invalid("an array is missing");
+  if (staged.n_tokens == 0) return {};
+  const dim3 grid((staged.n_tokens + PlaceKernel::kTokens - 1) / PlaceKernel::kTokens,
+                  args.n_layers * args.n_kv_heads * 2);
+  return launch(device, place_kernel, args, grid, PlaceKernel::kThreads, PlaceKernel::kSharedBytes, stream);
 }
 
 Status transform_rows(const DeviceInfo& device, const TransformArgs& args, cudaStream_t stream) {

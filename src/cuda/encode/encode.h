@@ -26,8 +26,17 @@ Status judge_cells(const DeviceInfo& device, const JudgeArgs& args, cudaStream_t
 /// be called before their rows are overwritten.
 Status code_leaving(const DeviceInfo& device, LeaveArgs args, int head_dim, cudaStream_t stream);
 
+/// Enqueues one kernel that puts the rows of staged tokens into the windows of `args.layers`, behind code_leaving.
+Status place_staged(const DeviceInfo& device, const LeaveArgs& args, cudaStream_t stream);
+
 /// Enqueues one kernel that decodes all cells to f16 rows.
 Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream_t stream);
+/// The same of keys and of values, by one kernel where they have one format.
+Status decode_cells(const DeviceInfo& device, const DecodeBothArgs& args, cudaStream_t stream);
+
+/// Enqueues one kernel that writes a prompt's exact rows for dense attention, keeps its tokens' rows until they are
+/// coded and transforms its queries. Behind decode_cells, whose rows it overwrites.
+Status prepare_prompt(const DeviceInfo& device, const PromptArgs& args, cudaStream_t stream);
 
 /// Enqueues one kernel that transforms queries for attention over decoded rows, or its outputs back.
 Status transform_rows(const DeviceInfo& device, const TransformArgs& args, cudaStream_t stream);

@@ -301,8 +301,9 @@ struct EncodeKernel {
   SIMT static Place place(const EncodeArgs& a, int i) {
     if (a.window_cells) return {i / a.window.capacity, a.window_cells[i], i % a.window.capacity};
     const int64_t index = a.cells[i];
-    if (index < 0) return {0, -1, -1};
-    return {int(index / a.cells_per_stream), int(index % a.cells_per_stream), a.window.slots ? a.window.slots[i] : -1};
+    const int slot = a.window.slots ? a.window.slots[i] : -1;
+    if (index < 0 || (a.by_token && slot >= 0)) return {0, -1, -1};
+    return {int(index / a.cells_per_stream), int(index % a.cells_per_stream), a.by_token ? i : slot};
   }
 
   /// One head's row of a cell, written by a warp, two numbers a lane: full lines, should they go over a bus.
@@ -334,7 +335,8 @@ struct EncodeKernel {
     const int n_subspaces = codec.order().n_subspaces();
     if (n <= 0) return;
     const auto row = [&](const Place& p) {
-      return window + ((size_t(p.stream) * a.n_kv_heads + head) * a.window.capacity + p.slot) * D;
+      const size_t stream = a.by_token ? 0 : p.stream;
+      return window + ((stream * a.n_kv_heads + head) * a.window.capacity + p.slot) * D;
     };
     const auto input = [&](int token) {
       return kIsKey ? a.keys + token * a.key_token_stride + head * a.key_head_stride
@@ -415,6 +417,7 @@ struct EncodeKernel {
     layer.cells = window.leaving_cells;
     layer.window.slots = window.leaving_slots;
     layer.from_window = true;
+    layer.by_token = false;  // the compiler leaves that out then
     layer.tokens_per_block = a.tokens_per_block;
     const WindowBooks* books = window.books;
     const int* n_leaving = window.n_leaving;
@@ -426,6 +429,56 @@ struct EncodeKernel {
       if (part == 0) encode<Kind::key>(layer, head, first);
       if (part == 1) encode<Kind::value>(layer, head, first);
       simt::sync();
+    }
+  }
+
+  struct alignas(16) StagedShared {
+    Shared block;
+    EncodeArgs layer;  // in registers it would be most of them
+  };
+
+  /// The same, and then codes what a prompt staged. A thread block goes through all of the one, then of the other.
+  SIMT static void run_staged(const LeaveArgs& a) {
+    simt::launch_dependents();
+    const int part = simt::block_y() % 2, head = simt::block_y() / 2 % a.n_kv_heads;
+    const int index = simt::block_y() / 2 / a.n_kv_heads;
+    const EncodeArgs& from = a.layers[index];
+    if (from.head_dim != D || head >= from.n_kv_heads) return;
+    const LayerWindow& window = a.windows[index];
+    EncodeArgs& layer = reinterpret_cast<StagedShared*>(simt::shared())->layer;
+    simt::wait_for_previous_grid();
+    if (simt::thread() == 0) {
+      layer = from;
+      layer.cells = window.leaving_cells;
+      layer.window.slots = window.leaving_slots;
+      layer.from_window = true;
+      layer.tokens_per_block = a.tokens_per_block;
+      layer.n_tokens = window.n_leaving[(window.books->n_batches & 1) ? 0 : 1];
+    }
+    simt::sync();
+    int first = simt::block_x() * a.tokens_per_block;
+    SIMT_NO_UNROLL
+    for (int staged = 0; staged < 2; staged++) {
+      if (staged == 1) {
+        if (!a.staged.has(index, part == 0)) return;
+        // The next thread block in turn goes on with the first of these.
+        first -= (layer.n_tokens + a.tokens_per_block - 1) / a.tokens_per_block * a.tokens_per_block;
+        simt::sync();
+        if (simt::thread() == 0) {
+          layer.n_tokens = layer.window.capacity = a.staged.n_tokens;
+          layer.by_token = true;
+          layer.cells = a.staged.cells;
+          layer.window.slots = a.staged.slots + size_t(index) * a.staged.n_tokens;
+          layer.window.keys = layer.window.values = a.staged.of(index, part == 0);
+        }
+        simt::sync();
+      }
+      SIMT_NO_UNROLL
+      for (; first < layer.n_tokens; first += simt::blocks_x() * a.tokens_per_block) {
+        if (part == 0) encode<Kind::key>(layer, head, first);
+        if (part == 1) encode<Kind::value>(layer, head, first);
+        simt::sync();
+      }
     }
   }
 };

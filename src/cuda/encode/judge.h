@@ -173,6 +173,7 @@ struct JudgeKernel {
   static constexpr int kMaxDim = Tiles::kMaxDim;
 
   struct Shared {
+    int tokens[Judge::kMostQueries];
     float mean[8 * kMaxDim];  // of 4 heads, or of 8 where they are large
     Tiles::Shared tiles;
   };
@@ -196,17 +197,24 @@ struct JudgeKernel {
     }
   };
 
-  /// The mean of the job's queries, of `n_heads` heads of the group from `first` on.
-  SIMT static void make_mean(Shared& s, const Place& p, const JudgeJob& job, int first, int n_heads) {
+  /// Which tokens' queries decide. Returns how many there are.
+  SIMT static int list_tokens(Shared& s, const Place& p, const JudgeJob& job) {
     const int n = job.n_judges < Judge::kMostQueries ? job.n_judges : Judge::kMostQueries;
+    for (int k = simt::thread(); k < n; k += kThreads) {
+      s.tokens[k] = p.entries[job.judges + k * job.n_judges / n] - p.a.capacity;
+    }
+    simt::sync();
+    return n;
+  }
+
+  /// The mean of these n tokens' queries, of `n_heads` heads of the group from `first` on.
+  SIMT static void make_mean(Shared& s, const Place& p, int n, int first, int n_heads) {
     SIMT_NO_UNROLL
     for (int i = simt::thread(); i < n_heads * p.a.head_dim; i += kThreads) {
+      const int of_group = first + i / p.a.head_dim, d = i % p.a.head_dim;
       float sum = 0;
-      SIMT_UNROLL_BY(8)
-      for (int k = 0; k < n; k++) {
-        const int token = p.entries[job.judges + k * job.n_judges / n] - p.a.capacity;
-        sum = simt::add_rn(sum, p.query(token, first + i / p.a.head_dim)[i % p.a.head_dim]);
-      }
+      SIMT_UNROLL_BY(16)
+      for (int k = 0; k < n; k++) sum = simt::add_rn(sum, simt::load_constant(p.query(s.tokens[k], of_group) + d));
       s.mean[i] = simt::div_rn(sum, float(n));
     }
     simt::sync();
@@ -229,7 +237,14 @@ struct JudgeKernel {
 
   SIMT static void run(const JudgeArgs& a) {
     simt::launch_dependents();
-    simt::wait_for_previous_grid();
+    if (!a.early) simt::wait_for_previous_grid();
+    score(a);
+    // The next grid waits for this one alone, which must not end before those that it overtook.
+    if (a.early) simt::wait_for_previous_grid();
+  }
+
+private:
+  SIMT static void score(const JudgeArgs& a) {
     Shared& s = *reinterpret_cast<Shared*>(simt::shared());
     const int stream = simt::block_z(), head = simt::block_y(), first = simt::block_x() * kJudgeTile;
     const size_t rows = (size_t(stream) * a.n_kv_heads + head) * a.capacity * a.head_dim;
@@ -248,10 +263,11 @@ struct JudgeKernel {
     uint32_t* scores = a.list.scores + size_t(stream) * a.list.max_entries + job.first;
     const int begin = first - job.first;
     const Tiles tiles{s.tiles, a.head_dim};
+    const int n_judges = list_tokens(s, p, job);
     SIMT_NO_UNROLL
     for (int group = 0; group < a.group; group += tiles.heads()) {
       const int n_heads = a.group - group < tiles.heads() ? a.group - group : tiles.heads();
-      make_mean(s, p, job, group, n_heads);
+      make_mean(s, p, n_judges, group, n_heads);
       const float* query = tiles.head() < n_heads ? s.mean + tiles.head() * a.head_dim : nullptr;
       const Judge::Spread spread = tiles.spread(query, job.n_recent, [&](int i) { return p.key(job.n_others + i); });
       const int left = job.n_others - begin;

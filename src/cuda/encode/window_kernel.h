@@ -4,7 +4,8 @@
 // The host commits a batch when it has been attended to. Here, one launch at the beginning of a batch does for all
 // layers what the host's `commit` of the batch before and its `begin_batch` and `settle` of this one do. Attention has
 // kept the queries that decide for it. Batches of more than kMaxTokens tokens, whose tokens are encoded at once, are
-// committed when a layer attends to them, by two launches with judge_cells in between.
+// committed by two launches: one before a layer attends to them, and one behind the layer's judge_cells, which may be
+// behind all layers.
 #pragma once
 
 #include "cuda/encode/judge.h"
@@ -45,6 +46,7 @@ struct WindowKernel {
     int* n_leaving;
     int32_t* token_slots;
     uint32_t* marks;
+    JudgeList judges;
     int n_rows;  // rows from this one on are unused
 
     SIMT int total() const { return w.last + w.pool + w.spare; }
@@ -258,7 +260,7 @@ struct WindowKernel {
 
   /// Room for the job of a sequence of n entries, or -1.
   SIMT static int add_job(const Stream& stream, const JudgeJob& job) {
-    const JudgeList& list = stream.a.judge;
+    const JudgeList& list = stream.judges;
     Shared& s = stream.s;
     if (!list.jobs || !stream.w.queries || stream.w.pool == 0) return -1;
     const int first = s.n_entries, n = (job.n + kJudgeTile - 1) / kJudgeTile * kJudgeTile, at = s.n_jobs;
@@ -344,9 +346,9 @@ struct WindowKernel {
     const auto stays = [&](int rank) { return all || rank >= n_others || (first < 0 && rank < w.pool); };
     const auto note = [&](int rank, int entry) {
       if (first < 0) return;
-      const size_t at = size_t(stream.index) * a.judge.max_entries + first + rank;
-      a.judge.entries[at] = entry;
-      a.judge.scores[at] = Judge::kNoScore;
+      const size_t at = size_t(stream.index) * stream.judges.max_entries + first + rank;
+      stream.judges.entries[at] = entry;
+      stream.judges.scores[at] = Judge::kNoScore;
     };
     SIMT_NO_UNROLL
     for (int i = simt::thread(); i < n_old; i += kThreads) {
@@ -396,11 +398,13 @@ struct WindowKernel {
 
   SIMT static void run(const WindowArgs& a) {
     simt::launch_dependents();
-    const LayerWindow w = a.layers[simt::block_x()];
+    const int layer = simt::block_x();
+    const LayerWindow w = a.layers[layer];
     simt::wait_for_previous_grid();
     Shared& s = *reinterpret_cast<Shared*>(simt::shared());
     const int index = simt::block_y();
     const size_t first = size_t(index) * a.capacity;
+    uint8_t* flags = a.flags ? a.flags + layer * a.layer_rows() : nullptr;
     WindowBooks books = w.books[index];
     const bool begins = a.part != WindowArgs::end;
     const int n_rows = int(books.n_rows);
@@ -408,7 +412,7 @@ struct WindowKernel {
       s.cell[row] = w.cells[first + row];
       s.order[row] = w.order[first + row];
       s.sequence[row] = w.sequence[first + row];
-      s.flags[row] = begins ? 0 : a.flags[first + row];
+      s.flags[row] = begins ? 0 : flags[first + row];
     });
     if (begins) for_rows(a.capacity, [&](int row) { w.tokens[first + row] = -1; });
     if (begins) {
@@ -422,8 +426,9 @@ struct WindowKernel {
                         s,
                         index,
                         w.n_leaving + parity,
-                        a.token_slots ? a.token_slots : w.token_slots,
-                        a.marks ? a.marks : w.marks,
+                        a.token_slots ? a.token_slots + layer * a.layer_tokens() : w.token_slots,
+                        a.marks ? a.marks + layer * a.layer_tokens() : w.marks,
+                        a.judge_of(layer),
                         n_rows};
     bool any = false;
     for (int i = simt::thread(); i < a.n_tokens; i += kThreads) any = any || stream.cell_of(i) >= 0;
@@ -434,8 +439,8 @@ struct WindowKernel {
       for_rows(a.capacity, [&](int row) { a.kept_cells[first + row] = row < n_rows ? s.cell[row] : -1; });
     }
     if (a.part == WindowArgs::begin) {
-      for_rows(n_rows, [&](int row) { a.flags[first + row] = s.flags[row]; });
-      if (!any && a.judge.n_jobs && simt::thread() == 0) a.judge.n_jobs[index] = 0;
+      for_rows(n_rows, [&](int row) { flags[first + row] = s.flags[row]; });
+      if (!any && stream.judges.n_jobs && simt::thread() == 0) stream.judges.n_jobs[index] = 0;
     } else if (any) {
       end(stream, books);
     }
@@ -480,12 +485,12 @@ struct WindowKernel {
     for (int head = next_head(stream); head >= 0; head = next_head(stream)) {
       take_sequence(stream, books, before, head, commits(a));
     }
-    if (a.judge.n_jobs && simt::thread() == 0) a.judge.n_jobs[stream.index] = s.n_jobs;
+    if (stream.judges.n_jobs && simt::thread() == 0) stream.judges.n_jobs[stream.index] = s.n_jobs;
   }
 
   /// Marks what the jobs' scores choose.
   SIMT static void choose(const Stream& stream) {
-    const JudgeList& list = stream.a.judge;
+    const JudgeList& list = stream.judges;
     for (int i = 0; i < list.n_jobs[stream.index]; i++) {
       const JudgeJob job = list.jobs[size_t(stream.index) * kMaxJudgeJobs + i];
       const size_t first = size_t(stream.index) * list.max_entries + job.first;
@@ -509,7 +514,7 @@ struct WindowKernel {
     const WindowArgs& a = stream.a;
     Shared& s = stream.s;
     simt::sync();
-    if (a.part == WindowArgs::end && a.judge.n_jobs) choose(stream);
+    if (a.part == WindowArgs::end && stream.judges.n_jobs) choose(stream);
     const bool any_rewritten = count_rows(stream, [&](int row) { return (s.flags[row] & kRewritten) != 0; }) > 0;
     for_rows(stream.n_rows, [&](int row) {
       s.score[row] = 0;

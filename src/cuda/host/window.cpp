@@ -71,8 +71,9 @@ Status DeviceWindow::clear() {
 
 Status DeviceWindow::keep_queries(int n_heads, bool* changed) {
   *changed = false;
-  if (view_.queries || view_.pool == 0) return {};
-  view_.group = n_heads / view_.n_kv_heads;
+  const int group = n_heads / view_.n_kv_heads;
+  if ((view_.queries && view_.group == group) || view_.pool == 0) return {};
+  view_.group = group;
   if (Status s = queries_.reserve(shape_.n_streams * stream_queries() * sizeof(float)); !s.ok()) return s;
   view_.queries = queries_.as<float>();
   *changed = true;
@@ -178,6 +179,45 @@ void WindowScratch::add_prompt(WindowArgs* args) const {
   args->marks = marks_.as<uint32_t>();
   args->kept_cells = kept_cells_.as<int32_t>();
   args->flags = flags_.as<uint8_t>();
+}
+
+size_t WindowScratch::place_prompt(WindowArgs* args, char* memory) const {
+  const size_t layers = size_t(args->n_layers), streams = layers * shape_.n_streams;
+  size_t at = 0;
+  const auto array = [&]<typename T>(T*& to, size_t size) {
+    to = reinterpret_cast<T*>(memory + at);
+    at += (size * sizeof(T) + 15) / 16 * 16;
+  };
+  JudgeList& judge = args->judge;
+  judge.max_entries = judge_entries(args->mask_tokens);
+  array(args->token_slots, layers * args->n_tokens);
+  array(args->marks, layers * args->n_tokens);
+  array(args->flags, streams * capacity_);
+  array(judge.jobs, streams * kMaxJudgeJobs);
+  array(judge.n_jobs, streams);
+  array(judge.entries, streams * judge.max_entries);
+  array(judge.scores, streams * judge.max_entries);
+  return at;
+}
+
+size_t WindowScratch::prompt_bytes(const WindowArgs& args) const {
+  WindowArgs placed = args;
+  return place_prompt(&placed, nullptr);
+}
+
+void WindowScratch::add_prompt(WindowArgs* args, char* memory) const {
+  place_prompt(args, memory);
+  args->by_layer = true;
+}
+
+WindowArgs WindowScratch::from_layer(WindowArgs args, size_t first, size_t n) {
+  args.judge = args.judge_of(int(first));
+  args.layers += first;
+  args.n_layers = int(n);
+  args.token_slots += first * args.layer_tokens();
+  args.marks += first * args.layer_tokens();
+  args.flags += first * args.layer_rows();
+  return args;
 }
 
 // Sequences of one stream may share cells, which are then entries of several jobs.

@@ -72,6 +72,12 @@ public:
   WindowArgs finish() const;
   /// Adds what a prompt needs, whose layers come one after another.
   void add_prompt(WindowArgs* args) const;
+  /// The same where each of args->n_layers layers has arrays of its own (WindowArgs::by_layer), in `memory` of
+  /// prompt_bytes.
+  void add_prompt(WindowArgs* args, char* memory) const;
+  size_t prompt_bytes(const WindowArgs& args) const;
+  /// Of the layers from number `first` on, whose arrays are `args`'.
+  static WindowArgs from_layer(WindowArgs args, size_t first, size_t n);
   /// What judge_cells needs of a prompt with so many tokens a stream: memory of judge_bytes.
   size_t judge_bytes(int stream_tokens) const;
   JudgeList judge_list(int stream_tokens, char* memory) const;
@@ -86,6 +92,7 @@ private:
   CacheShape shape_;
   int capacity_ = 0;
   int judge_entries(int stream_tokens) const;
+  size_t place_prompt(WindowArgs* args, char* memory) const;
 
   DeviceMemory marks_, slots_, kept_cells_, flags_, jobs_, n_jobs_;
 };

@@ -1,4 +1,4 @@
-// The tasks; cuda_reads.cpp, cuda_recorded.cpp and cuda_cells.cpp have the rest.
+// The tasks; cuda_prompt.cpp, cuda_reads.cpp, cuda_recorded.cpp and cuda_cells.cpp have the rest.
 #include "engine/cuda/cuda_cache.h"
 
 #include <algorithm>
@@ -17,11 +17,6 @@ bool is_prefill(const AttendTask& task) {
 // keys, and of weights that sum up to 1 the values' mean can be added to the outputs.
 bool needs_means(const AttentionProblem& problem) {
   return problem.softcap != 0 || problem.sinks;
-}
-
-cuda::BatchMask mask_of(const BatchSight& sight) {
-  return {sight.mask,      sight.mask_token,   sight.mask_stream, int(sight.n_tokens),
-          sight.n_streams, sight.first_stream, int(sight.n_cells)};
 }
 
 // With an exact store, what matters most is retrieved, and cells are coded as they come: the window is the last ones
@@ -96,7 +91,9 @@ void CudaCache::flush(const Lane& lane, int index) {
   if (!of.waits[0] && !of.waits[1]) return;
   CudaQueue& queue = queue_of(lane);
   if (of.device.is_read_as_rows()) return take_off(queue, of, {});
-  encode(of, take_writes(queue, of, {}), queue.stream());
+  const cuda::EncodeArgs written = take_writes(queue, of, {});
+  if (is_staged(written)) return stage_alone(queue, of, written);
+  encode(of, written, queue.stream());
 }
 
 void CudaCache::encode(const Layer& layer, const cuda::EncodeArgs& args, cudaStream_t stream) {
@@ -107,6 +104,7 @@ void CudaCache::encode(const Layer& layer, const cuda::EncodeArgs& args, cudaStr
 
 void CudaCache::abandon() {
   flight_ = {};
+  prompt_.n = 0;
   for (auto& [index, layer] : layers_) layer->waits[0] = layer->waits[1] = false;
 }
 
@@ -214,30 +212,37 @@ void CudaCache::update_window(CudaQueue& queue, Layer& layer, const WriteTask& t
     args.judge = scratch_.judge_list(mask.n_tokens, memory);
     args.part = cuda::WindowArgs::begin;
     require(cuda::update_window(device_, args, stream), "the window");
-    cuda::JudgeArgs judge;
-    judge.layer = args.layers;
-    judge.list = args.judge;
-    judge.n_streams = args.n_streams;
-    judge.n_kv_heads = p.n_kv_heads;
-    judge.group = queries.n_heads / p.n_kv_heads;
-    judge.head_dim = p.head_dim;
-    judge.capacity = args.capacity;
-    judge.n_judges = args.n_judges;
-    judge.keys = p.keys;
-    judge.key_token_stride = p.key_token_stride;
-    judge.key_head_stride = p.key_head_stride;
-    judge.queries = queries.data;
-    judge.query_stream_stride = queries.stream;
-    judge.query_token_stride = queries.token;
-    judge.query_head_stride = queries.head;
-    judge.first_stream = mask.first_stream;
-    judge.n_batch_streams = mask.n_streams;
-    judge.stream_tokens = mask.n_tokens;
-    require(cuda::judge_cells(device_, judge, stream), "the window");
+    require(cuda::judge_cells(device_, judge_args(layer, args, p, queries), stream), "the window");
     args.part = cuda::WindowArgs::end;
   }
   require(cuda::update_window(device_, args, stream), "the window");
   code_leaving(leaving(layer.index, 1, args.n_tokens), stream);
+}
+
+// `window`: of this layer alone.
+cuda::JudgeArgs CudaCache::judge_args(const Layer& layer, const cuda::WindowArgs& window, const cuda::EncodeArgs& p,
+                                      const BatchQueries& queries) const {
+  cuda::JudgeArgs judge;
+  judge.layer = window.layers;
+  judge.list = window.judge;
+  judge.n_streams = window.n_streams;
+  judge.n_kv_heads = p.n_kv_heads;
+  judge.group = queries.n_heads / p.n_kv_heads;
+  judge.head_dim = p.head_dim;
+  judge.capacity = window.capacity;
+  judge.n_judges = window.n_judges;
+  judge.keys = p.keys;
+  judge.key_token_stride = p.key_token_stride;
+  judge.key_head_stride = p.key_head_stride;
+  judge.queries = queries.data;
+  judge.query_stream_stride = queries.stream;
+  judge.query_token_stride = queries.token;
+  judge.query_head_stride = queries.head;
+  const BatchSight& sight = layer.writes[int(Kind::key)].sight;
+  judge.first_stream = sight.first_stream;
+  judge.n_batch_streams = sight.n_streams;
+  judge.stream_tokens = int(sight.n_tokens);
+  return judge;
 }
 
 // What there is to encode; the window takes in the cells before.
@@ -268,10 +273,13 @@ cuda::EncodeArgs CudaCache::take_writes(CudaQueue& queue, Layer& layer, const Ba
   taken.takes_batch = layer.window_batch != batch_;
   if (is_recording_) recorded_.push_back(taken);
   if (taken.takes_batch) {
-    if (is_prompt) update_window(queue, layer, *last, p, queries);
-    if (!is_prompt) update_windows(*last, p.cells, queue.stream());
+    if (!is_prompt) {
+      update_windows(*last, p.cells, queue.stream());
+    } else if (!begin_prompt(queue, *last, p, queries)) {
+      update_window(queue, layer, *last, p, queries);
+    }
   }
-  if (is_prompt) p.window.slots = scratch_.token_slots();
+  if (is_prompt && prompt_.batch != batch_) p.window.slots = scratch_.token_slots();
   return p;
 }
 
@@ -389,10 +397,11 @@ void CudaCache::read_store(const Layer& layer, const cuda::DenseRows& rows, cuda
   }
 }
 
-// All cells' rows as they were before a batch whose tokens are not written yet, transformed as they are coded.
-void CudaCache::decode(const Layer& layer, const cuda::DenseRows& rows, bool before_batch, cudaStream_t stream) {
+// All coded cells' rows, transformed as they are coded.
+void CudaCache::decode(const Layer& layer, const cuda::DenseRows& rows, cudaStream_t stream) {
+  cuda::DecodeBothArgs both;
   for (Kind kind : {Kind::key, Kind::value}) {
-    cuda::DecodeArgs d;
+    cuda::DecodeArgs& d = both.sides[int(kind)];
     d.n_streams = rows.n_streams;
     d.n_kv_heads = layer.device.shape().n_kv_heads;
     d.n_cells = rows.n_cells;
@@ -401,9 +410,12 @@ void CudaCache::decode(const Layer& layer, const cuda::DenseRows& rows, bool bef
     d.is_key = kind == Kind::key;
     d.rows = kind == Kind::key ? rows.keys : rows.values;
     d.shift = kind == Kind::key ? rows.key_shift : rows.value_shift;
-    require(cuda::decode_cells(device_, d, stream), "decoding");
   }
-  // The window's cells need not be coded. While new tokens' rows are not written, it holds those of before.
+  require(cuda::decode_cells(device_, both, stream), "decoding");
+}
+
+// The window's cells need not be coded. While new tokens' rows are not written, it holds those of before.
+void CudaCache::decode_window(const Layer& layer, const cuda::DenseRows& rows, bool before_batch, cudaStream_t stream) {
   cuda::EncodeArgs exact = layer.device.encode_args();
   exact.from_window = true;
   exact.window_cells = before_batch ? scratch_.kept_cells() : layer.device.window().cells(0);
@@ -428,13 +440,18 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
     require(cuda::encode(device_, p, queue.stream()), "encoding");
     return read_store(layer, rows, queue.stream());
   }
+  // A part of the batch, or one that was staged before: it is taken in first, and then attended to as any other cells.
+  if (is_staged(p) ? !(p.keys && p.values && layer.ended_batch != batch_) : prompt_.n > 0) {
+    if (is_staged(p)) stage_alone(queue, layer, p);
+    end_prompt(queue.stream());
+    p.n_tokens = 0;
+    p.keys = p.values = nullptr;
+  }
   if (needs_means(problem)) {
     rows.key_shift = device.shift(Kind::key);
     rows.value_shift = device.shift(Kind::value);
   }
-  decode(layer, rows, /*before_batch=*/p.n_tokens > 0, queue.stream());
-  p.dense = rows;
-  require(cuda::encode(device_, p, queue.stream()), "encoding");
+  decode(layer, rows, queue.stream());
 
   const size_t n_numbers = size_t(problem.n_streams) * problem.n_tokens * problem.n_heads * dim;
   const cuda::TransformArgs t{.n_streams = problem.n_streams,
@@ -448,7 +465,27 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
                               .head_stride = problem.q_head,
                               .codec = p.key_codec,
                               .out = queue.room<float>(queue.queries, n_numbers)};
-  require(cuda::transform_rows(device_, t, queue.stream()), "queries");
+  if (is_staged(p) && p.keys && p.values) {
+    const size_t index = stage(layer, queue.stream());
+    const cuda::WindowArgs window = cuda::WindowScratch::from_layer(prompt_.args, layer.index, 1);
+    if (layer.device.window().is_judged()) {
+      cuda::JudgeArgs judge = judge_args(layer, window, p, queries_of(task));
+      judge.early = std::exchange(prompt_.has_begun, true);  // beside the decoding
+      require(cuda::judge_cells(device_, judge, queue.stream()), "the window");
+    }
+    cuda::PromptArgs prompt = staging(index, p);
+    prompt.batch.dense = rows;
+    prompt.batch.window_cells = device.window().cells(0);
+    prompt.first_window_row = rows.first_stream * scratch_.capacity();
+    prompt.n_window_rows = rows.n_streams * scratch_.capacity();
+    prompt.queries = t;
+    require(cuda::prepare_prompt(device_, prompt, queue.stream()), "rows of a prompt");
+  } else {
+    decode_window(layer, rows, /*before_batch=*/p.n_tokens > 0, queue.stream());
+    p.dense = rows;
+    require(cuda::encode(device_, p, queue.stream()), "encoding");
+    require(cuda::transform_rows(device_, t, queue.stream()), "queries");
+  }
   dense->q = t.out;
   if (!layer.corrects_prompts) return;
   cuda::BiasArgs bias;
@@ -457,7 +494,7 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
   bias.rows_kv_heads = p.n_kv_heads;
   bias.group = t.group;
   bias.scale = problem.scale;
-  bias.window_cells = p.n_tokens > 0 ? scratch_.kept_cells() : device.window().cells(0);
+  bias.window_cells = p.n_tokens > 0 && !is_staged(p) ? scratch_.kept_cells() : device.window().cells(0);
   bias.n_window_streams = device.shape().n_streams;
   bias.capacity = scratch_.capacity();
   bias.cells = p.cells;

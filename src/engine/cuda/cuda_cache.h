@@ -18,6 +18,11 @@
 
 namespace thimble {
 
+inline cuda::BatchMask mask_of(const BatchSight& sight) {
+  return {sight.mask,      sight.mask_token,   sight.mask_stream, int(sight.n_tokens),
+          sight.n_streams, sight.first_stream, int(sight.n_cells)};
+}
+
 class CudaCache : public KvCache {
 public:
   explicit CudaCache(const cuda::DeviceInfo& device) : device_(device) {}
@@ -33,7 +38,7 @@ public:
   /// The window takes a batch in when a layer is read first; its rows are in flight until the graph comes to another
   /// layer or ends.
   void read(const Lane& lane, const ReadTask& task) override;
-  void end_reading(const Lane& lane) override;
+  void end_graph(const Lane& lane) override;
   void flush(const Lane& lane, int layer) override;
   void abandon() override;
   bool can_record() const override { return true; }
@@ -61,6 +66,19 @@ private:
     WriteTask writes[2];
     uint64_t batch[2] = {0, 0};  // by Kind: the batch that was written last,
     uint64_t window_batch = 0;   // and taken into the window
+    uint64_t ended_batch = 0;    // of prompts whose layers end together: the last one that the layer has ended
+  };
+  // A prompt whose layers end together, behind its graph or where their memory is full: the window's books begin for
+  // all layers at once, each layer then keeps its rows and has its cells scored, and at the end cells leave the windows
+  // of these layers and are coded.
+  struct Prompt {
+    uint64_t batch = 0;
+    cuda::WindowArgs args;    // of all layers
+    cuda::StagedRows staged;  // of the layers from number `first` on
+    size_t first = 0, n = 0;  // layers that are staged
+    bool has_begun = false;   // the kernels that begin it are behind a layer's first
+    size_t max_layers = 1;    // that there is memory for
+    cuda::DeviceMemory lists, rows, cells;
   };
   // The batch of the layer that is being read.
   struct Flight {
@@ -78,6 +96,16 @@ private:
   void update_windows(const WriteTask& task, const int64_t* cells, cudaStream_t stream);
   void update_window(CudaQueue& queue, Layer& layer, const WriteTask& task, const cuda::EncodeArgs& written,
                      const BatchQueries& queries);
+  cuda::JudgeArgs judge_args(const Layer& layer, const cuda::WindowArgs& window, const cuda::EncodeArgs& written,
+                             const BatchQueries& queries) const;
+  bool ends_together() const;
+  bool begin_prompt(CudaQueue& queue, const WriteTask& task, const cuda::EncodeArgs& written,
+                    const BatchQueries& queries);
+  void end_prompt(cudaStream_t stream);
+  size_t stage(Layer& layer, cudaStream_t stream);
+  cuda::PromptArgs staging(size_t index, const cuda::EncodeArgs& written);
+  void stage_alone(CudaQueue& queue, Layer& layer, const cuda::EncodeArgs& written);
+  bool is_staged(const cuda::EncodeArgs& written) const { return written.n_tokens > 0 && prompt_.batch == batch_; }
   cuda::EncodeArgs take_writes(CudaQueue& queue, Layer& layer, const BatchQueries& queries);
   void count_batch(Layer& layer, Kind kind);
   std::vector<uint64_t> counted() const;
@@ -92,7 +120,8 @@ private:
   void prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, cuda::EncodeArgs& written,
                DenseAttention* dense);
   void read_store(const Layer& layer, const cuda::DenseRows& rows, cudaStream_t stream);
-  void decode(const Layer& layer, const cuda::DenseRows& rows, bool before_batch, cudaStream_t stream);
+  void decode(const Layer& layer, const cuda::DenseRows& rows, cudaStream_t stream);
+  void decode_window(const Layer& layer, const cuda::DenseRows& rows, bool before_batch, cudaStream_t stream);
   const float* slopes(CudaQueue& queue, float max_bias, int n_heads);
   cuda::CellState state();
   cuda::HostWindow host_window(const Layer& layer);
@@ -109,6 +138,7 @@ private:
   bool is_recording_ = false;
   std::vector<RecordedWrites> recorded_;
   std::vector<uint64_t> before_recording_;  // counted()
+  Prompt prompt_;
   Flight flight_;
   cuda::DeviceMemory flight_memory_[3];                // keys and values by Kind, f32; cells
   std::unique_ptr<cuda::StateKernels> state_kernels_;  // once a state is saved or loaded

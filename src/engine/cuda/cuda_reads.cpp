@@ -68,10 +68,6 @@ void CudaCache::land(CudaQueue& queue) {
   if (flight.layer) encode(*flight.layer, flight.args, queue.stream());
 }
 
-void CudaCache::end_reading(const Lane& lane) {
-  land(queue_of(lane));
-}
-
 void CudaCache::read(const Lane& lane, const ReadTask& task) {
   CudaQueue& queue = queue_of(lane);
   Layer& of = layer(task.layer);
