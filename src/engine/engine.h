@@ -30,8 +30,8 @@ public:
   /// The same for a layer whose heads are known.
   virtual std::string refusal(const LayerPlan& plan) const = 0;
   /// Whether the engine computes attention over a layer whose heads are known. Else the host program does, on rows that
-  /// the engine decodes (KvCache::read).
-  virtual bool attends(const LayerPlan&) const { return true; }
+  /// the engine decodes (KvCache::read). Latent rows (LayerPlan::latent) take more than attention to keys and values.
+  virtual bool attends(const LayerPlan& plan) const { return plan.latent == 0; }
   /// Why a layer takes slower kernels than the engine has for other formats, as half a sentence, or "".
   virtual std::string why_slow(const LayerPlan&) const { return {}; }
   /// Whether the host program should keep a cache of these settings itself, as f16.

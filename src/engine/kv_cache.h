@@ -79,6 +79,7 @@ struct ReadTask {
   int64_t n_cells = 0;
   bool transposed = false;
   uint16_t* rows = nullptr;  // [stream][cell][number of a row]; transposed: [stream][number of a row][cell]
+  size_t row_stride = 0;     // numbers from one row to the next, where `rows` has others between them; else 0
   BatchSight sight;          // of the batch
   BatchQueries queries;      // of the batch; without them, older cells matter more (Window::commit)
   bool ends_batch = true;    // this is the last use of the layer in the graph

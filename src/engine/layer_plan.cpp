@@ -21,6 +21,9 @@ constexpr int64_t kLongWindow = 4096;
 // A cache that would take a larger share of f16's memory than this is left f16, as coding would save too little.
 constexpr double kWorthCoding = 0.75;
 
+// Of a side's memory, where two lie in one tensor's.
+constexpr size_t kSideAlignment = 256;
+
 std::string name_of(int layer) {
   return "layer " + std::to_string(layer) + ": ";
 }
@@ -72,6 +75,10 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
   plan.top = source_->retrieves(geometry.layer) && !plan.as_f16 ? settings_.top : 0;
   plan.drop_tail = settings_.drop_tail;
   plan.has_codes[int(Kind::value)] = plan.top == 0 || !plan.drop_tail;
+  if (geometry.latent > 0 && !plan.as_f16) {
+    plan_latent(geometry, plan);
+    return plan;
+  }
   for (Kind kind : {Kind::key, Kind::value}) {
     const int64_t width = geometry.width[int(kind)];
     if (width == 0) continue;
@@ -114,11 +121,44 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
   return plan;
 }
 
+// A row is coded in two parts, both in the memory that was reserved for it in pieces.
+void CachePlanner::plan_latent(const LayerGeometry& geometry, LayerPlan& plan) const {
+  const int64_t width = geometry.width[int(Kind::key)];
+  const int piece = piece_of_row(width), n_pieces = int(width / piece);
+  LayerPlan pieces = plan;
+  pieces.shape.n_kv_heads = n_pieces;
+  pieces.format[int(Kind::key)] = source_->format(geometry.layer, Kind::key, piece);
+  const size_t reserved = engine_.side_bytes(pieces, Kind::key);
+  plan.latent = geometry.latent;
+  plan.shape.n_kv_heads = 1;
+  plan.has_codes[int(Kind::value)] = true;  // scores need them
+  const Format& latent = plan.format[int(Kind::value)] = make_format(plan.latent, settings_.key_bits);
+  plan.format[int(Kind::key)] =
+      make_position_format(int(width) - plan.latent, latent, n_pieces * size_t(pieces.side(Kind::key).vector_bytes()));
+  for (Kind kind : {Kind::key, Kind::value}) {
+    if (!state_row_fits(plan.shape, plan.side(kind))) {
+      throw std::runtime_error(name_of(plan.layer) +
+                               "the parts of its rows are too small to code; use bits=16 or run without the THIMBLE "
+                               "device");
+    }
+    plan.bytes[int(kind)] = engine_.side_bytes(plan, kind);
+    plan.more_bytes += engine_.more_bytes(plan, kind);
+  }
+  // Both lie one behind the other.
+  plan.bytes[0] = (plan.bytes[0] + kSideAlignment - 1) / kSideAlignment * kSideAlignment;
+  if (plan.bytes[0] + plan.bytes[1] < reserved) plan.bytes[1] = reserved - plan.bytes[0];
+  if (plan.top > 0) plan.store_bytes = plan.f16_bytes;
+  plan.as_rows = !engine_.attends(plan);
+  plan.why_slow = engine_.why_slow(plan);
+  plan.hash = source_->hash({{float(plan.latent)}});  // rows that are cut elsewhere have other codes
+  if (const std::string why = engine_.refusal(plan); !why.empty()) throw std::runtime_error(name_of(plan.layer) + why);
+}
+
 LayerCodecs CachePlanner::codecs(const LayerPlan& plan) const {
   LayerCodecs codecs;
   for (Kind kind : {Kind::key, Kind::value}) {
     const Format& format = plan.side(kind);
-    if (plan.as_f16 || format.head_dim == 0) {
+    if (plan.as_f16 || plan.latent > 0 || format.head_dim == 0) {
       HeadCodec codec;
       codec.kind = kind;
       if (format.head_dim > 0) codec = make_uncalibrated_codec(kind, format);

@@ -35,6 +35,7 @@ struct LayerGeometry {
   bool norms_unread = false;  // the model has such weights, and they cannot be read
   bool as_f16 = false;  // the engine keeps its rows as f16, whatever the settings say: few rows that choose others
   int group = 0;        // query heads of a KV head; 0: attention over the layer is no one node
+  int latent = 0;       // of the numbers of a row that keys and values share (MLA): the first ones, which RoPE leaves
 };
 
 /// Cuts a row that is no whole number of known heads, such as the row of a cell that keys and values share (MLA), into
@@ -46,7 +47,10 @@ struct LayerPlan {
   bool coded = false;   // the engine keeps the layer (with bits=16 as f16 blocks)
   std::string why_f16;  // why the layer is not coded; all that follows but f16_bytes is empty then
   CacheShape shape;
-  Format format[2];         // by Kind; the values' head_dim is 0 where the layer has keys alone
+  Format format[2];  // by Kind; the values' head_dim is 0 where the layer has keys alone
+  /// LayerGeometry::latent. Above 0, the values' side has these numbers, and the keys' side those behind them; a query
+  /// is multiplied with both.
+  int latent = 0;
   bool as_f16 = false;      // LayerGeometry::as_f16
   int rotated[2] = {0, 0};  // LayerGeometry::rotated
   int group = 0;            // LayerGeometry::group
@@ -92,6 +96,8 @@ public:
   LayerCodecs codecs(const LayerPlan& plan) const;
 
 private:
+  void plan_latent(const LayerGeometry& geometry, LayerPlan& plan) const;
+
   const Engine& engine_;
   Settings settings_;
   std::shared_ptr<const CodecSource> source_;

@@ -249,6 +249,18 @@ void report_uncoded(Device& device, const ggml_tensor* op) {
       cache->name, device.name().c_str(), calibrates ? "read for calibrate=" : "coded");
 }
 
+// Whether llama.cpp was told to use flash attention (--flash-attn on), which the inner device cannot do. Left to itself
+// it asks once, with a token for each sequence, and then computes attention by matrix products. Told to, it makes
+// graphs of other numbers of tokens as well.
+bool is_told_to_use(const ggml_tensor* attention) {
+  const ggml_tensor* q = attention->src[0];
+  const int64_t n_tokens = q->ne[1] * q->ne[3];
+  ManagedLayer* layer = KvBuffer::layer_of(attention->src[1]);
+  if (!layer) return false;
+  if (layer->unsupported_tokens == 0) layer->unsupported_tokens = n_tokens;
+  return layer->unsupported_tokens != n_tokens;
+}
+
 bool device_supports_op(ggml_backend_dev_t handle, const ggml_tensor* op) {
   Device& device = device_of(handle);
   std::string why;
@@ -264,11 +276,11 @@ bool device_supports_op(ggml_backend_dev_t handle, const ggml_tensor* op) {
   if (kind != NodeKind::refused) why = refusal(op, kind);
   if (why.empty() && kind == NodeKind::read) {
     if (!ggml_backend_dev_supports_op(device.inner(), ReadingNode(op).tensor())) {
-      // llama.cpp then computes attention by matrix products, unless it was told not to.
-      if (op->op == GGML_OP_FLASH_ATTN_EXT) return false;
+      if (op->op == GGML_OP_FLASH_ATTN_EXT && !is_told_to_use(op)) return false;
       why = std::string(ggml_op_name(op->op)) + " on the KV cache (" + op->name +
-            "): the device does not support this node; run the model without the THIMBLE device (--device none, or "
-            "thimble --kv f16)";
+            "): the device does not support this node; " +
+            (op->op == GGML_OP_FLASH_ATTN_EXT ? "start without --flash-attn on, or " : "") +
+            "run the model without the THIMBLE device (--device none, or thimble --kv f16)";
     } else {
       buffer_of_cache(op)->tell_of_reading(op);
     }

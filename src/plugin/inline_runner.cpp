@@ -16,7 +16,10 @@ void InlineRunner::run_write(ggml_tensor*, int thread, int n_threads, void* data
   Op& op = *static_cast<Op*>(data);
   Team team(op.shared, thread, n_threads);
   if (thread == 0 && !op.layer->refused.empty()) op.layer->refused.erase(op.write);
-  op.cache->write({&team, nullptr}, op.write);
+  for (const WriteTask& task : tasks_of_parts(*op.layer, op.write)) {
+    op.cache->write({&team, nullptr}, task);
+    if (op.layer->plan->latent > 0) team.wait();
+  }
 }
 
 void InlineRunner::run_attend(ggml_tensor*, int thread, int n_threads, void* data) {
@@ -39,7 +42,11 @@ void InlineRunner::run_read(ggml_tensor*, int thread, int n_threads, void* data)
     if (op.queries) op.reading->queries = copy_queries(op.queries, op.reading->memory);
     op.read->queries = op.reading->queries;
   });
-  if (goes_on) op.cache->read({&team, nullptr}, *op.read);
+  if (!goes_on) return;
+  for (const ReadTask& task : tasks_of_parts(layer, *op.read)) {
+    op.cache->read({&team, nullptr}, task);
+    if (layer.plan->latent > 0) team.wait();
+  }
 }
 
 InlineRunner::Op& InlineRunner::add_op(KvBuffer& buffer, ManagedLayer& layer) {

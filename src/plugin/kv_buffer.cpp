@@ -24,6 +24,12 @@ LayerGeometry geometry_of(Device& device, const ggml_tensor* tensor, const Cache
   return geometry;
 }
 
+std::vector<RowPart> row_parts(const LayerPlan& plan, Kind kind) {
+  const size_t keys = size_t(plan.side(Kind::key).head_dim), latent = size_t(plan.latent);
+  if (latent == 0) return {{kind, 0, size_t(plan.side(kind).head_dim) * plan.shape.n_kv_heads}};
+  return {{Kind::key, latent, keys}, {Kind::value, 0, latent}};
+}
+
 KvBuffer::~KvBuffer() {
   if (!caches_.empty()) device_.remove(*this);
   cache_.reset();
@@ -128,10 +134,12 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
   make_layer(layer, geometry);
 }
 
-void KvBuffer::bind_keys_alone(ManagedLayer& layer, bool as_f16) {
+void KvBuffer::bind_keys_alone(ManagedLayer& layer, bool as_f16, int group) {
   if (layer.plan) return;
   LayerGeometry geometry = caches_.at(layer.index);
   geometry.as_f16 = as_f16;
+  geometry.latent = layer.latent;
+  geometry.group = group;
   geometry.head_dim[int(Kind::key)] = piece_of_row(geometry.width[int(Kind::key)]);
   geometry.n_kv_heads = int(geometry.width[int(Kind::key)] / geometry.head_dim[int(Kind::key)]);
   geometry.width[int(Kind::value)] = 0;  // where there is a tensor for values, nothing is ever written to it
@@ -144,7 +152,15 @@ void KvBuffer::make_layer(ManagedLayer& layer, LayerGeometry geometry) {
   geometry.key_norm = layer.key_norm;
   geometry.norms_unread = layer.norms_unread;
   const LayerPlan plan = planner_->plan(geometry);
-  uint8_t* const memory[2] = {memory_of(layer, plan, Kind::key), memory_of(layer, plan, Kind::value)};
+  uint8_t* memory[2];
+  if (plan.latent > 0) {  // both sides lie in the keys' tensor
+    LayerPlan whole = plan;
+    whole.bytes[0] += whole.bytes[1];
+    memory[0] = memory_of(layer, whole, Kind::key);
+    memory[1] = memory[0] + plan.bytes[0];
+  } else {
+    for (Kind kind : {Kind::key, Kind::value}) memory[int(kind)] = memory_of(layer, plan, kind);
+  }
   cache_->add_layer(plan, planner_->codecs(plan), memory);
   layer.plan = plan;
   device_.report_caches();
@@ -212,8 +228,10 @@ void KvBuffer::tell_of_reading(const ggml_tensor* node) {
   const ManagedLayer& layer = *layer_of(*slow);
   std::string why =
       std::string("this model's graph reads the cache by ") + ggml_op_desc(node) + " (" + node->name + ")";
-  if (layer.plan->keys_alone()) why = "keys and values of this model are one row (MLA), for which there are no kernels";
-  if (node->op == GGML_OP_FLASH_ATTN_EXT && layer.plan->as_rows && !layer.plan->keys_alone()) {
+  const bool is_one_row = layer.plan->keys_alone() || layer.plan->latent > 0;
+  if (is_one_row) {
+    why = "keys and values of this model are one row (MLA), for which there are no kernels on this device";
+  } else if (node->op == GGML_OP_FLASH_ATTN_EXT && layer.plan->as_rows) {
     why = "this device has no kernels over codes for heads of " + std::to_string(layer.plan->side(Kind::key).head_dim) +
           " and " + std::to_string(layer.plan->side(Kind::value).head_dim) + " numbers, " +
           std::to_string(layer.plan->group) + " query heads to a KV head and " +

@@ -36,6 +36,15 @@ LayerGeometry geometry_of(Device& device, const ggml_tensor* tensor, const Cache
 /// a program at the far end of RPC has it left as it is.
 size_t bytes_in_buffer(const LayerPlan& plan, const ggml_tensor* tensor, Kind kind);
 
+/// The numbers of a row of one cache tensor that belong to one side of its layer.
+struct RowPart {
+  Kind kind;
+  size_t first, n;
+};
+
+/// All of a row, or the two parts of a latent one, keys first.
+std::vector<RowPart> row_parts(const LayerPlan& plan, Kind kind);
+
 /// One layer of a KV cache as llama.cpp allocated it.
 struct ManagedLayer {
   int index = 0;
@@ -45,7 +54,9 @@ struct ManagedLayer {
   int rotated[2] = {0, 0};                       // by Kind: LayerGeometry::rotated
   std::vector<float> query_norm, key_norm;       // LayerGeometry's
   bool norms_unread = false;                     // LayerGeometry's
+  int latent = 0;                                // LayerGeometry's, where it has keys alone
   bool transposed = false;                       // values are [number][cell], as with flash attention off
+  int64_t unsupported_tokens = 0;                // of the flash attention that the inner device cannot do, seen first
   RefusedCells refused;
 
   int64_t cells_per_stream() const { return tensors[0]->ne[1]; }
@@ -96,7 +107,8 @@ public:
   /// what to change.
   void bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_heads, int group);
   /// Binds a layer that has keys alone, which are values too (MLA), or choose the cells to attend to (`as_f16`).
-  void bind_keys_alone(ManagedLayer& layer, bool as_f16);
+  /// `group` as in LayerGeometry.
+  void bind_keys_alone(ManagedLayer& layer, bool as_f16, int group);
   /// The caches by layer, those left f16 included.
   const std::map<int, LayerGeometry>& caches() const { return caches_; }
   /// Whether its layers have sliding windows: llama.cpp keeps those in a cache of their own.
@@ -162,6 +174,8 @@ private:
   void load_numbers(const Rows& rows, const uint8_t* data, bool comes_again);
   void throw_of_refusal(bool comes_again);
   void load_rows(ManagedLayer& layer, Kind kind, const std::vector<int64_t>& cells, const uint8_t* rows);
+  void read_cells(const Rows& rows, uint8_t* data);
+  RefusedRows write_cells(const ManagedLayer& layer, Kind kind, const std::vector<int64_t>& cells, const uint8_t* rows);
 
   Device& device_;
   ggml_backend_buffer_t inner_;

@@ -39,6 +39,38 @@ bool is_transposed_write(const ggml_tensor* node) {
          rows->nb[1] == ggml_type_size(rows->type);
 }
 
+// Whether RoPE has rotated the numbers of a tensor.
+bool is_rotated(const ggml_tensor* x) {
+  for (int depth = 0; depth < 8 && x && (is_view_op(x->op) || x->op == GGML_OP_CONT); depth++) x = x->src[0];
+  return x && x->op == GGML_OP_ROPE;
+}
+
+// Of the rows that are written to a cache with keys alone: how many of their first numbers come from another tensor
+// than the others and are not rotated by RoPE; 0 where that is not seen. They are what keys and values share (MLA).
+int latent_of(const ggml_tensor* rows) {
+  for (int depth = 0; rows && depth < 8; depth++, rows = rows->src[0]) {
+    if (rows->op == GGML_OP_CONCAT) break;
+    if (!is_view_op(rows->op) && rows->op != GGML_OP_CONT) return 0;
+  }
+  if (!rows || rows->op != GGML_OP_CONCAT || rows->op_params[0] != 0) return 0;
+  const int64_t latent = rows->src[0]->ne[0], rotated = rows->src[1]->ne[0];
+  const bool fits = latent <= kMaxHeadDim && latent % 8 == 0 && rotated <= kMaxHeadDim && rotated % 4 == 0;
+  return fits && !is_rotated(rows->src[0]) ? int(latent) : 0;
+}
+
+// Whether an attention node over a latent cache attends to whole rows, and its values are their first numbers.
+bool is_latent_attention(const ggml_tensor* node) {
+  const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
+  const ManagedLayer* layer = KvBuffer::layer_of(k);
+  if (!layer || layer != KvBuffer::layer_of(v) || root_of(k) != root_of(v) || v->view_offs != k->view_offs)
+    return false;
+  if (!layer->plan || layer->plan->latent == 0 || layer->plan->as_rows || v->ne[0] != layer->plan->latent) return false;
+  if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || (mask && mask->type != GGML_TYPE_F16)) return false;
+  return shows_heads(k) && k->ne[2] == 1 && v->ne[2] == 1 && v->nb[0] == sizeof(uint16_t) && v->nb[1] == k->nb[1] &&
+         v->ne[1] == k->ne[1] && v->ne[3] == k->ne[3] && (v->ne[3] == 1 || v->nb[3] == k->nb[3]) &&
+         q->ne[0] == k->ne[0] && q->ne[3] == k->ne[3];
+}
+
 std::string refused(const ggml_tensor* node, const char* what) {
   return std::string(ggml_op_name(node->op)) + " on the KV cache (" + node->name + "): " + what +
          "; Thimble cannot code this model's cache: run it without the THIMBLE device (--device none, or thimble "
@@ -86,7 +118,10 @@ NodeKind bind(const ggml_tensor* node, NodeKind kind) {
     layer->written[int(side)] = true;
     // The f16 cache of an indexer is rotated too, and there llama.cpp itself shifts the rotated keys.
     if (KvBuffer::of(node)->was_quantized(layer->index)) layer->rotated[int(side)] = rotated_by(node->src[0]);
-    if (side == Kind::key && !layer->plan) layer->key_norm = norm_weights(node->src[0], &layer->norms_unread);
+    if (side == Kind::key && !layer->plan) {
+      layer->key_norm = norm_weights(node->src[0], &layer->norms_unread);
+      layer->latent = latent_of(node->src[0]);
+    }
     layer->transposed = layer->transposed || is_transposed_write(node);
   }
   if (kind == NodeKind::attend) {
@@ -106,7 +141,9 @@ NodeKind bind(const ggml_tensor* node, NodeKind kind) {
       // attend to.
       const bool attends =
           node->op == GGML_OP_FLASH_ATTN_EXT || node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_CONT;
-      KvBuffer::of(view)->bind_keys_alone(*layer, /*as_f16=*/!attends);
+      const ggml_tensor *q = node->src[0], *k = node->src[1];
+      const int group = node->op == GGML_OP_FLASH_ATTN_EXT && q && k ? int(q->ne[2] / k->ne[2]) : 0;
+      KvBuffer::of(view)->bind_keys_alone(*layer, /*as_f16=*/!attends, group);
       continue;
     }
     if (side == Kind::value && layer->transposed) continue;
@@ -125,7 +162,7 @@ NodeKind bind(const ggml_tensor* node, NodeKind kind) {
       layer->query_norm = norm_weights(node->src[1], &layer->norms_unread);
     KvBuffer::of(view)->bind(*layer, dim(Kind::key), dim(Kind::value), int(n_heads), /*group=*/0);
   }
-  return kind;
+  return node->op == GGML_OP_FLASH_ATTN_EXT && is_latent_attention(node) ? NodeKind::attend : kind;
 }
 
 WriteTask write_task(const ggml_tensor* node) {
@@ -146,6 +183,33 @@ WriteTask write_task(const ggml_tensor* node) {
     task.stream_cells = cache->ne[1];
   }
   return task;
+}
+
+std::vector<WriteTask> tasks_of_parts(const ManagedLayer& layer, const WriteTask& task) {
+  std::vector<WriteTask> tasks;
+  for (const RowPart& part : row_parts(*layer.plan, task.kind)) {
+    WriteTask of_part = task;
+    of_part.kind = part.kind;
+    const size_t number = task.is_f16 ? sizeof(uint16_t) : sizeof(float);
+    of_part.rows = static_cast<const char*>(task.rows) + part.first * number;
+    tasks.push_back(of_part);
+  }
+  return tasks;
+}
+
+std::vector<ReadTask> tasks_of_parts(const ManagedLayer& layer, const ReadTask& task) {
+  if (layer.plan->latent == 0) return {task};
+  std::vector<ReadTask> tasks;
+  for (const RowPart& part : row_parts(*layer.plan, task.kind)) {
+    ReadTask of_part = task;
+    of_part.kind = part.kind;
+    of_part.rows = task.rows + part.first;
+    of_part.row_stride = size_t(layer.tensors[int(task.kind)]->ne[0]);
+    of_part.ends_batch = false;
+    tasks.push_back(of_part);
+  }
+  tasks.back().ends_batch = task.ends_batch;
+  return tasks;
 }
 
 AttendTask attend_task(const ggml_tensor* node) {

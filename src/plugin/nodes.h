@@ -9,11 +9,14 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "engine/kv_cache.h"
 #include "ggml.h"
 
 namespace thimble {
+
+struct ManagedLayer;
 
 enum class NodeKind { other, write, attend, shift, view, read, refused };
 
@@ -30,6 +33,10 @@ NodeKind bind(const ggml_tensor* node, NodeKind kind);
 
 /// The task for the cache that a node stands for. Where its tensors have no memory yet, the task's pointers are null.
 WriteTask write_task(const ggml_tensor* node);
+/// The tasks that write or read the parts of a latent layer's rows (row_parts); others are one task. Only the last one
+/// ends the batch.
+std::vector<WriteTask> tasks_of_parts(const ManagedLayer& layer, const WriteTask& task);
+std::vector<ReadTask> tasks_of_parts(const ManagedLayer& layer, const ReadTask& task);
 AttendTask attend_task(const ggml_tensor* node);
 
 /// A sentence that says why the engine cannot run a node of this kind, or "".

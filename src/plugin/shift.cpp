@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <stdexcept>
 #include <vector>
 
 #include "codec/transform.h"
@@ -41,8 +42,12 @@ void shift_keys(const ggml_tensor* node, const std::function<void(ggml_tensor*)>
     if (shift_of[cell] != 0) moved.push_back(cell);
   }
 
-  const int64_t row_size = root_of(view)->ne[0], n_heads = view->ne[1];
-  const int64_t first_number = view->view_offs % root_of(view)->nb[1] / sizeof(uint16_t);  // rotated part of a head
+  // Of a latent row, the keys' side has what is rotated.
+  const int64_t latent = layer.plan->latent, row_size = root_of(view)->ne[0] - latent, n_heads = view->ne[1];
+  const int64_t first_number =
+      int64_t(view->view_offs % root_of(view)->nb[1] / sizeof(uint16_t)) - latent;  // rotated part of a head
+  if (first_number < 0)
+    throw std::runtime_error("this model rotates numbers of its cache that Thimble keeps as values");
   const size_t row = size_t(row_size / n_heads) * sizeof(float);
   for (size_t first = 0; first < moved.size(); first += size_t(cache.keys_at_once())) {
     const size_t n = std::min(moved.size() - first, size_t(cache.keys_at_once()));

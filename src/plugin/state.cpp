@@ -3,6 +3,7 @@
 // reads and writes one number of many rows at a time; the rows are the same.
 #include <algorithm>
 #include <numeric>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -76,7 +77,7 @@ bool KvBuffer::is_unused(const ggml_tensor* tensor) {
 }
 
 bool KvBuffer::is_never_written(const Rows& rows) {
-  return rows.kind == Kind::value && rows.layer->plan->keys_alone();
+  return rows.kind == Kind::value && (rows.layer->plan->keys_alone() || rows.layer->plan->latent > 0);
 }
 
 void KvBuffer::save(const ggml_tensor* tensor, uint8_t* data, size_t offset, size_t size) {
@@ -96,7 +97,7 @@ void KvBuffer::save_rows(const Rows& rows, uint8_t* data) {
     return;
   }
   try {
-    cache_->read_cells(rows.layer->index, rows.kind, rows.first, rows.count, data);
+    read_cells(rows, data);
   } catch (const std::runtime_error& error) {
     // llama.cpp saves in a destructor, which no exception may leave. So the rows become such that no cache loads them.
     GGML_LOG_ERROR("thimble: %s\n", error.what());
@@ -108,6 +109,42 @@ void KvBuffer::save_rows(const Rows& rows, uint8_t* data) {
       std::copy(row->begin(), row->end(), data + i * row_bytes);
     }
   }
+}
+
+// Reads saved rows. The two parts of a latent row are saved one behind the other.
+void KvBuffer::read_cells(const Rows& rows, uint8_t* data) {
+  const size_t row_bytes = rows.layer->tensors[int(rows.kind)]->nb[1];
+  const std::vector<RowPart> parts = row_parts(*rows.layer->plan, rows.kind);
+  if (parts.size() == 1) return cache_->read_cells(rows.layer->index, rows.kind, rows.first, rows.count, data);
+  for (const RowPart& part : parts) {
+    const size_t bytes = part.n * sizeof(uint16_t);
+    std::vector<uint8_t> saved(rows.count * bytes);
+    cache_->read_cells(rows.layer->index, part.kind, rows.first, rows.count, saved.data());
+    for (int64_t i = 0; i < rows.count; i++) {
+      std::copy_n(&saved[i * bytes], bytes, data + i * row_bytes + part.first * sizeof(uint16_t));
+    }
+  }
+}
+
+RefusedRows KvBuffer::write_cells(const ManagedLayer& layer, Kind kind, const std::vector<int64_t>& cells,
+                                  const uint8_t* rows) {
+  const size_t row_bytes = layer.tensors[int(kind)]->nb[1];
+  const std::vector<RowPart> parts = row_parts(*layer.plan, kind);
+  if (parts.size() == 1) return cache_->write_cells(layer.index, kind, cells, rows);
+  RefusedRows all;
+  std::set<size_t> entries;
+  for (const RowPart& part : parts) {
+    const size_t bytes = part.n * sizeof(uint16_t);
+    std::vector<uint8_t> saved(cells.size() * bytes);
+    for (size_t i = 0; i < cells.size(); i++) {
+      std::copy_n(rows + i * row_bytes + part.first * sizeof(uint16_t), bytes, &saved[i * bytes]);
+    }
+    const RefusedRows refused = cache_->write_cells(layer.index, part.kind, cells, saved.data());
+    entries.insert(refused.entries.begin(), refused.entries.end());
+    if (!refused.entries.empty()) all.why = refused.why;
+  }
+  all.entries.assign(entries.begin(), entries.end());
+  return all;
 }
 
 // llama.cpp asks for the first number of all rows, then for the second, and so on.
@@ -179,7 +216,7 @@ void KvBuffer::settle() {
 void KvBuffer::load_rows(ManagedLayer& layer, Kind kind, const std::vector<int64_t>& cells, const uint8_t* rows) {
   RefusedRows refused;
   try {
-    refused = cache_->write_cells(layer.index, kind, cells, rows);
+    refused = write_cells(layer, kind, cells, rows);
   } catch (const std::runtime_error& error) {
     refused.why = error.what();
     refused.entries.resize(cells.size());
@@ -208,7 +245,9 @@ bool KvBuffer::copy(const ggml_tensor* from, ggml_tensor* to) {
   const Rows source = rows_of(from, 0, stream_bytes), target = rows_of(to, 0, stream_bytes);
   if (is_never_written(source)) return true;
   try {
-    cache_->copy_stream(layer->index, kind, int(source.first / source.count), int(target.first / target.count));
+    for (const RowPart& part : row_parts(*layer->plan, kind)) {
+      cache_->copy_stream(layer->index, part.kind, int(source.first / source.count), int(target.first / target.count));
+    }
   } catch (const std::runtime_error&) {
     return false;  // the exact store cannot be written to; the caller then goes through `load`, which reports it
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <span>
 #include <stdexcept>
 #include <utility>
 
@@ -75,6 +76,18 @@ const ggml_tensor* first_wait(const std::vector<Step>& steps, const InnerBuild& 
     if (it != step.inner.end()) return *it;
   }
   return nullptr;
+}
+
+// Whether no cut behind this one attends to a layer or reads it: layers of a model may share a cache.
+bool is_last_use(const std::vector<Step>& steps, const Cut& cut, const ManagedLayer* layer) {
+  for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
+    if (&step->cut == &cut) return true;
+    if (step->cut.attend && step->cut.layer == layer) return false;
+    for (const ggml_tensor* view : step->cut.read ? std::span(step->cut.read->src) : std::span<ggml_tensor* const>()) {
+      if (view && KvBuffer::layer_of(view) == layer) return false;
+    }
+  }
+  return true;
 }
 
 // What the inner backend says of itself, or null.
@@ -308,12 +321,13 @@ void StreamRunner::run_cut(const std::vector<Step>& steps, const Cut& cut) {
   for (const ggml_tensor* node : cut.writes) {
     if (!node) continue;
     WriteTask task = write_task(node);
-    task.sight = sight_of_writes(steps, cut.buffer);
-    cache.write(lane, task);
+    task.sight = sight_of_writes(steps, cut, task.n_rows);
+    for (const WriteTask& part : tasks_of_parts(*cut.layer, task)) cache.write(lane, part);
   }
-  if (cut.read) return run_read(cut.read);
+  if (cut.read) return run_read(steps, cut);
   if (!cut.attend) return cache.flush(lane, cut.layer->index);
-  const AttendTask task = attend_task(cut.attend);
+  AttendTask task = attend_task(cut.attend);
+  task.ends_batch = is_last_use(steps, cut, cut.layer);
   DenseAttention dense;
   if (cache.attend(lane, task, &dense)) return;
   attend_dense(cut, task, dense);
@@ -351,35 +365,52 @@ void StreamRunner::attend_dense(const Cut& cut, const AttendTask& task, const De
   run_inner({&node}, &whole);
 }
 
-// Which cells the tokens of the batch see. llama.cpp makes one mask for all layers of a cache, so any attention tells.
-BatchSight StreamRunner::sight_of_writes(const std::vector<Step>& steps, const KvBuffer* buffer) {
+// Which cells the tokens of the batch see. llama.cpp makes one mask for all layers of a cache, so any attention over a
+// layer with as many cells tells. Rows that choose others may be written and not read; none of them is exact.
+BatchSight StreamRunner::sight_of_writes(const std::vector<Step>& steps, const Cut& of, int64_t n_rows) {
+  const auto fits = [&](const KvBuffer* buffer, const ManagedLayer& layer) {
+    return buffer == of.buffer && layer.cells_per_stream() == of.layer->cells_per_stream();
+  };
   for (const auto& [inner, cut] : steps) {
-    if (cut.layer && cut.attend && cut.buffer == buffer) return attend_task(cut.attend).sight();
+    if (cut.attend && fits(cut.buffer, *cut.layer)) return attend_task(cut.attend).sight();
   }
   for (const auto& [inner, cut] : steps) {
-    if (!cut.layer || !cut.read || cut.buffer != buffer) continue;
+    if (!cut.read) continue;
     const ReadingNode node(cut.read);
-    BatchSight sight = batch_->sight(*cut.layer, node.sources().front().rows.task);
-    if (!sight.mask) return sight;
-    InnerMemory& memory = of_batch_[sight.mask];
-    if (!memory.buffer) {
-      ggml_tensor mask{};
-      mask.type = GGML_TYPE_F16;
-      mask.ne[0] = int64_t(sight.mask_stream) * sight.n_streams;
-      mask.ne[1] = mask.ne[2] = mask.ne[3] = 1;
-      mask.nb[0] = sizeof(uint16_t);
-      mask.nb[1] = mask.nb[2] = mask.nb[3] = mask.ne[0] * mask.nb[0];
-      reserve(memory, mask.nb[1]);
-      mask.buffer = memory.buffer.get();
-      mask.data = memory.data();
-      ggml_backend_tensor_set(&mask, sight.mask, 0, mask.nb[1]);
+    for (const ReadingNode::Source& source : node.sources()) {
+      if (fits(source.buffer, *source.layer)) return sight_of_reading(source);
     }
-    sight.mask = reinterpret_cast<const uint16_t*>(memory.data());
+  }
+  if (of.layer->plan->as_f16) {
+    BatchSight sight;
+    sight.n_tokens = n_rows;
+    sight.n_cells = of.layer->cells_per_stream();
     return sight;
   }
   throw std::runtime_error(
       "cells are written in a graph that does not attend to them: start with --flash-attn off if the device has no "
       "flash attention for this model, or run it without the THIMBLE device (--device none, or thimble --kv f16)");
+}
+
+// Its mask is copied to memory of the device's.
+BatchSight StreamRunner::sight_of_reading(const ReadingNode::Source& source) {
+  BatchSight sight = batch_->sight(*source.layer, source.rows.task);
+  if (!sight.mask) return sight;
+  InnerMemory& memory = of_batch_[sight.mask];
+  if (!memory.buffer) {
+    ggml_tensor mask{};
+    mask.type = GGML_TYPE_F16;
+    mask.ne[0] = int64_t(sight.mask_stream) * sight.n_streams;
+    mask.ne[1] = mask.ne[2] = mask.ne[3] = 1;
+    mask.nb[0] = sizeof(uint16_t);
+    mask.nb[1] = mask.nb[2] = mask.nb[3] = mask.ne[0] * mask.nb[0];
+    reserve(memory, mask.nb[1]);
+    mask.buffer = memory.buffer.get();
+    mask.data = memory.data();
+    ggml_backend_tensor_set(&mask, sight.mask, 0, mask.nb[1]);
+  }
+  sight.mask = reinterpret_cast<const uint16_t*>(memory.data());
+  return sight;
 }
 
 void StreamRunner::reserve(InnerMemory& memory, size_t bytes) {
@@ -395,7 +426,8 @@ void StreamRunner::reserve(InnerMemory& memory, size_t bytes) {
 }
 
 // Runs a node of the inner backend's on rows that the cache decodes for it.
-void StreamRunner::run_read(const ggml_tensor* node) {
+void StreamRunner::run_read(const std::vector<Step>& steps, const Cut& cut) {
+  const ggml_tensor* node = cut.read;
   ReadingNode reading(node);
   reserve(rows_, reading.bytes());
   reading.place(rows_.data());
@@ -403,6 +435,7 @@ void StreamRunner::run_read(const ggml_tensor* node) {
     if (!source.is_read) continue;
     ReadTask& task = source.rows.task;
     task.sight = batch_->sight(*source.layer, task);
+    task.ends_batch = is_last_use(steps, cut, source.layer);
     if (const ggml_tensor* q = queries_of(node, task, task.sight)) {
       const size_t number = sizeof(float);
       task.queries = {static_cast<const float*>(q->data),
@@ -413,7 +446,9 @@ void StreamRunner::run_read(const ggml_tensor* node) {
                       q->nb[2] / number,
                       q->nb[3] / number};
     }
-    source.buffer->cache().read({nullptr, queue_.get()}, task);
+    for (const ReadTask& part : tasks_of_parts(*source.layer, task)) {
+      source.buffer->cache().read({nullptr, queue_.get()}, part);
+    }
   }
   ggml_cgraph whole{};
   run_inner({reading.tensor()}, &whole);

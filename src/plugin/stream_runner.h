@@ -58,8 +58,9 @@ private:
   void end_graph(const std::vector<Step>& steps);
   void run_inner(std::vector<ggml_tensor*> nodes, const ggml_cgraph* graph);
   void run_cut(const std::vector<Step>& steps, const Cut& cut);
-  void run_read(const ggml_tensor* node);
-  BatchSight sight_of_writes(const std::vector<Step>& steps, const KvBuffer* buffer);
+  void run_read(const std::vector<Step>& steps, const Cut& cut);
+  BatchSight sight_of_writes(const std::vector<Step>& steps, const Cut& of, int64_t n_rows);
+  BatchSight sight_of_reading(const ReadingNode::Source& source);
   void attend_dense(const Cut& cut, const AttendTask& task, const DenseAttention& dense);
   void mind_refused(const Cut& cut);
   void check_refused(const Cut& cut);

@@ -71,8 +71,9 @@ public:
     for (int64_t i = lane.team->thread(); i < task.n_streams * n_cells; i += lane.team->size()) {
       const int64_t stream = i / n_cells, cell = i % n_cells;
       const uint16_t* row = from.row(task.kind, (task.first_stream + stream) * from.shape.cells_per_stream + cell);
-      uint16_t* to = task.rows + stream * n_cells * n;
-      for (int64_t k = 0; k < n; k++) to[task.transposed ? k * n_cells + cell : cell * n + k] = row[k];
+      const int64_t stride = task.row_stride ? int64_t(task.row_stride) : n;
+      uint16_t* to = task.rows + stream * n_cells * stride;
+      for (int64_t k = 0; k < n; k++) to[task.transposed ? k * n_cells + cell : cell * stride + k] = row[k];
     }
   }
 

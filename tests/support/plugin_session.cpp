@@ -160,6 +160,7 @@ llama_context_params context_params(const Options& options) {
   if (options.coded()) params.type_k = params.type_v = options.coded_type;
   const bool flash_attention = options.coded() ? options.coded_flash_attention : options.plain_flash_attention;
   params.flash_attn_type = flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  if (options.coded() && options.leaves_flash_attention) params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_AUTO;
   return params;
 }
 

@@ -38,6 +38,7 @@ struct Options {
   // Without flash attention plain llama.cpp is the more exact: with it, the CPU sums values in f16 (NMSE 1e-5).
   bool plain_flash_attention = false;
   ggml_type coded_type = GGML_TYPE_F16;  // --cache-type-k and --cache-type-v of a coded cache
+  bool leaves_flash_attention = false;   // llama.cpp finds out whether the device has it
   bool coded_flash_attention = true;     // without it, the plugin decodes rows for llama.cpp's matrix products
 
   bool coded() const { return bits != 0; }

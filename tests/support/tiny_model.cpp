@@ -66,13 +66,26 @@ Metadata base_metadata() {
           {"attention.layer_norm_rms_epsilon", 1e-5f}};
 }
 
-std::shared_ptr<llama_model> make_model(const TinyModel& tiny, const llama_model_params& params) {
-  const Gguf gguf(gguf_init_empty(), gguf_free);
-  gguf_set_val_str(gguf.get(), "general.architecture", tiny.architecture.c_str());
-  gguf_set_val_str(gguf.get(), "tokenizer.ggml.model", "no_vocab");
+std::shared_ptr<gguf_context> gguf_of(const TinyModel& tiny, const std::string& tokenizer) {
+  std::shared_ptr<gguf_context> gguf(gguf_init_empty(), gguf_free);
   Metadata all = tiny.metadata;
+  if (tokenizer.empty()) {
+    gguf_set_val_str(gguf.get(), "tokenizer.ggml.model", "no_vocab");
+  } else {
+    const Gguf real(gguf_init_from_file(tokenizer.c_str(), {true, nullptr}), gguf_free);
+    if (!real) throw std::runtime_error("cannot read " + tokenizer);
+    gguf_set_kv(gguf.get(), real.get());
+    all["vocab_size"] = uint32_t(gguf_get_arr_n(real.get(), gguf_find_key(real.get(), "tokenizer.ggml.tokens")));
+  }
+  gguf_set_val_str(gguf.get(), "general.architecture", tiny.architecture.c_str());
   all.merge(base_metadata());
   for (const auto& [key, value] : all) set(gguf.get(), tiny.architecture + "." + key, value);
+  return gguf;
+}
+
+std::shared_ptr<llama_model> make_model(const TinyModel& tiny, const llama_model_params& params,
+                                        const std::string& tokenizer) {
+  const std::shared_ptr<gguf_context> gguf = gguf_of(tiny, tokenizer);
   TinyModel copy = tiny;
   llama_model* model = llama_model_init_from_user(gguf.get(), fill, &copy, params);
   if (!model) throw std::runtime_error("no model of architecture " + tiny.architecture);

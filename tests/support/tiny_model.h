@@ -8,6 +8,7 @@
 #include <variant>
 #include <vector>
 
+#include "gguf.h"
 #include "llama.h"
 
 namespace thimble::test {
@@ -27,8 +28,12 @@ constexpr int kTinyVocabulary = 128;
 /// Two layers of four heads of 64.
 Metadata base_metadata();
 
-/// Throws where llama.cpp refuses the model.
-std::shared_ptr<llama_model> make_model(const TinyModel& tiny, const llama_model_params& params);
+/// The model's metadata. `tokenizer`: a GGUF file whose tokenizer it gets; empty: none.
+std::shared_ptr<gguf_context> gguf_of(const TinyModel& tiny, const std::string& tokenizer);
+
+/// Throws where llama.cpp refuses the model. `tokenizer`: as above.
+std::shared_ptr<llama_model> make_model(const TinyModel& tiny, const llama_model_params& params,
+                                        const std::string& tokenizer = {});
 
 /// A file with a low-rank adapter of the real model's keys and values, of `rank` random directions a layer.
 void write_adapter(const std::string& path, const llama_model* model, int rank);

@@ -40,6 +40,7 @@ struct ReadRowsArgs {
   int32_t* exact = nullptr;
   bool transposed = false;
   uint16_t* out = nullptr;  // [stream][cell][number of a row]; transposed: [stream][number of a row][cell]
+  size_t out_stride = 0;    // numbers from one row of `out` to the next, where others lie between them; else 0
 };
 
 /// Queries of a batch to keep where the window's judge will ask for them (LayerWindow::judges).

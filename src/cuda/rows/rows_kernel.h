@@ -106,10 +106,11 @@ struct RowsOfAnySize {
     const int i = simt::block_x() * kWarps + simt::thread() / 32, head = simt::block_y(), n = a.head_dim;
     if (i >= r.n_streams * r.n_cells) return;
     const int stream = i / r.n_cells, cell = i % r.n_cells, exact = r.exact[i];
-    const size_t row_size = size_t(a.n_kv_heads) * n, stream_at = size_t(stream) * r.n_cells * row_size;
+    const size_t row_size = size_t(a.n_kv_heads) * n, stride = r.out_stride ? r.out_stride : row_size;
+    const size_t stream_at = size_t(stream) * r.n_cells * stride;
     const auto write = [&](int d, uint16_t x) {
       const size_t number = size_t(head) * n + d;
-      r.out[stream_at + (r.transposed ? number * r.n_cells + cell : cell * row_size + number)] = x;
+      r.out[stream_at + (r.transposed ? number * r.n_cells + cell : cell * stride + number)] = x;
     };
     const RowCodec codec{a};
     const RowPlace p{r.first_stream + stream, cell, head};

@@ -47,7 +47,8 @@ void CpuCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8
   const int n_streams = plan.shape.n_streams;
   Layer layer;
   layer.cache = std::make_unique<CacheLayer>(side(Kind::key), side(Kind::value),
-                                             Window(size, max_slots(plan), plan.shape.cells_per_stream, n_streams));
+                                             Window(size, max_slots(plan), plan.shape.cells_per_stream, n_streams),
+                                             plan.latent > 0);
   layer.retrieval = {plan.top, plan.drop_tail};
   layer.hash = plan.hash;
   layers_[plan.layer] = std::move(layer);
@@ -158,7 +159,8 @@ void CpuCache::read_rows(const Layer& layer, const ReadTask& task, int thread, i
     } else {
       std::fill(row.begin(), row.end(), 0);  // never written
     }
-    uint16_t* to = task.rows + stream * n_cells * row_size + in_stream * (task.transposed ? 1 : row_size);
+    const size_t stride = task.row_stride ? task.row_stride : row_size;
+    uint16_t* to = task.rows + stream * n_cells * stride + in_stream * (task.transposed ? 1 : stride);
     for (size_t k = 0; k < row_size; k++) to[task.transposed ? k * n_cells : k] = row[k];
   }
 }

@@ -27,6 +27,7 @@ public:
     return {};
   }
   std::string refusal(const LayerPlan&) const override { return {}; }
+  bool attends(const LayerPlan&) const override { return true; }
   bool leaves_f16(const Settings&) const override { return false; }
 
   size_t side_bytes(const LayerPlan& plan, Kind kind) const override {

@@ -46,7 +46,7 @@ public:
   bool attends(const LayerPlan& plan) const override {
     const Format &k = plan.side(Kind::key), &v = plan.side(Kind::value);
     const bool has_kernels = cuda::attend_by(device(), k, v, plan.top > 0) != cuda::AttendBy::nothing;
-    return has_kernels && plan.group >= 1 && plan.group <= cuda::kMaxGroup &&
+    return has_kernels && plan.latent == 0 && plan.group >= 1 && plan.group <= cuda::kMaxGroup &&
            plan.shape.cells_per_stream % kBlockCells == 0;
   }
 

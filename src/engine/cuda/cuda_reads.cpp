@@ -86,6 +86,7 @@ void CudaCache::read(const Lane& lane, const ReadTask& task) {
   r.exact = queue.room<int32_t>(queue.exact, size_t(task.n_streams) * device.shape().cells_per_stream);
   r.transposed = task.transposed;
   r.out = task.rows;
+  r.out_stride = task.row_stride;
   require(cuda::read_rows(device_, r, queue.stream()), "decoding");
 }
 
