@@ -1,9 +1,12 @@
 // Which formats run on which cards, by their shared memory, and by which kernels.
+#define THIMBLE_SIMT_HOST
 #include "cuda/attend/formats.h"
 
 #include <gtest/gtest.h>
 
 #include <string>
+
+#include "cuda/rows/rows_kernel.h"
 
 namespace thimble::cuda {
 namespace {
@@ -50,6 +53,35 @@ TEST(CudaFormats, OfEachCard) {
   EXPECT_EQ(kernels(kA100, 256), ".TT.T....");
   for (const Card& card : {kAmpere, kAda, kBlackwell}) EXPECT_EQ(kernels(card, 256), ".........");
   for (int head_dim : {64, 128, 256}) EXPECT_EQ(kernels(kTuring, head_dim), ".........");
+}
+
+// The shapes that people run. By kernels over codes, or else from decoded rows, for which any card has room.
+TEST(CudaFormats, ShapesThatPeopleRun) {
+  struct Shape {
+    const char* models;
+    int keys, values;
+    bool from_codes;
+  };
+  const Shape shapes[] = {{"gpt-oss, SmolLM2", 64, 64, true},
+                          {"Llama 3, Qwen3, Mistral", 128, 128, true},
+                          {"Gemma 3, Gemma 4's windows, Qwen3.5", 256, 256, true},
+                          {"Gemma 4's global layers", 512, 512, false},
+                          {"Phi-3", 96, 96, false},
+                          {"StableLM", 80, 80, false},
+                          {"MLA: what RoPE rotates, and what is the value", 64, 512, false}};
+  for (const Card& card : {kTuring, kA100, kAmpere, kAda, kHopper, kB200, kBlackwell}) {
+    for (const Shape& shape : shapes) {
+      for (double bits : {4.0, 3.0, 2.0, 1.5, 1.25, 1.0}) {
+        const Format keys = make_format(shape.keys, bits), values = make_format(shape.values, bits);
+        SCOPED_TRACE(testing::Message() << card.capability << ": " << shape.models << " at " << bits);
+        EXPECT_EQ(attend_by(card, keys, values, false) != AttendBy::nothing, shape.from_codes);
+        for (int dim : {shape.keys, shape.values}) {
+          EXPECT_LE(dim, kMaxRowDim);
+          EXPECT_LE(RowsOfAnySize::shared_bytes(dim), size_t(48) << 10);  // without asking for more
+        }
+      }
+    }
+  }
 }
 
 TEST(CudaFormats, OtherShapesDoNot) {
