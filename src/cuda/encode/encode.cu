@@ -156,7 +156,8 @@ Status encode(const DeviceInfo& device, EncodeArgs args, cudaStream_t stream) {
   } else if ((!args.keys && !args.values) || !args.cells) {
     return Status::invalid("keys and values or cells are missing");
   }
-  if (!args.key_cache.data || !(args.value_cache.data || args.store.values)) {
+  // Rows may go to dense attention alone.
+  if (!args.dense.keys && (!args.key_cache.data || !(args.value_cache.data || args.store.values))) {
     return Status::invalid("caches are missing");
   }
   if (args.cells_per_stream < 1) return Status::invalid("streams have no cells");

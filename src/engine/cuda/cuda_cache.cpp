@@ -105,7 +105,10 @@ void CudaCache::encode(const Layer& layer, const cuda::EncodeArgs& args, cudaStr
 void CudaCache::abandon() {
   flight_ = {};
   prompt_.n = 0;
-  for (auto& [index, layer] : layers_) layer->waits[0] = layer->waits[1] = false;
+  for (auto& [index, layer] : layers_) {
+    layer->waits[0] = layer->waits[1] = false;
+    layer->again = {};
+  }
 }
 
 BatchQueries CudaCache::queries_of(const AttendTask& task) {
@@ -424,6 +427,29 @@ void CudaCache::decode_window(const Layer& layer, const cuda::DenseRows& rows, b
   require(cuda::encode(device_, exact, stream), "rows of the window");
 }
 
+// The model's own memory of the new rows may be used for other things before the next attention over them.
+void CudaCache::keep_for_others(CudaQueue& queue, Layer& layer, const cuda::EncodeArgs& written) {
+  cuda::EncodeArgs& again = layer.again = written;
+  again.key_cache = again.value_cache = {};
+  again.window = {};
+  const size_t n = size_t(written.n_tokens);
+  const auto copy = [&](cuda::DeviceMemory& memory, const void* from, size_t row, size_t pitch) {
+    char* to = queue.room<char>(memory, row * n);
+    require(cudaMemcpy2DAsync(to, row, from, pitch, row, n, cudaMemcpyDefault, queue.stream()), "rows of the batch");
+    return to;
+  };
+  for (Kind kind : {Kind::key, Kind::value}) {
+    const float*& rows = kind == Kind::key ? again.keys : again.values;
+    size_t& stride = kind == Kind::key ? again.key_token_stride : again.value_token_stride;
+    const size_t numbers = layer.device.row_bytes(kind) / sizeof(uint16_t);
+    const char* copied = copy(layer.again_memory[int(kind)], rows, numbers * sizeof(float), stride * sizeof(float));
+    rows = reinterpret_cast<const float*>(copied);
+    stride = numbers;
+  }
+  const char* cells = copy(layer.again_memory[2], again.cells, sizeof(int64_t), sizeof(int64_t));
+  again.cells = reinterpret_cast<const int64_t*>(cells);
+}
+
 // Many query tokens: all cells become f16 rows, and the flash attention of the program around does the rest. Without an
 // exact store it is over transformed rows, and queries and outputs are transformed for it. Scores of coded cells get
 // what they lack by a component of these where that pays.
@@ -440,6 +466,8 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
     require(cuda::encode(device_, p, queue.stream()), "encoding");
     return read_store(layer, rows, queue.stream());
   }
+  const bool is_first = p.n_tokens > 0 && p.keys && p.values;
+  if (is_first && !task.ends_batch) keep_for_others(queue, layer, p);
   // A part of the batch, or one that was staged before: it is taken in first, and then attended to as any other cells.
   if (is_staged(p) ? !(p.keys && p.values && layer.ended_batch != batch_) : prompt_.n > 0) {
     if (is_staged(p)) stage_alone(queue, layer, p);
@@ -482,10 +510,14 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
     require(cuda::prepare_prompt(device_, prompt, queue.stream()), "rows of a prompt");
   } else {
     decode_window(layer, rows, /*before_batch=*/p.n_tokens > 0, queue.stream());
+    // The tokens of the batch attend to one another exactly, in each attention.
+    const bool is_again = p.n_tokens == 0 && !is_first && layer.again.n_tokens > 0;
+    if (is_again) p = layer.again;
     p.dense = rows;
     require(cuda::encode(device_, p, queue.stream()), "encoding");
     require(cuda::transform_rows(device_, t, queue.stream()), "queries");
   }
+  if (task.ends_batch) layer.again = {};
   dense->q = t.out;
   if (!layer.corrects_prompts) return;
   cuda::BiasArgs bias;
@@ -494,7 +526,7 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
   bias.rows_kv_heads = p.n_kv_heads;
   bias.group = t.group;
   bias.scale = problem.scale;
-  bias.window_cells = p.n_tokens > 0 && !is_staged(p) ? scratch_.kept_cells() : device.window().cells(0);
+  bias.window_cells = is_first && p.n_tokens > 0 && !is_staged(p) ? scratch_.kept_cells() : device.window().cells(0);
   bias.n_window_streams = device.shape().n_streams;
   bias.capacity = scratch_.capacity();
   bias.cells = p.cells;

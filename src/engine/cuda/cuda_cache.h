@@ -67,6 +67,10 @@ private:
     uint64_t batch[2] = {0, 0};  // by Kind: the batch that was written last,
     uint64_t window_batch = 0;   // and taken into the window
     uint64_t ended_batch = 0;    // of prompts whose layers end together: the last one that the layer has ended
+    // A prompt's new rows, copied for dense attention behind the first one (models in which layers share a cache). They
+    // are not written to the cache.
+    cuda::EncodeArgs again;
+    cuda::DeviceMemory again_memory[3];  // keys and values by Kind, f32; cells
   };
   // A prompt whose layers end together, behind its graph or where their memory is full: the window's books begin for
   // all layers at once, each layer then keeps its rows and has its cells scored, and at the end cells leave the windows
@@ -122,6 +126,7 @@ private:
   void read_store(const Layer& layer, const cuda::DenseRows& rows, cudaStream_t stream);
   void decode(const Layer& layer, const cuda::DenseRows& rows, cudaStream_t stream);
   void decode_window(const Layer& layer, const cuda::DenseRows& rows, bool before_batch, cudaStream_t stream);
+  void keep_for_others(CudaQueue& queue, Layer& layer, const cuda::EncodeArgs& written);
   const float* slopes(CudaQueue& queue, float max_bias, int n_heads);
   cuda::CellState state();
   cuda::HostWindow host_window(const Layer& layer);
