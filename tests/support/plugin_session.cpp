@@ -104,7 +104,9 @@ std::string take_log() {
 template <typename Load>
 std::shared_ptr<llama_model> load_on(bool coded, bool mmap, std::vector<std::string> names, const Load& load) {
   thimble_device();
-  for (int i = 0; names.empty() && coded && i < n_devices(); i++) names.push_back("THIMBLE" + std::to_string(i));
+  if (names.empty() && coded) {
+    for (int i = 0; i < n_devices(); i++) names.push_back("THIMBLE" + std::to_string(i));
+  }
   std::vector<ggml_backend_dev_t> devices;
   for (const std::string& name : names) {
     devices.push_back(ggml_backend_dev_by_name(name.c_str()));
