@@ -459,14 +459,11 @@ TEST_P(KernelsOn, ScoresFromCodes) {
   for (float score : scores_of(k(), p, 0, p.n_blocks())) EXPECT_TRUE(std::isinf(score));
 }
 
-// Attention from kept scores gives the same bits as attention that looks keys up, though more cells are hidden by then
-// and parts are cut elsewhere.
 TEST_P(KernelsOn, MaximaAndBoundsOfScores) {
   for (int n_blocks : {1, 2, 5}) {
-    std::vector<float> scores(1 + size_t(n_blocks) * kBlockCells);
-    const float* at = scores.data() + 1;  // no alignment is asked for
     for (int seed = 0; seed < 20; seed++) {
-      scores = gaussian(scores.size(), unsigned(seed));
+      std::vector<float> scores = gaussian(1 + size_t(n_blocks) * kBlockCells, unsigned(seed));
+      const float* at = scores.data() + 1;  // no alignment is asked for
       for (size_t i = seed; i < scores.size(); i += 3) scores[i] = i % 2 ? -kInfinity : scores[size_t(seed)];
       if (seed == 7) scores[9] = kInfinity;
       if (seed == 8) std::fill(scores.begin(), scores.end(), -kInfinity);
@@ -483,6 +480,8 @@ TEST_P(KernelsOn, MaximaAndBoundsOfScores) {
   }
 }
 
+// Attention from kept scores gives the same bits as attention that looks keys up, though more cells are hidden by then
+// and parts are cut elsewhere.
 TEST_P(KernelsOn, KeptScoresEqualThoseLookedUp) {
   const auto expect_equal = [&](Problem p) {
     const size_t stride = size_t(p.n_blocks()) * kBlockCells + 3;
