@@ -66,8 +66,17 @@ static AttendArgs make_args(const AttentionShape& s, const AttentionPointers& p)
   a.group = s.group;
   a.head_dim = s.head_dim;
   a.n_cells = s.n_cells;
-  a.key_codec = {s.head_dim, s.key_width, s.n_kv_heads, 0, 0, p.key_packed, p.key_scale, nullptr, nullptr};
-  a.value_codec = {s.head_dim, s.value_width, s.n_kv_heads, 0, 0, p.value_packed, p.value_scale, nullptr, nullptr};
+  const auto codec = [&](int width, const uint32_t* packed, const float* scale) {
+    CodecTables tables{};
+    tables.head_dim = s.head_dim;
+    tables.width = width;
+    tables.n_kv_heads = s.n_kv_heads;
+    tables.packed = packed;
+    tables.scale = scale;
+    return tables;
+  };
+  a.key_codec = codec(s.key_width, p.key_packed, p.key_scale);
+  a.value_codec = codec(s.value_width, p.value_packed, p.value_scale);
   const auto view = [&](uint8_t* data, const CodecTables& codec) {
     const size_t head = codec.block_bytes() * (s.n_cells / 64);
     return CacheView{data, head * s.n_kv_heads, head, codec.block_bytes()};
