@@ -56,10 +56,19 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph* graph) {
   }
 }
 
+// How often this thread has waited for a backend of ours.
+thread_local uint64_t n_waits = 0;
+
+void backend_synchronize(ggml_backend_t backend) {
+  n_waits++;
+  ggml_backend_synchronize(context_of(backend).inner);
+}
+
 const ggml_backend_i kBackendInterface = [] {
   ggml_backend_i i{};
   i.get_name = backend_name;
   i.free = backend_free;
+  i.synchronize = backend_synchronize;
   i.graph_compute = backend_compute;
   return i;
 }();
@@ -90,9 +99,6 @@ bool backend_copy_async(ggml_backend_t from, ggml_backend_t to, const ggml_tenso
   return inner->iface.cpy_tensor_async(is_ours(from) ? context_of(from).inner : from, inner, &inner_source,
                                        &inner_target);
 }
-void backend_synchronize(ggml_backend_t backend) {
-  ggml_backend_synchronize(context_of(backend).inner);
-}
 
 // Our events hold one of the inner device's.
 ggml_backend_event_t inner_event(ggml_backend_event_t event) {
@@ -110,7 +116,6 @@ const ggml_backend_i kAsyncInterface = [] {
   ggml_backend_i i = kBackendInterface;
   i.set_tensor_async = backend_set_async;
   i.get_tensor_async = backend_get_async;
-  i.synchronize = backend_synchronize;
   i.cpy_tensor_async = backend_copy_async;
   // llama.cpp's pipeline of batches over several devices
   i.event_record = backend_record_event;
@@ -250,15 +255,13 @@ void report_uncoded(Device& device, const ggml_tensor* op) {
 }
 
 // Whether llama.cpp was told to use flash attention (--flash-attn on), which the inner device cannot do. Left to itself
-// it asks once, with a token for each sequence, and then computes attention by matrix products. Told to, it makes
-// graphs of other numbers of tokens as well.
+// it asks once, and then computes attention by matrix products. Told to, it asks for each graph that it reserves memory
+// for, and before each one it waits for its backends.
 bool is_told_to_use(const ggml_tensor* attention) {
-  const ggml_tensor* q = attention->src[0];
-  const int64_t n_tokens = q->ne[1] * q->ne[3];
   ManagedLayer* layer = KvBuffer::layer_of(attention->src[1]);
   if (!layer) return false;
-  if (layer->unsupported_tokens == 0) layer->unsupported_tokens = n_tokens;
-  return layer->unsupported_tokens != n_tokens;
+  if (!layer->unsupported_at) layer->unsupported_at = n_waits;
+  return *layer->unsupported_at != n_waits;
 }
 
 bool device_supports_op(ggml_backend_dev_t handle, const ggml_tensor* op) {

@@ -56,7 +56,7 @@ struct ManagedLayer {
   bool norms_unread = false;                     // LayerGeometry's
   int latent = 0;                                // LayerGeometry's, where it has keys alone
   bool transposed = false;                       // values are [number][cell], as with flash attention off
-  int64_t unsupported_tokens = 0;                // of the flash attention that the inner device cannot do, seen first
+  std::optional<uint64_t> unsupported_at;        // when flash attention was seen first that the inner device cannot do
   RefusedCells refused;
 
   int64_t cells_per_stream() const { return tensors[0]->ne[1]; }

@@ -311,16 +311,22 @@ TEST(PluginFlashAttention, ThatTheDeviceLacks) {
       options.bits = 4;
       options.coded_flash_attention = true;
       options.leaves_flash_attention = false;
-      try {
-        Session session(options);
-        ADD_FAILURE() << "a context was made";
-      } catch (const std::runtime_error& error) {
-        EXPECT_NE(std::string(error.what()).find("start without --flash-attn on"), std::string::npos) << error.what();
+      for (const uint32_t n_ubatch : {64u, n_seq}) {  // or all graphs have as many tokens as there are sequences
+        options.n_ubatch = n_ubatch;
+        try {
+          Session session(options);
+          ADD_FAILURE() << "a context was made, with batches of " << n_ubatch;
+        } catch (const std::runtime_error& error) {
+          EXPECT_NE(std::string(error.what()).find("start without --flash-attn on"), std::string::npos) << error.what();
+        }
       }
       options.leaves_flash_attention = true;
-      Session session(options);
-      session.feed(tokens(0, 150), 0, 4);
-      EXPECT_LT(compare(plain, session.logits).nmse, 0.03);
+      for (const uint32_t n_ubatch : {n_seq, 64u}) {
+        options.n_ubatch = n_ubatch;
+        Session session(options);
+        session.feed(tokens(0, 150), 0, 4);
+        EXPECT_LT(compare(plain, session.logits).nmse, 0.03);
+      }
     }
   }
   cpu_device()->iface.supports_op = supports;
