@@ -10,7 +10,7 @@ have 128 tokens, so a window= of less leaves cells to be coded.
 --device CUDA0+CUDA1 takes a device of the plugin around each, and the Meta device over all of them.
 
 usage: llama_archs.py <bin directory> [--device CPU] [--plugin libggml-thimble.so] [--kv bits=16,small=0] [--coded bits=4,small=0,window=16,pool=4]
-       [--only REGEX] [--jobs 1] [--table table.md]
+       [--reads-codes] [--only REGEX] [--jobs 1] [--table table.md]
 """
 import argparse
 import collections
@@ -26,6 +26,7 @@ parser.add_argument("--device", default="CPU")
 parser.add_argument("--plugin", help="instead of the one in the bin directory, to which it is held")
 parser.add_argument("--kv", default="bits=16,small=0")
 parser.add_argument("--coded")
+parser.add_argument("--reads-codes", action="store_true", help="with --coded, fails where nothing was read from codes")
 parser.add_argument("--only", default="")
 parser.add_argument("--jobs", type=int, default=1)
 parser.add_argument("--table")
@@ -129,6 +130,8 @@ for arch in archs:
                 failed.append(f"{arch} {config}, {args.coded}: NMSE {cells[-2]}, on the CPU {cells[-1]}")
             elif None not in at and not at[0] <= 2 * (at[1] + row.nmse) + 1e-9:
                 failed.append(f"{arch} {config}, {args.coded}: NMSE {at[0]:.1e}, on the CPU {at[1]:.1e}, f16's {row.nmse:.1e}")
+            if args.reads_codes and None not in at and not min(at) > 10 * row.nmse:
+                failed.append(f"{arch} {config}, {args.coded}: NMSE {at[0]:.1e}, on the CPU {at[1]:.1e}: nothing was read from codes")
             counts["coded " + ("none" if None in at else "OK")] += 1
         table.append(cells + [refusal if "refused" in (single, meta) else ""])
 

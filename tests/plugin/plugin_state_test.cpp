@@ -1,10 +1,15 @@
 // States of a coded cache: a state that is saved, loaded elsewhere and saved again has the same bytes, and decoding
 // goes on with the same logits.
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
 #include <tuple>
 
 #include "support/plugin_session.h"
 #include "support/temporary_folder.h"
+#include "support/tiny_model.h"
 
 namespace thimble::test {
 namespace {
@@ -151,6 +156,35 @@ TEST_P(PluginState, OfPlainLlamaCppLoads) {
   ASSERT_EQ(load(coded, state, 0), state.size());
   const double kl = compare(go_on(plain), go_on(coded)).mean_kl;
   EXPECT_LT(kl, GetParam() == 16 ? 1e-4 : GetParam() == 4 ? 0.02 : 1.0);
+}
+
+// Of layers with sliding windows llama.cpp saves what the next token sees. These cells come to other places, of blocks
+// whose weights vector kernels round together: the scalar kernels alone (THIMBLE_ISA=scalar) tell the choice of exact
+// cells, which must be the same, from that.
+TEST_P(PluginState, OfWindowLayersGoesOn) {
+  const char* isa = std::getenv("THIMBLE_ISA");
+  const bool is_scalar = isa && std::string(isa) == "scalar";
+  Options of_windows = options();
+  of_windows.model = std::make_shared<TinyModel>(gemma4_like());
+  const auto tokens = [](int first, int n) {
+    Tokens all(n);
+    for (int i = 0; i < n; i++) all[i] = (first + i) * (first + i + 3) % kTinyVocabulary;
+    return all;
+  };
+  for (int n : {100, 300, 350, 600}) {  // from about 256 tokens on, the windows' cells are used again
+    Session original(of_windows), restored(of_windows);
+    for (int i = 0; i < n; i += 50) original.feed(tokens(i, 50), 0, 1);
+    for (int i = 0; i < 5; i++) original.feed(tokens(n + i, 1));
+    const Bytes state = save(original, 0);
+    ASSERT_EQ(load(restored, state, 0), state.size());
+    for (Session* s : {&original, &restored}) {
+      s->logits.clear();
+      for (int i = 0; i < 40; i++) s->feed(tokens(700 + i, 1));
+    }
+    const Difference difference = compare(original.logits, restored.logits);
+    std::printf("%d tokens: NMSE %.1e, mean KL %.1e\n", n, difference.nmse, difference.mean_kl);
+    EXPECT_LT(difference.nmse, is_scalar ? 1e-6 : 5e-3) << n;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(, PluginState, testing::Values(16.0, 4.0, 2.0),

@@ -3,7 +3,6 @@
 //   random_model <gemma4 | mla> <model.gguf> <out.gguf>
 #include <cstdio>
 #include <exception>
-#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -16,49 +15,15 @@
 namespace thimble::test {
 namespace {
 
-// Gemma 4: window layers with heads of 256, global layers with heads of 512. DeepSeek 2 Lite: latent rows of 512 and 64
-// numbers, 16 heads.
-const std::map<std::string, TinyModel>& models() {
-  static const std::map<std::string, TinyModel> all = {
-      {"gemma4",
-       {"gemma4",
-        {{"attention.head_count", 8u},
-         {"attention.head_count_kv", 2u},
-         {"embedding_length_per_layer_input", 0u},
-         {"attention.key_length", 512u},
-         {"attention.value_length", 512u},
-         {"attention.key_length_swa", 256u},
-         {"attention.value_length_swa", 256u},
-         {"rope.dimension_count", 512u},
-         {"rope.dimension_count_swa", 256u},
-         {"attention.sliding_window", 64u},
-         {"attention.sliding_window_pattern", std::vector<uint32_t>{1, 0}}}}},
-      {"mla",
-       {"deepseek2",
-        {{"attention.head_count", 16u},
-         {"attention.head_count_kv", 1u},
-         {"attention.key_length", 576u},
-         {"attention.value_length", 512u},
-         {"attention.key_length_mla", 192u},
-         {"attention.value_length_mla", 128u},
-         {"attention.q_lora_rank", 256u},
-         {"attention.kv_lora_rank", 512u},
-         {"rope.dimension_count", 64u},
-         {"leading_dense_block_count", 1u},
-         {"expert_count", 2u},
-         {"expert_used_count", 2u},
-         {"expert_feed_forward_length", 64u},
-         {"expert_shared_count", 1u}}}}};
-  return all;
-}
-
 void write(const std::string& kind, const std::string& tokenizer, const std::string& out) {
   llama_backend_init();
   ggml_backend_dev_t none = nullptr;
   llama_model_params params = llama_model_default_params();
   params.devices = &none;
   params.n_gpu_layers = 0;
-  const TinyModel& tiny = models().at(kind);
+  const TinyModel tiny = kind == "gemma4" ? gemma4_like()
+                         : kind == "mla"  ? mla_like()
+                                          : throw std::runtime_error("there is no shape " + kind);
   llama_model_save_to_file(make_model(tiny, params, tokenizer).get(), out.c_str());
   // llama.cpp does not save all metadata of every architecture.
   ggml_context* tensors = nullptr;

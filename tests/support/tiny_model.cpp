@@ -66,6 +66,39 @@ Metadata base_metadata() {
           {"attention.layer_norm_rms_epsilon", 1e-5f}};
 }
 
+TinyModel gemma4_like() {
+  return {"gemma4",
+          {{"attention.head_count", 8u},
+           {"attention.head_count_kv", 2u},
+           {"embedding_length_per_layer_input", 0u},
+           {"attention.key_length", 512u},
+           {"attention.value_length", 512u},
+           {"attention.key_length_swa", 256u},
+           {"attention.value_length_swa", 256u},
+           {"rope.dimension_count", 512u},
+           {"rope.dimension_count_swa", 256u},
+           {"attention.sliding_window", 64u},
+           {"attention.sliding_window_pattern", std::vector<uint32_t>{1, 0}}}};
+}
+
+TinyModel mla_like() {
+  return {"deepseek2",
+          {{"attention.head_count", 16u},
+           {"attention.head_count_kv", 1u},
+           {"attention.key_length", 576u},
+           {"attention.value_length", 512u},
+           {"attention.key_length_mla", 192u},
+           {"attention.value_length_mla", 128u},
+           {"attention.q_lora_rank", 256u},
+           {"attention.kv_lora_rank", 512u},
+           {"rope.dimension_count", 64u},
+           {"leading_dense_block_count", 1u},
+           {"expert_count", 2u},
+           {"expert_used_count", 2u},
+           {"expert_feed_forward_length", 64u},
+           {"expert_shared_count", 1u}}};
+}
+
 std::shared_ptr<gguf_context> gguf_of(const TinyModel& tiny, const std::string& tokenizer) {
   std::shared_ptr<gguf_context> gguf(gguf_init_empty(), gguf_free);
   Metadata all = tiny.metadata;

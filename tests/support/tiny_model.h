@@ -28,6 +28,12 @@ constexpr int kTinyVocabulary = 128;
 /// Two layers of four heads of 64.
 Metadata base_metadata();
 
+/// Like Gemma 4: a layer with a sliding window of 64 tokens and heads of 256, and one that sees everything, with heads
+/// of 512.
+TinyModel gemma4_like();
+/// Like DeepSeek 2 Lite: latent rows of 512 and 64 numbers, 16 heads.
+TinyModel mla_like();
+
 /// The model's metadata. `tokenizer`: a GGUF file whose tokenizer it gets; empty: none.
 std::shared_ptr<gguf_context> gguf_of(const TinyModel& tiny, const std::string& tokenizer);
 

@@ -36,6 +36,14 @@ bool corrects_prompts(const HeadCodec& keys) {
 
 }  // namespace
 
+bool CudaCache::fits(const LayerPlan& plan) const {
+  const CacheShape& shape = plan.shape;
+  return layers_.empty() || (shape.cells_per_stream == scratch_.shape().cells_per_stream &&
+                             shape.n_streams == scratch_.shape().n_streams &&
+                             cuda::DeviceWindow::rows_of_stream(plan.window, shape.cells_per_stream, shape.n_streams) ==
+                                 scratch_.capacity());
+}
+
 void CudaCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) {
   const std::string where = "layer " + std::to_string(plan.layer) + " on a CUDA device: ";
   require(cudaSetDevice(device_.ordinal), "CUDA device");
@@ -43,11 +51,6 @@ void CudaCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint
   if (layers_.empty()) {
     const int rows = cuda::DeviceWindow::rows_of_stream(plan.window, shape.cells_per_stream, shape.n_streams);
     require(scratch_.init(shape, rows), "memory of the window");
-  } else if (shape.cells_per_stream != scratch_.shape().cells_per_stream ||
-             shape.n_streams != scratch_.shape().n_streams ||
-             cuda::DeviceWindow::rows_of_stream(plan.window, shape.cells_per_stream, shape.n_streams) !=
-                 scratch_.capacity()) {
-    throw std::runtime_error(where + "layers of one cache must have the same cells");
   }
   auto layer = std::make_unique<Layer>();
   layer->number = plan.layer;
@@ -67,16 +70,6 @@ void CudaCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint
                              "(ulimit -l) with more of it, or leave top= out");
   }
   layers_[plan.layer] = std::move(layer);
-}
-
-std::string CudaCache::refusal(const WriteTask& task) const {
-  if (!task.is_f16 && task.is_i64) return {};
-  return "new keys and values must be f32 and their cells 64-bit numbers on a CUDA device";
-}
-
-std::string CudaCache::refusal(const AttendTask& task) const {
-  if (task.problem.n_cells % kBlockCells != 0) return "its cells are no multiple of 64";
-  return {};
 }
 
 void CudaCache::write(const Lane& lane, const WriteTask& task) {

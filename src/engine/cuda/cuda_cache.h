@@ -1,4 +1,4 @@
-// A KV cache in the memory of a CUDA device.
+// A KV cache in the memory of a CUDA device, whose layers have the same cells.
 #pragma once
 
 #include <map>
@@ -27,10 +27,9 @@ class CudaCache : public KvCache {
 public:
   explicit CudaCache(const cuda::DeviceInfo& device) : device_(device) {}
 
+  /// Whether a layer has the cells that those which were added have; the first one fits.
+  bool fits(const LayerPlan& plan) const;
   void add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8_t* const memory[2]) override;
-  std::string refusal(const WriteTask& task) const override;
-  std::string refusal(const AttendTask& task) const override;
-  std::string refusal(const ReadTask&) const override { return {}; }
   /// New rows wait where they are for the attention over them, or for `flush`: all is then done by few kernels.
   void write(const Lane& lane, const WriteTask& task) override;
   bool attend(const Lane& lane, const AttendTask& task, DenseAttention* dense) override;
@@ -52,6 +51,10 @@ public:
   void write_keys(int layer, std::span<const int64_t> cells) override;
   void copy_stream(int layer, Kind kind, int from, int to) override;
   void clear() override;
+
+  /// What the host counts of batches, and a return to it.
+  std::vector<uint64_t> counted() const;
+  void set_counted(const std::vector<uint64_t>& counted);
 
 private:
   struct Layer {
@@ -112,8 +115,6 @@ private:
   bool is_staged(const cuda::EncodeArgs& written) const { return written.n_tokens > 0 && prompt_.batch == batch_; }
   cuda::EncodeArgs take_writes(CudaQueue& queue, Layer& layer, const BatchQueries& queries);
   void count_batch(Layer& layer, Kind kind);
-  std::vector<uint64_t> counted() const;
-  void set_counted(const std::vector<uint64_t>& counted);
   void encode(const Layer& layer, const cuda::EncodeArgs& args, cudaStream_t stream);
   void take_off(CudaQueue& queue, Layer& layer, const BatchQueries& queries);
   void land(CudaQueue& queue);

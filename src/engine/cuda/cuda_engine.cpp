@@ -4,7 +4,7 @@
 
 #include "cuda/attend/attend.h"
 #include "cuda/layout.h"
-#include "engine/cuda/cuda_cache.h"
+#include "engine/cuda/cuda_caches.h"
 #include "engine/cuda/cuda_queue.h"
 
 namespace thimble {
@@ -70,7 +70,7 @@ public:
     return cuda::DeviceLayer::side_bytes(kind, shape, plan.side(kind), rows, plan.has_codes[int(kind)]);
   }
 
-  std::unique_ptr<KvCache> make_cache(const Settings&) override { return std::make_unique<CudaCache>(device()); }
+  std::unique_ptr<KvCache> make_cache(const Settings&) override { return std::make_unique<CudaCaches>(device()); }
   std::unique_ptr<Queue> make_queue() override { return std::make_unique<CudaQueue>(device()); }
 
 private:
