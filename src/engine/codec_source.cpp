@@ -14,7 +14,7 @@ uint64_t fnv1a(uint64_t hash, const char* data, size_t size) {
 }
 
 // How codecs without a profile are made, for states: another name where the same rates come to other codes.
-constexpr std::string_view kUncalibrated = "keys stretched by norms, by layer";
+constexpr std::string_view kUncalibrated = "keys stretched by norms, by head";
 
 }  // namespace
 
@@ -38,12 +38,15 @@ CodecSource::CodecSource(const Settings& settings) : settings_(settings), hash_(
   hash_ = fnv1a(hash_, bytes.data(), bytes.size());
 }
 
-uint64_t CodecSource::hash(const std::vector<std::vector<float>>& stretches) const {
-  uint64_t hash = hash_;
-  for (const std::vector<float>& stretch : stretches) {
-    hash = fnv1a(hash, reinterpret_cast<const char*>(stretch.data()), stretch.size() * sizeof(float));
-  }
-  return hash;
+uint64_t CodecSource::hash(int head, const std::vector<float>& stretch) const {
+  const uint64_t hash = profile_ ? fnv1a(hash_, reinterpret_cast<const char*>(&head), sizeof(head)) : hash_;
+  return fnv1a(hash, reinterpret_cast<const char*>(stretch.data()), stretch.size() * sizeof(float));
+}
+
+std::optional<int> CodecSource::n_kv_heads(int layer) const {
+  if (!profile_ || layer < 0 || size_t(layer) >= profile_->shape.layers.size()) return std::nullopt;
+  const int n = profile_->shape.layers[layer].n_kv_heads;
+  return n > 0 ? std::optional(n) : std::nullopt;
 }
 
 std::optional<int> CodecSource::head_dim(int layer, Kind kind) const {
@@ -63,14 +66,17 @@ Format CodecSource::format(int layer, Kind kind, int head_dim) const {
 }
 
 std::shared_ptr<const std::vector<HeadCodec>> CodecSource::codecs(
-    int layer, Kind kind, int head_dim, int n_kv_heads, const std::vector<std::vector<float>>& stretches) const {
+    int layer, Kind kind, int head_dim, const HeadRange& heads,
+    const std::vector<std::vector<float>>& stretches) const {
   auto all = std::make_shared<std::vector<HeadCodec>>();
   const Format format = this->format(layer, kind, head_dim);
-  if (from_profile(kind) && profile_->shape.layers[layer].n_kv_heads != n_kv_heads) {
-    throw std::runtime_error("profile " + settings_.profile + " was made for a model with another number of KV heads");
+  if (from_profile(kind) && n_kv_heads(layer) != heads.of) {
+    throw std::runtime_error("profile " + settings_.profile +
+                             " was made for a model with another number of KV heads, or --split-mode tensor gave some "
+                             "of these heads to a device that is none of the plugin's in this process");
   }
-  for (int head = 0; head < n_kv_heads; head++) {
-    all->push_back(from_profile(kind) ? profile_->codec(layer, head, kind, bits(kind))
+  for (int head = 0; head < heads.count; head++) {
+    all->push_back(from_profile(kind) ? profile_->codec(layer, heads.first + head, kind, bits(kind))
                                       : make_uncalibrated_codec(
                                             kind, format, stretches.empty() ? std::vector<float>() : stretches[head]));
   }

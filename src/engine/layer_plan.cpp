@@ -69,6 +69,8 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
   if (!plan.why_f16.empty()) return plan;
   plan.coded = true;
   plan.as_f16 = geometry.as_f16;
+  plan.heads = {geometry.first_head, geometry.n_kv_heads,
+                geometry.heads_of_layer > 0 ? geometry.heads_of_layer : geometry.n_kv_heads};
   plan.group = geometry.group;
   std::copy(std::begin(geometry.rotated), std::end(geometry.rotated), plan.rotated);
   plan.window = settings_.passthrough() || plan.as_f16 ? WindowSize{0, 0, 0} : settings_.window;
@@ -94,7 +96,7 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
     };
     const LayerPlan side = side_of(dim, geometry.n_kv_heads == 0 ? int(width / dim) : geometry.n_kv_heads);
     plan.format[int(kind)] = side.format[int(kind)];
-    if (geometry.n_kv_heads > 0 && !state_row_fits(side.shape, side.side(kind))) {
+    if (geometry.n_kv_heads > 0 && !state_row_fits(side.side(kind))) {
       throw std::runtime_error(name_of(geometry.layer) + "heads of size " + std::to_string(dim) +
                                " are too small to code; use bits=16 or run without the THIMBLE device");
     }
@@ -115,7 +117,10 @@ LayerPlan CachePlanner::plan(const LayerGeometry& geometry) const {
         key_stretches(geometry.query_norm, geometry.key_norm, geometry.n_kv_heads, plan.side(Kind::key).head_dim);
     plan.norms_unread = geometry.norms_unread && plan.key_stretches.empty();
   }
-  plan.hash = source_->hash(plan.key_stretches);
+  for (int head = 0; head < geometry.n_kv_heads; head++) {
+    plan.hashes.push_back(source_->hash(plan.heads.first + head,
+                                        plan.key_stretches.empty() ? std::vector<float>() : plan.key_stretches[head]));
+  }
   if (plan.keys_alone()) plan.has_codes[int(Kind::value)] = false;
   if (const std::string why = engine_.refusal(plan); !why.empty()) throw std::runtime_error(name_of(plan.layer) + why);
   return plan;
@@ -136,7 +141,7 @@ void CachePlanner::plan_latent(const LayerGeometry& geometry, LayerPlan& plan) c
   plan.format[int(Kind::key)] =
       make_position_format(int(width) - plan.latent, latent, n_pieces * size_t(pieces.side(Kind::key).vector_bytes()));
   for (Kind kind : {Kind::key, Kind::value}) {
-    if (!state_row_fits(plan.shape, plan.side(kind))) {
+    if (!state_row_fits(plan.side(kind))) {
       throw std::runtime_error(name_of(plan.layer) +
                                "the parts of its rows are too small to code; use bits=16 or run without the THIMBLE "
                                "device");
@@ -150,8 +155,13 @@ void CachePlanner::plan_latent(const LayerGeometry& geometry, LayerPlan& plan) c
   if (plan.top > 0) plan.store_bytes = plan.f16_bytes;
   plan.as_rows = !engine_.attends(plan);
   plan.why_slow = engine_.why_slow(plan);
-  plan.hash = source_->hash({{float(plan.latent)}});  // rows that are cut elsewhere have other codes
+  plan.hashes = {source_->hash(0, {float(plan.latent)})};  // rows that are cut elsewhere have other codes
   if (const std::string why = engine_.refusal(plan); !why.empty()) throw std::runtime_error(name_of(plan.layer) + why);
+}
+
+int64_t CachePlanner::row_of_profile(int layer, Kind kind) const {
+  const int64_t heads = source_->n_kv_heads(layer).value_or(0);
+  return heads * source_->head_dim(layer, kind).value_or(0);
 }
 
 LayerCodecs CachePlanner::codecs(const LayerPlan& plan) const {
@@ -165,7 +175,7 @@ LayerCodecs CachePlanner::codecs(const LayerPlan& plan) const {
       codecs.sides[int(kind)] = std::make_shared<const std::vector<HeadCodec>>(plan.shape.n_kv_heads, codec);
       continue;
     }
-    auto known = source_->codecs(plan.layer, kind, format.head_dim, plan.shape.n_kv_heads,
+    auto known = source_->codecs(plan.layer, kind, format.head_dim, plan.heads,
                                  kind == Kind::key ? plan.key_stretches : std::vector<std::vector<float>>());
     if (const int block = plan.rotated[int(kind)]; block > 0 && !format.f16) {
       auto rotated = std::make_shared<std::vector<HeadCodec>>(*known);

@@ -24,6 +24,8 @@ struct LayerGeometry {
   int64_t width[2] = {0, 0};  // by Kind; 0: there is none
   int head_dim[2] = {0, 0};
   int n_kv_heads = 0;
+  // Where devices share a layer's KV heads: the first one here, and how many the layer has; else 0.
+  int first_head = 0, heads_of_layer = 0;
   int64_t cells_per_stream = 0;
   int n_streams = 1;
   bool is_window = false;  // of a sliding window
@@ -51,6 +53,7 @@ struct LayerPlan {
   /// LayerGeometry::latent. Above 0, the values' side has these numbers, and the keys' side those behind them; a query
   /// is multiplied with both.
   int latent = 0;
+  HeadRange heads;          // that are here
   bool as_f16 = false;      // LayerGeometry::as_f16
   int rotated[2] = {0, 0};  // LayerGeometry::rotated
   int group = 0;            // LayerGeometry::group
@@ -58,7 +61,7 @@ struct LayerPlan {
   /// By KV head: what keys are multiplied by before they are coded without a profile (key_stretch); empty: by nothing.
   std::vector<std::vector<float>> key_stretches;
   bool norms_unread = false;         // LayerGeometry::norms_unread, where keys would have been stretched
-  uint64_t hash = 0;                 // of everything that the layer's codes depend on, for saved states
+  std::vector<uint64_t> hashes;      // by KV head, of everything that its codes depend on, for saved states
   bool has_codes[2] = {true, true};  // values have none with tail=drop, as only their exact rows are read
   WindowSize window;
   int top = 0;  // cells to retrieve; above 0, the layer has an exact store
@@ -92,6 +95,8 @@ public:
   /// Throws std::runtime_error where the layer's heads are known and cannot be coded, or the profile is of another
   /// model.
   LayerPlan plan(const LayerGeometry& geometry) const;
+  /// Numbers of a row of one side in the model that the profile was made for, all heads; 0 where that is not known.
+  int64_t row_of_profile(int layer, Kind kind) const;
   /// The codecs of a layer whose heads are known.
   LayerCodecs codecs(const LayerPlan& plan) const;
 

@@ -80,6 +80,10 @@ bool KvBuffer::add(ggml_tensor* tensor, const CacheName& name) {
   layer.index = name.layer;
   layer.tensors[int(name.kind)] = tensor;
   by_tensor_[tensor] = name;
+  const int64_t row = planner_->row_of_profile(name.layer, name.kind);
+  if (tensor->ne[0] < row && far_.empty()) {
+    layer.parts[int(name.kind)] = place_part(device_, name, tensor->ne[0], row);
+  }
   return true;
 }
 
@@ -131,7 +135,21 @@ void KvBuffer::bind(ManagedLayer& layer, int key_dim, int value_dim, int n_kv_he
   }
   geometry.n_kv_heads = n_kv_heads;
   geometry.group = group;
+  set_heads(layer, geometry);
   make_layer(layer, geometry);
+}
+
+// Where the device has a part of the heads and it is known which.
+void KvBuffer::set_heads(const ManagedLayer& layer, LayerGeometry& geometry) {
+  const PartOfRow &keys = layer.parts[int(Kind::key)], &values = layer.parts[int(Kind::value)];
+  const int64_t key_dim = geometry.head_dim[int(Kind::key)], value_dim = geometry.head_dim[int(Kind::value)];
+  if (!keys.is_whole_known() || !values.is_whole_known()) return;
+  if (keys.first % key_dim != 0 || keys.row->width % key_dim != 0 || keys.first / key_dim * value_dim != values.first ||
+      keys.row->width / key_dim * value_dim != values.row->width) {
+    return;
+  }
+  geometry.first_head = int(keys.first / key_dim);
+  geometry.heads_of_layer = int(keys.row->width / key_dim);
 }
 
 void KvBuffer::bind_keys_alone(ManagedLayer& layer, bool as_f16, int group) {

@@ -23,6 +23,7 @@
 #include "plugin/device.h"
 #include "plugin/far_caches.h"
 #include "plugin/refused_cells.h"
+#include "plugin/row_parts.h"
 
 namespace thimble {
 
@@ -50,6 +51,7 @@ struct ManagedLayer {
   int index = 0;
   ggml_tensor* tensors[2] = {nullptr, nullptr};  // by Kind; set by init_tensor
   std::optional<LayerPlan> plan;                 // once bound
+  PartOfRow parts[2];                            // by Kind; where the device has a part of the rows
   bool written[2] = {false, false};              // by Kind: whether a node was seen that writes this side
   int rotated[2] = {0, 0};                       // by Kind: LayerGeometry::rotated
   std::vector<float> query_norm, key_norm;       // LayerGeometry's
@@ -164,6 +166,7 @@ private:
 
   const ggml_tensor* cache_of(const ggml_tensor* tensor) const;
   void zero(void* data, size_t size);
+  static void set_heads(const ManagedLayer& layer, LayerGeometry& geometry);
   void make_layer(ManagedLayer& layer, LayerGeometry geometry);
   uint8_t* memory_of(const ManagedLayer& layer, const LayerPlan& plan, Kind kind);
   Rows rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const;

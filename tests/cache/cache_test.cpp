@@ -43,20 +43,23 @@ struct TestLayer {
     }
   }
   std::vector<uint8_t> save(int first, int n, uint64_t hash = 42) const {
+    const std::vector<uint64_t> hashes(2, hash);
     std::vector<uint8_t> state;
     for (Kind kind : {Kind::key, Kind::value}) {
       const size_t bytes = size_t(layer->side(kind).row_size()) * 2;
       for (int i = 0; i < n; i++) {
         state.resize(state.size() + bytes);
-        save_cell(*layer, kind, first + i, hash, state.data() + state.size() - bytes);
+        save_cell(*layer, kind, first + i, hashes, state.data() + state.size() - bytes);
       }
     }
     return state;
   }
   void load(const std::vector<uint8_t>& state, int first, int n, uint64_t hash = 42) {
+    const std::vector<uint64_t> hashes(2, hash);
     const uint8_t* at = state.data();
     for (Kind kind : {Kind::key, Kind::value}) {
-      for (int i = 0; i < n; i++, at += layer->side(kind).row_size() * 2) load_cell(*layer, kind, first + i, hash, at);
+      for (int i = 0; i < n; i++, at += layer->side(kind).row_size() * 2)
+        load_cell(*layer, kind, first + i, hashes, at);
     }
   }
   std::vector<uint8_t> k_memory, v_memory;
@@ -104,38 +107,46 @@ TEST(State, RefusesCodesOfOtherSettings) {
   EXPECT_NO_THROW(c.load(plain.save(0, 50), 0, 50));  // a plain f16 state is welcome
 }
 
-// llama.cpp saves a cell whose heads are on several devices as the rows of all of them, one behind another, and cuts
-// such a row in pieces where it loads one.
-TEST(State, RefusesRowsOfOtherDivisions) {
-  constexpr size_t kHead = 128,
-                   kVector = 18;  // bytes of a head of 64 numbers as f16, and its codes and scale at 2 bits
-  TestLayer layer(2);
-  const std::vector<uint8_t> vectors(4 * kVector, 0x5a);
-  const auto loads = [&](const std::vector<uint8_t>& row) {
-    try {
-      load_cell(*layer.layer, Kind::key, 0, 42, row.data());
-      return true;
-    } catch (const std::runtime_error&) {
-      return false;
+// llama.cpp joins the rows of devices that share the heads, and cuts a row at heads: here, a row's first head is as it
+// was saved and the second is another's. Each is taken for itself.
+TEST(State, HeadsOfARowStandForThemselves) {
+  constexpr size_t kHead = 128;  // bytes of a head of 64 numbers as f16
+  const std::vector<uint64_t> hashes(2, 42), others{42, 43};
+  TestLayer coded(2), exact(2), loaded(2);
+  coded.fill(50, 0, 1);
+  exact.fill(50, 0, 2);
+  constexpr int kCoded = 20, kExact = 49;
+  ASSERT_LT(coded.layer->window().find(kCoded), 0);
+  ASSERT_GE(exact.layer->window().find(kExact), 0);
+  for (Kind kind : {Kind::key, Kind::value}) {
+    std::vector<uint8_t> a(2 * kHead), b(2 * kHead), again(2 * kHead);
+    save_cell(*coded.layer, kind, kCoded, hashes, a.data());
+    save_cell(*coded.layer, kind, kCoded + 1, hashes, b.data());
+    std::copy_n(&b[kHead], kHead, &a[kHead]);
+    load_cell(*loaded.layer, kind, 3, hashes, a.data());  // codes of both heads
+    save_cell(*loaded.layer, kind, 3, hashes, again.data());
+    EXPECT_EQ(again, a);
+    EXPECT_THROW(load_cell(*loaded.layer, kind, 4, others, a.data()), std::runtime_error);  // of one the hash is wrong
+
+    save_cell(*exact.layer, kind, kExact, hashes, b.data());
+    std::copy_n(&b[kHead], kHead, &a[kHead]);
+    load_cell(*loaded.layer, kind, 5, hashes, a.data());  // codes of one head, the row of the other
+    const uint16_t* row = loaded.layer->exact_row(kind, 5);
+    ASSERT_TRUE(row);
+    std::vector<float> decoded(128);
+    coded.layer->side(kind).decode_row(kCoded, decoded.data());
+    for (int d = 0; d < 64; d++) {
+      EXPECT_EQ(row[d], float_to_half(decoded[d]));
+      EXPECT_EQ(row[64 + d], exact.layer->exact_row(kind, kExact)[64 + d]);
     }
-  };
-  std::vector<uint8_t> whole(2 * kHead), parts(2 * kHead), mixed(2 * kHead, 0x11), larger(4 * kHead);
-  write_coded_row(vectors.data(), 2 * kVector, 42, whole.data(), whole.size());
-  EXPECT_TRUE(loads(whole));
-  for (uint8_t* part : {parts.data(), parts.data() + kHead}) {
-    write_coded_row(vectors.data(), kVector, 42, part, kHead);
   }
-  EXPECT_FALSE(loads(parts));
-  write_coded_row(vectors.data(), kVector, 42, mixed.data() + kHead, kHead);
-  EXPECT_FALSE(loads(mixed));
-  write_coded_row(vectors.data(), 4 * kVector, 42, larger.data(), larger.size());
-  EXPECT_FALSE(loads(larger));
 }
 
 TEST(State, FitsItsRow) {
-  EXPECT_TRUE(state_row_fits({1, 64, 1}, make_format(64, 4)));
-  EXPECT_TRUE(state_row_fits({8, 64, 1}, make_format(128, 2)));
-  EXPECT_FALSE(state_row_fits({1, 64, 1}, make_format(8, 4)));
+  EXPECT_TRUE(state_row_fits(make_format(64, 4)));
+  EXPECT_TRUE(state_row_fits(make_format(16, 4)));
+  EXPECT_FALSE(state_row_fits(make_format(8, 4)));
+  EXPECT_TRUE(state_row_fits(make_format(8, 16)));
 }
 
 TEST(Streams, CopyTakesCodesAndWindow) {

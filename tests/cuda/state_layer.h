@@ -165,21 +165,22 @@ struct Layer {
       cpu->commit([&](int, int64_t other) { return other >= base && other <= cell; });
     }
   }
+  std::vector<uint64_t> hashes(uint64_t hash = kHash) const { return std::vector<uint64_t>(s.n_heads, hash); }
   Rows save_cpu(Kind kind, int64_t first, int64_t n) const {
     Rows rows(n * row_bytes(kind), 0xee);
-    for (int64_t i = 0; i < n; i++) save_cell(*cpu, kind, first + i, kHash, &rows[i * row_bytes(kind)]);
+    for (int64_t i = 0; i < n; i++) save_cell(*cpu, kind, first + i, hashes(), &rows[i * row_bytes(kind)]);
     return rows;
   }
   void load_cpu(Kind kind, int64_t first, int64_t n, const Rows& rows) {
-    for (int64_t i = 0; i < n; i++) load_cell(*cpu, kind, first + i, kHash, &rows[i * row_bytes(kind)]);
+    for (int64_t i = 0; i < n; i++) load_cell(*cpu, kind, first + i, hashes(), &rows[i * row_bytes(kind)]);
   }
   Rows save(Kind kind, int64_t first, int64_t n) {
     Rows rows(n * row_bytes(kind), 0xee);
-    state().save(args, kind, device_window, first, n, kHash, rows.data());
+    state().save(args, kind, device_window, first, n, hashes(), rows.data());
     return rows;
   }
   CellState::Refused load(Kind kind, std::vector<int64_t> cells, const Rows& rows, uint64_t hash = kHash) {
-    return state().load(args, kind, device_window, cells, hash, rows.data());
+    return state().load(args, kind, device_window, cells, hashes(hash), rows.data());
   }
   CellState state() {  // in several copies
     return CellState(s.rows ? *of_rows : static_cast<StateKernels&>(kernels), 50 * row_bytes());

@@ -119,14 +119,37 @@ TEST(CudaState, RefusesRowsOfOtherSettingsAndWritesNothingOfThem) {
   const std::vector<size_t> refused = layer.load(Kind::key, range(0, 60), rows, kHash + 1);
   std::vector<size_t> coded;
   const CacheSide& side = layer.cpu->side(Kind::key);
-  const RowBytes bytes = {layer.row_bytes(), 64 * sizeof(uint16_t), row_vectors_bytes(side.shape(), side.format())};
+  const std::vector<uint64_t> hashes = layer.hashes();
+  const RowLayout layout = row_layout(side.format(), hashes, true);
   for (size_t i = 0; i < 60; i++) {
-    if (row_kind(&rows[i * layer.row_bytes()], bytes, kHash, true) == RowKind::coded) coded.push_back(i);
+    if (row_kind(&rows[i * layer.row_bytes()], layout) == RowKind::coded) coded.push_back(i);
   }
   EXPECT_EQ(refused, coded);
   EXPECT_EQ(refused.size(), 60u - kSlots);
   const std::vector<uint8_t>& blocks = layer.blocks[0];
   EXPECT_TRUE(std::all_of(blocks.begin(), blocks.end(), [](uint8_t byte) { return byte == 0; }));
+}
+
+// Rows that came from two devices: of every other one, which is exact, the first head is coded.
+TEST(CudaState, MixedRowsAreTheCpus) {
+  for (const Setting& setting : {Setting{64, 4, 2}, Setting{128, 2, 1, false, false, 3}}) {
+    Layer from(setting), to(setting);
+    from.fill(60, 0);
+    from.fill(60, 1);
+    for (Kind kind : {Kind::key, Kind::value}) {
+      const size_t bytes = from.row_bytes(kind), head = bytes / setting.n_heads;
+      Rows rows = from.save_cpu(kind, 60 - kWindow.last, kWindow.last);
+      for (int64_t i = 0; i < kWindow.last; i += 2) {
+        const Rows coded = from.save_cpu(kind, 192 + 20 + i, 1);
+        std::copy_n(coded.begin(), head, &rows[i * bytes]);
+      }
+      to.load_cpu(kind, 3, kWindow.last, rows);
+      EXPECT_TRUE(to.load(kind, range(3, kWindow.last), rows).empty());
+      EXPECT_TRUE(to.save(kind, 3, kWindow.last) == to.save_cpu(kind, 3, kWindow.last));
+      EXPECT_FALSE(to.save(kind, 3, kWindow.last) == rows);
+      EXPECT_GE(to.device_window.slot_of(3), 0);
+    }
+  }
 }
 
 // A loaded sequence takes the rows of another, whose cells are coded of the rows as they were.
@@ -146,12 +169,14 @@ TEST(CudaState, CellsThatLeaveForOthersAreCoded) {
     for (int64_t cell = 40 - kWindow.last; cell < 40; cell++) {
       ASSERT_EQ(layer.device_window.slot_of(cell), -1);
       side.encode_row(layer.cpu->exact_row(kind, cell), cell);
-      Rows vectors(row_vectors_bytes(side.shape(), side.format())), row(layer.row_bytes());
+      const std::vector<uint64_t> hashes = layer.hashes();
+      const RowLayout layout = row_layout(side.format(), hashes, true);
+      Rows vectors(layout.vectors_bytes()), row(layer.row_bytes());
       for (int head = 0; head < setting.n_heads; head++) {
         copy_cell_out(side.format(), kind, side.block(head, cell), side.in_block(cell),
                       vectors.data() + head * size_t(side.format().vector_bytes()));
       }
-      write_coded_row(vectors.data(), vectors.size(), kHash, row.data(), row.size());
+      write_coded_row(vectors.data(), layout, row.data());
       EXPECT_TRUE(std::equal(row.begin(), row.end(), &saved[cell * row.size()])) << cell;
     }
     EXPECT_TRUE(layer.save(kind, 101, 8) == layer.save_cpu(kind, 193, 8));

@@ -88,7 +88,9 @@ public:
     RefusedRows refused;
     for (size_t i = 0; i < cells.size(); i++) {
       const uint8_t* row = rows + i * row_bytes;
-      if (row_kind(row, {row_bytes, row_bytes, 0}, 0, /*takes_codes=*/false) == RowKind::exact) {
+      const std::vector<uint64_t> no_hashes(to.shape.n_kv_heads);
+      const RowLayout layout = {row_bytes / to.shape.n_kv_heads, 0, no_hashes, /*takes_codes=*/false};
+      if (row_kind(row, layout) == RowKind::exact) {
         std::memcpy(to.row(kind, cells[i]), row, row_bytes);
       } else {
         refused.entries.push_back(i);

@@ -47,12 +47,12 @@ protected:
 TEST_F(Plan, AStatesHashSaysWhatKeysWereStretchedBy) {
   const LayerPlan stretched = of(geometry(ones, great));
   ASSERT_EQ(stretched.key_stretches.size(), 2u);
-  EXPECT_EQ(of(geometry(ones, great)).hash, stretched.hash);
-  EXPECT_NE(of(geometry(great, ones)).hash, stretched.hash);
-  EXPECT_NE(of(geometry({}, {})).hash, stretched.hash);
-  EXPECT_NE(of(geometry(ones, {}, /*unread=*/true)).hash, stretched.hash);
-  EXPECT_EQ(of(geometry(ones, {}, /*unread=*/true)).hash, of(geometry({}, {})).hash);  // coded alike
-  EXPECT_NE(of(geometry({}, {}), "bits=4").hash, of(geometry({}, {})).hash);
+  EXPECT_EQ(of(geometry(ones, great)).hashes, stretched.hashes);
+  EXPECT_NE(of(geometry(great, ones)).hashes, stretched.hashes);
+  EXPECT_NE(of(geometry({}, {})).hashes, stretched.hashes);
+  EXPECT_NE(of(geometry(ones, {}, /*unread=*/true)).hashes, stretched.hashes);
+  EXPECT_EQ(of(geometry(ones, {}, /*unread=*/true)).hashes, of(geometry({}, {})).hashes);  // coded alike
+  EXPECT_NE(of(geometry({}, {}), "bits=4").hashes, of(geometry({}, {})).hashes);
 }
 
 TEST_F(Plan, NormsThatCannotBeReadAreReported) {

@@ -135,7 +135,7 @@ std::vector<uint8_t> saved(Session& session) {
 }
 
 // Goes on in `to` with what `from` has saved, and in `from`. The devices sum up in another order.
-void expect_goes_on(Session& from, Session& to, int at) {
+void expect_goes_on(Session& from, Session& to, int at, double later = 1e-5) {
   to.feed(tokens(500, 20), 0, 1);  // layers are known once there was a graph
   const std::vector<uint8_t> state = saved(from);
   llama_memory_clear(to.memory(), false);
@@ -146,35 +146,20 @@ void expect_goes_on(Session& from, Session& to, int at) {
     from.feed(token(i));
     to.feed(token(i));
   }
-  const Difference difference = compare(from.logits, to.logits);
-  EXPECT_LT(difference.nmse, 1e-5);
+  EXPECT_LT(compare({from.logits.front()}, {to.logits.front()}).nmse, 1e-5);
+  EXPECT_LT(compare(from.logits, to.logits).nmse, later);
 }
 
-// A session that was given `state` fails as soon as it sees its cells.
-void expect_refused(const std::vector<uint8_t>& state, Session& to) {
-  llama_memory_clear(to.memory(), false);
-  take_log();
-  llama_state_seq_set_data(to.context(), state.data(), state.size(), 0);
-  EXPECT_GT(count(take_log(), "or with tensors split over other devices"), 0);
-  EXPECT_THROW(to.feed(token(60)), std::runtime_error);
-}
-
-// Where tensors are split, each device's rows are of its own heads, and only the same devices can load them.
 TEST_P(Recordings, AStateSavedHereAndOnOneDevice) {
-  Session here(on(GetParam(), GetParam().recorded));
   Places one = GetParam();
   one.split = LLAMA_SPLIT_MODE_LAYER;
-  Session there(on(one, {"THIMBLE2"}));
+  Session here(on(GetParam(), GetParam().recorded)), there(on(one, {"THIMBLE2"}));
   here.feed(tokens(0, 50), 0, 1);
   for (int i = 50; i < 60; i++) here.feed(token(i));
-  if (GetParam().split == LLAMA_SPLIT_MODE_LAYER) {
-    expect_goes_on(here, there, 60);
-    return expect_goes_on(there, here, 80);
-  }
-  there.feed(tokens(0, 60), 0, 1);
-  const std::vector<uint8_t> of_tensors = saved(here), of_one = saved(there);
-  expect_refused(of_tensors, there);
-  expect_refused(of_one, here);
+  // Devices that share the heads choose the cells that leave by their own, so later tokens differ as coding makes them.
+  const double later = GetParam().split == LLAMA_SPLIT_MODE_TENSOR ? 1e-2 : 1e-5;
+  expect_goes_on(here, there, 60, later);
+  expect_goes_on(there, here, 80, later);
 }
 
 // ---- layers on a GPU and on the CPU, each with the engine of its own

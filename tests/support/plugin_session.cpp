@@ -172,10 +172,10 @@ Session::Session(const Options& options) : options_(options) {
     model_ = load_on(options.coded(), false, devices, [&](llama_model_params params) {
       params.split_mode = options.split;
       // Of two layers and the output, which counts as one, the first device gets a layer.
-      std::vector<float> shares(llama_max_devices());
-      if (devices.size() == 2 && options.split == LLAMA_SPLIT_MODE_LAYER) {
-        shares[0] = 1;
-        shares[1] = 2;
+      std::vector<float> shares = options.shares;
+      if (shares.empty() && devices.size() == 2 && options.split == LLAMA_SPLIT_MODE_LAYER) shares = {1, 2};
+      if (!shares.empty()) {
+        shares.resize(llama_max_devices());
         params.tensor_split = shares.data();
       }
       const llama_model_tensor_buft_override experts[] = {{"_exps", ggml_backend_cpu_buffer_type()},

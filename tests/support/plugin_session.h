@@ -33,6 +33,7 @@ struct Options {
   // Of such a model: the plugin's devices instead of all of them, and how they share it.
   std::vector<std::string> devices;
   llama_split_mode split = LLAMA_SPLIT_MODE_LAYER;
+  std::vector<float> shares;  // of these devices; empty: an equal part, or one layer to the first
   bool experts_on_cpu = false;
   int small_cells = 0;
   // Without flash attention plain llama.cpp is the more exact: with it, the CPU sums values in f16 (NMSE 1e-5).

@@ -29,8 +29,9 @@ size_t row_bytes(const CellArgs& side) {
   return size_t(side.n_kv_heads) * side.head_dim * sizeof(uint16_t);
 }
 
-size_t vectors_bytes(const CellArgs& side) {
-  return size_t(side.n_kv_heads) * CodePacker{Kind::key, side.codec.order()}.vector_bytes();
+RowLayout layout_of(const CellArgs& side, std::span<const uint64_t> hashes, bool takes_codes) {
+  return {side.head_dim * sizeof(uint16_t), size_t(CodePacker{Kind::key, side.codec.order()}.vector_bytes()), hashes,
+          takes_codes};
 }
 
 }  // namespace
@@ -54,11 +55,12 @@ const int32_t* CellState::upload(std::span<const int32_t> slots) {
 // ---- saving
 
 void CellState::save(const EncodeArgs& layer, Kind kind, const HostWindow& window, int64_t first, int64_t n,
-                     uint64_t hash, uint8_t* rows) {
+                     std::span<const uint64_t> hashes, uint8_t* rows) {
   kernels_.begin();
   CellArgs side = side_of(layer, kind);
   if (side.store) return save_stored(layer, kind, first, n, rows);
-  const size_t bytes = row_bytes(side), coded_bytes = vectors_bytes(side);
+  const RowLayout layout = layout_of(side, hashes, true);
+  const size_t bytes = row_bytes(side), coded_bytes = layout.vectors_bytes();
   for (int64_t done = 0, at_once = cells_at_once(coded_bytes); done < n; done += at_once) {
     std::vector<int64_t> cells, exact_cells;
     std::vector<int32_t> exact_slots;
@@ -95,7 +97,7 @@ void CellState::save(const EncodeArgs& layer, Kind kind, const HostWindow& windo
         if (side.codec.order().is_f16()) {
           std::memcpy(to + i * bytes, host + i * coded_bytes, bytes);
         } else {
-          write_coded_row(host + i * coded_bytes, coded_bytes, hash, to + i * bytes, bytes);
+          write_coded_row(host + i * coded_bytes, layout, to + i * bytes);
         }
       }
     });
@@ -123,29 +125,37 @@ void CellState::save_stored(const EncodeArgs& layer, Kind kind, int64_t first, i
 // ---- loading
 
 CellState::Refused CellState::load(const EncodeArgs& layer, Kind kind, HostWindow& window,
-                                   std::span<const int64_t> cells, uint64_t hash, const uint8_t* rows,
-                                   std::span<const uint32_t> orders) {
+                                   std::span<const int64_t> cells, std::span<const uint64_t> hashes,
+                                   const uint8_t* rows, std::span<const uint32_t> orders) {
   const CellArgs side = side_of(layer, kind);
   const size_t bytes = row_bytes(side), n = cells.size();
   const bool takes_codes = side.cache.data && !side.codec.order().is_f16();
-  const RowBytes of_row = {bytes, side.head_dim * sizeof(uint16_t), takes_codes ? vectors_bytes(side) : 0};
+  const RowLayout layout = layout_of(side, hashes, takes_codes);
   std::vector<RowKind> kinds(n);
   in_parallel(n, bytes, [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; i++) kinds[i] = row_kind(rows + i * bytes, of_row, hash, takes_codes);
+    for (size_t i = begin; i < end; i++) kinds[i] = row_kind(rows + i * bytes, layout);
   });
-  std::vector<size_t> refused, coded, exact;
+  std::vector<size_t> refused, coded, exact, mixed;
   for (size_t i = 0; i < n; i++) {
-    (kinds[i] == RowKind::exact ? exact : kinds[i] == RowKind::coded ? coded : refused).push_back(i);
+    if (kinds[i] == RowKind::mixed) mixed.push_back(i);
+    (kinds[i] == RowKind::refused ? refused : kinds[i] == RowKind::coded ? coded : exact).push_back(i);
   }
 
   kernels_.begin();
+  std::vector<uint8_t> with_mixed;
+  if (!mixed.empty()) {
+    with_mixed.assign(rows, rows + n * bytes);
+    const std::vector<uint8_t> exact_rows = mixed_as_exact(side, layout, cells, mixed, rows);
+    for (size_t i = 0; i < mixed.size(); i++) std::copy_n(&exact_rows[i * bytes], bytes, &with_mixed[mixed[i] * bytes]);
+    rows = with_mixed.data();
+  }
   if (kind == Kind::key) {
     std::vector<bool> is_exact(n);
     for (size_t i : exact) is_exact[i] = true;
     code_leaving(layer, window.place(cells, is_exact, orders));
   }
   const std::vector<int32_t> slots = window.slots_of(cells);
-  load_codes(side, cells, slots, coded, rows);
+  load_codes(side, layout, cells, slots, coded, rows);
   load_exact(layer, side, cells, slots, exact, rows);
   kernels_.wait();
   return refused;
@@ -162,27 +172,60 @@ void CellState::code_leaving(const EncodeArgs& layer, const HostWindow::Leaving&
   kernels_.wait();
 }
 
-void CellState::load_codes(const CellArgs& side, std::span<const int64_t> cells, std::span<const int32_t> slots,
-                           std::span<const size_t> entries, const uint8_t* rows) {
-  const size_t bytes = row_bytes(side), coded_bytes = vectors_bytes(side);
-  const size_t at_once = size_t(cells_at_once(coded_bytes));
+// Codes of some rows to their blocks; heads of which a row has no codes get any.
+void CellState::scatter(const CellArgs& side, const RowLayout& layout, std::span<const int64_t> cells,
+                        std::span<const size_t> entries, const uint8_t* rows) {
+  const size_t bytes = layout.row_bytes(), coded_bytes = layout.vectors_bytes();
+  uint8_t* host = static_cast<uint8_t*>(kernels_.host_memory(entries.size() * coded_bytes));
+  in_parallel(entries.size(), bytes, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; i++) read_coded_row(rows + entries[i] * bytes, layout, host + i * coded_bytes);
+  });
+  std::vector<int64_t> of_entries;
+  for (size_t i : entries) of_entries.push_back(cells[i]);
+  CellArgs a = side;
+  a.n = int(entries.size());
+  a.cells = upload(of_entries);
+  a.vectors = static_cast<uint8_t*>(kernels_.device_memory(Scratch::vectors, entries.size() * coded_bytes));
+  kernels_.copy(a.vectors, host, entries.size() * coded_bytes);
+  kernels_.scatter_codes(a);
+  kernels_.wait();
+}
+
+// The device decodes what a row has codes of, in the blocks of the row's cell.
+std::vector<uint8_t> CellState::mixed_as_exact(const CellArgs& side, const RowLayout& layout,
+                                               std::span<const int64_t> cells, std::span<const size_t> entries,
+                                               const uint8_t* rows) {
+  const size_t bytes = layout.row_bytes(), at_once = size_t(cells_at_once(bytes));
+  std::vector<uint8_t> exact(entries.size() * bytes);
   for (size_t done = 0; done < entries.size(); done += at_once) {
     const auto part = entries.subspan(done, std::min(at_once, entries.size() - done));
-    uint8_t* host = static_cast<uint8_t*>(kernels_.host_memory(part.size() * coded_bytes));
-    in_parallel(part.size(), bytes, [&](size_t begin, size_t end) {
-      for (size_t i = begin; i < end; i++) {
-        std::memcpy(host + i * coded_bytes, row_vectors(rows + part[i] * bytes), coded_bytes);
-      }
-    });
+    scatter(side, layout, cells, part, rows);
     std::vector<int64_t> of_part;
     for (size_t i : part) of_part.push_back(cells[i]);
     CellArgs a = side;
     a.n = int(part.size());
     a.cells = upload(of_part);
-    a.vectors = static_cast<uint8_t*>(kernels_.device_memory(Scratch::vectors, part.size() * coded_bytes));
-    kernels_.copy(a.vectors, host, part.size() * coded_bytes);
-    kernels_.scatter_codes(a);
+    a.slots = nullptr;
+    a.store = nullptr;
+    a.halves = static_cast<uint16_t*>(kernels_.device_memory(Scratch::halves, part.size() * bytes));
+    kernels_.read_rows(a);
+    uint8_t* host = static_cast<uint8_t*>(kernels_.host_memory(part.size() * bytes));
+    kernels_.copy(host, a.halves, part.size() * bytes);
     kernels_.wait();
+    for (size_t i = 0; i < part.size(); i++) {
+      take_decoded_heads(rows + part[i] * bytes, host + i * bytes, layout, &exact[(done + i) * bytes]);
+    }
+  }
+  return exact;
+}
+
+void CellState::load_codes(const CellArgs& side, const RowLayout& layout, std::span<const int64_t> cells,
+                           std::span<const int32_t> slots, std::span<const size_t> entries, const uint8_t* rows) {
+  const size_t bytes = row_bytes(side), coded_bytes = layout.vectors_bytes();
+  const size_t at_once = size_t(cells_at_once(coded_bytes));
+  for (size_t done = 0; done < entries.size(); done += at_once) {
+    const auto part = entries.subspan(done, std::min(at_once, entries.size() - done));
+    scatter(side, layout, cells, part, rows);
 
     // Where an exact row is kept besides, what the codes stand for is all that is left of it.
     std::vector<int64_t> kept_cells;
@@ -193,6 +236,7 @@ void CellState::load_codes(const CellArgs& side, std::span<const int64_t> cells,
       kept_slots.push_back(slots[i]);
     }
     if (kept_cells.empty()) continue;
+    CellArgs a = side;
     a.n = int(kept_cells.size());
     a.cells = upload(kept_cells);
     a.halves = static_cast<uint16_t*>(kernels_.device_memory(Scratch::halves, a.n * bytes));

@@ -44,22 +44,22 @@ public:
   explicit CellState(StateKernels& kernels, size_t chunk_bytes = size_t(16) << 20)
       : kernels_(kernels), chunk_bytes_(chunk_bytes) {}
 
-  // `layer`: DeviceLayer::encode_args, `window`: that layer's. Cells are numbered through all streams. A row has
-  // n_kv_heads * head_dim f16 numbers.
+  // `layer`: DeviceLayer::encode_args, `window`: that layer's, `hashes`: RowLayout's. Cells are numbered through all
+  // streams. A row has n_kv_heads * head_dim f16 numbers.
 
   /// The rows of cells first .. first + n - 1, bit for bit as save_cell writes them.
-  void save(const EncodeArgs& layer, Kind kind, const HostWindow& window, int64_t first, int64_t n, uint64_t hash,
-            uint8_t* rows);
+  void save(const EncodeArgs& layer, Kind kind, const HostWindow& window, int64_t first, int64_t n,
+            std::span<const uint64_t> hashes, uint8_t* rows);
 
   /// What `load` did not: entries of `cells` whose rows are refused, and of which nothing was written. Their old
   /// contents are void.
   using Refused = std::vector<size_t>;
   /// Loads rows into cells; no cell comes twice. Keys of a cell come before its values. Codes go to their blocks; exact
-  /// rows to the window, and into codes where that takes them not. With an exact store, all rows are exact, and the
-  /// window takes the last. Cells that leave the window for others are coded. The caller writes `window` back where
-  /// keys came. `orders`: HostWindow::place's.
-  Refused load(const EncodeArgs& layer, Kind kind, HostWindow& window, std::span<const int64_t> cells, uint64_t hash,
-               const uint8_t* rows, std::span<const uint32_t> orders = {});
+  /// and mixed rows to the window, and into codes where that takes them not. With an exact store, all rows are exact,
+  /// and the window takes the last. Cells that leave the window for others are coded. The caller writes `window` back
+  /// where keys came. `orders`: HostWindow::place's.
+  Refused load(const EncodeArgs& layer, Kind kind, HostWindow& window, std::span<const int64_t> cells,
+               std::span<const uint64_t> hashes, const uint8_t* rows, std::span<const uint32_t> orders = {});
 
   /// Keys of cells as f32, [cells][n_kv_heads][head_dim] in device memory, to be changed there. write_keys, with the
   /// same cells, puts them back rounded to f16: exact rows as they are, others coded again. Both have ended when they
@@ -72,8 +72,12 @@ public:
 private:
   void save_stored(const EncodeArgs& layer, Kind kind, int64_t first, int64_t n, uint8_t* rows);
   void code_leaving(const EncodeArgs& layer, const HostWindow::Leaving& leaving);
-  void load_codes(const CellArgs& side, std::span<const int64_t> cells, std::span<const int32_t> slots,
-                  std::span<const size_t> entries, const uint8_t* rows);
+  void scatter(const CellArgs& side, const RowLayout& layout, std::span<const int64_t> cells,
+               std::span<const size_t> entries, const uint8_t* rows);
+  std::vector<uint8_t> mixed_as_exact(const CellArgs& side, const RowLayout& layout, std::span<const int64_t> cells,
+                                      std::span<const size_t> entries, const uint8_t* rows);
+  void load_codes(const CellArgs& side, const RowLayout& layout, std::span<const int64_t> cells,
+                  std::span<const int32_t> slots, std::span<const size_t> entries, const uint8_t* rows);
   void load_exact(const EncodeArgs& layer, const CellArgs& side, std::span<const int64_t> cells,
                   std::span<const int32_t> slots, std::span<const size_t> entries, const uint8_t* rows);
   /// Rows that are in `halves`: into the window and the store, and coded where they belong into codes.

@@ -50,7 +50,7 @@ void CpuCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint8
                                              Window(size, max_slots(plan), plan.shape.cells_per_stream, n_streams),
                                              plan.latent > 0);
   layer.retrieval = {plan.top, plan.drop_tail};
-  layer.hash = plan.hash;
+  layer.hashes = plan.hashes;
   layers_[plan.layer] = std::move(layer);
 }
 
@@ -194,7 +194,7 @@ void CpuCache::code_leaving(CacheLayer& cache, const Team& team) {
 void CpuCache::read_cells(int layer, Kind kind, int64_t first, int64_t n, uint8_t* rows) {
   const Layer& from = layers_.at(layer);
   const size_t row_bytes = size_t(from.cache->side(kind).row_size()) * sizeof(uint16_t);
-  for (int64_t i = 0; i < n; i++) save_cell(*from.cache, kind, first + i, from.hash, rows + i * row_bytes);
+  for (int64_t i = 0; i < n; i++) save_cell(*from.cache, kind, first + i, from.hashes, rows + i * row_bytes);
 }
 
 RefusedRows CpuCache::write_cells(int layer, Kind kind, std::span<const int64_t> cells, const uint8_t* rows) {
@@ -203,7 +203,7 @@ RefusedRows CpuCache::write_cells(int layer, Kind kind, std::span<const int64_t>
   RefusedRows refused;
   for (size_t i = 0; i < cells.size(); i++) {
     try {
-      load_cell(*to.cache, kind, cells[i], to.hash, rows + i * row_bytes);
+      load_cell(*to.cache, kind, cells[i], to.hashes, rows + i * row_bytes);
     } catch (const std::runtime_error& error) {
       if (refused.entries.empty()) refused.why = error.what();
       refused.entries.push_back(i);

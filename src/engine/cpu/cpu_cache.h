@@ -36,7 +36,7 @@ private:
   struct Layer {
     std::unique_ptr<CacheLayer> cache;
     Retrieval retrieval;
-    uint64_t hash = 0;                   // LayerPlan::hash
+    std::vector<uint64_t> hashes;        // LayerPlan::hashes
     std::vector<int64_t> cells[2];       // by Kind: the cells that the current write writes to
     std::vector<const uint16_t*> exact;  // of the current read: by stream and cell, the exact row or null
   };

@@ -56,7 +56,7 @@ void CudaCache::add_layer(const LayerPlan& plan, const LayerCodecs& codecs, uint
   layer->number = plan.layer;
   layer->top = plan.top;
   layer->drop_tail = plan.drop_tail;
-  layer->hash = plan.hash;
+  layer->hashes = plan.hashes;
   layer->corrects_prompts = corrects_prompts(codecs.of(Kind::key).front());
   const cuda::AttendBy by = plan.as_rows
                                 ? cuda::AttendBy::nothing

@@ -62,7 +62,7 @@ private:
     cuda::DeviceLayer device;
     int top = 0;
     bool drop_tail = false;
-    uint64_t hash = 0;               // LayerPlan::hash
+    std::vector<uint64_t> hashes;    // LayerPlan::hashes
     bool corrects_prompts = false;   // scores of coded cells get what they lack in prompts, too
     size_t index = 0;                // in the tables
     bool waits[2] = {false, false};  // by Kind: rows that were written and not taken in

@@ -33,7 +33,7 @@ void CudaCache::read_cells(int index, Kind kind, int64_t first, int64_t n, uint8
   cuda::CellState cells = state();
   const cuda::HostWindow window = host_window(of);
   const cuda::EncodeArgs args = of.device.encode_args();
-  cells.save(args, kind, window, first, n, of.hash, rows);
+  cells.save(args, kind, window, first, n, of.hashes, rows);
   if (kind == Kind::value || index != saved_layer_) saved_orders_.end();
   if (kind == Kind::value || args.store.keys) return;
   saved_layer_ = index;
@@ -49,15 +49,16 @@ RefusedRows CudaCache::write_cells(int index, Kind kind, std::span<const int64_t
   std::vector<uint32_t> orders;
   if (kind == Kind::key && !args.store.keys) {
     const size_t bytes = of.device.row_bytes(kind);
-    const RowBytes of_row = {bytes, of.device.head_dim(kind) * sizeof(uint16_t), 0};
+    const RowLayout layout = {of.device.head_dim(kind) * sizeof(uint16_t), 0, of.hashes};
     std::vector<bool> exact;
     for (size_t i = 0; i < cells.size(); i++) {
-      exact.push_back(row_kind(rows + i * bytes, of_row, of.hash, /*takes_codes=*/true) == RowKind::exact);
+      const RowKind what = row_kind(rows + i * bytes, layout);
+      exact.push_back(what == RowKind::exact || what == RowKind::mixed);
     }
     orders = saved_orders_.find(exact, rows, bytes);
   }
   RefusedRows refused;
-  refused.entries = to.load(args, kind, window, cells, of.hash, rows, orders);
+  refused.entries = to.load(args, kind, window, cells, of.hashes, rows, orders);
   if (!refused.entries.empty()) refused.why = kOtherSettings;
   if (kind == Kind::key) require(of.device.window().write(window), "the window");
   return refused;
