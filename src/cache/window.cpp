@@ -105,6 +105,7 @@ void Window::begin_batch(std::span<const int64_t> cells) {
   if (commits_) end_commit();  // that of a graph that failed
   arriving_ = 0;
   rows();
+  bool all_stay = batch_.empty();
   batch_.assign(cells.begin(), cells.end());
   overwritten_.clear();
   for (int64_t cell : cells) {
@@ -112,9 +113,12 @@ void Window::begin_batch(std::span<const int64_t> cells) {
     if (slot < 0) continue;
     overwritten_.insert(slots_[slot].sequence);
     empty(slots_[slot]);
+    all_stay = false;
   }
   // The rows that stay are in order already. Sorting them again would cost a decoded token more than all else here.
-  std::erase_if(rows_, [this](const Row& row) { return row.in_flight || slots_[row.index].cell != row.cell; });
+  if (!all_stay) {
+    std::erase_if(rows_, [this](const Row& row) { return row.in_flight || slots_[row.index].cell != row.cell; });
+  }
   const size_t n_slots = rows_.size();
   for (int i = 0; i < int(batch_.size()); i++) rows_.push_back({int32_t(batch_[i]), true, i});
   std::sort(rows_.begin() + n_slots, rows_.end(), by_cell);
@@ -186,6 +190,7 @@ void Window::come_one_by_one(Members& sequence, int n_new, const Judge& judge) c
 // Where the sequences of one batch together keep more cells than there are slots, halves the last cells that each keeps
 // until they fit.
 void Window::fit(std::vector<Candidate>& candidates, std::vector<Members>& sequences, const Judge& judge) const {
+  if (int(candidates.size()) <= max_slots_per_stream_) return;  // they fit, even if all are of one stream
   const auto excess = [&] {
     std::vector<int> n(n_used_.size());
     int most = 0;

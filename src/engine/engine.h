@@ -45,6 +45,9 @@ public:
   /// Makes memory of the host program's zero, as fresh memory of the system's is: it takes no room until it is written
   /// again. False where the engine's memory cannot be given back so.
   virtual bool release(void* /*data*/, size_t /*size*/) const { return false; }
+  /// Asks the system for large pages where memory of the host program's is full of codes, all of which each token
+  /// reads. To be called before that memory is written.
+  virtual void take_large_pages(void* /*data*/, size_t /*size*/) const {}
 
   virtual std::unique_ptr<KvCache> make_cache(const Settings& settings) = 0;
   /// A queue for the tasks of one backend; null where tasks run on threads of the host.

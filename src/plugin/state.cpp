@@ -16,6 +16,9 @@ namespace thimble {
 void KvBuffer::clear(uint8_t value) {
   void* const base = inner_->size > 0 ? ggml_backend_buffer_get_base(inner_) : nullptr;
   if (base && (value != 0 || !device_.engine().release(base, inner_->size))) ggml_backend_buffer_clear(inner_, value);
+  // A far end of ggml's RPC knows no caches yet, and has codes at the front of f16's memory alone: there large pages
+  // would take the memory that coding saves.
+  if (base && !caches_.empty()) device_.engine().take_large_pages(base, inner_->size);
   for (const Buffer& buffer : more_) ggml_backend_buffer_clear(buffer.get(), value);
   waiting_ = {};
   saved_ = {};

@@ -4,13 +4,23 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <span>
 
 #include "engine/cpu/cpu_cache.h"
 #include "kernels/kernels.h"
 
 namespace thimble {
 namespace {
+
+// The pages that lie whole in this memory.
+std::span<uint8_t> whole_pages(void* data, size_t size) {
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
+  if (first >= last) return {};
+  return {static_cast<uint8_t*>(data) + (first - begin), size_t(last - first)};
+}
 
 class CpuEngine : public Engine {
 public:
@@ -40,16 +50,18 @@ public:
   }
 
   bool release(void* data, size_t size) const override {
-    const size_t page = size_t(sysconf(_SC_PAGESIZE));
-    uint8_t* const begin = static_cast<uint8_t*>(data);
-    uint8_t* const end = begin + size;
-    uint8_t* const first = begin + (page - reinterpret_cast<uintptr_t>(begin) % page) % page;
-    uint8_t* const last = end - reinterpret_cast<uintptr_t>(end) % page;
+    const std::span<uint8_t> pages = whole_pages(data, size);
     // It fails for memory that is locked, which then stays.
-    if (first >= last || madvise(first, size_t(last - first), MADV_DONTNEED) != 0) return false;
-    std::memset(begin, 0, size_t(first - begin));
-    std::memset(last, 0, size_t(end - last));
+    if (pages.empty() || madvise(pages.data(), pages.size(), MADV_DONTNEED) != 0) return false;
+    uint8_t* const begin = static_cast<uint8_t*>(data);
+    std::memset(begin, 0, size_t(pages.data() - begin));
+    std::memset(pages.data() + pages.size(), 0, size_t(begin + size - (pages.data() + pages.size())));
     return true;
+  }
+
+  void take_large_pages(void* data, size_t size) const override {
+    const std::span<uint8_t> pages = whole_pages(data, size);
+    if (!pages.empty()) madvise(pages.data(), pages.size(), MADV_HUGEPAGE);  // not all systems have any
   }
 
   std::unique_ptr<KvCache> make_cache(const Settings& settings) override {
