@@ -4,12 +4,12 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <random>
 #include <vector>
 
+#include "bench/device_timer.h"
 #include "cache/window.h"
 #include "cuda/attend/attend.h"
 #include "cuda/encode/encode.h"
@@ -17,70 +17,22 @@
 
 using namespace thimble;
 using namespace thimble::cuda;
+using namespace thimble::bench;
 
 namespace {
 
 constexpr int kHeads = 32, kKvHeads = 8, kDim = 128, kGroup = kHeads / kKvHeads;
 constexpr int kWindow = 137, kTop = 64;
 
-void require(cudaError_t e) {
-  if (e == cudaSuccess) return;
-  std::printf("CUDA: %s\n", cudaGetErrorString(e));
-  std::exit(1);
-}
-void require(const Status& s) {
-  if (s.ok()) return;
-  std::printf("%s\n", s.message);
-  std::exit(1);
-}
-
-template <typename T>
-T* allocate(size_t n) {
-  void* p = nullptr;
-  require(cudaMalloc(&p, n * sizeof(T)));
-  require(cudaMemset(p, 0, n * sizeof(T)));
-  return static_cast<T*>(p);
-}
-template <typename T>
-T* copied(const std::vector<T>& values) {
-  T* p = allocate<T>(values.size());
-  require(cudaMemcpy(p, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return p;
-}
-
 bool once = false;
 
 void time(const char* what, int n, double bytes, const std::function<void(int, cudaStream_t)>& enqueue) {
-  cudaStream_t stream;
-  require(cudaStreamCreate(&stream));
-  enqueue(0, stream);
-  require(cudaStreamSynchronize(stream));
-  if (once) return;
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < n; i++) enqueue(i, stream);
-  require(cudaStreamEndCapture(stream, &graph));
-  require(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t begin, end;
-  require(cudaEventCreate(&begin));
-  require(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < 12; i++) {
-    require(cudaEventRecord(begin, stream));
-    require(cudaGraphLaunch(exec, stream));
-    require(cudaEventRecord(end, stream));
-    require(cudaStreamSynchronize(stream));
-    float ms = 0;
-    require(cudaEventElapsedTime(&ms, begin, end));
-    if (i > 0) times.push_back(ms * 1000 / float(n));
+  if (once) {
+    enqueue(0, nullptr);
+    return require(cudaDeviceSynchronize());
   }
-  std::sort(times.begin(), times.end());
-  const double us = times[times.size() / 2];
-  std::printf("| %s | %.1f | %.1f..%.1f | %.0f |\n", what, us, times.front(), times.back(), bytes / us / 1e3);
-  require(cudaGraphExecDestroy(exec));
-  require(cudaGraphDestroy(graph));
-  require(cudaStreamDestroy(stream));
+  const Times us = time_steps(n, enqueue);
+  std::printf("| %s | %.1f | %.1f..%.1f | %.0f |\n", what, us.median, us.least, us.most, bytes / us.median / 1e3);
 }
 
 /// Attention to 131072 cells at several rates, by tables where there are any and by tiles.
@@ -124,9 +76,7 @@ void time_rates(const DeviceInfo& device) {
       const size_t block = format.block_bytes(), head = block * (kCells / 64), cache = head * kKvHeads;
       std::vector<uint8_t> bytes(head);
       for (uint8_t& b : bytes) b = uint8_t(engine());
-      for (size_t i = 0; i < head; i += block) {  // scales: about 1
-        for (int c = 0; c < 64; c++) bytes[i + block - 128 + 2 * c + 1] = 0x3c;
-      }
+      set_scales(bytes, block);
       bytes.resize(cache);
       for (int h = 1; h < kKvHeads; h++) std::memcpy(&bytes[h * head], bytes.data(), head);
       for (CacheView& view : caches[int(kind)]) view = {copied(bytes), cache, head, block};
@@ -235,9 +185,7 @@ int main(int argc, char** argv) {
     std::vector<CacheView> key_caches, value_caches;
     std::vector<uint8_t> bytes(cache);
     for (uint8_t& b : bytes) b = uint8_t(engine());
-    for (size_t i = 0; i < cache; i += block) {  // scales: about 1
-      for (int c = 0; c < 64; c++) bytes[i + block - 128 + 2 * c + 1] = 0x3c;
-    }
+    set_scales(bytes, block);
     for (int i = 0; i < kBuffers; i++) {
       key_caches.push_back({copied(bytes), cache, head, block});
       value_caches.push_back({copied(bytes), cache, head, block});

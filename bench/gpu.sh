@@ -53,7 +53,7 @@ device=${THIMBLE_DEVICE:-CUDA0}
 source bench/parts.sh
 
 kernels() {
-  local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -Isrc -Itests
+  local flags=(-std=c++20 -O3 -gencode="arch=compute_$capability,code=sm_$capability" -I. -Isrc -Itests
                -Xcompiler "-fPIC,-ffp-contract=off")
   local host=$out/host library=() sources pids=() source pid
   mapfile -t sources < <(find src/cuda -name '*.cu' -o -name '*.cpp')

@@ -1,34 +1,32 @@
 // Times attention of one decode step over one layer by shape, on a device: from codes of 2 bits, the same as on a card
 // of compute capability 8.6 (99 KiB of shared memory a thread block) and 7.5 (64 KiB), and ggml-cuda's FLASH_ATTN_EXT
 // over f16 and q8_0, in one process. Where there are no kernels over codes, the time is that of decoding all cells to
-// f16; ggml's attention over these comes on top. Medians over graphs of 24 steps, whose caches take turns.
+// f16 and of ggml's attention over these. Medians over graphs of 24 steps, whose caches take turns.
 //
 // It links libggml, which bench/gpu.sh's kernels do not have. With a build for CUDA (-DTHIMBLE_CUDA=ON) in $b and
 // llama.cpp's libraries with ggml-cuda in $l:
-//   nvcc -std=c++20 -O3 -arch=sm_90a -Isrc -I<llama.cpp>/ggml/include bench/shapes/cuda_shapes.cu -o cuda_shapes
+//   nvcc -std=c++20 -O3 -arch=sm_90a -I. -Isrc -I<llama.cpp>/ggml/include bench/shapes/cuda_shapes.cu -o cuda_shapes
 //     $b/src/cuda/libthimble_cuda{,_state,_layout}.a $b/src/{cache,store,kernels,codec}/*.a -L$l -lggml -lggml-base
 #include <cuda_runtime.h>
 #include <ggml-alloc.h>
 #include <ggml-backend.h>
 #include <ggml.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "bench/device_timer.h"
 #include "cuda/attend/attend.h"
 #include "cuda/host/cache.h"
 #include "cuda/rows/rows.h"
 
 using namespace thimble;
 using namespace thimble::cuda;
+using namespace thimble::bench;
 
 namespace {
 
@@ -46,68 +44,6 @@ constexpr Shape kShapes[] = {
     {"512x8", 512, 512, 8, 2},        {"96x1", 96, 96, 1, 32},           {"80x1", 80, 80, 1, 32},
     {"576x16", 64, 512, 16, 1, true}, {"576x128", 64, 512, 128, 1, true}};
 
-void require(bool good, const char* what) {
-  if (good) return;
-  std::printf("%s\n", what);
-  std::exit(1);
-}
-void require(cudaError_t e) {
-  require(e == cudaSuccess, cudaGetErrorString(e));
-}
-void require(const Status& s) {
-  require(s.ok(), s.ok() ? "" : s.message);
-}
-
-template <typename T>
-T* allocate(size_t n) {
-  void* p = nullptr;
-  require(cudaMalloc(&p, n * sizeof(T)));
-  require(cudaMemset(p, 0, n * sizeof(T)));
-  return static_cast<T*>(p);
-}
-template <typename T>
-T* copied(const std::vector<T>& values) {
-  T* p = allocate<T>(values.size());
-  require(cudaMemcpy(p, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return p;
-}
-
-double median(std::vector<double> times) {
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
-}
-
-/// Microseconds of a step.
-double time_steps(const std::function<void(int, cudaStream_t)>& enqueue) {
-  cudaStream_t stream;
-  require(cudaStreamCreate(&stream));
-  enqueue(0, stream);
-  require(cudaStreamSynchronize(stream));
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < kSteps; i++) enqueue(i, stream);
-  require(cudaStreamEndCapture(stream, &graph));
-  require(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t begin, end;
-  require(cudaEventCreate(&begin));
-  require(cudaEventCreate(&end));
-  std::vector<double> times;
-  for (int i = 0; i <= kRounds; i++) {
-    require(cudaEventRecord(begin, stream));
-    require(cudaGraphLaunch(exec, stream));
-    require(cudaEventRecord(end, stream));
-    require(cudaStreamSynchronize(stream));
-    float ms = 0;
-    require(cudaEventElapsedTime(&ms, begin, end));
-    if (i > 0) times.push_back(ms * 1000 / kSteps);
-  }
-  require(cudaGraphExecDestroy(exec));
-  require(cudaGraphDestroy(graph));
-  require(cudaStreamDestroy(stream));
-  return median(times);
-}
-
 // -- ours --
 
 std::vector<uint8_t> random_blocks(const Format& format, int n_heads) {
@@ -115,9 +51,7 @@ std::vector<uint8_t> random_blocks(const Format& format, int n_heads) {
   const size_t block = format.block_bytes();
   std::vector<uint8_t> bytes(block * (kCells / kBlockCells) * n_heads);
   for (uint8_t& b : bytes) b = uint8_t(random() >> 8);
-  for (size_t i = 0; i < bytes.size(); i += block) {  // scales: about 1
-    for (int c = 0; c < kBlockCells; c++) bytes[i + block - 128 + 2 * c + 1] = 0x3c;
-  }
+  set_scales(bytes, block);
   return bytes;
 }
 
@@ -149,12 +83,13 @@ double attend_to_codes(const DeviceInfo& device, const Shape& shape, const Forma
   a.value_codec = tables[1].view();
   const size_t workspace_bytes = attend_workspace_bytes(device, a);
   void* workspace = allocate<char>(workspace_bytes);
-  return time_steps([&](int i, cudaStream_t s) {
+  const auto step = [&](int i, cudaStream_t s) {
     AttendArgs x = a;
     x.keys = caches[0][i % kBuffers];
     x.values = caches[1][i % kBuffers];
     require(attend(device, x, workspace, workspace_bytes, s));
-  });
+  };
+  return time_steps(kSteps, step).median;
 }
 
 double decode_rows(const DeviceInfo& device, const Shape& shape, const Format formats[2]) {
@@ -180,13 +115,14 @@ double decode_rows(const DeviceInfo& device, const Shape& shape, const Format fo
     r.exact = allocate<int32_t>(kCells);
     r.out = allocate<uint16_t>(size_t(kCells) * shape.n_kv_heads * formats[int(kind)].head_dim);
   }
-  return time_steps([&](int, cudaStream_t s) {
+  const auto step = [&](int, cudaStream_t s) {
     for (const ReadRowsArgs& r : reads) require(read_rows(device, r, s));
-  });
+  };
+  return time_steps(kSteps, step).median;
 }
 
-/// "31.2 (tables)"
-std::string ours(const DeviceInfo& device, const Shape& shape) {
+/// "31.2 (tables)". `f16_us`: of ggml's attention over f16.
+std::string ours(const DeviceInfo& device, const Shape& shape, double f16_us) {
   const Format values = make_format(shape.values, 2);
   const Format formats[2] = {shape.latent ? make_position_format(shape.keys, values, 162) : make_format(shape.keys, 2),
                              values};
@@ -194,10 +130,11 @@ std::string ours(const DeviceInfo& device, const Shape& shape) {
   const bool from_codes = by != AttendBy::nothing && shape.group <= kMaxGroup;
   const double us = from_codes ? attend_to_codes(device, shape, values, by) : decode_rows(device, shape, formats);
   char text[64];
-  std::snprintf(text, sizeof(text), "%.1f (%s)", us,
-                !from_codes              ? "decoding"
-                : by == AttendBy::tables ? "tables"
-                                         : "tiles");
+  if (from_codes) {
+    std::snprintf(text, sizeof(text), "%.1f (%s)", us, by == AttendBy::tables ? "tables" : "tiles");
+  } else {
+    std::snprintf(text, sizeof(text), "%.1f (decoding %.1f)", us + f16_us, us);
+  }
   return text;
 }
 
@@ -245,7 +182,7 @@ double ggml(ggml_backend_t backend, const Shape& shape, ggml_type type) {
   }
   ggml_backend_buffer_free(buffer);
   ggml_free(context);
-  return median(times);
+  return times_of(times).median;
 }
 
 }  // namespace
@@ -265,10 +202,10 @@ int main() {
               kCells);
   std::printf("| --- | --- | --- | --- | --- | --- |\n");
   for (const Shape& shape : kShapes) {
-    std::printf("| %s | %s | %s | %s |", shape.name, ours(device, shape).c_str(), ours(ampere, shape).c_str(),
-                ours(turing, shape).c_str());
-    for (ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0}) {
-      const double us = ggml(backend, shape, type);
+    const double peers[2] = {ggml(backend, shape, GGML_TYPE_F16), ggml(backend, shape, GGML_TYPE_Q8_0)};
+    std::printf("| %s |", shape.name);
+    for (const DeviceInfo& card : {device, ampere, turing}) std::printf(" %s |", ours(card, shape, peers[0]).c_str());
+    for (const double us : peers) {
       if (std::isnan(us)) {
         std::printf(" none |");
       } else {
