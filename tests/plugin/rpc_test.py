@@ -2,9 +2,12 @@
 """The plugin at the far end of ggml's RPC, and llama-server without it at the near end: texts are those of a server that has
 the plugin itself, also from restored slots and shifted contexts, and two slots answer at a time; the far end's memory grows with the cells that
 are filled and stays under a fifth of f16's; a token takes as many bytes on the wire as with an f16 cache; and where the far
-end is killed, the near end ends too and both can be started again.
+end is killed, the near end ends too and both can be started again; ends of different versions refuse each other by name.
 
-usage: rpc_test.py <llama-server> <rpc-server> <libggml-rpc.so> <plugin> <preload_backends> <model>
+With `reserved`, the plugin is one for a device whose memory is mapped piece by piece (CUDA's, or its emulation): texts and memory alone,
+with short prompts, as emulation is slow.
+
+usage: rpc_test.py <llama-server> <rpc-server> <libggml-rpc.so> <plugin> <preload_backends> <model> [reserved]
 """
 import concurrent.futures
 import os
@@ -20,7 +23,7 @@ import urllib.error
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "support"))
 from server_process import ServerProcess
 
-program, rpc_server, rpc_library, plugin, preload, model = sys.argv[1:]
+program, rpc_server, rpc_library, plugin, preload, model = sys.argv[1:7]
 for needed in (program, rpc_server, rpc_library):
     if not os.path.exists(needed):
         print("skipped: there is no", needed)
@@ -45,10 +48,11 @@ def free_port():
 
 
 class Wire:
-    """A port that leads to another one and counts the bytes that pass, both ways together."""
+    """A port that leads to another one and counts the bytes that pass, both ways together. With `protocol`, the far end's first
+    message, its answer to a greeting, names this major version."""
 
-    def __init__(self, port):
-        self.to, self.bytes = port, 0
+    def __init__(self, port, protocol=None):
+        self.to, self.bytes, self.protocol = port, 0, protocol
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
@@ -62,11 +66,15 @@ class Wire:
                 return
             for s in (near, far):
                 s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for a, b in ((near, far), (far, near)):
-                threading.Thread(target=self.pass_on, args=(a, b), daemon=True).start()
+            for a, b, protocol in ((near, far, None), (far, near, self.protocol)):
+                threading.Thread(target=self.pass_on, args=(a, b, protocol), daemon=True).start()
 
-    def pass_on(self, source, target):
+    def pass_on(self, source, target, protocol):
         try:
+            if protocol:  # 8 bytes of its size, then the version
+                greeting = bytearray(source.recv(9, socket.MSG_WAITALL))
+                greeting[8] = protocol
+                target.sendall(greeting)
             while data := source.recv(1 << 20):
                 self.bytes += len(data)
                 target.sendall(data)
@@ -216,6 +224,33 @@ def left_f16():
         check("the cache type is q8_0" in far.text(), "and the far end says that it leaves this cache as it is")
 
 
+def other_versions():
+    with FarEnd(KV) as far:
+        true_wire = far.wire
+        for major in (6, 8):
+            far.wire = Wire(far.port, protocol=major)
+            try:
+                with near_end(far):
+                    message = "it starts"
+            except AssertionError as error:
+                message = str(error)
+            check(f"RPC server version mismatch: {major}." in message and "RPC handshake failed for 127.0.0.1:" in message,
+                  f"a near end refuses a far end of version {major} by name, and ends")
+            far.wire.listener.close()
+        greeting = bytes(3)  # an older program's, of another size
+        with socket.create_connection(("127.0.0.1", far.port)) as older:
+            older.sendall(bytes([14]) + len(greeting).to_bytes(8, "little") + greeting)
+            try:
+                answer = older.recv(1)
+            except ConnectionResetError:
+                answer = b""
+            check(answer == b"", "the far end lets go of a near end of another version")
+        far.wire = true_wire
+        with near_end(far) as server:
+            check(server.complete(text[:300], 4, 0)["content"] != "", "and serves one of its own afterwards")
+        check("client needs upgrade to protocol" in far.text(), "of which its log says so")
+
+
 def killed():
     with FarEnd(KV) as far:
         with near_end(far) as server:
@@ -235,7 +270,34 @@ def killed():
         check(server.complete(text[:700], 4, 0)["content"] != "", "both ends are started again, and answer")
 
 
+def reserved():
+    """The far end has addresses for f16 caches and memory for codes."""
+    cell = 30 * 2 * 192 * 2  # bytes as f16
+    resident, sizes = {}, (256, 8192)
+    for n_cells in sizes:
+        with FarEnd(KV) as far:
+            with near_end(far, "-b", "32", "-ub", "32", n_cells=n_cells, slots=1) as server:
+                answer = server.complete(text[:150], 4, 0)["content"]
+                resident[n_cells] = far.resident()
+                server.request("/slots/0?action=save", {"filename": "state"})
+                again = server.complete(text[:150] + answer, 2, 0)["content"]
+            check("thimble: KV cache of 30 layers" in far.text(), "the far end codes the cache")
+            with near_end(far, "--no-warmup", n_cells=512, slots=1) as server:
+                server.request("/slots/0?action=restore", {"filename": "state"})
+                check(server.complete(text[:150] + answer, 2, 0)["content"] == again, "a slot is restored before any graph")
+    with FarEnd(None) as far, near_end(far, slots=1) as server:
+        check(server.complete(text[:150], 4, 0)["content"] == answer, f"with an f16 cache the answer is as well {answer!r}")
+    coded, f16 = resident[sizes[1]] - resident[sizes[0]], (sizes[1] - sizes[0]) * cell
+    print(f"resident of {sizes[1] - sizes[0]} cells more: {coded >> 10} KiB, as f16 {f16 >> 10} KiB")
+    of_prompts = f16 / 30  # rows of one layer, which prompts are decoded to
+    check(f16 / 20 < coded < f16 / 5 + of_prompts, "a coded cache takes less than a fifth of f16's memory")
+
+
+if sys.argv[7:] == ["reserved"]:
+    reserved()
+    sys.exit(0)
 answers()
 memory_and_wire()
 left_f16()
+other_versions()
 killed()
