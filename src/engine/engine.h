@@ -7,6 +7,7 @@
 
 #include "engine/kv_cache.h"
 #include "engine/layer_plan.h"
+#include "engine/reserved_memory.h"
 
 namespace thimble {
 
@@ -48,6 +49,10 @@ public:
   /// Asks the system for large pages where memory of the host program's is full of codes, all of which each token
   /// reads. To be called before that memory is written.
   virtual void take_large_pages(void* /*data*/, size_t /*size*/) const {}
+
+  /// Addresses for a buffer of which only a part will be used, and which is to take memory only there; null where the
+  /// host program's buffers do so by themselves, or the device cannot.
+  virtual std::unique_ptr<ReservedMemory> reserve(size_t /*size*/) { return nullptr; }
 
   virtual std::unique_ptr<KvCache> make_cache(const Settings& settings) = 0;
   /// A queue for the tasks of one backend; null where tasks run on threads of the host.

@@ -1,4 +1,6 @@
 // ggml's tables of functions for our buffers and their type.
+#include <filesystem>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -28,10 +30,11 @@ void buffer_free(ggml_backend_buffer_t buffer) {
 }
 
 void* buffer_base(ggml_backend_buffer_t buffer) {
-  return ggml_backend_buffer_get_base(context_of(buffer).inner());
+  return context_of(buffer).base();
 }
 
 ggml_status init_in_inner(KvBuffer& kv, ggml_tensor* tensor) {
+  kv.back(tensor);
   tensor->buffer = kv.inner();
   return kv.inner()->iface.init_tensor ? kv.inner()->iface.init_tensor(kv.inner(), tensor) : GGML_STATUS_SUCCESS;
 }
@@ -78,37 +81,59 @@ ggml_backend_buffer_t inner_of_unmanaged(ggml_backend_buffer_t buffer, const ggm
   return KvBuffer::layer_of(tensor) ? nullptr : context_of(buffer).inner();
 }
 
+// Whether the program serves this device to others. They reserve memory for whole caches, of which codes take a part.
+// In other programs buffers have the sizes that are used.
+bool is_rpc_server() {
+  static const bool is = [] {
+    std::error_code none;
+    const std::string program = std::filesystem::read_symlink("/proc/self/exe", none).filename().string();
+    return program.find("rpc-server") != std::string::npos || program.find("rpc_server") != std::string::npos;
+  }();
+  return is;
+}
+
 // Runs `f`, of which an exception goes to llama.cpp. ggml's RPC server would end by it, so there it goes to the log.
 template <typename F>
 void guard(ggml_backend_buffer_t buffer, F f) {
   try {
     f();
   } catch (const std::exception& error) {
-    if (context_of(buffer).far().empty()) throw;
+    if (context_of(buffer).far().empty() && !is_rpc_server()) throw;
     GGML_LOG_ERROR("thimble: %s\n", error.what());
   }
 }
 
+// Runs `f` on the inner buffer's part of a tensor that is no coded cache; false where it is one.
+template <typename F>
+bool in_inner(ggml_backend_buffer_t buffer, const ggml_tensor* tensor, size_t offset, size_t size, F f) {
+  ggml_backend_buffer_t inner = inner_of_unmanaged(buffer, tensor);
+  if (!inner) return false;
+  guard(buffer, [&] {
+    context_of(buffer).back(static_cast<char*>(tensor->data) + offset, size);
+    f(inner);
+  });
+  return true;
+}
+
 void buffer_memset(ggml_backend_buffer_t buffer, ggml_tensor* tensor, uint8_t value, size_t offset, size_t size) {
-  if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
-    return inner->iface.memset_tensor(inner, tensor, value, offset, size);
-  }
+  const auto set = [&](ggml_backend_buffer_t inner) { inner->iface.memset_tensor(inner, tensor, value, offset, size); };
+  if (in_inner(buffer, tensor, offset, size, set)) return;
   const std::vector<uint8_t> data(size, value);
   guard(buffer, [&] { context_of(buffer).load(tensor, data.data(), offset, size); });
 }
 
 void buffer_set(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
-  if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
+  const auto set = [&](ggml_backend_buffer_t inner) {
     inner->iface.set_tensor(inner, tensor, data, offset, size);
-    return context_of(buffer).far().note_set(tensor, offset, size);
-  }
+    context_of(buffer).far().note_set(tensor, offset, size);
+  };
+  if (in_inner(buffer, tensor, offset, size, set)) return;
   guard(buffer, [&] { context_of(buffer).load(tensor, static_cast<const uint8_t*>(data), offset, size); });
 }
 
 void buffer_get(ggml_backend_buffer_t buffer, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
-  if (auto* inner = inner_of_unmanaged(buffer, tensor)) {
-    return inner->iface.get_tensor(inner, tensor, data, offset, size);
-  }
+  const auto get = [&](ggml_backend_buffer_t inner) { inner->iface.get_tensor(inner, tensor, data, offset, size); };
+  if (in_inner(buffer, tensor, offset, size, get)) return;
   guard(buffer, [&] { context_of(buffer).save(tensor, static_cast<uint8_t*>(data), offset, size); });
 }
 
@@ -150,10 +175,21 @@ const char* type_name(ggml_backend_buffer_type_t type) {
   return device_of(type).name().c_str();
 }
 
+// Of a buffer that stands for memory elsewhere.
+constexpr size_t kSmallBuffer = 256;
+
 ggml_backend_buffer_t type_alloc(ggml_backend_buffer_type_t type, size_t size) {
-  ggml_backend_buffer_t inner = ggml_backend_buft_alloc_buffer(inner_type(type), size);
+  std::unique_ptr<ReservedMemory> reserved;
+  try {
+    if (size > 0 && is_rpc_server()) reserved = device_of(type).engine().reserve(size);
+  } catch (const std::exception& error) {
+    GGML_LOG_ERROR("thimble: %s\n", error.what());
+    return nullptr;
+  }
+  ggml_backend_buffer_t inner = ggml_backend_buft_alloc_buffer(inner_type(type), reserved ? kSmallBuffer : size);
   if (!inner) return nullptr;
-  return ggml_backend_buffer_init(type, kBufferInterface, new KvBuffer(device_of(type), inner), size);
+  auto* kv = new KvBuffer(device_of(type), inner, size, std::move(reserved));
+  return ggml_backend_buffer_init(type, kBufferInterface, kv, size);
 }
 
 size_t type_alignment(ggml_backend_buffer_type_t type) {
@@ -196,7 +232,9 @@ bool is_kv_buffer_type(ggml_backend_buffer_type_t type) {
 
 void KvBuffer::hand_over(ggml_tensor* tensor) {
   ggml_backend_buffer_t buffer = tensor->buffer;
-  if (buffer && buffer->iface.get_base == buffer_base && !layer_of(tensor)) tensor->buffer = context_of(buffer).inner();
+  if (!buffer || buffer->iface.get_base != buffer_base || layer_of(tensor)) return;
+  context_of(buffer).back(tensor);
+  tensor->buffer = context_of(buffer).inner();
 }
 
 ggml_tensor KvBuffer::handed_over(const ggml_tensor* tensor) {

@@ -189,7 +189,10 @@ uint8_t* KvBuffer::memory_of(const ManagedLayer& layer, const LayerPlan& plan, K
   const ggml_tensor* tensor = layer.tensors[int(kind)];
   if (plan.bytes[int(kind)] == 0) return nullptr;
   if (far_.find(tensor)) {
-    if (uint8_t* place = far_.place(tensor, plan.bytes[int(kind)])) return place;
+    if (uint8_t* place = far_.place(tensor, plan.bytes[int(kind)])) {
+      back(place, plan.bytes[int(kind)]);
+      return place;
+    }
   } else {
     const LayerPlan reserved =
         planner_->plan(caches_.at(layer.index));  // made without the heads, as the allocation was

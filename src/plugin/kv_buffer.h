@@ -68,12 +68,19 @@ class Calibration;
 
 class KvBuffer {
 public:
-  KvBuffer(Device& device, ggml_backend_buffer_t inner)
-      : device_(device), inner_(inner), number_(device.count_buffer()) {}
+  /// `reserved`: where the buffer's memory is, of which the inner buffer has none then. Else null.
+  KvBuffer(Device& device, ggml_backend_buffer_t inner, size_t size, std::unique_ptr<ReservedMemory> reserved)
+      : device_(device), inner_(inner), size_(size), reserved_(std::move(reserved)), number_(device.count_buffer()) {}
   ~KvBuffer();
 
   Device& device() const { return device_; }
   ggml_backend_buffer_t inner() const { return inner_; }
+  void* base() const { return reserved_ ? reserved_->base() : ggml_backend_buffer_get_base(inner_); }
+  /// Sees to it that there is memory, of zeros where it is new. To be called before the inner buffer's functions are,
+  /// or a graph. Throws as ReservedMemory::back does.
+  void back(const void* data, size_t size);
+  /// The same for a whole tensor.
+  void back(const ggml_tensor* tensor);
   /// Buffers are numbered in the order in which they were made.
   uint64_t number() const { return number_; }
   KvCache& cache() { return *cache_; }
@@ -116,7 +123,7 @@ public:
   /// Whether its layers have sliding windows: llama.cpp keeps those in a cache of their own.
   bool is_window() const { return !caches_.empty() && caches_.begin()->second.is_window; }
   /// Whether no further cache tensor fits. ggml makes a buffer for the sum of the sizes of its tensors.
-  bool is_full() const { return ggml_backend_buffer_get_size(inner_) - used_ < least_; }
+  bool is_full() const { return size_ - used_ < least_; }
   const CachePlanner& planner() const { return *planner_; }
   bool all_bound() const;
   /// Whether the caches here stay f16 for a calibration, and the calibration, once a graph has run.
@@ -166,6 +173,7 @@ private:
 
   const ggml_tensor* cache_of(const ggml_tensor* tensor) const;
   void zero(void* data, size_t size);
+  void fill(void* data, size_t size, uint8_t value);
   static void set_heads(const ManagedLayer& layer, LayerGeometry& geometry);
   void make_layer(ManagedLayer& layer, LayerGeometry geometry);
   uint8_t* memory_of(const ManagedLayer& layer, const LayerPlan& plan, Kind kind);
@@ -182,6 +190,8 @@ private:
 
   Device& device_;
   ggml_backend_buffer_t inner_;
+  size_t size_;
+  std::unique_ptr<ReservedMemory> reserved_;
   uint64_t number_;
   std::vector<Buffer> more_;                     // memory of layers whose heads are smaller than assumed
   std::shared_ptr<const CachePlanner> planner_;  // null until there is a cache tensor

@@ -14,11 +14,15 @@
 namespace thimble {
 
 void KvBuffer::clear(uint8_t value) {
-  void* const base = inner_->size > 0 ? ggml_backend_buffer_get_base(inner_) : nullptr;
-  if (base && (value != 0 || !device_.engine().release(base, inner_->size))) ggml_backend_buffer_clear(inner_, value);
-  // A far end of ggml's RPC knows no caches yet, and has codes at the front of f16's memory alone: there large pages
-  // would take the memory that coding saves.
-  if (base && !caches_.empty()) device_.engine().take_large_pages(base, inner_->size);
+  if (reserved_) {
+    if (value != 0) reserved_->back(reserved_->base(), size_);
+    for (const ReservedMemory::Range& range : reserved_->backed()) fill(range.data, range.size, value);
+  } else if (inner_->size > 0) {
+    if (value != 0 || !device_.engine().release(base(), inner_->size)) ggml_backend_buffer_clear(inner_, value);
+    // A far end of ggml's RPC knows no caches yet, and has codes at the front of f16's memory alone: there large pages
+    // would take the memory that coding saves.
+    if (!caches_.empty()) device_.engine().take_large_pages(base(), inner_->size);
+  }
   for (const Buffer& buffer : more_) ggml_backend_buffer_clear(buffer.get(), value);
   waiting_ = {};
   saved_ = {};
@@ -27,8 +31,22 @@ void KvBuffer::clear(uint8_t value) {
   for (auto& [index, layer] : layers_) layer.refused.clear();
 }
 
+void KvBuffer::back(const void* data, size_t size) {
+  if (!reserved_) return;
+  for (const ReservedMemory::Range& range : reserved_->back(data, size)) fill(range.data, range.size, 0);
+}
+
+void KvBuffer::back(const ggml_tensor* tensor) {
+  if (!reserved_ || !tensor->data) return;
+  // Some types take more than their numbers do.
+  back(tensor->data, tensor->view_src ? ggml_nbytes(tensor) : ggml_backend_buft_get_alloc_size(inner_->buft, tensor));
+}
+
 void KvBuffer::zero(void* data, size_t size) {
-  if (size == 0 || device_.engine().release(data, size)) return;
+  if (size > 0 && !device_.engine().release(data, size)) fill(data, size, 0);
+}
+
+void KvBuffer::fill(void* data, size_t size, uint8_t value) {
   ggml_tensor bytes{};
   bytes.type = GGML_TYPE_I8;
   bytes.data = data;
@@ -37,7 +55,7 @@ void KvBuffer::zero(void* data, size_t size) {
   bytes.ne[1] = bytes.ne[2] = bytes.ne[3] = 1;
   bytes.nb[0] = 1;
   bytes.nb[1] = bytes.nb[2] = bytes.nb[3] = size;
-  ggml_backend_tensor_memset(&bytes, 0, 0, size);
+  ggml_backend_tensor_memset(&bytes, value, 0, size);
 }
 
 KvBuffer::Rows KvBuffer::rows_of(const ggml_tensor* tensor, size_t offset, size_t size) const {

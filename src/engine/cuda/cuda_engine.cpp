@@ -6,6 +6,7 @@
 #include "cuda/layout.h"
 #include "engine/cuda/cuda_caches.h"
 #include "engine/cuda/cuda_queue.h"
+#include "engine/cuda/cuda_reserved.h"
 
 namespace thimble {
 namespace {
@@ -70,6 +71,10 @@ public:
     return cuda::DeviceLayer::side_bytes(kind, shape, plan.side(kind), rows, plan.has_codes[int(kind)]);
   }
 
+  std::unique_ptr<ReservedMemory> reserve(size_t size) override {
+    require(cudaSetDevice(device().ordinal), "CUDA device");
+    return reserve_cuda_memory(device().ordinal, size);
+  }
   std::unique_ptr<KvCache> make_cache(const Settings&) override { return std::make_unique<CudaCaches>(device()); }
   std::unique_ptr<Queue> make_queue() override { return std::make_unique<CudaQueue>(device()); }
 
