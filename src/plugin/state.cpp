@@ -19,9 +19,9 @@ void KvBuffer::clear(uint8_t value) {
     for (const ReservedMemory::Range& range : reserved_->backed()) fill(range.data, range.size, value);
   } else if (inner_->size > 0) {
     if (value != 0 || !device_.engine().release(base(), inner_->size)) ggml_backend_buffer_clear(inner_, value);
-    // A far end of ggml's RPC knows no caches yet, and has codes at the front of f16's memory alone: there large pages
-    // would take the memory that coding saves.
-    if (!caches_.empty()) device_.engine().take_large_pages(base(), inner_->size);
+    // A far end of ggml's RPC has codes at the front of f16's memory alone, where large pages would take the memory
+    // that coding saves.
+    if (!caches_.empty() && far_.empty()) device_.engine().take_large_pages(base(), inner_->size);
   }
   for (const Buffer& buffer : more_) ggml_backend_buffer_clear(buffer.get(), value);
   waiting_ = {};
