@@ -175,7 +175,7 @@ TEST_P(TensorSplit, StatesPassBetweenOneDeviceAndTwo) {
     session->logits.clear();
     session->feed(tokens(90, 1));
   }
-  EXPECT_TRUE(back.logits == two.logits);
+  EXPECT_LT(compare(two.logits, back.logits).nmse, 1e-11) << "only the order differs in which exact rows are added";
   EXPECT_LT(compare(two.logits, one.logits).nmse, 1e-5);
 
   llama_memory_clear(back.memory(), false);
