@@ -139,6 +139,17 @@ struct JudgeList {
   int32_t* entries = nullptr;  // [n_streams][max_entries]
   uint32_t* scores = nullptr;  // the same
   int max_entries = 0;         // a multiple of kJudgeTile
+
+  /// Where layers have lists one behind the other: that of the i-th one behind this one.
+  THIMBLE_HOST_DEVICE JudgeList of_layer(int i, int n_streams) const {
+    JudgeList list = *this;
+    const size_t streams = size_t(i) * n_streams;
+    list.jobs += streams * kMaxJudgeJobs;
+    list.n_jobs += streams;
+    list.entries += streams * max_entries;
+    list.scores += streams * max_entries;
+    return list;
+  }
 };
 
 /// A batch, for the windows of all layers or of one.
@@ -174,22 +185,47 @@ struct WindowArgs {
   THIMBLE_HOST_DEVICE size_t layer_rows() const { return by_layer ? size_t(n_streams) * capacity : 0; }
   /// `judge` of the i-th layer.
   THIMBLE_HOST_DEVICE JudgeList judge_of(int i) const {
-    JudgeList list = judge;
-    if (!by_layer || !list.jobs) return list;
-    const size_t streams = size_t(i) * n_streams;
-    list.jobs += streams * kMaxJudgeJobs;
-    list.n_jobs += streams;
-    list.entries += streams * list.max_entries;
-    list.scores += streams * list.max_entries;
-    return list;
+    return by_layer && judge.jobs ? judge.of_layer(i, n_streams) : judge;
   }
 };
 
-/// Scores the entries of a prompt's jobs in one layer (cache/pool.h), and keeps the queries of LayerWindow::judges.
+/// Tokens of a prompt that are coded behind it, of several layers at once. Until then their rows are kept as the model
+/// wrote them, f16: head h of token i of layer l at rows + (2 * l + value) * side_stride + (h * n_tokens + i) *
+/// head_dim.
+struct StagedRows {
+  uint16_t* rows = nullptr;
+  size_t side_stride = 0;
+  int n_tokens = 0;
+  const int64_t* cells = nullptr;  // [n_tokens], as in EncodeArgs
+  const int32_t* slots = nullptr;  // [n_layers][n_tokens]: row in the window, -1: none
+  uint32_t layers[2] = {0, 0};     // by Kind, bit l: whether layer l has rows
+
+  static constexpr int kMaxLayers = 32;
+  THIMBLE_HOST_DEVICE bool has(int layer, bool is_key) const {
+    return layer < kMaxLayers && (layers[is_key ? 0 : 1] >> layer & 1);
+  }
+  THIMBLE_HOST_DEVICE uint16_t* of(int layer, bool is_key) const {
+    return rows + (2 * layer + (is_key ? 0 : 1)) * side_stride;
+  }
+};
+
+/// What a prompt's queries say until the cells in question are scored behind its graph, kept by prepare_prompt: the
+/// mean of those that decide about a job, [n_layers][streams of the batch][n_jobs][n_heads][head_dim].
+struct JudgeMeans {
+  float* data = nullptr;
+  size_t layer_stride = 0;
+  int n_jobs = 0;       // of a stream, at most
+  uint32_t layers = 0;  // bit l: whether layer l has any
+};
+
+/// Scores the entries of a prompt's jobs (cache/pool.h) and keeps the queries of LayerWindow::judges: in one layer,
+/// where keys and queries are those of the model; or, with `means`, in several, by these and by the rows in `staged`.
 struct JudgeArgs {
-  const LayerWindow* layer = nullptr;
-  JudgeList list;
-  int n_streams = 1, n_kv_heads = 1, group = 1, head_dim = 128;
+  const LayerWindow* layers = nullptr;  // [n_layers]
+  int n_layers = 1;
+  JudgeList list;  // of the first layer
+  int n_streams = 1;
+  int n_kv_heads = 1, group = 1, head_dim = 128;  // of several layers, the most
   int capacity = 0, n_judges = 0;
   const float* keys = nullptr;  // the batch's, as in EncodeArgs
   size_t key_token_stride = 0, key_head_stride = 0;
@@ -197,9 +233,8 @@ struct JudgeArgs {
   size_t query_stream_stride = 0, query_token_stride = 0, query_head_stride = 0;
   int first_stream = 0, n_batch_streams = 1;
   int stream_tokens = 1;  // of each of these streams
-  /// Whether nothing that the kernel reads or writes is read or written by the grid before it, so that both may run at
-  /// once.
-  bool early = false;
+  StagedRows staged = {};
+  JudgeMeans means = {};  // no data: none
 };
 
 /// Rows by cell, f16: [n_streams][n_kv_heads][n_cells][head_dim].
@@ -253,26 +288,6 @@ inline NewRows new_rows(const EncodeArgs& args, const int32_t* tokens) {
           args.window.values};
 }
 
-/// Tokens of a prompt that are coded behind it, of several layers at once. Until then their rows are kept as the model
-/// wrote them, f16: head h of token i of layer l at rows + (2 * l + value) * side_stride + (h * n_tokens + i) *
-/// head_dim.
-struct StagedRows {
-  uint16_t* rows = nullptr;
-  size_t side_stride = 0;
-  int n_tokens = 0;
-  const int64_t* cells = nullptr;  // [n_tokens], as in EncodeArgs
-  const int32_t* slots = nullptr;  // [n_layers][n_tokens]: row in the window, -1: none
-  uint32_t layers[2] = {0, 0};     // by Kind, bit l: whether layer l has rows
-
-  static constexpr int kMaxLayers = 32;
-  THIMBLE_HOST_DEVICE bool has(int layer, bool is_key) const {
-    return layer < kMaxLayers && (layers[is_key ? 0 : 1] >> layer & 1);
-  }
-  THIMBLE_HOST_DEVICE uint16_t* of(int layer, bool is_key) const {
-    return rows + (2 * layer + (is_key ? 0 : 1)) * side_stride;
-  }
-};
-
 /// The cells that leave the windows of layers.
 struct LeaveArgs {
   const EncodeArgs* layers = nullptr;    // device memory, [n_layers]; those without a head size are left out
@@ -283,8 +298,13 @@ struct LeaveArgs {
   int tokens_per_block = 1;              // filled in by the launcher
 };
 
+/// Whether a side's cells can be decoded to rows as the model wrote them (DecodeArgs::restored).
+inline bool can_restore(const CodecTables& codec) {
+  return !codec.forward && codec.width > 0;
+}
+
 /// Cells to decode to f16 rows, for dense attention over many queries. The rows stay in the transformed domain, so
-/// queries are transformed as well, and outputs back.
+/// queries are transformed as well, and outputs back; or, where `restored`, a Hadamard rotation is undone.
 struct DecodeArgs {
   int n_streams = 1, n_kv_heads = 1;
   int n_cells = 0;  // from cell 0 on, a multiple of 64
@@ -293,6 +313,7 @@ struct DecodeArgs {
   bool is_key = true;
   uint16_t* rows = nullptr;      // [n_streams][n_kv_heads][n_cells][head_dim]
   const float* shift = nullptr;  // added to them, [n_kv_heads][head_dim]; null: none
+  bool restored = false;         // only where can_restore, and without a shift
 };
 
 /// Both sides of a layer.
@@ -319,6 +340,11 @@ struct PromptArgs {
   int first_window_row = 0, n_window_rows = 0;                // counted through all streams
   uint16_t *staged_keys = nullptr, *staged_values = nullptr;  // where the tokens' rows are kept, see StagedRows
   TransformArgs queries;
+  bool is_restored[2] = {false, false};  // by Kind: whether rows are written as the model wrote them, not transformed
+  JudgeArgs judge;                       // of this layer, with its `means`, which are written; no data: none
+  /// Whether nothing but `batch.dense` is read or written by the grid before, so that both may run at once as far as
+  /// that is not touched.
+  bool early = false;
 };
 
 /// What coded cells' scores lack, to be put into dense rows of keys and into transformed queries

@@ -92,6 +92,7 @@ struct DenseAttention {
   const uint16_t* values = nullptr;
   int dim = 0;
   int n_kv_heads = 0;
+  bool is_whole = false;  // outputs are then the attention's, and end_dense has nothing to do
 };
 
 /// Keys as f32, [cells][n_kv_heads][head_dim], and each cell's shift in positions, [cells], in memory that the engine
@@ -134,8 +135,8 @@ public:
 
   /// Writes one side of a batch. Keys and values come in either order, and before the attention over them.
   virtual void write(const Lane& lane, const WriteTask& task) = 0;
-  /// Returns true where it has done the attention. Where it returns false, the caller computes *dense and then calls
-  /// end_dense.
+  /// Returns true where it has done the attention. Where it returns false, the caller computes *dense and then, unless
+  /// that is the whole of it, calls end_dense.
   virtual bool attend(const Lane& lane, const AttendTask& task, DenseAttention* dense) = 0;
   virtual void end_dense(const Lane&, const AttendTask&) {}
   /// Decodes rows to memory of the caller's.

@@ -331,6 +331,7 @@ void StreamRunner::run_cut(const std::vector<Step>& steps, const Cut& cut) {
   DenseAttention dense;
   if (cache.attend(lane, task, &dense)) return;
   attend_dense(cut, task, dense);
+  if (dense.is_whole) return;
   go_to_ours();
   cache.end_dense(lane, task);
 }

@@ -399,6 +399,22 @@ void run(const DeviceInfo& device, const Case& c) {
       for (int i = 0; i < d; i++) wrong += decoded.host[row * d + i] != float_to_half(from[i]);
     }
     report(c, is_key ? "decoded keys that differ" : "decoded values that differ", wrong == 0, wrong);
+    if (!can_restore(t.codec)) continue;
+    t.restored = true;
+    if (!accept(c, decode_cells(device, t, nullptr), "decode")) return;
+    decoded.download();
+    wrong = 0;
+    for (size_t row = 0; row < is_exact.size(); row++) {
+      const HeadCodec& codec = (is_key ? key_codecs : value_codecs)[row / c.n_cells % c.n_kv_heads];
+      codec.transform.inverse(&(is_key ? coded_keys : coded_values)[row * d], y.data());
+      double norm = 0;
+      for (const float x : y) norm += double(x) * x;
+      for (int i = 0; i < d; i++) {
+        const double bound = (std::sqrt(norm) + std::abs(y[i])) * 0x1p-11;
+        wrong += !(std::abs(half_to_float(decoded.host[row * d + i]) - y[i]) <= bound);
+      }
+    }
+    report(c, is_key ? "restored keys that differ" : "restored values that differ", wrong == 0, wrong);
   }
 
   // Cells that leave the window: coded anew, from the rows that it has.
@@ -544,6 +560,10 @@ struct Card {
   static void done(const Status& status) { require(status.ok() ? cudaDeviceSynchronize() : cudaErrorInvalidValue); }
   static void update_window(const WindowArgs& a) { done(cuda::update_window(device, a, nullptr)); }
   static void judge_cells(const JudgeArgs& a) { done(cuda::judge_cells(device, a, nullptr)); }
+  template <int HeadDim>
+  static void prepare_prompt(const PromptArgs& a) {
+    done(cuda::prepare_prompt(device, a, nullptr));
+  }
 };
 
 void report(const char* script, const ScriptResult& result) {
@@ -561,8 +581,11 @@ void run_windows(const DeviceInfo& device) {
   report("prompts", prompts<Card>({16, 5, 8}));
   report("short prompts", prompts<Card>({16, 5, 12}));
   report("drafts", drafts<Card>());
+  report("prompts that are judged behind the graph", prompts<Card>({16, 5, 8}, true));
   report("chats", chats<Card>());
+  report("chats that are judged behind the graph", chats<Card>(true));
   report("streams", streams<Card>());
+  report("streams that are judged behind the graph", streams<Card>(true));
   report("batches that were finished", finished<Card>());
 }
 
@@ -570,7 +593,10 @@ void run_windows(const DeviceInfo& device) {
 void run_prompt(const DeviceInfo& device, const PromptCase& c, int n_tokens) {
   const std::string wrong = PromptCheck<Card>(device, c, n_tokens).run();
   std::printf("%s prompt of %d tokens, D=%d bits %g/%g%s%s: %s\n", wrong.empty() ? "ok  " : "FAIL", n_tokens,
-              c.head_dim, c.key_bits, c.value_bits, c.dense ? " dense" : "", c.tiles ? " by tiles" : "",
+              c.head_dim, c.key_bits, c.value_bits, c.dense ? " dense" : "",
+              c.tiles      ? " by tiles"
+              : c.restored ? " as written"
+                           : "",
               wrong.empty() ? "nothing wrong" : wrong.c_str());
   if (!wrong.empty()) failures++;
 }

@@ -276,6 +276,65 @@ TEST(CudaDecode, EqualsTheCodecBitForBit) {
   check_decode<256, 0>(1.5);
 }
 
+// Rows as the model wrote them, to what two roundings to f16 make: less than 2^-11 of a row's norm in a component, and
+// a half of its own ulp.
+template <int D, int Width>
+void check_restored(double bits) {
+  constexpr int kHeads = 2, kStreams = 2, kCells = 576 - 128 * (D / 128);  // not a multiple of a thread block's
+  Random random(4);
+  for (Kind kind : {Kind::key, Kind::value}) {
+    std::vector<HeadCodec> codecs;
+    for (int h = 0; h < kHeads; h++) codecs.push_back(random_codec(kind, D, bits, false, random));
+    const HostTables tables = pack_tables(codecs);
+    ASSERT_TRUE(can_restore(tables.view()));
+    std::vector<uint8_t> cache;
+    std::vector<float> expected;
+    for (int i = 0; i < kStreams * kHeads; i++) {
+      const CodedHead head = random_head(codecs[i % kHeads], kCells, random);
+      cache.insert(cache.end(), head.blocks.begin(), head.blocks.end());
+      std::vector<float> row(D);
+      for (int cell = 0; cell < kCells; cell++) {
+        codecs[i % kHeads].transform.inverse(&head.decoded[size_t(cell) * D], row.data());
+        expected.insert(expected.end(), row.begin(), row.end());
+      }
+    }
+    std::vector<uint16_t> rows(expected.size(), 0x7e00);
+    DecodeArgs a;
+    a.n_streams = kStreams;
+    a.n_kv_heads = kHeads;
+    a.n_cells = kCells;
+    a.codec = tables.view();
+    const size_t block = a.codec.block_bytes(), head = block * (kCells / kBlockCells);
+    a.cache = {cache.data(), kHeads * head, head, block};
+    a.is_key = kind == Kind::key;
+    a.rows = rows.data();
+    a.restored = true;
+    using Kernel = RestoreKernel<D, Width>;
+    const int groups = (kCells / kBlockCells + Kernel::kBlocks - 1) / Kernel::kBlocks;
+    simt::Machine::launch({groups, kStreams * kHeads}, Kernel::kThreads, Kernel::kSharedBytes, [&] { Kernel::run(a); });
+    for (size_t first = 0; first < rows.size(); first += D) {
+      double norm = 0;
+      for (int d = 0; d < D; d++) norm += double(expected[first + d]) * expected[first + d];
+      const double bound = std::sqrt(norm) * 0x1p-11;
+      for (int d = 0; d < D; d++) {
+        const float x = expected[first + d];
+        ASSERT_NEAR(half_to_float(rows[first + d]), x, bound + std::abs(x) * 0x1p-11)
+            << D << " at " << bits << ", row " << first / D << ", component " << d;
+      }
+    }
+  }
+}
+
+TEST(CudaDecode, RestoresWhatTheModelWrote) {
+  check_restored<64, 2>(4);
+  check_restored<64, 8>(1);
+  check_restored<128, 2>(4);
+  check_restored<128, 4>(2);
+  check_restored<128, 8>(1);
+  check_restored<256, 4>(2);
+  check_restored<256, 2>(4);
+}
+
 // With them a transformed query's product with a transformed key is that of the vectors themselves, and weights that do
 // not sum up to 1, as with sinks, weigh the values' means as they do the values.
 TEST(CudaTransform, RowsWithTheirMeans) {

@@ -18,14 +18,15 @@ namespace thimble::cuda {
 struct PairShape {
   WindowSize size;
   int n_kv_heads = 2, group = 2, n_streams = 1, n_cells = 512;
-  int sequences = 4;  // of a stream, that have slots
+  int sequences = 4;    // of a stream, that have slots
+  bool staged = false;  // prompts' cells are scored behind the graph, by kept rows and means of queries
 };
 
 struct PairToken {
   int stream, sequence;
 };
 
-/// `Device`: as TestWindow's, and judge_cells(args).
+/// `Device`: as TestWindow's, judge_cells(args), prepare_prompt<head size>(args) and tables_of(HostTables).
 template <typename Device>
 class Pair {
   template <typename T>
@@ -43,6 +44,7 @@ public:
     for (Kind kind : {Kind::key, Kind::value}) {
       auto codecs = std::make_shared<std::vector<HeadCodec>>();
       for (int h = 0; h < s_.n_kv_heads; h++) codecs->push_back(make_uncalibrated_codec(kind, make_format(kDim, 2)));
+      tables_.push_back(Device::tables_of(pack_tables(*codecs)));
       memory_[int(kind)].resize(CacheSide::memory_bytes(cache, codecs->front().format, n_slots));
       sides.emplace_back(cache, codecs, n_slots, memory_[int(kind)].data());
     }
@@ -177,35 +179,42 @@ private:
                                    const Vector<float>& queries, int first_stream) {
     WindowArgs& a = window_.a;
     const int n_entries = 2 * (a.capacity + a.n_tokens + kJudgeTile) / kJudgeTile * kJudgeTile + 8 * kJudgeTile;
-    Vector<JudgeJob> jobs(s_.n_streams * kMaxJudgeJobs);
-    Vector<int> n_jobs(s_.n_streams, 99);
-    Vector<int32_t> entries(s_.n_streams * n_entries, 1 << 20), kept(size_t(s_.n_streams) * a.capacity);
+    // Of two layers: this one is the second.
+    Vector<JudgeJob> jobs(2 * s_.n_streams * kMaxJudgeJobs);
+    Vector<int> n_jobs(2 * s_.n_streams, 99);
+    Vector<int32_t> entries(2 * s_.n_streams * n_entries, 1 << 20), kept(size_t(s_.n_streams) * a.capacity);
     Vector<uint32_t> scores(entries.size(), UINT32_MAX);
     Vector<uint8_t> flags(kept.size(), 0xff);
     a.kept_cells = kept.data();
     a.flags = flags.data();
-    a.judge = {jobs.data(), n_jobs.data(), entries.data(), scores.data(), n_entries};
+    const JudgeList lists{jobs.data(), n_jobs.data(), entries.data(), scores.data(), n_entries};
+    a.judge = lists.of_layer(1, s_.n_streams);
     a.part = WindowArgs::begin;
     window_.run();
     const size_t token = size_t(n_heads()) * kDim;
-    Device::judge_cells({.layer = window_.layer.data(),
-                         .list = a.judge,
-                         .n_streams = s_.n_streams,
-                         .n_kv_heads = s_.n_kv_heads,
-                         .group = s_.group,
-                         .head_dim = kDim,
-                         .capacity = a.capacity,
-                         .n_judges = a.n_judges,
-                         .keys = keys.data(),
-                         .key_token_stride = size_t(s_.n_kv_heads) * kDim,
-                         .key_head_stride = kDim,
-                         .queries = queries.data(),
-                         .query_stream_stride = token * a.mask_tokens,
-                         .query_token_stride = token,
-                         .query_head_stride = kDim,
-                         .first_stream = first_stream,
-                         .n_batch_streams = a.n_batch_streams,
-                         .stream_tokens = a.mask_tokens});
+    JudgeArgs judge{.layers = window_.layer.data(),
+                    .list = a.judge,
+                    .n_streams = s_.n_streams,
+                    .n_kv_heads = s_.n_kv_heads,
+                    .group = s_.group,
+                    .head_dim = kDim,
+                    .capacity = a.capacity,
+                    .n_judges = a.n_judges,
+                    .keys = keys.data(),
+                    .key_token_stride = size_t(s_.n_kv_heads) * kDim,
+                    .key_head_stride = kDim,
+                    .queries = queries.data(),
+                    .query_stream_stride = token * a.mask_tokens,
+                    .query_token_stride = token,
+                    .query_head_stride = kDim,
+                    .first_stream = first_stream,
+                    .n_batch_streams = a.n_batch_streams,
+                    .stream_tokens = a.mask_tokens};
+    if (s_.staged) {
+      judge_staged(judge, lists, cells);
+    } else {
+      Device::judge_cells(judge);
+    }
     a.part = WindowArgs::end;
     window_.run();
     a.part = WindowArgs::whole;
@@ -217,6 +226,42 @@ private:
     }
     std::sort(exact.begin(), exact.end());
     return exact;
+  }
+
+  /// As a prompt does whose layers end together. `judge`: of this layer alone.
+  void judge_staged(JudgeArgs judge, const JudgeList& lists, const Vector<int64_t>& cells) {
+    const int n = int(cells.size()), n_sides = s_.n_kv_heads * kDim;
+    const size_t side = size_t(n) * n_sides;
+    Vector<uint16_t> rows(4 * side, 0x7e00);
+    Vector<LayerWindow> layers(2, window_.w);
+    layers[0] = {};
+    const int n_jobs = lists.max_entries / kJudgeTile;
+    const size_t stride = size_t(judge.n_batch_streams) * n_jobs * n_heads() * kDim;
+    Vector<float> means(2 * stride, NAN);
+    PromptArgs prompt;
+    prompt.batch.n_kv_heads = s_.n_kv_heads;
+    prompt.batch.head_dim = kDim;
+    prompt.batch.n_tokens = n;
+    prompt.batch.keys = judge.keys;
+    prompt.batch.key_token_stride = judge.key_token_stride;
+    prompt.batch.key_head_stride = judge.key_head_stride;
+    prompt.batch.cells = cells.data();
+    prompt.batch.cells_per_stream = s_.n_cells;
+    prompt.batch.key_codec = tables_[0].view();
+    prompt.batch.value_codec = tables_[1].view();
+    judge.staged = {.rows = rows.data(), .side_stride = side, .n_tokens = n, .cells = cells.data(), .layers = {2, 0}};
+    prompt.staged_keys = judge.staged.of(1, true);
+    prompt.staged_values = judge.staged.of(1, false);
+    prompt.queries.n_streams = 0;
+    prompt.judge = judge;
+    prompt.judge.means = {means.data() + stride, stride, n_jobs, 0};
+    Device::template prepare_prompt<kDim>(prompt);
+    judge.layers = layers.data();
+    judge.n_layers = 2;
+    judge.list = lists;
+    judge.keys = judge.queries = nullptr;
+    judge.means = {means.data(), stride, n_jobs, 2};
+    Device::judge_cells(judge);
   }
 
   // Counts sequences that have lost a cell and keep a later one that is not among the last.
@@ -240,6 +285,7 @@ private:
   Random random_;
   WindowOn<Device> window_;
   std::vector<uint8_t> memory_[2];
+  std::vector<typename Device::Tables> tables_;  // by Kind
   std::unique_ptr<CacheLayer> cpu_;
   Vector<uint16_t> keys_;                         // the window's rows
   Vector<float> queries_;                         // kept
@@ -275,11 +321,12 @@ ScriptResult token_by_token(WindowSize size) {
 }
 
 template <typename Device>
-ScriptResult prompts(WindowSize size) {
-  return run_script<Device>({size, 3, 1}, 2, 14, [](auto& pair, int i) {
-    constexpr int kTokens[] = {100, 1, 1, 9, 30, 1, 12, 12, 11, 1, 10, 70, 1, 1};
-    return pair.run(tokens_of(kTokens[i]));
-  });
+ScriptResult prompts(WindowSize size, bool staged = false) {
+  return run_script<Device>({.size = size, .n_kv_heads = 3, .group = 1, .staged = staged}, 2, 14,
+                            [](auto& pair, int i) {
+                              constexpr int kTokens[] = {100, 1, 1, 9, 30, 1, 12, 12, 11, 1, 10, 70, 1, 1};
+                              return pair.run(tokens_of(kTokens[i]));
+                            });
 }
 
 /// Drafts, some of whose tokens are taken back.
@@ -295,8 +342,8 @@ ScriptResult drafts() {
 
 /// Chats in one stream, alone and together, one in the midst of its prompt while others decode.
 template <typename Device>
-ScriptResult chats() {
-  return run_script<Device>({{16, 5, 8}, 2, 2, 1, 1024}, 4, 60, [](auto& pair, int i) {
+ScriptResult chats(bool staged = false) {
+  return run_script<Device>({.size = {16, 5, 8}, .n_cells = 1024, .staged = staged}, 4, 60, [](auto& pair, int i) {
     if (i < 3) return pair.run(tokens_of(20 + 9 * i, i));
     std::vector<PairToken> batch;
     const int prompt = i % 9 == 4 ? i % 3 : -1;
@@ -310,8 +357,9 @@ ScriptResult chats() {
 
 /// A sequence in each of three streams, of which batches have some.
 template <typename Device>
-ScriptResult streams() {
-  return run_script<Device>({{16, 5, 8}, 2, 2, 3, 256, 1}, 5, 41, [](auto& pair, int i) {
+ScriptResult streams(bool staged = false) {
+  const PairShape shape{.size = {16, 5, 8}, .n_streams = 3, .n_cells = 256, .sequences = 1, .staged = staged};
+  return run_script<Device>(shape, 5, 41, [](auto& pair, int i) {
     const int n = i == 0 ? 20 : i % 11 == 7 ? 14 : i % 7 == 2 ? 3 : 1, first = i % 5 == 3;
     std::vector<PairToken> batch;
     for (int stream = first; stream < (i == 0 ? 3 : first + 1 + i % 2); stream++) {

@@ -35,6 +35,15 @@ TEST(CudaJudge, Streams) {
   expect_equal(streams<Emulation>(), 20);
 }
 
+// By means of queries and kept rows, as when all layers of a prompt end together.
+TEST(CudaJudge, BehindTheGraph) {
+  for (const WindowSize size : {WindowSize{16, 5, 8}, WindowSize{16, 5, 12}}) {
+    expect_equal(prompts<Emulation>(size, true), 5);
+  }
+  expect_equal(chats<Emulation>(true), 50);
+  expect_equal(streams<Emulation>(true), 20);
+}
+
 TEST(CudaJudge, FinishedBeforeTheNextBatch) {
   expect_equal(finished<Emulation>(), 30);
 }

@@ -5,10 +5,12 @@
 #include <vector>
 
 #include "cache/window.h"
+#include "cuda/host/tables.h"
 #include "cuda/state/host_window.h"
 #include "cuda/types.h"
 #ifdef THIMBLE_SIMT_HOST
 #include "cuda/encode/judge.h"
+#include "cuda/encode/prompt_kernel.h"
 #include "cuda/encode/window_kernel.h"
 #endif
 
@@ -134,8 +136,16 @@ struct Emulation {
                           [&] { WindowKernel::run(a); });
   }
   static void judge_cells(const JudgeArgs& a) {
-    simt::Machine::launch({a.list.max_entries / kJudgeTile, a.n_kv_heads, a.n_streams}, JudgeKernel::kThreads,
-                          JudgeKernel::kSharedBytes, [&] { JudgeKernel::run(a); });
+    simt::Machine::launch({a.list.max_entries / kJudgeTile, a.n_kv_heads, a.n_layers * a.n_streams},
+                          JudgeKernel::kThreads, JudgeKernel::kSharedBytes, [&] { JudgeKernel::run(a); });
+  }
+  using Tables = HostTables;
+  static HostTables tables_of(HostTables tables) { return tables; }
+  template <int HeadDim>
+  static void prepare_prompt(const PromptArgs& a) {
+    using Kernel = PromptKernel<HeadDim>;
+    simt::Machine::launch({Kernel::n_groups(a), a.batch.n_kv_heads}, Kernel::kThreads, Kernel::kSharedBytes,
+                          [&] { Kernel::run(a); });
   }
 };
 using TestWindow = WindowOn<Emulation>;

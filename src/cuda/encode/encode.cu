@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident)
 }
 
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) decode_kernel(const __grid_constant__ DecodeBothArgs a) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident)
+    decode_kernel(const __grid_constant__ DecodeBothArgs a) {
   Kernel::run(a.sides[simt::block_z()]);
 }
 
@@ -100,6 +101,9 @@ Status launch_decode(const DeviceInfo& device, const DecodeBothArgs& args, int n
   return for_value<0, 2, 4, 8>(
       side.codec.width,
       [&]<int Width>() {
+        if constexpr (Width > 0) {
+          if (side.restored) return launch_decode<RestoreKernel<HeadDim, Width>>(device, args, n_sides, stream);
+        }
         return side.shift ? launch_decode<DecodeKernel<HeadDim, Width, true>>(device, args, n_sides, stream)
                           : launch_decode<DecodeKernel<HeadDim, Width, false>>(device, args, n_sides, stream);
       },
@@ -136,6 +140,9 @@ Status decode_sides(const DeviceInfo& device, const DecodeBothArgs& args, int n_
     }
     if (!each.cache.data || !each.rows || !complete(each.codec, each.codec.head_dim, each.n_kv_heads)) {
       return Status::invalid("cache, rows or codec are missing");
+    }
+    if (each.restored && (each.shift || !can_restore(each.codec))) {
+      return Status::invalid("rows of this transform or format cannot be restored");
     }
   }
   if (side.n_cells == 0) return {};
@@ -223,11 +230,14 @@ Status judge_cells(const DeviceInfo& device, const JudgeArgs& args, cudaStream_t
       args.head_dim > kMaxJudgedDim || args.head_dim % 8 != 0 || args.list.max_entries % kJudgeTile != 0) {
     return Status::invalid("a count is out of range");
   }
-  if (!args.layer || !args.list.jobs || !args.list.n_jobs || !args.list.entries || !args.list.scores || !args.keys ||
-      !args.queries) {
+  if (!args.layers || !args.list.jobs || !args.list.n_jobs || !args.list.entries || !args.list.scores ||
+      !(args.means.data ? args.staged.rows != nullptr : args.keys && args.queries)) {
     return Status::invalid("an array is missing");
   }
-  const dim3 grid(args.list.max_entries / kJudgeTile, args.n_kv_heads, args.n_streams);
+  if (args.n_layers < 1 || args.n_layers > (args.means.data ? StagedRows::kMaxLayers : 1)) {
+    return Status::invalid("a count is out of range");
+  }
+  const dim3 grid(args.list.max_entries / kJudgeTile, args.n_kv_heads, args.n_layers * args.n_streams);
   return launch(device, judge_kernel, args, grid, JudgeKernel::kThreads, JudgeKernel::kSharedBytes, stream);
 }
 
@@ -238,8 +248,8 @@ Status decode_cells(const DeviceInfo& device, const DecodeArgs& args, cudaStream
 Status decode_cells(const DeviceInfo& device, const DecodeBothArgs& args, cudaStream_t stream) {
   const auto& [keys, values] = args.sides;
   if (keys.codec.head_dim == values.codec.head_dim && keys.codec.width == values.codec.width &&
-      !keys.shift == !values.shift && keys.n_cells == values.n_cells && keys.n_streams == values.n_streams &&
-      keys.n_kv_heads == values.n_kv_heads) {
+      !keys.shift == !values.shift && keys.restored == values.restored && keys.n_cells == values.n_cells &&
+      keys.n_streams == values.n_streams && keys.n_kv_heads == values.n_kv_heads) {
     return decode_sides(device, args, 2, stream);
   }
   if (Status s = decode_cells(device, keys, stream); !s.ok()) return s;
@@ -265,6 +275,16 @@ Status prepare_prompt(const DeviceInfo& device, const PromptArgs& args, cudaStre
   if (q.n_streams * q.n_tokens > 0 &&
       (!q.in || !q.out || q.n_kv_heads != b.n_kv_heads || !complete(q.codec, b.head_dim, b.n_kv_heads))) {
     return Status::invalid("queries are missing");
+  }
+  for (const Kind kind : {Kind::key, Kind::value}) {
+    if (args.is_restored[int(kind)] && !can_restore(kind == Kind::key ? b.key_codec : b.value_codec)) {
+      return Status::invalid("rows of this transform or format cannot be restored");
+    }
+  }
+  const JudgeArgs& judge = args.judge;
+  if (judge.means.data && (!judge.layers || !judge.queries || !judge.list.jobs || judge.n_kv_heads != b.n_kv_heads ||
+                           judge.head_dim != b.head_dim)) {
+    return Status::invalid("what is judged is missing");
   }
   if (b.n_tokens == 0 && args.n_window_rows == 0 && q.n_streams * q.n_tokens == 0) return {};
   return for_head_dim(

@@ -166,7 +166,66 @@ struct JudgeTiles {
   }
 };
 
-/// Scores of a prompt's cells. Grid [n_streams][n_kv_heads][tiles of kJudgeTile entries].
+/// The queries of a batch that decide about a stream's cells, for one KV head.
+template <int Threads>
+struct JudgeQueries {
+  const JudgeArgs& a;
+  int stream, head;
+
+  SIMT bool in_batch() const { return stream >= a.first_stream && stream < a.first_stream + a.n_batch_streams; }
+  SIMT const float* query(int token, int of_group) const {
+    return a.queries + token / a.stream_tokens * a.query_stream_stride +
+           token % a.stream_tokens * a.query_token_stride + (head * a.group + of_group) * a.query_head_stride;
+  }
+  /// Which tokens' queries decide about a job, in `tokens`; `entries` are the job's. Returns how many there are. All
+  /// threads call it; it ends with a barrier.
+  SIMT int list_tokens(int* tokens, const JudgeJob& job, const int32_t* entries) const {
+    const int n = job.n_judges < Judge::kMostQueries ? job.n_judges : Judge::kMostQueries;
+    for (int k = simt::thread(); k < n; k += Threads) {
+      tokens[k] = entries[job.judges + k * job.n_judges / n] - a.capacity;
+    }
+    simt::sync();
+    return n;
+  }
+  /// Component d of the mean of these n tokens' queries.
+  SIMT float mean(const int* tokens, int n, int of_group, int d) const {
+    float sum = 0;
+    SIMT_UNROLL_BY(16)
+    for (int k = 0; k < n; k++) sum = simt::add_rn(sum, simt::load_constant(query(tokens[k], of_group) + d));
+    return simt::div_rn(sum, float(n));
+  }
+  /// Keeps those of LayerWindow::judges, of `n_heads` heads of the group from `first` on.
+  SIMT void keep(int first, int n_heads) const {
+    const int32_t* judges = a.layers->judges + size_t(stream) * a.n_judges;
+    SIMT_NO_UNROLL
+    for (int j = 0; j < a.n_judges; j++) {
+      if (judges[j] < 0) continue;
+      const int token = (stream - a.first_stream) * a.stream_tokens + judges[j];
+      float* to = a.layers->queries +
+                  (((size_t(stream) * a.n_judges + j) * a.n_kv_heads + head) * a.group + first) * a.head_dim;
+      for (int i = simt::thread(); i < n_heads * a.head_dim; i += Threads) {
+        to[i] = query(token, first + i / a.head_dim)[i % a.head_dim];
+      }
+    }
+  }
+  /// Writes one head's mean for job number `job` of the stream, if there is one, to `a.means`, those of this layer. The
+  /// first job's caller keeps queries besides. `tokens`: shared memory for Judge::kMostQueries of them.
+  SIMT void keep_mean(int* tokens, int job, int of_group) const {
+    if (job == 0) keep(of_group, 1);
+    if (job >= a.list.n_jobs[stream]) return;
+    const JudgeJob its = a.list.jobs[size_t(stream) * kMaxJudgeJobs + job];
+    const int n = list_tokens(tokens, its, a.list.entries + size_t(stream) * a.list.max_entries + its.first);
+    float* to = mean_of(a.means.data, a.n_kv_heads, a.group, a.head_dim, job, of_group);
+    for (int d = simt::thread(); d < a.head_dim; d += Threads) to[d] = mean(tokens, n, of_group, d);
+  }
+  /// Where a layer's mean lies.
+  SIMT float* mean_of(float* layer, int n_kv_heads, int group, int head_dim, int job, int of_group) const {
+    const size_t of_stream = size_t(stream - a.first_stream) * a.means.n_jobs + job;
+    return layer + ((of_stream * n_kv_heads + head) * group + of_group) * head_dim;
+  }
+};
+
+/// Scores of a prompt's cells. Grid [n_layers][n_streams][n_kv_heads][tiles of kJudgeTile entries].
 struct JudgeKernel {
   static constexpr int kThreads = 256;
   using Tiles = JudgeTiles<kThreads>;
@@ -179,100 +238,78 @@ struct JudgeKernel {
   };
   static constexpr size_t kSharedBytes = sizeof(Shared);
 
-  /// A thread block's stream and KV head.
-  struct Place {
-    const JudgeArgs& a;
-    const uint16_t* rows;
+  /// Where a thread block's keys are, one KV head's of a stream.
+  struct Keys {
     const int32_t* entries;  // of the job
-    int stream, head;
+    int capacity, dim;
+    const uint16_t *rows, *staged;  // staged: null where the batch's are where the model wrote them
+    const float* batch;
+    size_t token_stride;
 
     SIMT Judge::Key key(int i) const {
       const int entry = entries[i];
-      if (entry < a.capacity) return {rows + size_t(entry) * a.head_dim, nullptr};
-      return {nullptr, a.keys + size_t(entry - a.capacity) * a.key_token_stride + head * a.key_head_stride};
-    }
-    SIMT const float* query(int token, int of_group) const {
-      return a.queries + token / a.stream_tokens * a.query_stream_stride +
-             token % a.stream_tokens * a.query_token_stride + (head * a.group + of_group) * a.query_head_stride;
+      if (entry < capacity) return {rows + size_t(entry) * dim, nullptr};
+      const size_t token = size_t(entry - capacity);
+      if (staged) return {staged + token * dim, nullptr};
+      return {nullptr, batch + token * token_stride};
     }
   };
 
-  /// Which tokens' queries decide. Returns how many there are.
-  SIMT static int list_tokens(Shared& s, const Place& p, const JudgeJob& job) {
-    const int n = job.n_judges < Judge::kMostQueries ? job.n_judges : Judge::kMostQueries;
-    for (int k = simt::thread(); k < n; k += kThreads) {
-      s.tokens[k] = p.entries[job.judges + k * job.n_judges / n] - p.a.capacity;
-    }
-    simt::sync();
-    return n;
-  }
-
-  /// The mean of these n tokens' queries, of `n_heads` heads of the group from `first` on.
-  SIMT static void make_mean(Shared& s, const Place& p, int n, int first, int n_heads) {
-    SIMT_NO_UNROLL
-    for (int i = simt::thread(); i < n_heads * p.a.head_dim; i += kThreads) {
-      const int of_group = first + i / p.a.head_dim, d = i % p.a.head_dim;
-      float sum = 0;
-      SIMT_UNROLL_BY(16)
-      for (int k = 0; k < n; k++) sum = simt::add_rn(sum, simt::load_constant(p.query(s.tokens[k], of_group) + d));
-      s.mean[i] = simt::div_rn(sum, float(n));
-    }
-    simt::sync();
-  }
-
-  SIMT static void keep_queries(const Place& p) {
-    const JudgeArgs& a = p.a;
-    const int32_t* judges = a.layer->judges + size_t(p.stream) * a.n_judges;
-    SIMT_NO_UNROLL
-    for (int j = 0; j < a.n_judges; j++) {
-      if (judges[j] < 0) continue;
-      const int token = (p.stream - a.first_stream) * a.stream_tokens + judges[j];
-      float* to =
-          a.layer->queries + ((size_t(p.stream) * a.n_judges + j) * a.n_kv_heads + p.head) * a.group * a.head_dim;
-      for (int i = simt::thread(); i < a.group * a.head_dim; i += kThreads) {
-        to[i] = p.query(token, i / a.head_dim)[i % a.head_dim];
-      }
-    }
-  }
-
   SIMT static void run(const JudgeArgs& a) {
     simt::launch_dependents();
-    if (!a.early) simt::wait_for_previous_grid();
-    score(a);
-    // The next grid waits for this one alone, which must not end before those that it overtook.
-    if (a.early) simt::wait_for_previous_grid();
-  }
-
-private:
-  SIMT static void score(const JudgeArgs& a) {
+    simt::wait_for_previous_grid();
     Shared& s = *reinterpret_cast<Shared*>(simt::shared());
-    const int stream = simt::block_z(), head = simt::block_y(), first = simt::block_x() * kJudgeTile;
-    const size_t rows = (size_t(stream) * a.n_kv_heads + head) * a.capacity * a.head_dim;
-    Place p{a, a.layer->keys + rows, a.list.entries + size_t(stream) * a.list.max_entries, stream, head};
-    const bool in_batch = stream >= a.first_stream && stream < a.first_stream + a.n_batch_streams;
-    if (!in_batch) return;
-    if (first == 0) keep_queries(p);
+    const int index = simt::block_z() / a.n_streams, first = simt::block_x() * kJudgeTile;
+    const JudgeQueries<kThreads> queries{a, simt::block_z() % a.n_streams, simt::block_y()};
+    const int stream = queries.stream, head = queries.head;
+    if (!queries.in_batch()) return;
+    const bool has_means = a.means.data != nullptr;
+    if (has_means && !(a.means.layers >> index & 1)) return;
+    const LayerWindow& layer = a.layers[index];
+    const int n_kv_heads = layer.n_kv_heads, group = layer.group, dim = layer.head_dim;
+    if (head >= n_kv_heads) return;
+    if (!has_means && first == 0) queries.keep(0, group);
+    const JudgeList list = index > 0 ? a.list.of_layer(index, a.n_streams) : a.list;
     JudgeJob job{};
+    int number = 0;
     SIMT_NO_UNROLL
-    for (int i = 0; i < a.list.n_jobs[stream]; i++) {
-      const JudgeJob& each = a.list.jobs[size_t(stream) * kMaxJudgeJobs + i];
-      if (first >= each.first && first < each.first + each.n_others) job = each;
+    for (int i = 0; i < list.n_jobs[stream]; i++) {
+      const JudgeJob& each = list.jobs[size_t(stream) * kMaxJudgeJobs + i];
+      if (first >= each.first && first < each.first + each.n_others) {
+        job = each;
+        number = i;
+      }
     }
     if (job.n == 0) return;
-    p.entries += job.first;
-    uint32_t* scores = a.list.scores + size_t(stream) * a.list.max_entries + job.first;
+    const size_t at = size_t(stream) * list.max_entries + job.first;
+    const size_t row = (size_t(stream) * n_kv_heads + head) * a.capacity * dim;
+    const Keys keys{list.entries + at,
+                    a.capacity,
+                    dim,
+                    layer.keys + row,
+                    has_means ? a.staged.of(index, true) + size_t(head) * a.staged.n_tokens * dim : nullptr,
+                    has_means ? nullptr : a.keys + head * a.key_head_stride,
+                    a.key_token_stride};
+    uint32_t* scores = list.scores + at;
     const int begin = first - job.first;
-    const Tiles tiles{s.tiles, a.head_dim};
-    const int n_judges = list_tokens(s, p, job);
+    const Tiles tiles{s.tiles, dim};
+    const int n_judges = has_means ? 0 : queries.list_tokens(s.tokens, job, keys.entries);
     SIMT_NO_UNROLL
-    for (int group = 0; group < a.group; group += tiles.heads()) {
-      const int n_heads = a.group - group < tiles.heads() ? a.group - group : tiles.heads();
-      make_mean(s, p, n_judges, group, n_heads);
-      const float* query = tiles.head() < n_heads ? s.mean + tiles.head() * a.head_dim : nullptr;
-      const Judge::Spread spread = tiles.spread(query, job.n_recent, [&](int i) { return p.key(job.n_others + i); });
+    for (int from = 0; from < group; from += tiles.heads()) {
+      const int n_heads = group - from < tiles.heads() ? group - from : tiles.heads();
+      SIMT_NO_UNROLL
+      for (int i = simt::thread(); i < n_heads * dim; i += kThreads) {
+        const int of_group = from + i / dim, d = i % dim;
+        s.mean[i] = has_means ? queries.mean_of(a.means.data + index * a.means.layer_stride, n_kv_heads, group, dim,
+                                                number, of_group)[d]
+                              : queries.mean(s.tokens, n_judges, of_group, d);
+      }
+      simt::sync();
+      const float* query = tiles.head() < n_heads ? s.mean + tiles.head() * dim : nullptr;
+      const Judge::Spread spread = tiles.spread(query, job.n_recent, [&](int i) { return keys.key(job.n_others + i); });
       const int left = job.n_others - begin;
       tiles.multiply(
-          query, left < kJudgeTile ? left : kJudgeTile, [&](int i) { return p.key(begin + i); },
+          query, left < kJudgeTile ? left : kJudgeTile, [&](int i) { return keys.key(begin + i); },
           [&](int i, float x) { Judge::score(x, spread, &scores[begin + i]); });
       simt::sync();
     }

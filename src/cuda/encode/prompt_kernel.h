@@ -1,16 +1,18 @@
 // What a prompt's dense attention needs besides decoded cells: the kernels' bodies. One writes the exact rows, those of
-// the batch's tokens and of the window, to where attention reads them, keeps the tokens' rows until they are coded, and
-// transforms the queries. Another puts kept rows into the window.
+// the batch's tokens and of the window, to where attention reads them, keeps the tokens' rows until they are coded and
+// what their queries say of the cells in question, and transforms the queries. Another puts kept rows into the window.
 #pragma once
 
 #include "cuda/encode/hadamard.h"
+#include "cuda/encode/judge.h"
 #include "cuda/simt/simt.h"
 #include "cuda/types.h"
 
 namespace thimble::cuda {
 
-/// Grid [n_kv_heads][groups of kRows rows]: of queries, then tokens' keys and values, then the window's. A Hadamard
-/// rotation takes a warp for a row and no shared memory; of a matrix, a thread computes one component of all rows.
+/// Grid [n_kv_heads][groups]: the means of queries, one each; then groups of kRows rows: of queries, tokens' keys and
+/// values, then the window's. A Hadamard rotation takes a warp for a row and no shared memory; of a matrix, a thread
+/// computes one component of all rows.
 template <int HeadDim>
 struct PromptKernel {
   static constexpr int D = HeadDim, kRows = 16, kThreads = D, kWarps = D / 32, N = D / 32;
@@ -20,8 +22,11 @@ struct PromptKernel {
   THIMBLE_HOST_DEVICE static int n_queries(const PromptArgs& a) {
     return a.queries.n_streams * a.queries.n_tokens * a.queries.group;
   }
+  THIMBLE_HOST_DEVICE static int n_means(const PromptArgs& a) {
+    return a.judge.means.data ? a.judge.n_batch_streams * a.judge.means.n_jobs * a.judge.group : 0;
+  }
   THIMBLE_HOST_DEVICE static int n_groups(const PromptArgs& a) {
-    return groups(n_queries(a)) + 2 * groups(a.batch.n_tokens) + 2 * groups(a.n_window_rows);
+    return n_means(a) + groups(n_queries(a)) + 2 * groups(a.batch.n_tokens) + 2 * groups(a.n_window_rows);
   }
 
   /// Where a row comes from and what becomes of it; null: nothing.
@@ -92,11 +97,24 @@ struct PromptKernel {
 
   SIMT static void run(const PromptArgs& a) {
     simt::launch_dependents();
+    if (!a.early) simt::wait_for_previous_grid();
+    write(a);
+    // The next grid waits for this one alone, which must not end before one that it overtook.
     simt::wait_for_previous_grid();
+  }
+
+private:
+  SIMT static void write(const PromptArgs& a) {
     const int head = simt::block_y(), n_tokens = a.batch.n_tokens;
     int group = simt::block_x();
+    if (group < n_means(a)) {
+      const int n_jobs = a.judge.means.n_jobs, of_group = group % a.judge.group, job = group / a.judge.group;
+      const JudgeQueries<kThreads> queries{a.judge, a.judge.first_stream + job / n_jobs, head};
+      return queries.keep_mean(reinterpret_cast<int*>(simt::shared()), job % n_jobs, of_group);
+    }
+    group -= n_means(a);
     if (group < groups(n_queries(a))) {
-      return transform(Queries{a.queries, head}, group * kRows, n_queries(a), a.queries.codec.undo, nullptr, nullptr);
+      return transform(Queries{a.queries, head}, group * kRows, n_queries(a), {a.queries.codec.undo});
     }
     group -= groups(n_queries(a));
     const bool of_tokens = group < 2 * groups(n_tokens);
@@ -105,27 +123,35 @@ struct PromptKernel {
     const bool is_key = group < groups(n);
     if (!is_key) group -= groups(n);
     const CodecTables& codec = is_key ? a.batch.key_codec : a.batch.value_codec;
-    const float* shift = is_key ? a.batch.dense.key_shift : a.batch.dense.value_shift;
-    const float* matrix = codec.forward ? codec.forward : nullptr;
-    const float* mean = codec.forward ? codec.mean : nullptr;
-    if (shift) shift += head * D;
-    if (mean) mean += head * D;
+    Change change;
+    change.shift = is_key ? a.batch.dense.key_shift : a.batch.dense.value_shift;
+    change.matrices = codec.forward;
+    change.mean = codec.forward ? codec.mean : nullptr;
+    change.is_none = a.is_restored[is_key ? 0 : 1];
+    if (change.shift) change.shift += head * D;
+    if (change.mean) change.mean += head * D;
     if (of_tokens) {
-      transform(Tokens{a, is_key, head}, group * kRows, n, matrix, mean, shift);
+      transform(Tokens{a, is_key, head}, group * kRows, n, change);
     } else {
-      transform(WindowRow{a, is_key, head}, group * kRows, n, matrix, mean, shift);
+      transform(WindowRow{a, is_key, head}, group * kRows, n, change);
     }
   }
 
-private:
-  /// Rows `first` to first + kRows - 1 of n. `mean` is subtracted before, `shift` added behind; null: none.
+  /// What becomes of rows' numbers: their product with a head's matrix, or else the Hadamard rotation, or nothing.
+  /// `mean` is subtracted before, `shift` added behind; null: none.
+  struct Change {
+    const float* matrices = nullptr;
+    const float *mean = nullptr, *shift = nullptr;
+    bool is_none = false;
+  };
+
+  /// Rows `first` to first + kRows - 1 of n.
   template <typename Rows>
-  SIMT static void transform(const Rows& rows, int first, int n, const float* matrices, const float* mean,
-                             const float* shift) {
-    if (matrices) {
-      multiply(rows, first, n, matrices + size_t(rows.head) * D * D, mean, shift);
+  SIMT static void transform(const Rows& rows, int first, int n, const Change& change) {
+    if (change.matrices) {
+      multiply(rows, first, n, change.matrices + size_t(rows.head) * D * D, change.mean, change.shift);
     } else {
-      rotate(rows, first, n, shift);
+      rotate(rows, first, n, change);
     }
   }
 
@@ -161,6 +187,7 @@ private:
       for (int i = 0; i < kRows; i++) y[i] += x[i * D + k] * m;
     }
     const float add = shift ? simt::load_constant(shift + d) : 0.0f;
+    simt::wait_for_previous_grid();
     SIMT_UNROLL
     for (int i = 0; i < kRows; i++) {
       const Row row = first + i < n ? rows.row(first + i) : Row{};
@@ -170,7 +197,7 @@ private:
   }
 
   template <typename Rows>
-  SIMT static void rotate(const Rows& rows, int first, int n, const float* shift) {
+  SIMT static void rotate(const Rows& rows, int first, int n, const Change& change) {
     constexpr int kTogether = kRows / kWarps < 4 ? kRows / kWarps : 4;
     const int lane = simt::thread() % 32;
     SIMT_NO_UNROLL
@@ -194,12 +221,13 @@ private:
         for (int k = 0; k < N; k++) v[r][k] = rounded(row[r], v[r][k]);
         if (row[r].staged) store(row[r].staged + lane * N, v[r]);
       }
-      hadamard_warp<D>(v, lane);
+      if (!change.is_none) hadamard_warp<D>(v, lane);
+      simt::wait_for_previous_grid();
       SIMT_UNROLL
       for (int r = 0; r < kTogether; r++) {
         if (row[r].out) store(row[r].out + lane * N, v[r]);
         SIMT_UNROLL
-        for (int k = 0; k < N; k++) v[r][k] += shift ? simt::load_constant(shift + lane * N + k) : 0.0f;
+        for (int k = 0; k < N; k++) v[r][k] += change.shift ? simt::load_constant(change.shift + lane * N + k) : 0.0f;
         if (row[r].dense) store(row[r].dense + lane * N, v[r]);
       }
     }

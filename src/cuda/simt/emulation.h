@@ -355,6 +355,10 @@ inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
   const float2 x = unpack_half2(a), y = unpack_half2(b);
   return pack_half2(x.x - y.x, x.y - y.y);
 }
+inline uint32_t multiply_halves(uint32_t a, uint32_t b) {
+  const float2 x = unpack_half2(a), y = unpack_half2(b);
+  return pack_half2(x.x * y.x, x.y * y.y);
+}
 inline uint2 load_stream_8(const uint8_t* p) {
   uint2 r;
   std::memcpy(&r, p, 8);

@@ -233,6 +233,12 @@ SIMT uint32_t subtract_halves(uint32_t a, uint32_t b) {
   asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+/// The products of two pairs of halves.
+SIMT uint32_t multiply_halves(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 
 /// Returns 0, as addresses in shared memory are below 2^31; the compiler does not know that. A load from
 /// p + after(address) therefore waits until `address` has been computed. This keeps the compiler from moving the load

@@ -219,7 +219,7 @@ void CudaCache::update_window(CudaQueue& queue, Layer& layer, const WriteTask& t
 cuda::JudgeArgs CudaCache::judge_args(const Layer& layer, const cuda::WindowArgs& window, const cuda::EncodeArgs& p,
                                       const BatchQueries& queries) const {
   cuda::JudgeArgs judge;
-  judge.layer = window.layers;
+  judge.layers = window.layers;
   judge.list = window.judge;
   judge.n_streams = window.n_streams;
   judge.n_kv_heads = p.n_kv_heads;
@@ -393,8 +393,9 @@ void CudaCache::read_store(const Layer& layer, const cuda::DenseRows& rows, cuda
   }
 }
 
-// All coded cells' rows, transformed as they are coded.
-void CudaCache::decode(const Layer& layer, const cuda::DenseRows& rows, cudaStream_t stream) {
+// All coded cells' rows, by Kind as the model wrote them or transformed as they are coded.
+void CudaCache::decode(const Layer& layer, const cuda::DenseRows& rows, const bool (&restored)[2],
+                       cudaStream_t stream) {
   cuda::DecodeBothArgs both;
   for (Kind kind : {Kind::key, Kind::value}) {
     cuda::DecodeArgs& d = both.sides[int(kind)];
@@ -406,6 +407,7 @@ void CudaCache::decode(const Layer& layer, const cuda::DenseRows& rows, cudaStre
     d.is_key = kind == Kind::key;
     d.rows = kind == Kind::key ? rows.keys : rows.values;
     d.shift = kind == Kind::key ? rows.key_shift : rows.value_shift;
+    d.restored = restored[int(kind)];
   }
   require(cuda::decode_cells(device_, both, stream), "decoding");
 }
@@ -443,9 +445,9 @@ void CudaCache::keep_for_others(CudaQueue& queue, Layer& layer, const cuda::Enco
   again.cells = reinterpret_cast<const int64_t*>(cells);
 }
 
-// Many query tokens: all cells become f16 rows, and the flash attention of the program around does the rest. Without an
-// exact store it is over transformed rows, and queries and outputs are transformed for it. Scores of coded cells get
-// what they lack by a component of these where that pays.
+// Many query tokens: all cells become f16 rows, and the flash attention of the program around does the rest. Rotated
+// ones are rotated back as they are decoded. Others stay transformed, and queries and outputs are transformed for them.
+// Scores of coded cells get what they lack by a component of these where that pays.
 void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, cuda::EncodeArgs& p,
                         DenseAttention* dense) {
   const AttentionProblem& problem = task.problem;
@@ -457,6 +459,7 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
   *dense = {nullptr, rows.keys, rows.values, dim, p.n_kv_heads};
   if (device.has_store()) {
     require(cuda::encode(device_, p, queue.stream()), "encoding");
+    dense->is_whole = true;
     return read_store(layer, rows, queue.stream());
   }
   const bool is_first = p.n_tokens > 0 && p.keys && p.values;
@@ -472,7 +475,11 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
     rows.key_shift = device.shift(Kind::key);
     rows.value_shift = device.shift(Kind::value);
   }
-  decode(layer, rows, queue.stream());
+  const bool stages = is_staged(p) && p.keys && p.values;
+  const bool restored[2] = {stages && !layer.corrects_prompts && cuda::can_restore(p.key_codec),
+                            stages && cuda::can_restore(p.value_codec)};
+  dense->is_whole = restored[int(Kind::value)];
+  decode(layer, rows, restored, queue.stream());
 
   const size_t n_numbers = size_t(problem.n_streams) * problem.n_tokens * problem.n_heads * dim;
   const cuda::TransformArgs t{.n_streams = problem.n_streams,
@@ -485,21 +492,31 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
                               .token_stride = problem.q_token,
                               .head_stride = problem.q_head,
                               .codec = p.key_codec,
-                              .out = queue.room<float>(queue.queries, n_numbers)};
-  if (is_staged(p) && p.keys && p.values) {
-    const size_t index = stage(layer, queue.stream());
-    const cuda::WindowArgs window = cuda::WindowScratch::from_layer(prompt_.args, layer.index, 1);
-    if (layer.device.window().is_judged()) {
-      cuda::JudgeArgs judge = judge_args(layer, window, p, queries_of(task));
-      judge.early = std::exchange(prompt_.has_begun, true);  // beside the decoding
-      require(cuda::judge_cells(device_, judge, queue.stream()), "the window");
+                              .out = restored[int(Kind::key)] ? nullptr : queue.room<float>(queue.queries, n_numbers)};
+  if (stages) {
+    const bool is_judged = device.window().is_judged();
+    // A layer may have more queries than was thought before it was attended to.
+    if (is_judged &&
+        size_t(problem.n_heads) * dim * prompt_.means.n_jobs * prompt_.mask.n_streams > prompt_.means.layer_stride) {
+      end_prompt(queue.stream());
+      place_means(queue, prompt_.args, prompt_.mask);
     }
+    const size_t index = stage(layer, queue.stream());
     cuda::PromptArgs prompt = staging(index, p);
     prompt.batch.dense = rows;
     prompt.batch.window_cells = device.window().cells(0);
     prompt.first_window_row = rows.first_stream * scratch_.capacity();
     prompt.n_window_rows = rows.n_streams * scratch_.capacity();
-    prompt.queries = t;
+    std::copy(std::begin(restored), std::end(restored), prompt.is_restored);
+    if (!restored[int(Kind::key)]) prompt.queries = t;
+    if (is_judged) {
+      prompt.judge =
+          judge_args(layer, cuda::WindowScratch::from_layer(prompt_.args, layer.index, 1), p, queries_of(task));
+      prompt.judge.means = prompt_.means;
+      prompt.judge.means.data += index * prompt_.means.layer_stride;
+      prompt_.means.layers |= 1u << index;
+    }
+    prompt.early = std::exchange(prompt_.has_begun, true);  // beside the decoding
     require(cuda::prepare_prompt(device_, prompt, queue.stream()), "rows of a prompt");
   } else {
     decode_window(layer, rows, /*before_batch=*/p.n_tokens > 0, queue.stream());
@@ -511,7 +528,7 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
     require(cuda::transform_rows(device_, t, queue.stream()), "queries");
   }
   if (task.ends_batch) layer.again = {};
-  dense->q = t.out;
+  if (!restored[int(Kind::key)]) dense->q = t.out;
   if (!layer.corrects_prompts) return;
   cuda::BiasArgs bias;
   bias.codec = p.key_codec;

@@ -76,16 +76,18 @@ private:
     cuda::DeviceMemory again_memory[3];  // keys and values by Kind, f32; cells
   };
   // A prompt whose layers end together, behind its graph or where their memory is full: the window's books begin for
-  // all layers at once, each layer then keeps its rows and has its cells scored, and at the end cells leave the windows
-  // of these layers and are coded.
+  // all layers at once, each layer then keeps its rows and what its queries say of the cells in question, and at the
+  // end these are scored, cells leave the windows of these layers and are coded.
   struct Prompt {
     uint64_t batch = 0;
     cuda::WindowArgs args;    // of all layers
     cuda::StagedRows staged;  // of the layers from number `first` on
+    cuda::JudgeMeans means;   // theirs
+    cuda::BatchMask mask;
     size_t first = 0, n = 0;  // layers that are staged
-    bool has_begun = false;   // the kernels that begin it are behind a layer's first
+    bool has_begun = false;   // the kernels that begin it, or end layers of it, are behind a layer's first
     size_t max_layers = 1;    // that there is memory for
-    cuda::DeviceMemory lists, rows, cells;
+    cuda::DeviceMemory lists, rows, cells, judged;
   };
   // The batch of the layer that is being read.
   struct Flight {
@@ -108,6 +110,8 @@ private:
   bool ends_together() const;
   bool begin_prompt(CudaQueue& queue, const WriteTask& task, const cuda::EncodeArgs& written,
                     const BatchQueries& queries);
+  void place_means(CudaQueue& queue, const cuda::WindowArgs& args, const cuda::BatchMask& mask);
+  void judge_staged(const cuda::WindowArgs& args, cudaStream_t stream);
   void end_prompt(cudaStream_t stream);
   size_t stage(Layer& layer, cudaStream_t stream);
   cuda::PromptArgs staging(size_t index, const cuda::EncodeArgs& written);
@@ -125,7 +129,7 @@ private:
   void prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, cuda::EncodeArgs& written,
                DenseAttention* dense);
   void read_store(const Layer& layer, const cuda::DenseRows& rows, cudaStream_t stream);
-  void decode(const Layer& layer, const cuda::DenseRows& rows, cudaStream_t stream);
+  void decode(const Layer& layer, const cuda::DenseRows& rows, const bool (&restored)[2], cudaStream_t stream);
   void decode_window(const Layer& layer, const cuda::DenseRows& rows, bool before_batch, cudaStream_t stream);
   void keep_for_others(CudaQueue& queue, Layer& layer, const cuda::EncodeArgs& written);
   const float* slopes(CudaQueue& queue, float max_bias, int n_heads);

@@ -1,7 +1,7 @@
 // Prompts whose layers end together.
 //
-// What a batch leaves to be done, books, choice and coding, needs nothing but the rows of its tokens and what their
-// queries say of the cells in question. So a layer keeps these, and the end is made for many layers at once, by kernels
+// What a batch leaves to be done, scores, books, choice and coding, needs nothing but the rows of its tokens and the
+// means of the queries that decide. So a layer keeps these, and the end is made for many layers at once, by kernels
 // that fill the device, while the host prepares the next graph.
 #include <algorithm>
 #include <utility>
@@ -13,6 +13,8 @@ namespace {
 
 // Of device memory, for the rows of tokens that are not coded yet; more only where one layer's need more.
 constexpr size_t kStagedBytes = size_t(64) << 20;
+// For the means of queries; more only where one layer's need more.
+constexpr size_t kMeanBytes = size_t(64) << 20;
 // For lists of the books of all layers. Where they need more, each layer ends by itself.
 constexpr size_t kListBytes = size_t(64) << 20;
 
@@ -47,6 +49,8 @@ bool CudaCache::begin_prompt(CudaQueue& queue, const WriteTask& task, const cuda
   }
   prompt_.max_layers = std::clamp<size_t>(kStagedBytes / (2 * side), 1, cuda::StagedRows::kMaxLayers);
   prompt_.max_layers = std::min(prompt_.max_layers, layers_.size());
+  scratch_.add_prompt(&args, queue.room<char>(prompt_.lists, list_bytes));
+  place_means(queue, args, mask);
   prompt_.staged.rows = reinterpret_cast<uint16_t*>(queue.room<char>(prompt_.rows, prompt_.max_layers * 2 * side));
   prompt_.staged.side_stride = side / sizeof(uint16_t);
   prompt_.staged.n_tokens = args.n_tokens;
@@ -55,7 +59,6 @@ bool CudaCache::begin_prompt(CudaQueue& queue, const WriteTask& task, const cuda
   require(cudaMemcpyAsync(cells, p.cells, args.n_tokens * sizeof(int64_t), cudaMemcpyDefault, stream), "cells");
   args.cells = prompt_.staged.cells = cells;
   args.layers = window_tables_.back().as<cuda::LayerWindow>();
-  scratch_.add_prompt(&args, queue.room<char>(prompt_.lists, list_bytes));
   // What the batch before left to leave has a list of its own, coded before: tokens may come to these cells, and the
   // end of this batch codes its tokens beside the list that the window makes since.
   cuda::WindowArgs before = scratch_.finish();
@@ -73,11 +76,51 @@ bool CudaCache::begin_prompt(CudaQueue& queue, const WriteTask& task, const cuda
   return true;
 }
 
+// Room for what the queries of the layers that are staged say.
+void CudaCache::place_means(CudaQueue& queue, const cuda::WindowArgs& args, const cuda::BatchMask& mask) {
+  prompt_.mask = mask;
+  cuda::JudgeMeans& means = prompt_.means;
+  means.n_jobs = std::min(args.judge.max_entries / cuda::kJudgeTile, cuda::kMaxJudgeJobs);
+  size_t most = 0;  // numbers of a token's queries
+  for (const auto& [index, layer] : layers_) {
+    const cuda::LayerWindow& window = layer->device.window().view();
+    if (window.queries) most = std::max(most, size_t(window.n_kv_heads) * window.group * window.head_dim);
+  }
+  means.layer_stride = most * means.n_jobs * mask.n_streams;
+  if (most == 0) return;
+  const size_t bytes = means.layer_stride * sizeof(float);
+  prompt_.max_layers = std::min(prompt_.max_layers, std::max<size_t>(kMeanBytes / bytes, 1));
+  means.data = queue.room<float>(prompt_.judged, prompt_.max_layers * means.layer_stride);
+}
+
+// The scores of the cells in question in the layers that are staged, whose windows are `args`'.
+void CudaCache::judge_staged(const cuda::WindowArgs& args, cudaStream_t stream) {
+  if (prompt_.means.layers == 0) return;
+  cuda::JudgeArgs judge;
+  judge.layers = args.layers;
+  judge.n_layers = args.n_layers;
+  judge.list = args.judge;
+  judge.n_streams = args.n_streams;
+  for (const auto& [index, layer] : layers_) {
+    judge.n_kv_heads = std::max(judge.n_kv_heads, layer->device.shape().n_kv_heads);
+  }
+  judge.capacity = args.capacity;
+  judge.n_judges = args.n_judges;
+  judge.first_stream = prompt_.mask.first_stream;
+  judge.n_batch_streams = prompt_.mask.n_streams;
+  judge.stream_tokens = prompt_.mask.n_tokens;
+  judge.staged = prompt_.staged;
+  judge.means = prompt_.means;
+  require(cuda::judge_cells(device_, judge, stream), "the window");
+}
+
 // Takes the layers that are staged to their end.
 void CudaCache::end_prompt(cudaStream_t stream) {
   if (prompt_.n == 0) return;
   const size_t n = std::exchange(prompt_.n, 0);
+  prompt_.has_begun = false;
   cuda::WindowArgs args = cuda::WindowScratch::from_layer(prompt_.args, prompt_.first, n);
+  judge_staged(args, stream);
   args.part = cuda::WindowArgs::end;
   require(cuda::update_window(device_, args, stream), "the window");
   cuda::LeaveArgs leave = leaving(prompt_.first, n, args.n_tokens);
@@ -98,7 +141,7 @@ size_t CudaCache::stage(Layer& layer, cudaStream_t stream) {
   }
   if (prompt_.n == 0) {
     prompt_.first = layer.index;
-    prompt_.staged.layers[0] = prompt_.staged.layers[1] = 0;
+    prompt_.staged.layers[0] = prompt_.staged.layers[1] = prompt_.means.layers = 0;
     index = 0;
   }
   prompt_.n = std::max(prompt_.n, index + 1);
