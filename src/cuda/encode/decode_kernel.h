@@ -181,12 +181,14 @@ struct RestoreKernel {
     SIMT_NO_UNROLL
     for (int i = simt::thread() / 32; i < n_blocks * (kBlockCells / 16); i += kWarps) {
       const int block = i / (kBlockCells / 16), cell = i % (kBlockCells / 16) * 16 + g;
+      // Read again, as addresses of all parts, kept from round to round, would not fit into registers.
+      const int again = simt::thread_again() % 32, order = again / 4 % kChunks, column = again % 4;
       float x[kChunks][2][4];
       SIMT_UNROLL
       for (int j = 0; j < kChunks; j++) {
         uint32_t numbers[2][2];  // of the two cells: components 0 and 1, 2 and 3 of the part
         SIMT_UNROLL
-        for (int k = 0; k < 2; k++) decode(cells, block, part(j ^ skew, t), cell + 8 * k, factor[j], numbers[k]);
+        for (int k = 0; k < 2; k++) decode(cells, block, part(j ^ order, column), cell + 8 * k, factor[j], numbers[k]);
         SIMT_UNROLL
         for (int tile = 0; tile < 2; tile++) {
           SIMT_UNROLL
