@@ -98,12 +98,21 @@ struct PromptKernel {
   SIMT static void run(const PromptArgs& a) {
     simt::launch_dependents();
     if (!a.early) simt::wait_for_previous_grid();
+    if (is_idle(a)) return;  // most thread blocks of means: while they waited, they would keep others from starting
     write(a);
     // The next grid waits for this one alone, which must not end before one that it overtook.
     simt::wait_for_previous_grid();
   }
 
 private:
+  /// Whether this thread block is there for the mean of a job that its stream does not have. The first job's is never:
+  /// it keeps queries.
+  SIMT static bool is_idle(const PromptArgs& a) {
+    if (simt::block_x() >= n_means(a)) return false;
+    const int job = simt::block_x() / a.judge.group, number = job % a.judge.means.n_jobs;
+    return number > 0 && number >= a.judge.list.n_jobs[a.judge.first_stream + job / a.judge.means.n_jobs];
+  }
+
   SIMT static void write(const PromptArgs& a) {
     const int head = simt::block_y(), n_tokens = a.batch.n_tokens;
     int group = simt::block_x();
