@@ -726,7 +726,7 @@ TEST_P(KernelsOn, DenseTilesStayClearOfDenormals) {
 // The error of a kernel's arithmetic must be less than a tenth of the codec's own error, for scores (taken as the
 // maximum over one visible cell) and for outputs.
 TEST_P(KernelsOn, ArithmeticErrorIsATenthOfTheCodecs) {
-  for (int dim : {64, 128}) {
+  for (int dim : {64, 128, 256, 512}) {
     for (double bits : kRates) {
       for (bool outliers : {false, true}) {
         Problem p;

@@ -35,6 +35,18 @@ struct alignas(kLine) Pair {
   uint32_t query[2];      // a 16-bit number, in both halves
 };
 
+// Products are whole steps and are summed in 16 bits, so a step is the coarser the more products a sum has. Hence those
+// of each section, this many subspaces, are summed by themselves, and a row's sum is in coarser steps: only the
+// rounding of the sections' sums is as coarse.
+constexpr int kSection = 64;
+
+// log2 of the section's steps that a step of a row's sum is: with so many sections, no sum overflows.
+inline int section_bits(int n_subspaces) {
+  int bits = 0;
+  while (kSection << bits < n_subspaces) bits++;
+  return bits;
+}
+
 // Wide tables of a row: a byte for each subspace, how many pairs it has; then, from the next line of 64 bytes, the
 // pairs.
 inline size_t pairs_at(int n_subspaces) {
@@ -45,17 +57,22 @@ size_t lut_bytes(int dim, int n_subspaces, bool wide) {
   return wide ? pairs_at(n_subspaces) + size_t(dim / 2) * sizeof(Pair) : size_t(n_subspaces) * 128;
 }
 
-// The step is chosen so that no sum of products overflows 16 bits. Returns 128 steps, as a product is a number of
-// these.
+// The step is chosen so that no section's sum of products overflows 16 bits. Returns what a row's sum counts: steps of
+// products with 128, times those that its own step is.
 float build_pairs(const float* q, const int8_t* words, const uint8_t* width, int n_subspaces, uint8_t* luts) {
-  float total = 0;
+  float step = 1e-30f;
   const float* end = q;
-  for (int m = 0; m < n_subspaces; m++) {
-    luts[m] = width[m] / 2;
-    for (int j = 0; j < width[m]; j++, end++) total += *end < 0 ? -*end : *end;
+  for (int m = 0; m < n_subspaces;) {
+    float total = 0;
+    const float* section = end;
+    for (const int last = m + kSection; m < last && m < n_subspaces; m++) {
+      luts[m] = width[m] / 2;
+      for (int j = 0; j < width[m]; j++, end++) total += *end < 0 ? -*end : *end;
+    }
+    // Rounding adds at most 1/2 to a product.
+    const float least = total / (32767.0f - float(end - section));
+    step = least > step ? least : step;
   }
-  // Rounding adds at most 1/2 to a product.
-  const float step = total > 1e-30f ? total / (32767.0f - float(end - q)) : 1e-30f;
   for (Pair* pair = reinterpret_cast<Pair*>(luts + pairs_at(n_subspaces)); q < end; pair++) {
     for (int j = 0; j < 2; j++, q++, words += 128) {
       TableWriter writer(pair->words[j]);
@@ -63,7 +80,7 @@ float build_pairs(const float* q, const int8_t* words, const uint8_t* width, int
       pair->query[j] = uint32_t(_mm_cvtss_si32(_mm_set_ss(*q / step)) & 0xffff) * 0x10001;
     }
   }
-  return 128 * step;
+  return float(128 << section_bits(n_subspaces)) * step;
 }
 
 float build_luts(const float* q, const int8_t* words, const uint8_t* width, int n_subspaces, bool wide, float* room,
@@ -152,14 +169,15 @@ inline void sum_tables(const uint8_t* luts, int n_subspaces, const uint8_t* code
   }
 }
 
+// Adds up the products of the subspaces [first, last), whose pairs start at `pair`, which then points behind them.
 template <int Rows>
-inline void sum_products(const uint8_t* luts, int row_bytes, int n_subspaces, const uint8_t* codes,
-                         const uint8_t* ahead, int lines, __m256i (&sums)[Rows][2]) {
-  const uint8_t* pair = luts + pairs_at(n_subspaces);
+[[gnu::always_inline]] inline void sum_section(const uint8_t* luts, const uint8_t*& pair, int row_bytes, int first,
+                                               int last, const uint8_t* codes, const uint8_t* ahead, int lines,
+                                               __m256i (&sums)[Rows][2]) {
   __m256i even[Rows], odd[Rows];
   for (int r = 0; r < Rows; r++) even[r] = odd[r] = _mm256_setzero_si256();
 #pragma GCC unroll 1
-  for (int m = 0; m < n_subspaces; m++) {
+  for (int m = first; m < last; m++) {
     if (m < lines) ask_for(ahead + m * kLine);
     const Codes x = codes_of(load_bytes(codes + m * kLine));
     for (const uint8_t* end = pair + luts[m] * sizeof(Pair); pair < end; pair += sizeof(Pair)) {
@@ -183,6 +201,28 @@ inline void sum_products(const uint8_t* luts, int row_bytes, int n_subspaces, co
   for (int r = 0; r < Rows; r++) {
     sums[r][0] = even[r];
     sums[r][1] = odd[r];
+  }
+}
+
+// As sum_tables, with products.
+template <int Rows>
+inline void sum_products(const uint8_t* luts, int row_bytes, int n_subspaces, const uint8_t* codes,
+                         const uint8_t* ahead, int lines, __m256i (&sums)[Rows][2]) {
+  const uint8_t* pair = luts + pairs_at(n_subspaces);
+  if (n_subspaces <= kSection) {
+    return sum_section(luts, pair, row_bytes, 0, n_subspaces, codes, ahead, lines, sums);
+  }
+  const __m256i coarser = _mm256_set1_epi16(short(0x8000 >> section_bits(n_subspaces)));
+  for (int r = 0; r < Rows; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+  for (int first = 0; first < n_subspaces; first += kSection) {
+    const int last = first + kSection < n_subspaces ? first + kSection : n_subspaces;
+    __m256i section[Rows][2];
+    sum_section(luts, pair, row_bytes, first, last, codes, ahead, lines, section);
+    for (int r = 0; r < Rows; r++) {
+      for (int i = 0; i < 2; i++) {
+        sums[r][i] = _mm256_add_epi16(sums[r][i], _mm256_mulhrs_epi16(section[r][i], coarser));
+      }
+    }
   }
 }
 
