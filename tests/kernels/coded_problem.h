@@ -19,6 +19,9 @@ struct Problem {
   int dim = 64, group = 3, n_tokens = 1, n_cells = 200;
   double bits = 2;
   float query_size = 1;  // standard deviation of the logits
+  // Every 64th of a key's and of a query's numbers is so many times as large as the others, before a Hadamard
+  // transform.
+  float outlying = 1;
   float softcap = 0;
   bool bias = false, slope = false, mask = true, hide = true;
   size_t misalign = 0;
@@ -39,9 +42,16 @@ struct Problem {
     v = gaussian(size_t(n_cells) * dim, seed + 1);
     q = gaussian(size_t(n_rows()) * dim, seed + 2);
     for (float& x : q) x *= query_size / std::sqrt(float(dim));
+    if (outlying != 1) {
+      for (size_t i = 7; i < k.size(); i += 64) k[i] *= outlying;
+      for (size_t i = 7; i < q.size(); i += 64) q[i] *= outlying;
+      const Transform spread = Transform::hadamard(dim);
+      spread.forward(std::vector<float>(k).data(), k.data(), n_cells);
+      spread.query(std::vector<float>(q).data(), q.data(), n_rows());
+    }
     // Coding is slow, and most problems of a test have the same cells.
-    static std::map<std::tuple<int, int, double, size_t, unsigned>, std::array<std::vector<uint8_t>, 2>> coded;
-    auto& memories = coded[{dim, n_cells, bits, misalign, seed}];
+    static std::map<std::tuple<int, int, double, float, size_t, unsigned>, std::array<std::vector<uint8_t>, 2>> coded;
+    auto& memories = coded[{dim, n_cells, bits, outlying, misalign, seed}];
     for (auto [memory, codec, x] : {std::tuple{&memories[0], &keys, &k}, {&memories[1], &values, &v}}) {
       if (!memory->empty()) continue;
       // Cells never written hold NaN.
