@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """One model through both engines: with the CPU's and with the CUDA engine in emulation, a coded cache is about as far from f16.
 All layers are coded, those with sliding windows too, and a prompt's cells are read from codes. The CPU engine
-takes its scalar kernels, whose sums are as exact as those of CUDA's; vector kernels round weights of coded cells.
+takes its scalar kernels, so that machines with different vector kernels run the same sums. At 4 bits any rounding
+moves the divergence of so short a run (docs/results/models.md): a change of rounding may need another bound there.
 
 usage: engines_test.py <thimble> <plugin with the emulated CUDA engine> <model> <text>
 """
