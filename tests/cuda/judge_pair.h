@@ -249,7 +249,11 @@ private:
     prompt.batch.cells_per_stream = s_.n_cells;
     prompt.batch.key_codec = tables_[0].view();
     prompt.batch.value_codec = tables_[1].view();
-    judge.staged = {.rows = rows.data(), .side_stride = side, .n_tokens = n, .cells = cells.data(), .layers = {2, 0}};
+    judge.staged.rows = rows.data();
+    judge.staged.side_stride = side;
+    judge.staged.n_tokens = n;
+    judge.staged.cells = cells.data();
+    judge.staged.layers[0] = 2;
     prompt.staged_keys = judge.staged.of(1, true);
     prompt.staged_values = judge.staged.of(1, false);
     prompt.queries.n_streams = 0;
