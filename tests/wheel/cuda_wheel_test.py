@@ -80,12 +80,15 @@ with tempfile.TemporaryDirectory() as folder:
         first = server.complete(prompt_of_chat, 12, 0)["content"]
         check("Bingo" in first, f"thimble serve answers: {first!r}")
         check(is_coded_on_gpu(server.text()), "from a cache of 4 bits on the GPU", server.text())
+        # Asked again, a prompt's last token is decoded by itself, from codes, as it is behind a restored slot.
+        asked_again = server.complete(prompt_of_chat, 12, 0)["content"]
         server.request("/slots/0?action=save", {"filename": "slot"})
         server.request("/slots/0?action=erase", {})
         restored = server.request("/slots/0?action=restore", {"filename": "slot"})
         again = server.complete(prompt_of_chat, 12, 0)
-        check(restored["n_restored"] > 600 and again["timings"]["prompt_n"] < 16 and again["content"] == first,
-              f"a slot of {restored['n_restored']} cells is saved and restored, and answers the same")
+        check(restored["n_restored"] > 600 and again["timings"]["prompt_n"] < 16 and again["content"] == asked_again,
+              f"a slot of {restored['n_restored']} cells is saved and restored, and answers the same",
+              f"{again['timings']['prompt_n']} tokens read, {again['content']!r}\n{server.text()}")
 
     code, said = run(thimble, "run", "--llama", cuda_llama, *prompt, "--set", "device=CUDA0", CUDA_VISIBLE_DEVICES="-1")
     check(code != 0 and "there is no ggml device 'CUDA0' to run on" in said and "Rome" not in said,
