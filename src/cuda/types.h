@@ -342,8 +342,8 @@ struct PromptArgs {
   TransformArgs queries;
   bool is_restored[2] = {false, false};  // by Kind: whether rows are written as the model wrote them, not transformed
   JudgeArgs judge;                       // of this layer, with its `means`, which are written; no data: none
-  /// Whether nothing but `batch.dense` is read or written by the grid before, so that both may run at once as far as
-  /// that is not touched.
+  /// Whether the grid before, which must have started only when all grids before that had ended, reads and writes
+  /// nothing of this one's but `batch.dense`. Both then run at once, until this one comes to writing that.
   bool early = false;
 };
 

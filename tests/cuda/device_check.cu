@@ -601,6 +601,81 @@ void run_prompt(const DeviceInfo& device, const PromptCase& c, int n_tokens) {
   if (!wrong.empty()) failures++;
 }
 
+/// A prompt's rows that are prepared beside the decoding of the other cells are those that are prepared behind it.
+void run_early(const DeviceInfo& device, bool dense, int n_cells) {
+  constexpr int kDim = 128, kHeads = 8, kTokens = 512, kRounds = 6;
+  Random random(11);
+  const size_t size = size_t(kHeads) * kDim, n_numbers = size * n_cells;
+  Array<float> rows(random.normals(kTokens * size));
+  Array<int64_t> cells{size_t{kTokens}};
+  for (int i = 0; i < kTokens; i++) cells.host[i] = int64_t(i) * n_cells / kTokens;
+  DecodeBothArgs both;
+  PromptArgs prompt;
+  EncodeArgs& batch = prompt.batch;
+  batch.n_kv_heads = kHeads;
+  batch.head_dim = kDim;
+  batch.n_tokens = kTokens;
+  batch.keys = batch.values = rows.device();
+  batch.key_token_stride = batch.value_token_stride = size;
+  batch.key_head_stride = batch.value_head_stride = kDim;
+  batch.cells = cells.upload();
+  batch.cells_per_stream = n_cells;
+  Array<uint16_t> keys(n_numbers), values(n_numbers), staged(2 * size * kTokens);
+  batch.dense = {keys.device(), values.device(), 0, 1, n_cells};
+  prompt.staged_keys = staged.device();
+  prompt.staged_values = staged.device() + size * kTokens;
+  prompt.queries.n_streams = 0;
+  prompt.is_restored[0] = prompt.is_restored[1] = !dense;
+  Card::Tables tables[2];
+  const size_t block = make_format(kDim, 2).block_bytes(), head = block * (n_cells / kBlockCells);
+  Array<uint8_t> cache(kHeads * head);  // of both sides
+  for (const Kind kind : {Kind::key, Kind::value}) {
+    std::vector<HeadCodec> codecs;
+    for (int h = 0; h < kHeads; h++) codecs.push_back(random_codec(kind, kDim, 2, dense, random));
+    tables[int(kind)] = Card::tables_of(pack_tables(codecs));
+    const CodecTables& codec = (kind == Kind::key ? batch.key_codec : batch.value_codec) = tables[int(kind)].view();
+    DecodeArgs& d = both.sides[int(kind)];
+    d.n_kv_heads = kHeads;
+    d.n_cells = n_cells;
+    d.codec = codec;
+    d.cache = {cache.upload(), kHeads * head, head, block};
+    d.is_key = kind == Kind::key;
+    d.rows = kind == Kind::key ? batch.dense.keys : batch.dense.values;
+    d.restored = !dense;
+  }
+  cudaStream_t stream = nullptr;
+  require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  std::vector<uint16_t> expected[2];
+  int wrong = 0;  // sides of rounds
+  for (int round = 0; round < kRounds; round++) {
+    prompt.early = round > 0;
+    for (Array<uint16_t>* side : {&keys, &values}) require(cudaMemset(side->device(), 0xff, n_numbers * 2));
+    require(cudaDeviceSynchronize());
+    Status status = decode_cells(device, both, stream);
+    if (status.ok() && !prompt.early) require(cudaDeviceSynchronize());
+    if (status.ok()) status = prepare_prompt(device, prompt, stream);
+    if (!status.ok()) {
+      std::printf("FAIL rows beside the decoding: %s\n", status.message);
+      failures++;
+      return;
+    }
+    require(cudaDeviceSynchronize());
+    for (Array<uint16_t>* side : {&keys, &values}) {
+      std::vector<uint16_t>& whole = expected[side == &values];
+      if (round == 0) whole = side->download();
+      wrong += round > 0 && side->download() != whole;
+    }
+  }
+  require(cudaStreamDestroy(stream));
+  // What is decoded is zero, as the cache is; a token's row is not.
+  const size_t token = size_t(kTokens - 1) * n_cells / kTokens * kDim;
+  const bool good = wrong == 0 && (expected[0][0] & 0x7fff) != 0 && (expected[0][token] & 0x7fff) != 0 &&
+                    (expected[0][token + kDim] & 0x7fff) == 0;
+  std::printf("%s rows beside the decoding of %d cells%s: %d of %d sides differ\n", good ? "ok  " : "FAIL", n_cells,
+              dense ? ", dense" : "", wrong, 2 * (kRounds - 1));
+  if (!good) failures++;
+}
+
 // Layers that are read as rows: cells are encoded and read again, bit for bit as specified. Two of them are in flight.
 void run_rows(const DeviceInfo& device, int head_dim, double bits, bool dense) {
   constexpr int kHeads = 2, kCells = 128, kTokens = 100;
@@ -804,6 +879,7 @@ int main(int argc, char** argv) {
     run_prompt(device, c, 45);
     if (!quick) run_prompt(device, c, 300);
   }
+  for (const bool dense : {false, true}) run_early(device, dense, quick ? 1024 : 16384);
   for (const int head_dim : {32, 48, 64, 80, 96, 112, 160, 192, 256, 512}) {
     run_rows(device, head_dim, head_dim % 64 == 0 ? 2 : 4, head_dim % 96 == 0 || head_dim == 256);
     if (quick) continue;

@@ -516,7 +516,9 @@ void CudaCache::prefill(CudaQueue& queue, Layer& layer, const AttendTask& task, 
       prompt.judge.means.data += index * prompt_.means.layer_stride;
       prompt_.means.layers |= 1u << index;
     }
-    prompt.early = std::exchange(prompt_.has_begun, true);  // beside the decoding
+    // Beside the decoding. That began behind an event of ggml-cuda's stream, hence behind all that this one reads but
+    // for what begins the batch or ends layers of it: such kernels, where there are any, are right before.
+    prompt.early = std::exchange(prompt_.has_begun, true);
     require(cuda::prepare_prompt(device_, prompt, queue.stream()), "rows of a prompt");
   } else {
     decode_window(layer, rows, /*before_batch=*/p.n_tokens > 0, queue.stream());
