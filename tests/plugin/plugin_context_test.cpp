@@ -192,12 +192,17 @@ void shift_and_reload(Session& session) {
   for (int i = 0; i < 4; i++) session.feed(text(130 + i, 1));
 }
 
-TEST_F(PluginContexts, OfAnotherCacheTypeIsCodedAsAsked) {
+class PluginCacheTypes : public PluginContexts, public testing::WithParamInterface<ggml_type> {};
+
+INSTANTIATE_TEST_SUITE_P(, PluginCacheTypes, testing::Values(GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_F32),
+                         [](const auto& info) { return std::string(ggml_type_name(info.param)); });
+
+TEST_P(PluginCacheTypes, AreCodedAsAsked) {
   Session plain(Options{});
   ASSERT_NO_FATAL_FAILURE(shift_and_reload(plain));
   for (double bits : rates({16, 4})) {
     double kl_of_f16 = 0;
-    for (ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_F32}) {
+    for (ggml_type type : {GGML_TYPE_F16, GetParam()}) {
       Session session(of_type(type, bits));
       ASSERT_NO_FATAL_FAILURE(shift_and_reload(session));
       const Difference difference = compare(plain.logits, session.logits);
