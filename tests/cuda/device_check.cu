@@ -20,46 +20,13 @@
 #include "cuda/rows/rows.h"
 #include "fixture.h"
 #include "judge_pair.h"
+#include "on_device.h"
 #include "prompt_check.h"
 
 using namespace thimble;
 using namespace thimble::cuda;
 
 namespace {
-
-void require(cudaError_t e) {
-  if (e == cudaSuccess) return;
-  std::printf("CUDA: %s\n", cudaGetErrorString(e));
-  std::exit(1);
-}
-
-/// An array that is on the host and on the device; pinned ones are the host's, and the device reads them there.
-template <typename T>
-class Array {
-public:
-  explicit Array(size_t n, T value = {}) : host(n, value) {
-    require(cudaMalloc(&device_, std::max<size_t>(n, 1) * sizeof(T)));
-  }
-  explicit Array(std::vector<T> values) : Array(values.size()) {
-    host = std::move(values);
-    upload();
-  }
-  Array(const Array&) = delete;
-  ~Array() { (void)cudaFree(device_); }
-  T* upload() {
-    require(cudaMemcpy(device_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-    return device_;
-  }
-  std::vector<T>& download() {
-    require(cudaMemcpy(host.data(), device_, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
-    return host;
-  }
-  T* device() { return device_; }
-  std::vector<T> host;
-
-private:
-  T* device_ = nullptr;
-};
 
 struct Case {
   const char* name = "";
@@ -526,46 +493,6 @@ void run(const DeviceInfo& device, const Case& c) {
   require(cudaFreeHost(store));
 }
 
-/// Memory that the host and the device both use, in the host.
-template <typename T>
-struct Mapped {
-  using value_type = T;
-  Mapped() = default;
-  template <typename U>
-  Mapped(const Mapped<U>&) {}
-  T* allocate(size_t n) {
-    void* p = nullptr;
-    require(cudaHostAlloc(&p, n * sizeof(T), cudaHostAllocMapped));
-    return static_cast<T*>(p);
-  }
-  void deallocate(T* p, size_t) { (void)cudaFreeHost(p); }
-  bool operator==(const Mapped&) const { return true; }
-};
-
-/// What runs the windows' scripts on the device.
-struct Card {
-  template <typename T>
-  using Vector = std::vector<T, Mapped<T>>;
-  /// Codecs in device memory.
-  struct Tables {
-    std::unique_ptr<DeviceTables> tables;
-    const CodecTables& view() const { return tables->view(); }
-  };
-  static Tables tables_of(const HostTables& host) {
-    Tables t{std::make_unique<DeviceTables>()};
-    done(t.tables->upload(host));
-    return t;
-  }
-  static inline DeviceInfo device;
-  static void done(const Status& status) { require(status.ok() ? cudaDeviceSynchronize() : cudaErrorInvalidValue); }
-  static void update_window(const WindowArgs& a) { done(cuda::update_window(device, a, nullptr)); }
-  static void judge_cells(const JudgeArgs& a) { done(cuda::judge_cells(device, a, nullptr)); }
-  template <int HeadDim>
-  static void prepare_prompt(const PromptArgs& a) {
-    done(cuda::prepare_prompt(device, a, nullptr));
-  }
-};
-
 void report(const char* script, const ScriptResult& result) {
   const bool good = result.failed < 0 && result.n_unlike_oldest > 5;
   std::printf("%s exact cells of %s: first other batch %d, unlike the oldest %d\n", good ? "ok  " : "FAIL", script,
@@ -575,23 +502,23 @@ void report(const char* script, const ScriptResult& result) {
 
 /// The same cells are exact as on the CPU.
 void run_windows(const DeviceInfo& device) {
-  Card::device = device;
-  report("tokens one by one", token_by_token<Card>({16, 5, 8}));
-  report("tokens one by one, which leave one by one", token_by_token<Card>({16, 5, 0}));
-  report("prompts", prompts<Card>({16, 5, 8}));
-  report("short prompts", prompts<Card>({16, 5, 12}));
-  report("drafts", drafts<Card>());
-  report("prompts that are judged behind the graph", prompts<Card>({16, 5, 8}, true));
-  report("chats", chats<Card>());
-  report("chats that are judged behind the graph", chats<Card>(true));
-  report("streams", streams<Card>());
-  report("streams that are judged behind the graph", streams<Card>(true));
-  report("batches that were finished", finished<Card>());
+  OnDevice::device = device;
+  report("tokens one by one", token_by_token<OnDevice>({16, 5, 8}));
+  report("tokens one by one, which leave one by one", token_by_token<OnDevice>({16, 5, 0}));
+  report("prompts", prompts<OnDevice>({16, 5, 8}));
+  report("short prompts", prompts<OnDevice>({16, 5, 12}));
+  report("drafts", drafts<OnDevice>());
+  report("prompts that are judged behind the graph", prompts<OnDevice>({16, 5, 8}, true));
+  report("chats", chats<OnDevice>());
+  report("chats that are judged behind the graph", chats<OnDevice>(true));
+  report("streams", streams<OnDevice>());
+  report("streams that are judged behind the graph", streams<OnDevice>(true));
+  report("batches that were finished", finished<OnDevice>());
 }
 
 /// A prompt's tokens: attended to, kept, coded and put into the window.
 void run_prompt(const DeviceInfo& device, const PromptCase& c, int n_tokens) {
-  const std::string wrong = PromptCheck<Card>(device, c, n_tokens).run();
+  const std::string wrong = PromptCheck<OnDevice>(device, c, n_tokens).run();
   std::printf("%s prompt of %d tokens, D=%d bits %g/%g%s%s: %s\n", wrong.empty() ? "ok  " : "FAIL", n_tokens,
               c.head_dim, c.key_bits, c.value_bits, c.dense ? " dense" : "",
               c.tiles      ? " by tiles"
@@ -626,13 +553,13 @@ void run_early(const DeviceInfo& device, bool dense, int n_cells) {
   prompt.staged_values = staged.device() + size * kTokens;
   prompt.queries.n_streams = 0;
   prompt.is_restored[0] = prompt.is_restored[1] = !dense;
-  Card::Tables tables[2];
+  OnDevice::Tables tables[2];
   const size_t block = make_format(kDim, 2).block_bytes(), head = block * (n_cells / kBlockCells);
   Array<uint8_t> cache(kHeads * head);  // of both sides
   for (const Kind kind : {Kind::key, Kind::value}) {
     std::vector<HeadCodec> codecs;
     for (int h = 0; h < kHeads; h++) codecs.push_back(random_codec(kind, kDim, 2, dense, random));
-    tables[int(kind)] = Card::tables_of(pack_tables(codecs));
+    tables[int(kind)] = OnDevice::tables_of(pack_tables(codecs));
     const CodecTables& codec = (kind == Kind::key ? batch.key_codec : batch.value_codec) = tables[int(kind)].view();
     DecodeArgs& d = both.sides[int(kind)];
     d.n_kv_heads = kHeads;
